@@ -1,0 +1,396 @@
+"""The language-model side of the engine: compress at the entrance, prune between layers, restore at the exit.
+
+    core (LlavaModel)        enter: note the prompt and the encoded images; cut what the cache already holds
+      language_model         enter: compress each image, close the gaps      leave: put tokens back in place
+        layers[i]            enter: drop visual tokens; give each run of layers its own mask and positions
+
+Outside the language model no shape changes, which is why `generate`, labels and evaluation harnesses need no change.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from vlmslim.attention import take
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+from vlmslim.encoder import recorded
+from vlmslim.families import placeholders
+from vlmslim.plan import Plan, Segment
+from vlmslim.receipt import Receipt
+
+
+def compresses(stage: Compressor) -> bool:
+    """Whether a stage works before the language model."""
+    cls = type(stage)
+    return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
+
+
+@dataclass
+class Call:
+    """One forward of the model, while it runs."""
+
+    input_ids: Tensor | None
+    embeds: Tensor | None
+    encoded: dict[str, object]  # encoder outputs, by kind
+    past: Plan | None
+    length: int = 0  # of the caller's sequence in this forward
+    seen: int = 0  # of the caller's sequence behind the cache
+    before: list[Tensor] = field(default_factory=list)  # per layer, the mask of what the cache holds
+    segments: list[Segment] = field(default_factory=list)  # per layer, neighbours share
+    entered: list[list[int]] = field(default_factory=list)  # per row, tokens of each image
+    text: list[int] = field(default_factory=list)  # per row, text tokens
+    visual: list[list[int]] = field(default_factory=list)  # per layer, visual tokens of each row
+    shift: Tensor | None = None
+    gapped: bool = False  # rotary positions have gaps
+    padded: bool = True  # some layer sees padding
+    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # attention masks made
+    rope: tuple[Tensor, Tensor] | None = None
+    previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
+
+    @property
+    def altered(self) -> bool:
+        """Whether some layer sees, or has seen, something else than the caller sent."""
+        return self.past is not None or not self.segments[-1].whole
+
+
+class DecoderHooks:
+    """The hooks of one patch on the language-model side."""
+
+    def __init__(self, model: nn.Module, stages: list[Compressor], receipt: Receipt):
+        self.core: nn.Module = model.model
+        self.lm: nn.Module = model.model.language_model
+        self.receipt = receipt
+        self.argument_names = list(inspect.signature(type(self.core).forward).parameters)[1:]
+        depth = len(self.lm.layers)
+        self.before_llm = next((s for s in stages if compresses(s)), None)
+        self.positions = self.before_llm.positions if self.before_llm else "original"
+        self.pruners: dict[int, Compressor] = {}
+        for stage in stages:
+            for layer in stage.layers:
+                at = round(layer * depth) if isinstance(layer, float) else layer
+                if not 0 < at < depth:
+                    raise ValueError(f"{stage}: there is no decoder layer {layer} to prune before; use 1 .. {depth - 1}")
+                if at in self.pruners:
+                    raise ValueError(f"{stage} and {self.pruners[at]} both prune before decoder layer {at}")
+                self.pruners[at] = stage
+        self.call: Call | None = None
+        self.handles: list = []
+
+    def attach(self) -> None:
+        """Register the hooks, on this instance only."""
+        add = self.handles.append
+        add(self.core.register_forward_pre_hook(self._enter_core, with_kwargs=True))
+        add(self.core.register_forward_hook(self._leave_core, always_call=True))
+        add(self.lm.register_forward_pre_hook(self._enter_lm, with_kwargs=True))
+        add(self.lm.register_forward_hook(self._leave_lm))
+        first = 0 if self.positions == "original" and self.before_llm else min(self.pruners, default=len(self.lm.layers))
+        for i, layer in enumerate(self.lm.layers):
+            if i >= first - 1:
+                add(layer.register_forward_pre_hook(partial(self._enter_layer, i), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def on_encoded(self, kind: str, output) -> None:
+        """Images were encoded; if that happened inside `forward`, they belong to it."""
+        if self.call is not None:
+            self.call.encoded[kind] = output
+
+    # -- the model --------------------------------------------------------------------------------------------------
+
+    def _enter_core(self, core, args, kwargs):
+        kwargs |= dict(zip(self.argument_names, args, strict=False))  # LLaVA-NeXT passes input_ids by position
+        cache = kwargs.get("past_key_values")
+        past = Plan.of(cache) if cache is not None and cache.get_seq_length() > 0 else None
+        if past is not None:
+            kwargs = self._cut(kwargs, past.seen(cache))
+        encoded = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
+        self.call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), encoded, past)
+        return (), kwargs
+
+    @staticmethod
+    def _cut(kwargs: dict, seen: int) -> dict:
+        """Drop leading tokens that the cache already holds.
+
+        A caller who continues a conversation asks the cache how long it is and sends the rest. The compressed cache
+        is shorter than the conversation, so the rest is too long by what was dropped.
+        """
+        name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
+        size = kwargs[name].shape[1]
+        mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and mask.ndim == 2:
+            fresh = mask.shape[1] - seen
+            if fresh > size or fresh < 1:
+                raise ValueError(
+                    f"the attention mask covers {mask.shape[1]} tokens, but the cache stands for {seen} and {size} more "
+                    "came in; the mask must cover the whole conversation, dropped visual tokens included"
+                )
+        elif position is not None and size > 1:
+            fresh = int(position.max()) + 1 - seen  # without a mask there is no padding
+            if fresh < 1:
+                raise ValueError(
+                    f"positions end at {fresh + seen - 1}, but the cache already stands for {seen} tokens; pass an "
+                    "attention mask that covers the whole conversation, dropped visual tokens included"
+                )
+        else:
+            return kwargs
+        if fresh >= size:
+            return kwargs
+        cut = {name: kwargs[name][:, -fresh:]}
+        if position is not None:
+            cut["position_ids"] = position[..., -fresh:]
+        return kwargs | cut
+
+    def _leave_core(self, core, args, output):
+        self.call = None
+
+    # -- the language model -----------------------------------------------------------------------------------------
+
+    def _enter_lm(self, lm, args, kwargs):
+        call = self.call
+        if call is None:
+            return None  # somebody uses the language model alone
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        if not call.encoded and call.past is None:
+            if cache is None or cache.get_seq_length() == 0:
+                self.receipt.saw_text(len(embeds))
+            return None
+        self._describe(call, embeds, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if call.encoded:
+            self._check(cache)
+            embeds = self._compress(call, embeds)
+        changed = {"inputs_embeds": embeds}
+        if call.altered:
+            segment = call.segments[0]
+            changed["position_ids"] = segment.position
+            if call.encoded or call.padded:
+                changed["attention_mask"] = torch.cat([call.before[0], segment.mask], dim=1)
+        return args, kwargs | changed
+
+    def _describe(self, call: Call, embeds: Tensor, cache, mask: Tensor | None, position: Tensor | None) -> None:
+        """Write down what the caller sent: the segment that every layer sees until something is dropped."""
+        batch, call.length = embeds.shape[:2]
+        device, past = embeds.device, call.past
+        call.seen = past.seen(cache) if past else cache.get_seq_length(0) if cache is not None else 0
+        total = call.seen + call.length
+        call.padded = mask is not None or bool(past and past.padded)
+        if mask is None:
+            mask = torch.ones(batch, total, dtype=torch.bool, device=device)
+        if mask.ndim != 2 or mask.shape[1] != total:
+            raise ValueError(
+                f"a patched model needs a 2-D attention mask over the whole conversation, ({batch}, {total}) here, "
+                f"dropped visual tokens included; this one is {tuple(mask.shape)}"
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+        if position is None:
+            position = torch.arange(call.seen, total, device=device)[None]
+        position = position.to(device).expand(batch, -1)
+        if past:
+            call.shift = past.shift.to(device)
+            position = position - call.shift
+            grown = {id(m): torch.cat([m.to(device), mask[:, past.length : call.seen]], dim=1) for m in past.masks}
+            call.before = [grown[id(m)] for m in past.masks]
+        else:
+            call.before = [mask[:, : call.seen]] * len(self.lm.layers)
+        origin = torch.arange(call.length, device=device).expand(batch, -1)
+        segment = Segment(mask[:, call.seen :], torch.zeros_like(origin), position, origin, padded=call.padded)
+        call.segments = [segment] * len(self.lm.layers)
+
+    def _check(self, cache) -> None:
+        """Refuse what a forward with images cannot have."""
+        if not (self.before_llm or self.pruners):
+            return
+        if cache is not None and cache.is_compileable:
+            raise ValueError(
+                f"{type(cache).__name__} reserves room for every token; visual tokens can be removed from a "
+                "DynamicCache only (do not set cache_implementation)"
+            )
+        if self.pruners and cache is not None and cache.get_seq_length(0) > 0:
+            raise ValueError(
+                f"{self.pruners[min(self.pruners)]} prunes during prefill and takes images in the first forward of a cache "
+                "only; for an image in a later turn prefill again, or use a method that works before the language model"
+            )
+        if (self.pruners or self.positions == "original") and self.lm.training and self.lm.is_gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing re-runs decoder layers outside of the forward that knows which tokens they hold; "
+                "disable it, or use a method that works before the language model with renumbered positions"
+            )
+
+    def _compress(self, call: Call, embeds: Tensor) -> Tensor:
+        """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
+        segment = call.segments[0]
+        found, text = self._locate(call, segment.mask)
+        images = [image for _, _, image in found]
+        results: list[Compressed | None] = [None] * len(found)
+        if self.before_llm is not None and images:
+            finite = torch.stack([image.features.detach().isfinite().all() for image in images]).tolist()
+            if not all(finite):
+                raise ValueError(
+                    f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
+                    "check the picture and the dtype of the vision tower"
+                )
+            for row, _, image in found:
+                image.prompt = None if call.input_ids is None else call.input_ids[row][text[row].to(embeds.device)]
+            results = self.before_llm.compress_images(images)
+            embeds = embeds.clone()
+        keep = segment.mask.clone()
+        call.entered = [[] for _ in embeds]
+        for (row, columns, _), result in zip(found, results, strict=True):
+            n = len(columns)
+            columns = columns.to(embeds.device)
+            k = n if result is None else self._place(embeds, keep, row, columns, result)
+            call.entered[row].append(k)
+            segment.image[row, columns] = len(call.entered[row])
+            self.receipt.saw_image(n, self._requested(n), k)
+        selection = segment.select(keep)
+        visual = [sum(row) for row in call.entered]
+        call.text = [count - v for count, v in zip(selection.counts, visual, strict=True)]
+        call.visual = [visual] * len(self.lm.layers)
+        if selection.index is None:
+            return embeds
+        compressed = selection.segment
+        if self.positions == "renumbered":
+            dropped = (segment.mask & ~keep).long().cumsum(1)
+            compressed.position = (segment.position - dropped).gather(1, selection.index)
+            call.shift = dropped[:, -1:] + (0 if call.shift is None else call.shift)
+        else:
+            call.gapped = True
+        call.segments = [compressed] * len(self.lm.layers)
+        return take(embeds, selection.index)
+
+    def _requested(self, n: int) -> int | None:
+        """What was asked of an image of `n` tokens at the entrance, or failing that between layers."""
+        stages = [self.before_llm] if self.before_llm else [self.pruners[i] for i in sorted(self.pruners)]
+        return stages[-1].requested(n) if stages else n
+
+    def _place(self, embeds: Tensor, keep: Tensor, row: int, columns: Tensor, result: Compressed) -> int:
+        """Write an image's kept tokens into their slots; returns how many."""
+        n, k = len(columns), len(result.features)
+        if k > n:
+            raise ValueError(f"{self.before_llm} made {k} tokens out of an image of {n}")
+        if result.index is None and self.positions == "original" and k < n:
+            raise ValueError(f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'")
+        slots = columns[:k] if result.index is None else columns[result.index.to(columns.device)]
+        embeds[row, slots] = result.features.to(embeds)
+        keep[row, columns] = False
+        keep[row, slots] = True
+        return k
+
+    def _locate(self, call: Call, mask: Tensor) -> tuple[list[tuple[int, Tensor, ImageTokens]], Tensor]:
+        """Find the images in the prompts.
+
+        `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
+
+        Returns:
+            (row, columns, image) for every image, by row and place in the prompt, and (B, L) bool, the text tokens.
+            Both on the CPU: placeholders are counted on the host anyway.
+        """
+        found, text = [], mask.cpu()
+        for kind, output in call.encoded.items():
+            at = placeholders(self.core, kind, call.input_ids, call.embeds).cpu()
+            text = text & ~at
+            counts = at.sum(1).tolist()
+            per_row = at.nonzero(as_tuple=True)[1].split(counts)
+            images = recorded(output)
+            copies = len(output.pooler_output) // len(images)
+            start = 0
+            for row, count in enumerate(counts):
+                number, place = start, 0
+                while place < count:
+                    n = len(images[number].features)
+                    found.append((row, per_row[row][place : place + n], images[number]))
+                    number, place = number + 1, place + n
+                if row % copies == copies - 1:
+                    start = number
+        return sorted(found, key=lambda item: (item[0], int(item[1][0]))), text
+
+    def _leave_lm(self, lm, args, output):
+        call, cache = self.call, output.past_key_values
+        if call is None or not call.segments:
+            return output
+        if call.encoded:
+            self.receipt.saw_prefill(call.text, call.visual)
+        if not call.altered:
+            return output
+        if call.encoded and cache is not None:
+            pairs = list(zip(call.before, call.segments, strict=True))
+            made = {(id(b), id(s)): torch.cat([b, s.mask], dim=1) for b, s in pairs}
+            shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
+            padded = bool(call.past and call.past.padded) or any(s.padded for _, s in pairs)
+            masks = [made[id(b), id(s)] for b, s in pairs]
+            Plan(call.seen + call.length, shift, masks, padded).attach(cache)
+        output.last_hidden_state = call.segments[-1].restore(output.last_hidden_state, call.length)
+        if output.hidden_states is not None:
+            segments = [call.segments[0], *call.segments]
+            output.hidden_states = tuple(
+                s.restore(h, call.length) for s, h in zip(segments, output.hidden_states, strict=True)
+            )
+        return output
+
+    # -- the decoder layers -----------------------------------------------------------------------------------------
+
+    def _enter_layer(self, i, layer, args, kwargs):
+        call = self.call
+        if call is None or not call.segments:
+            return None
+        hidden, kwargs = args[0], dict(kwargs)
+        if i in self.pruners and call.encoded:
+            hidden = self._prune(i, call, hidden)
+        segment, entrance = call.segments[i], call.segments[0]
+        if segment is not entrance or call.before[i] is not call.before[0]:
+            kwargs["attention_mask"] = self._mask(i, call, hidden, kwargs)
+        if segment is not entrance:
+            if call.rope is None:
+                call.rope = self.lm.rotary_emb(hidden, position_ids=segment.position)
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in call.rope)
+        if call.gapped:
+            kwargs["position_ids"] = None  # flash attention takes a gap for the start of another sequence
+        if i + 1 in self.pruners and call.encoded:
+            call.previous = layer, hidden, kwargs["position_embeddings"]
+        return (hidden, *args[1:]), kwargs
+
+    def _prune(self, i: int, call: Call, hidden: Tensor) -> Tensor:
+        """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
+        old = call.segments[i]
+        number = torch.arange(1, old.mask.shape[1] + 1, device=old.mask.device)
+        with torch.no_grad():
+            keep = self.pruners[i].retain(
+                LayerInput(
+                    layer=i,
+                    hidden=hidden,
+                    mask=old.mask,
+                    image=old.image,
+                    origin=old.origin,
+                    last=(old.mask * number).argmax(1),
+                    entered=call.entered,
+                    previous=call.previous,
+                )
+            )
+        call.previous = None
+        selection = old.select(keep.to(old.mask.device) | (old.image == 0))
+        if selection.index is None:
+            return hidden
+        call.segments[i:] = [selection.segment] * (len(call.segments) - i)
+        visual = [count - text for count, text in zip(selection.counts, call.text, strict=True)]
+        call.visual[i:] = [visual] * (len(call.visual) - i)
+        call.gapped, call.rope = True, None
+        return take(hidden, selection.index.to(hidden.device))
+
+    def _mask(self, i: int, call: Call, hidden: Tensor, kwargs: dict) -> Tensor | None:
+        """The attention mask of the run of layers that layer `i` belongs to, made once per forward."""
+        segment, before = call.segments[i], call.before[i]
+        if kwargs.get("attention_mask") is None and not (segment.padded or call.past and call.past.padded):
+            return None  # the back end did without a mask at the entrance, and nothing here needs one
+        key = id(before), id(segment)
+        if key not in call.masks:
+            mask = torch.cat([before, segment.mask], dim=1).to(hidden.device)
+            cache = kwargs.get("past_key_values")
+            call.masks[key] = create_causal_mask(self.lm.config, hidden, mask, cache, layer_idx=i)
+        made = call.masks[key]
+        return made.to(hidden.device) if isinstance(made, Tensor) else made

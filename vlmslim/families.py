@@ -1,0 +1,77 @@
+"""What differs between the model families, and between versions of transformers, in one place."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of LLaVA-style models.
+
+    model_type : `config.model_type`
+    name       : the transformers class a user loads
+    anyres     : images become a thumbnail and tiles, unpadded and joined by newline tokens
+    video      : takes `pixel_values_videos`
+    """
+
+    model_type: str
+    name: str
+    anyres: bool = False
+    video: bool = False
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llava", "LlavaForConditionalGeneration"),
+        Family("llava_next", "LlavaNextForConditionalGeneration", anyres=True),
+        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", anyres=True, video=True),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a loaded model.
+
+    Raises:
+        TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
+    """
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    if family is None or not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "language_model"):
+        known = ", ".join(f.name for f in FAMILIES.values())
+        raise TypeError(
+            f"cannot patch {type(model).__name__}; vlmslim supports {known} (of a PEFT model, pass `model.base_model.model`)"
+        )
+    text = model.config.get_text_config()
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or (
+        getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    ):
+        raise TypeError(
+            f"the language model of this {family.name} uses sliding-window attention, whose cache forgets by position; "
+            "set `config.text_config.sliding_window = None` if the prompts are shorter than the window"
+        )
+    return family
+
+
+def encoder_layers(core: nn.Module) -> nn.ModuleList:
+    """The encoder layers of the vision tower, wherever this version of transformers keeps them."""
+    return getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
+
+
+def has_cls(core: nn.Module) -> bool:
+    """Whether the vision tower has a CLS token."""
+    tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
+    return hasattr(tower.embeddings, "class_embedding")
+
+
+def placeholders(core: nn.Module, kind: str, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    """(B, L) bool: the placeholder positions of the prompt's images (kind "image") or videos (kind "video")."""
+    token = getattr(core.config, f"{kind}_token_id", None)
+    if input_ids is not None:
+        return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+    if token is None:
+        return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    table = core.get_input_embeddings()
+    return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)

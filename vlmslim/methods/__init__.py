@@ -1,0 +1,49 @@
+"""The methods: one file each. A file's name is the method's name everywhere; adding a file adds a method."""
+
+import pkgutil
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib import import_module
+
+from vlmslim.compressor import Compressor
+
+
+def method_names() -> tuple[str, ...]:
+    """The names of all methods, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def method_class(name: str) -> type[Compressor]:
+    """The class of a method: the last `Compressor` that its file defines.
+
+    Raises:
+        ValueError: there is no such method; the message names the nearest.
+    """
+    if name not in method_names():
+        raise ValueError(_unknown("method", name, method_names()))
+    module = import_module(f"{__name__}.{name}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Compressor)]
+    return next(c for c in reversed(own) if c.__module__ == module.__name__)
+
+
+def method(name: str, **options) -> Compressor:
+    """Make a method from its name and options.
+
+    Raises:
+        ValueError: unknown name or option (the message names the nearest), a missing one, or a value out of range.
+    """
+    cls = method_class(name)
+    known = [f.name for f in fields(cls) if f.init]
+    for option in options:
+        if option not in known:
+            raise ValueError(_unknown(f"option of {name}", option, known))
+    try:
+        return cls(**options)
+    except TypeError as error:  # a required option is missing
+        raise ValueError(f"{name}: {error}; its options are {', '.join(known)}") from error
+
+
+def _unknown(what: str, given: str, known) -> str:
+    near = get_close_matches(given, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}.{hint} Known: {', '.join(known) or 'none'}"

@@ -1,0 +1,41 @@
+"""FastV: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, https://arxiv.org/abs/2403.06764)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmslim.compressor import Compressor, Keep, LayerInput, check_keep
+
+
+@dataclass
+class FastV(Compressor):
+    """Before decoder layer K, keep the visual tokens that the last prompt token attends to most in layer K - 1.
+
+    The score is the softmax attention of layer K - 1, averaged over heads (section 4.1 of the paper). Kept tokens
+    keep their rotary positions; text always stays. Layers below K see everything, so the cost is that of
+    `equivalent_tokens` in the receipt, not of `keep`.
+
+    Differs from the release: each sample and each image is ranked by itself, wherever it stands in the prompt, and
+    only the last row of the attention is computed.
+
+    keep  : visual tokens to keep per image from layer K on, a count or a share
+    layer : K, a number from 1 or a share of the depth; the paper uses 2
+    """
+
+    keep: Keep
+    layer: int | float = 2
+
+    def __post_init__(self):
+        check_keep(self.keep)
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int | float) or self.layer <= 0:
+            raise ValueError(f"layer={self.layer!r}: give a decoder layer from 1 on, or a share of the depth in (0, 1)")
+
+    @property
+    def layers(self) -> tuple[int | float]:
+        """The one layer before which tokens are dropped."""
+        return (self.layer,)
+
+    def retain(self, tokens: LayerInput) -> Tensor:
+        """Rank by the last token's attention."""
+        score = tokens.attention(tokens.last[:, None]).mean(1)[:, 0]  # (B, S)
+        return tokens.top(score, self.keep)

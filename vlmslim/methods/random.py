@@ -1,0 +1,34 @@
+"""random: keep a random subset of the visual tokens. A strong baseline that many published methods lose to."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+
+
+@dataclass
+class Random(Compressor):
+    """Keep a uniformly random subset, drawn anew for each image.
+
+    The draw depends on the seed and on the image's pixels, so an image keeps the same tokens in any batch and in any
+    run, and different images keep different ones.
+
+    keep      : visual tokens to keep per image, a count or a share
+    seed      : of the draw
+    positions : "renumbered" or "original" rotary positions
+    """
+
+    keep: Keep
+    seed: int = 0
+    positions: str = "renumbered"
+
+    def __post_init__(self):
+        check_keep(self.keep)
+
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Draw k of n."""
+        n = len(image.features)
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + image.fingerprint)
+        index = torch.randperm(n, generator=generator)[: resolve_keep(self.keep, n)]
+        return image.pick(index.sort().values.to(image.features.device))

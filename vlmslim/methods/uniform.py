@@ -1,0 +1,65 @@
+"""uniform: keep visual tokens on a regular grid."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.selection import grid_cells, share_out
+
+
+@dataclass
+class Uniform(Compressor):
+    """Cut the image into k cells, as even as k allows, and keep the token at the middle of each.
+
+    The thumbnail, the mosaic of tiles and every frame of a video get their share of the budget; newline tokens go,
+    unless everything is kept.
+
+    keep      : visual tokens to keep per image, a count or a share
+    positions : "renumbered" or "original" rotary positions
+    """
+
+    keep: Keep
+    positions: str = "renumbered"
+
+    def __post_init__(self):
+        check_keep(self.keep)
+
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Pick the middle token of every cell."""
+        n = len(image.features)
+        k = resolve_keep(self.keep, n)
+        cell = even_cells(image.mosaic.cpu(), k)
+        order = cell.argsort(stable=True)
+        order = order[cell[order] >= 0]
+        size = cell[cell >= 0].bincount(minlength=k)
+        middle = order[size.cumsum(0) - size + size // 2]
+        return image.pick(middle.sort().values.to(image.features.device))
+
+
+def even_cells(mosaic: Tensor, k: int) -> Tensor:
+    """Cells of near-equal size over all components of an image.
+
+    Args:
+        mosaic: (n, 3) component, row and column of every token, -1 at newlines (`ImageTokens.mosaic`).
+        k: number of cells.
+
+    Returns:
+        (n,) long: the cell of every token, 0 .. k-1; -1 at newlines. A budget that exceeds the tokens on grids turns
+        newlines into cells of their own, first ones first.
+    """
+    component, row, column = mosaic.unbind(1)
+    cell = torch.full_like(component, -1)
+    newline = (component < 0).nonzero()[:, 0]
+    extra = max(0, k - (len(component) - len(newline)))
+    parts = [(component == c).nonzero()[:, 0] for c in component[component >= 0].unique().tolist()]
+    first = 0
+    for index, share in zip(parts, share_out(k - extra, [len(p) for p in parts]), strict=True):
+        if share:
+            top, left = row[index].min(), column[index].min()
+            r, c = row[index] - top, column[index] - left
+            cell[index] = first + grid_cells(int(r.max()) + 1, int(c.max()) + 1, share)[r, c]
+            first += share
+    cell[newline[:extra]] = first + torch.arange(extra)
+    return cell

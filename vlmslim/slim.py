@@ -1,0 +1,139 @@
+"""`patch`: attach a compression method to a model, and take it off again."""
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+
+from vlmslim.compressor import Compressor
+from vlmslim.decoder import DecoderHooks, compresses
+from vlmslim.encoder import RecordingEncoder
+from vlmslim.families import encoder_layers, family_of, has_cls
+from vlmslim.methods import method
+from vlmslim.receipt import Receipt
+
+Method = str | dict | Compressor | Sequence[str | dict | Compressor]
+
+
+class Slim:
+    """A compression method on one model instance: a context manager, or a handle with `remove()`.
+
+    Attributes:
+        model: the patched model.
+        methods: the methods, as the user gave them.
+        receipt: what really happened since the patch or the last `reset_receipt()`.
+    """
+
+    def __init__(self, model: nn.Module, methods: list[Compressor]):
+        family = family_of(model)
+        if getattr(model, "_vlmslim", None) is not None:
+            raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
+        self.model, self.methods = model, methods
+        core = model.model
+        stages = [copy.copy(stage) for whole in methods for stage in whole.stages()]
+        _check_stages(stages)
+        for stage in stages:
+            if stage.needs_cls and not has_cls(core):
+                raise ValueError(
+                    f"{type(stage).__name__} reads the vision tower's CLS token, and {type(core.vision_tower).__name__} "
+                    "has none (CLIP towers have one, SigLIP towers do not); choose another method for this checkpoint"
+                )
+            stage.setup(model)
+        tower_layers = {_tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers}
+        text, parameter = model.config.get_text_config(), next(model.model.language_model.parameters())
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.receipt = Receipt(
+            method=str(self),
+            positions=next((s.positions for s in stages if compresses(s)), "original"),
+            backend=text._attn_implementation,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            kv_bytes_per_token=2 * text.num_key_value_heads * head * parameter.element_size(),
+            layers=len(core.language_model.layers),
+        )
+        self._decoder = DecoderHooks(model, stages, self.receipt)
+        kinds = ["image", "video"] if family.video else ["image"]
+        self._encoders = [RecordingEncoder(core, f"get_{kind}_features", tuple(sorted(tower_layers))) for kind in kinds]
+        for encoder in self._encoders:
+            encoder.on_encoded = self._decoder.on_encoded
+            encoder.attach()
+        self._decoder.attach()
+        model._vlmslim = self
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was. A second call does nothing."""
+        if getattr(self.model, "_vlmslim", None) is self:
+            self._decoder.detach()
+            for encoder in self._encoders:
+                encoder.detach()
+            del self.model._vlmslim
+
+    def reset_receipt(self) -> None:
+        """Start counting anew."""
+        self.receipt.reset()
+
+    def __enter__(self) -> "Slim":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.methods))
+
+
+def patch(model: nn.Module, method_: Method, **options) -> Slim:
+    """Attach a compression method to a LLaVA-style model.
+
+    Args:
+        model: a loaded `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or
+            `LlavaOnevisionForConditionalGeneration`.
+        method_: a method's name, with its options as keywords; or a method object; or a list of stages, each a
+            name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`.
+        **options: of the method, when it is given by name: `keep=64` (tokens per image) or `keep=0.11` (a share) ...
+
+    Returns:
+        The handle: a context manager, with `remove()` and `receipt`.
+
+    Raises:
+        TypeError: the model is of no supported class.
+        ValueError: unknown method or option, an option out of range, stages that do not go together, or a method that
+            needs a CLS token on a tower without one.
+        RuntimeError: the model is already patched.
+    """
+    if isinstance(method_, str):
+        return Slim(model, [method(method_, **options)])
+    if options:
+        raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method_!r}")
+    parts = method_ if isinstance(method_, Sequence) else [method_]
+    if not parts:
+        raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
+    return Slim(model, [_build(part) for part in parts])
+
+
+def _build(part: str | dict | Compressor) -> Compressor:
+    if isinstance(part, Compressor):
+        return part
+    if isinstance(part, str):
+        return method(part)
+    if isinstance(part, dict) and "method" in part:
+        options = dict(part)
+        return method(options.pop("method"), **options)
+    raise ValueError(f"a stage is a name, a method object or a dictionary with the key 'method', not {part!r}")
+
+
+def _check_stages(stages: list[Compressor]) -> None:
+    """Refuse combinations that cannot be."""
+    before = [stage for stage in stages if compresses(stage)]
+    if len(before) > 1:
+        raise ValueError(
+            f"{before[0]} and {before[1]} both work before the language model; one of them at most, others between layers"
+        )
+    for stage in before:
+        if stage.positions not in ("renumbered", "original"):
+            raise ValueError(f"positions={stage.positions!r}: use 'renumbered' or 'original'")
+
+
+def _tower_layer(stage: Compressor, layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise ValueError(f"{stage}: the vision tower has {depth} layers, no layer {layer}")
+    return layer
