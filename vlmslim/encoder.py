@@ -108,19 +108,23 @@ class RecordingEncoder:
         ]
 
 
+def is_recorded(output) -> bool:
+    """Whether an encoder output carries the records of its images."""
+    return hasattr(output, _ATTRIBUTE)
+
+
 def recorded(output) -> list[ImageTokens]:
     """The records that travel on an encoder output.
 
     Raises:
         ValueError: the output was not encoded by this patched model.
     """
-    images = getattr(output, _ATTRIBUTE, None)
-    if images is None:
+    if not is_recorded(output):
         raise ValueError(
             "these image features were encoded before the patch, or cut up by chunked prefill; let the patched model "
             "encode the images, and call generate() with prefill_chunk_size=None"
         )
-    return images
+    return getattr(output, _ATTRIBUTE)
 
 
 class _Seen:
