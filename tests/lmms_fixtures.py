@@ -1,0 +1,185 @@
+"""Tiny random checkpoints with real processors, pictures, questions and a video, for the lmms-eval tests."""
+
+from functools import cache
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Pillow
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+FAMILIES = ("llava", "next", "onevision")
+SIDE, PATCH = 32, 8
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<video>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif c['type'] == 'video' %}{{ '<video>\n' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A small BPE that writes blanks the way LLaMA's sentencepiece does."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    letters = [chr(c) for c in range(32, 127)] + ["\n"]
+    corpus = [f"USER: {question(i)} ASSISTANT: {colour}" for i, colour in enumerate(list(COLOURS) * 20)]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.add_special_tokens({"additional_special_tokens": [AddedToken("<image>"), AddedToken("<video>")]})
+    return fast
+
+
+def question(i: int) -> str:
+    """Questions of different lengths."""
+    return f"What colour is the square number {i}?" + " Look at it closely." * (i % 4) + " Answer with one word."
+
+
+@cache
+def _build(family: str):
+    tokenizer = _tokenizer()
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    size = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, vocab_size=len(tokenizer)
+    )
+    size |= dict(num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2, max_position_embeddings=4096)
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+    tower |= dict(image_size=SIDE, patch_size=PATCH)
+    clip = dict(vision_config=CLIPVisionConfig(projection_dim=16, **tower), image_token_id=image)
+    square = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    common = dict(tokenizer=tokenizer, patch_size=PATCH, chat_template=TEMPLATE)
+    if family == "llava":
+        config = LlavaConfig(text_config=LlamaConfig(**size), **clip)
+        model = LlavaForConditionalGeneration(config)
+        pictures = CLIPImageProcessor(**square)
+        processor = LlavaProcessor(
+            pictures, num_additional_image_tokens=1, vision_feature_select_strategy="default", **common
+        )
+    elif family == "next":
+        config = LlavaNextConfig(text_config=LlamaConfig(**size), image_grid_pinpoints=PINPOINTS, **clip)
+        model = LlavaNextForConditionalGeneration(config)
+        pictures = LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **square)
+        processor = LlavaNextProcessor(
+            pictures, num_additional_image_tokens=1, vision_feature_select_strategy="default", **common
+        )
+    else:
+        config = LlavaOnevisionConfig(
+            text_config=Qwen2Config(**size),
+            vision_config=SiglipVisionConfig(vision_use_head=False, **tower),
+            image_token_id=image,
+            video_token_id=video,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+            vision_aspect_ratio="anyres_max_9",
+        )
+        model = LlavaOnevisionForConditionalGeneration(config)
+        edge = {"height": SIDE, "width": SIDE}
+        common.pop("patch_size")
+        processor = LlavaOnevisionProcessor(
+            LlavaOnevisionImageProcessor(size=edge, image_grid_pinpoints=PINPOINTS),
+            video_processor=LlavaOnevisionVideoProcessor(size=edge),
+            num_image_tokens=(SIDE // PATCH) ** 2,
+            vision_feature_select_strategy="full",
+            **common,
+        )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1))
+        for name, p in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    model.generation_config.suppress_tokens = list(range(len(SPECIAL)))  # words, so that answers can be compared
+    model.generation_config.do_sample = True  # released checkpoints say so too; a greedy task must win
+    model.generation_config.temperature = 0.3
+    return model.eval(), processor
+
+
+def checkpoint(family: str, folder: Path) -> str:
+    """Save the tiny model of a family with its processor; the folder's path."""
+    path = folder / family
+    if not path.exists():
+        model, processor = _build(family)
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
+    return str(path)
+
+
+def picture(i: int) -> Pillow.Image:
+    """A coloured square on noise; sizes and shapes differ."""
+    noise = np.random.default_rng(i)
+    height, width = ((48, 64), (64, 40), (40, 40), (30, 90))[i % 4]
+    pixels = noise.integers(0, 90, (height, width, 3), dtype=np.uint8)
+    pixels[8:24, 10:30] = list(COLOURS.values())[i % len(COLOURS)]
+    return Pillow.fromarray(pixels)
+
+
+def questions(path: Path, count: int = 12) -> str:
+    """A parquet file with the columns of the bundled tasks."""
+    rows = [
+        dict(
+            id=str(i),
+            image=picture(i),
+            question=question(i),
+            answer=list(COLOURS)[i % 4],
+            choices=list(COLOURS),
+            scene=str(i // 2),
+        )
+        for i in range(count)
+    ]
+    features = Features(
+        id=Value("string"),
+        image=Image(),
+        question=Value("string"),
+        answer=Value("string"),
+        choices=List(Value("string")),
+        scene=Value("string"),
+    )
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return str(path)
+
+
+def video(path: Path, frames: int = 20) -> str:
+    """An mp4 whose frames grow brighter."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(frames):
+            pixels = np.full((48, 64, 3), 10 + 10 * i, dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return str(path)

@@ -1,0 +1,24 @@
+"""Checkpoints that ship with the package."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_PREFIX = "bundled/"
+
+
+def names() -> tuple[str, ...]:
+    """Names that `resolve` understands, sorted."""
+    return tuple(_PREFIX + path.name for path in sorted(_HERE.iterdir()) if path.is_dir() and path.name[0] not in "._")
+
+
+def resolve(name: str) -> str:
+    """Turn `bundled/NAME` into the directory of that checkpoint; any other path or hub id passes through.
+
+    Raises:
+        ValueError: no checkpoint of that name is bundled.
+    """
+    if not name.startswith(_PREFIX):
+        return name
+    if name not in names():
+        raise ValueError(f"no bundled checkpoint {name!r}; there are: {', '.join(names()) or 'none'}")
+    return str(_HERE / name.removeprefix(_PREFIX))

@@ -1,0 +1,8 @@
+"""lmms-eval tasks that ship with the package."""
+
+from pathlib import Path
+
+
+def path() -> str:
+    """Directory to hand to lmms-eval as `--include_path`."""
+    return str(Path(__file__).parent)
