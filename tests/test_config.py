@@ -1,0 +1,188 @@
+"""The YAML schema: what runs, in which order, and how mistakes are reported. And every file that ships."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmslim.evaluation.config import ConfigError, load_config
+
+SHIPPED = sorted((Path(__file__).parents[1] / "eval_configs").glob("*.yaml"))
+GOOD = {
+    "model": {"pretrained": "somewhere"},
+    "tasks": ["pope"],
+    "methods": ["divprune"],
+    "budgets": [64, 0.1],
+    "output": "out",
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(changes=None, **overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(changes if isinstance(changes, str) else yaml.safe_dump(GOOD | (changes or {})))
+        return load_config(path, **overrides)
+
+    return load
+
+
+def labels(config) -> list[str]:
+    return [v.label for v in config.variants()]
+
+
+def test_methods_are_crossed_with_budgets(load):
+    assert labels(load()) == ["none", "random-64", "random-0.1", "divprune-64", "divprune-0.1"]
+
+
+def test_the_unpatched_model_comes_first_and_once(load):
+    assert labels(load({"methods": ["divprune", "none", "random"]})) == [
+        "none",
+        "divprune-64",
+        "divprune-0.1",
+        "random-64",
+        "random-0.1",
+    ]
+
+
+def test_own_budgets_options_and_labels(load):
+    methods = [
+        {"method": "fastv", "keep": 16, "layer": 3},
+        {"method": "divprune", "keep": [8, 4], "order": "selection", "label": "picked"},
+    ]
+    config = load({"methods": methods, "baselines": []})
+    assert labels(config) == ["none", "fastv-16-layer=3", "picked-8", "picked-4"]
+    assert config.variants()[1].stages == ({"method": "fastv", "keep": 16, "layer": 3},)
+    assert config.variants()[2].budget == 8
+
+
+def test_a_default_budget_is_used_where_none_is_given(load):
+    assert labels(load({"budgets": [], "baselines": []})) == ["none", "divprune-0.098"]
+
+
+def test_stages(load):
+    stages = [{"method": "divprune", "keep": 64}, {"method": "fastv", "keep": 16}]
+    config = load({"methods": [{"stages": stages}], "budgets": [], "baselines": ["random"]})
+    assert labels(config) == ["none", "random-16", "divprune-64+fastv-16"]
+    assert config.variants()[2].stages == tuple(stages)
+
+
+def test_the_seed_reaches_random_methods(load):
+    config = load({"methods": ["random", {"method": "random", "keep": 3, "seed": 9}], "seed": 5, "budgets": [64]})
+    seeds = [s["seed"] for v in config.variants() for s in v.stages if s["method"] == "random"]
+    assert seeds == [5, 5, 9]  # the baseline at keep=3 with the run's seed, then those that are listed
+
+
+def test_task_metrics(load):
+    config = load({"tasks": ["gqa", {"task": "mme", "metric": "mme_perception_score"}]})
+    assert [(t.task, t.metric) for t in config.tasks] == [("gqa", None), ("mme", "mme_perception_score")]
+
+
+def test_overrides(load):
+    config = load(limit=7, output=Path("elsewhere"), seed=None)
+    assert (config.limit, config.output, config.seed) == (7, Path("elsewhere"), 0)
+
+
+def test_what_makes_runs_comparable(load):
+    base = load().shared()
+    assert load({"methods": ["fastv"], "tasks": ["gqa"], "output": "b"}).shared() == base
+    for change in (
+        {"seed": 1},
+        {"limit": 3},
+        {"batch_size": 2},
+        {"model": {"pretrained": "elsewhere"}},
+        {"model": {"pretrained": "somewhere", "dtype": "float16"}},
+    ):
+        assert load(change).shared() != base
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"budget": [3]}, "unknown key 'budget'. Did you mean 'budgets'?"),
+        ({"model": {"pretrained": "x", "dtpye": "float32"}}, "model: unknown key 'dtpye'. Did you mean 'dtype'?"),
+        ({"model": {"pretrained": "x", "dtype": "int8"}}, "model.dtype: Input should be 'auto'"),
+        ({"model": {}}, "model.pretrained: Field required"),
+        ({"tasks": []}, "tasks: List should have at least 1 item"),
+        ({"tasks": [{"task": "a", "metrics": "b"}]}, "tasks.0: unknown key 'metrics'. Did you mean 'metric'?"),
+        ({"timing": {"repeat": 3}}, "timing: unknown key 'repeat'. Did you mean 'repeats'?"),
+        ({"methods": ["divprun"]}, "unknown method 'divprun'. Did you mean 'divprune'?"),
+        ({"methods": [{"method": "fastv", "layers": 3}]}, "unknown option of fastv 'layers'. Did you mean 'layer'?"),
+        ({"methods": [{"method": "fastv", "kep": 3}]}, "unknown option of fastv 'kep'. Did you mean 'keep'?"),
+        ({"methods": [{"method": "fastv", "keep": True}]}, "methods.0.keep"),
+        ({"methods": [{"method": "fastv", "keep": 0}]}, "at least one visual token"),
+        ({"methods": [{"method": "fastv", "keep": 1.5}]}, "a share lies in (0, 1]"),
+        ({"methods": ["fastv"], "budgets": []}, "fastv: how many tokens? Give 'keep' here, or 'budgets'"),
+        ({"methods": [{"keep": 3}]}, "give either 'method' or 'stages'"),
+        ({"methods": [{"stages": [{"keep": 3}]}]}, "'stages' is a list of entries such as"),
+        ({"methods": [{"stages": [{"method": "fastv", "keep": 3}], "keep": 3}]}, "every stage carries its own"),
+        ({"methods": ["divprune", {"method": "fastv", "keep": 64, "label": "divprune-64"}]}, "another 'label'"),
+        ({"methods": [{"method": "fastv", "label": "../x"}]}, "methods.0.label"),
+        ({"baselines": ["rndom"]}, "unknown method 'rndom'. Did you mean 'random'?"),
+        ({"limit": 0}, "limit"),
+        ("just words", "a configuration is a mapping"),
+        ("model: [", "not readable as YAML"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
+    ],
+)
+def test_mistakes_are_named(load, changes, message):
+    with pytest.raises(ConfigError) as error:
+        load(changes)
+    assert message in str(error.value)
+    assert "config.yaml" in str(error.value)
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    (tmp_path / "quickstart.yaml").touch()
+    with pytest.raises(ConfigError, match="no such file. Did you mean 'quickstart.yaml'"):
+        load_config(tmp_path / "quikstart.yaml")
+
+
+def test_the_papers_models_are_shipped():
+    names = {path.stem for path in SHIPPED}
+    assert {"quickstart", "llava15_7b", "llava15_13b", "llava_next_7b", "llava_onevision_7b"} <= names
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_valid(path):
+    config = load_config(path)
+    rows = config.variants()
+    assert rows[0].unpatched
+    budgets = {v.budget for v in rows if v.budget is not None}
+    assert {v.budget for v in rows if v.stages[0]["method"] == "random"} == budgets
+    assert config.output == Path("runs") / path.stem
+
+
+@pytest.mark.parametrize("name, budgets", [("llava15_7b", [192, 128, 64]), ("llava15_13b", [192, 128, 64])])
+def test_the_papers_budgets(name, budgets):
+    config = load_config(next(path for path in SHIPPED if path.stem == name))
+    assert config.budgets == budgets
+
+
+def test_the_shares_of_llava_next_are_the_papers_counts():
+    config = load_config(next(path for path in SHIPPED if path.stem == "llava_next_7b"))
+    assert [round(share * 2880) for share in config.budgets] == [640, 320, 160]
+
+
+@pytest.fixture(scope="module")
+def registry():
+    """lmms-eval's index of tasks; nothing is downloaded."""
+    from vlmslim.evaluation.harness import Tasks
+
+    everything = [task for path in SHIPPED for task in load_config(path).tasks]
+    union = load_config(SHIPPED[0]).model_copy(update={"tasks": everything})
+    return Tasks(union)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tasks_and_metrics_exist(registry, path):
+    for task in load_config(path).tasks:
+        leaves = registry._leaves(task.task)
+        assert leaves
+        for leaf in leaves:
+            metrics = registry.metrics(leaf)
+            usable = [name for name in metrics if name != "submission"]
+            if task.metric is None:
+                assert len(usable) == 1, f"{leaf} reports {usable}: say which one counts"
+            else:
+                assert task.metric in metrics

@@ -1,0 +1,247 @@
+"""`vlmslim run` on a stand-in for lmms-eval: order, resuming, refusing to mix, failing loudly."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from evaluation_doubles import FakeHarness, write_config
+from filelock import FileLock
+
+from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.run import CellError, check_effect, run
+from vlmslim.evaluation.store import Store
+
+ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **changes: load_config(write_config(tmp_path, **changes))
+
+
+def test_every_cell_runs_once_the_unpatched_model_first(config):
+    harness = FakeHarness()
+    board = run(config(), harness=harness)
+    assert harness.evaluated == [(label, task) for label in ROWS for task in ("count", "text")]
+    assert harness.loads == 1
+    assert [row.label for row in board.rows][0] == "none"
+    assert all(len(row.scores) == 2 for row in board.rows)
+    assert harness.timed == ROWS
+
+
+def test_a_second_call_evaluates_and_loads_nothing(config):
+    first = run(config(), harness=FakeHarness())
+    harness = FakeHarness()
+    assert run(config(), harness=harness) == first
+    assert (harness.evaluated, harness.loads, harness.timed) == ([], 0, [])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_goes_on_where_it_stopped(config, stop):
+    broken = FakeHarness(fail_at=("random-16", "text"), failure=stop())
+    with pytest.raises(stop):
+        run(config(), harness=broken)
+    rest = FakeHarness()
+    board = run(config(), harness=rest)
+    assert broken.evaluated + rest.evaluated == [(label, task) for label in ROWS for task in ("count", "text")]
+    assert board == run(config(output=str(config().output) + "-2"), harness=FakeHarness())
+
+
+def test_an_exception_names_the_cell_and_keeps_finished_ones(config):
+    with pytest.raises(CellError, match="random-16 on text failed: RuntimeError: out of memory"):
+        run(config(), harness=FakeHarness(fail_at=("random-16", "text"), failure=RuntimeError("out of memory")))
+    store = Store(config().output)
+    assert store.cell("random-16", "count") is not None
+    assert store.cell("random-16", "text") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "samples cut", "samples gone", "empty", "not text"])
+def test_damaged_cells_are_done_again(config, damage):
+    before = run(config(), harness=FakeHarness())
+    path = config().output / "cells" / "random-16" / "text.json"
+    samples = path.with_suffix(".jsonl")
+    match damage:
+        case "cut":
+            path.write_text(path.read_text()[:-40])
+        case "changed":
+            path.write_text(path.read_text().replace('"images": 4', '"images": 5'))
+        case "samples cut":
+            samples.write_text(samples.read_text()[:-10])
+        case "samples gone":
+            samples.unlink()
+        case "empty":
+            path.write_text("")
+        case "not text":
+            path.write_bytes(b"\xff\xfe\x00")
+    harness = FakeHarness()
+    assert run(config(), harness=harness) == before
+    assert harness.evaluated == [("random-16", "text")]
+
+
+def test_no_file_is_ever_half_written(config, monkeypatch):
+    import vlmslim.evaluation.store as store
+
+    run(config(), harness=FakeHarness())
+    path = config().output / "run.json"
+    before = path.read_text()
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store.os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        store.write_atomically(path, "new")
+    assert path.read_text() == before
+    assert not list(path.parent.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"limit": 2}, "limit: None there, 2 now"),
+        ({"batch_size": 4}, "batch_size: 1 there, 4 now"),
+        ({"model": {"pretrained": "tiny", "dtype": "float16"}}, "model.dtype: None there, 'float16' now"),
+    ],
+)
+def test_results_of_different_configs_are_not_mixed(config, change, named):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(ConfigError) as error:
+        run(config(**change), harness=FakeHarness())
+    assert named in str(error.value)
+    assert "another --output directory, restore the configuration, or start over with --fresh" in str(error.value)
+    harness = FakeHarness()
+    run(config(**change), fresh=True, harness=harness)
+    assert len(harness.evaluated) == 10
+
+
+def test_a_retrained_checkpoint_is_another_run(config):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(ConfigError, match="checkpoint: 'weights-1' there, 'weights-2' now"):
+        run(config(), harness=FakeHarness(identity="weights-2"))
+
+
+def test_another_version_of_a_library_is_another_run(config, monkeypatch):
+    from vlmslim.evaluation import provenance
+
+    run(config(), harness=FakeHarness())
+    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(ConfigError, match="versions.torch: .* there, '1.0' now"):
+        run(config(), harness=FakeHarness())
+
+
+def test_methods_and_tasks_may_be_added(config):
+    run(config(), harness=FakeHarness())
+    harness = FakeHarness()
+    board = run(config(methods=["divprune", "uniform"], tasks=["count", "text", "spatial"]), harness=harness)
+    new = [(label, "spatial") for label in ROWS]
+    new += [(f"uniform-{keep}", task) for keep in (64, 16) for task in ("count", "text", "spatial")]
+    assert harness.evaluated == new
+    assert harness.timed == [*ROWS, "uniform-64", "uniform-16"]  # ratios hold within one session only
+    assert len(board.rows) == 7
+
+
+def test_a_row_that_is_taken_out_leaves_the_leaderboard(config):
+    run(config(), harness=FakeHarness())
+    board = run(config(budgets=[64]), harness=FakeHarness())
+    assert [row.label for row in board.rows] == ["none", "random-64", "divprune-64"]
+
+
+def test_one_label_cannot_mean_two_methods(config):
+    entry = {"method": "fastv", "keep": 16, "label": "mine"}
+    run(config(methods=[entry]), harness=FakeHarness())
+    with pytest.raises(ConfigError, match="a cell mine / count that was made with .*'fastv'"):
+        run(config(methods=[entry | {"layer": 3}]), harness=FakeHarness())
+
+
+def test_a_method_without_effect_fails_the_run(config):
+    with pytest.raises(CellError, match="divprune-64 on count failed: .*no effect on any of 4 images: 144.0 visual"):
+        run(config(), harness=FakeHarness(without_effect={"divprune-64"}))
+
+
+def test_what_counts_as_an_effect(config):
+    patched, unpatched = config().variants()[-1], config().variants()[0]
+    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 64.0, "kept": 144.0}
+    check_effect(unpatched, idle)
+    check_effect(patched, idle | {"had_effect": True})
+    check_effect(patched, idle | {"requested": 144.0})  # asked to keep everything
+    with pytest.raises(RuntimeError, match="no effect"):
+        check_effect(patched, idle | {"requested": None})  # a method that decides itself
+    with pytest.raises(RuntimeError, match="no image reached the model"):
+        check_effect(patched, idle | {"images": 0})
+
+
+def test_two_runs_do_not_write_to_one_directory(config):
+    config().output.mkdir(parents=True)
+    with FileLock(config().output / ".lock"), pytest.raises(ConfigError, match="another run is writing"):
+        run(config(), harness=FakeHarness())
+
+
+def test_several_processes_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="accelerate launch -m lmms_eval --config"):
+        run(config(), harness=FakeHarness())
+
+
+def test_what_a_cell_records(config):
+    run(config(), harness=FakeHarness())
+    cell = Store(config().output).cell("divprune-16", "text")
+    assert cell["stages"] == [{"method": "divprune", "keep": 16}]
+    assert cell["seed"] == 0
+    assert {"vlmslim", "torch", "transformers", "lmms_eval"} == cell["versions"].keys()
+    assert cell["hardware"] and cell["config_hash"] and cell["seconds"] >= 0
+    assert "git_commit" in cell
+    assert cell["receipt"]["kept"] == 16
+    assert len(Store(config().output).samples("divprune-16", "text")) == 4
+
+
+def test_fresh_spares_other_files(config):
+    config().output.mkdir(parents=True)
+    (config().output / "notes.txt").write_text("mine")
+    run(config(), fresh=True, harness=FakeHarness())
+    assert (config().output / "notes.txt").read_text() == "mine"
+
+
+def test_cells_without_a_run_are_not_trusted(config):
+    run(config(), harness=FakeHarness())
+    (config().output / "run.json").unlink()
+    with pytest.raises(ConfigError, match="no readable run.json"):
+        run(config(), harness=FakeHarness())
+
+
+def test_without_timing(config):
+    harness = FakeHarness()
+    board = run(config(timing=None), harness=harness)
+    assert harness.timed == []
+    assert all(row.prefill_ms is None for row in board.rows)
+
+
+def test_questions_are_told_apart_by_what_is_asked():
+    from vlmslim.evaluation.run import _questions
+
+    sample = {"doc_id": 0, "target": "a", "arguments": ["how many?", {"until": ["x"]}], "doc_hash": "at 0x7f"}
+    assert _questions([sample]) == _questions([sample | {"doc_hash": "at 0x80", "resps": [["b"]]}])
+    assert _questions([sample]) != _questions([sample | {"arguments": ["how many now?"]}])
+
+
+def test_provenance(tmp_path):
+    from vlmslim.evaluation import provenance
+
+    assert provenance.fingerprint("org/on-the-hub") is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    first = provenance.fingerprint(str(tmp_path))
+    (tmp_path / "README.md").write_text("words do not matter")
+    assert provenance.fingerprint(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(b"13")
+    assert provenance.fingerprint(str(tmp_path)) != first
+    assert "threads" in provenance.hardware("cpu")
+
+
+def test_the_files_of_a_run_are_plain_json_and_yaml(config):
+    run(config(), harness=FakeHarness())
+    written = config().output
+    assert json.loads((written / "leaderboard.json").read_text())["facts"]["model"] == "tiny"
+    assert SimpleNamespace(**json.loads((written / "cells/none/text.json").read_text())).task == "text"
+    assert not yaml.safe_load((written / "leaderboard.json").read_text())["facts"]["limit"]

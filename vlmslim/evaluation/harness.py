@@ -1,0 +1,248 @@
+"""Everything in `vlmslim run` that talks to lmms-eval: finding tasks, evaluating a cell, timing, plain config files."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+from loguru import logger
+
+import vlmslim
+import vlmslim.tasks
+from vlmslim import bundled
+from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_flops
+from vlmslim.evaluation import provenance
+from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
+
+BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent
+#: lmms-eval's own default on the command line; the Python API would leave reasoning tags alone.
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+
+Progress = Callable[..., object]  # called like tqdm(total=..., desc=...), gives a context manager with update(n)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What evaluating one method on one task gave."""
+
+    results: dict
+    samples: list[dict]
+    receipt: dict
+
+
+class Tasks:
+    """The tasks of a configuration, by name; nothing is downloaded.
+
+    Raises:
+        ConfigError: a task does not exist; the message names the nearest.
+    """
+
+    def __init__(self, config: RunConfig):
+        from lmms_eval.tasks import TaskManager
+
+        paths = [str(path) for path in [BUNDLED_TASKS, *config.include_path]]
+        names = [task.task for task in config.tasks]
+        self.manager = TaskManager("ERROR", include_path=paths, include_defaults=False)
+        self.include_path = paths
+        if not set(names) <= set(self.manager.all_tasks):  # the full index takes ten seconds or more
+            self.manager = TaskManager("ERROR", include_path=paths)
+        leaves: dict[str, TaskConfig] = {}
+        for task in config.tasks:
+            for name in self._leaves(task.task):
+                leaves.setdefault(name, TaskConfig(task=name, metric=task.metric))
+        self.leaves = list(leaves.values())
+
+    def _leaves(self, name: str) -> list[str]:
+        """The tasks inside a group or a tag; a task by itself."""
+        index = self.manager.task_index
+        if name not in index:
+            raise ConfigError(f"tasks: lmms-eval has no task {name!r}.{did_you_mean(name, index)}")
+        kind = index[name]["type"]
+        if kind == "tag":
+            members = index[name]["task"]
+        elif kind == "group":
+            members = _read_task(index[name]["yaml_path"])["task"]
+        else:
+            return [name]
+        if not all(isinstance(member, str) for member in members):
+            raise ConfigError(f"tasks: the group {name!r} defines tasks of its own; list the tasks you want instead")
+        return [leaf for member in members for leaf in self._leaves(member)]
+
+    def metrics(self, name: str) -> dict[str, bool]:
+        """The metrics that a task reports, in its own order, and whether higher is better."""
+        entries = _read_task(self.manager.task_index[name]["yaml_path"]).get("metric_list") or []
+        return {entry["metric"].strip(): entry.get("higher_is_better", True) for entry in entries}
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads lmms-eval's YAML without running the functions it names."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _read_task(path: str) -> dict:
+    """A task's YAML with what it includes. lmms-eval's own reader would import the task's code, which may download."""
+    data = yaml.load(Path(path).read_text(encoding="utf-8"), _AnyTag)
+    included = data.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        data = _read_task(str(Path(path).parent / name)) | data
+    return data
+
+
+def describe_checkpoint(config: RunConfig) -> dict:
+    """What is known of a checkpoint before it is loaded: its identity and its sizes."""
+    from transformers import AutoConfig
+
+    name = bundled.resolve(config.model.pretrained)
+    loaded = AutoConfig.from_pretrained(name, revision=config.model.revision)
+    return {
+        "identity": provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None),
+        "shape": asdict(DecoderShape.from_config(loaded)),
+        "tower_flops": tower_flops(loaded),
+    }
+
+
+class Harness:
+    """One loaded checkpoint that is evaluated under many methods.
+
+    Args:
+        config: the comparison.
+        progress: shows the progress of a cell.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress | None = None):
+        from vlmslim.evaluation.lmms_model import VlmSlim
+
+        self.config, self.progress = config, progress
+        self.tasks = Tasks(config)
+        first = VlmSlim(**config.model.arguments())
+        self.model, self.processor = first.model, first.processor
+        first.clean()
+        passed_on = {"max_frames_num", "system_prompt"} & config.model.arguments().keys()
+        self._options = {name: getattr(config.model, name) for name in passed_on}
+
+    def _lm(self, variant: Variant):
+        """The lmms-eval model of one method; lmms-eval discards it after use, the checkpoint stays."""
+        from vlmslim.evaluation.lmms_model import VlmSlim
+
+        stages, batch_size = list(variant.stages), self.config.batch_size
+        lm = VlmSlim(self.model, stages, batch_size, processor=self.processor, **self._options)
+        if self.progress is not None:
+            lm.progress = self.progress
+        return lm
+
+    def evaluate(self, variant: Variant, task: str) -> Cell:
+        """Evaluate one cell through lmms-eval, with the settings that its command line would use."""
+        from lmms_eval.evaluator import simple_evaluate
+
+        lm, config = self._lm(variant), self.config
+        try:
+            results = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=self.tasks.manager,
+                batch_size=config.batch_size,
+                limit=config.limit,
+                log_samples=True,
+                cli_args=Namespace(
+                    output_path=str(config.output),  # some tasks write submission files
+                    process_with_media=False,
+                    reasoning_tags=REASONING_TAGS,
+                ),
+                verbosity="ERROR",
+                **dict.fromkeys(
+                    ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed
+                ),
+            )
+        finally:
+            if hasattr(lm, "model"):  # it failed half-way: take the patch off
+                lm.clean()
+        samples = results.pop("samples")[task]
+        for name in ("date", "git_hash", "git_branch", "throughput", "usage", "efficiency"):
+            results.pop(name, None)
+        return Cell(results, samples, lm.receipt)
+
+    def time(self, variants: list[Variant], tick: Callable[[], None] = lambda: None) -> dict:
+        """Prefill and decode times of all methods on the same prompts, in turn, with ratios to the first."""
+        timing = self.config.timing
+        prompts = self._prompts(timing.prompts)
+
+        def attach(variant: Variant):
+            tick()
+            return nullcontext() if variant.unpatched else vlmslim.patch(self.model, list(variant.stages))
+
+        treatments = {v.label: partial(attach, v) for v in variants}
+        times = measure_together(self.model, treatments, prompts, timing.new_tokens, timing.repeats)
+        return {label: summarise(own, times[variants[0].label]) for label, own in times.items()}
+
+    def _prompts(self, count: int) -> list[dict]:
+        """`generate()` inputs of the first questions, taking the tasks in turn."""
+        from lmms_eval.tasks import get_task_dict
+
+        lm = self._lm(Variant("none", ({"method": "none"},)))
+        try:
+            names = [task.task for task in self.tasks.leaves][:count]
+            per_task = -(-count // len(names))
+            requests = []
+            for name, task in get_task_dict(names, self.tasks.manager, "simple").items():
+                lm.task_dict[name] = task.dataset
+                task.build_all_requests(limit=per_task, rank=0, world_size=1)
+                firsts = {}  # a multiple-choice question makes one request per choice
+                for request in task.instances:
+                    firsts.setdefault(request.doc_id, request)
+                requests += enumerate(firsts.values())
+            requests.sort(key=lambda pair: pair[0])
+            return [lm.inputs([request]) for _, request in requests[:count]]
+        finally:
+            lm.clean()
+
+
+def export(config: RunConfig, tasks: Tasks, directory: Path) -> list[Path]:
+    """Write every cell as a plain configuration file for `python -m lmms_eval --config FILE`.
+
+    Raises:
+        ConfigError: an argument cannot be written in lmms-eval's `key=value,...` form.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for variant in config.variants():
+        for task in tasks.leaves:
+            path = directory / f"{variant.label}__{task.task.replace('/', '_')}.yaml"
+            plain = {
+                "model": "vlmslim",
+                "model_args": _model_args(config, variant),
+                "tasks": task.task,
+                "include_path": tasks.include_path,
+                "batch_size": config.batch_size,
+                "seed": [config.seed] * 4,
+                "log_samples": True,
+                "output_path": str(directory / "results" / path.stem),
+                "verbosity": "DEBUG",  # at any other level lmms-eval ends with exit status 0 after a failure
+            } | ({} if config.limit is None else {"limit": config.limit})
+            path.write_text(yaml.safe_dump(plain, sort_keys=False, width=1000), encoding="utf-8")
+            paths.append(path)
+    return paths
+
+
+def _model_args(config: RunConfig, variant: Variant) -> str:
+    from lmms_eval.utils import simple_parse_args_string
+
+    stages = list(variant.stages)
+    method = stages[0] if len(stages) == 1 else {"method": json.dumps(stages)}
+    arguments = config.model.arguments() | method
+    text = ",".join(f"{key}={value}" for key, value in arguments.items())
+    if simple_parse_args_string(text) != arguments:
+        raise ConfigError(f"lmms-eval would not read {arguments} back from {text!r}; rename the path or the option")
+    return text
+
+
+def quiet(log: Path) -> None:
+    """Send lmms-eval's log to a file; the terminal is for progress and results."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logger.remove()
+    logger.add(log, level="INFO")

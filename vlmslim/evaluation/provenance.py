@@ -1,0 +1,72 @@
+"""Where numbers come from: library versions, git commit, hardware, and the identity of a checkpoint."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import vlmslim
+
+_WHOLE = 64 * 2**20  # files up to this size are hashed whole
+_EDGE = 2**20  # of larger ones, the beginning and the end
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    others = ("torch", "transformers", "lmms_eval")
+    return {"vlmslim": vlmslim.__version__, **{name: version(name) for name in others}}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package is imported from, with "+" if files differ; None elsewhere."""
+    package = Path(vlmslim.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or inside a stranger's repository
+            return None
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return f"{commit}+" if commit and changes else commit
+
+
+def hardware(device=None) -> str:
+    """The device that computes, in words."""
+    import torch
+
+    if device is not None and torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def fingerprint(checkpoint: str) -> str | None:
+    """A hash of a local checkpoint's files, so that a retrained one is not taken for the old; None on the hub."""
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        return None
+    seal = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model"):
+            size = path.stat().st_size
+            seal.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                seal.update(file.read(size if size <= _WHOLE else _EDGE))
+                if size > _WHOLE:
+                    file.seek(-_EDGE, os.SEEK_END)
+                    seal.update(file.read())
+    return seal.hexdigest()

@@ -1,0 +1,204 @@
+"""`vlmslim run`: evaluate every method at every budget on every task, and survive interruptions."""
+
+import os
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vlmslim.evaluation import provenance
+from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
+from vlmslim.evaluation.leaderboard import Leaderboard
+from vlmslim.evaluation.render import write_all
+from vlmslim.evaluation.store import Store, digest
+
+
+class CellError(RuntimeError):
+    """A cell that could not be evaluated; the message names it. Finished cells stay."""
+
+
+class Display:
+    """What a run tells the outside; the CLI overrides it with progress bars."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def cells(self, total: int, done: int) -> None:
+        """The grid has `total` cells, of which `done` are finished."""
+
+    def cell(self, label: str, task: str) -> None:
+        """A cell begins."""
+
+    def finished(self) -> None:
+        """A cell is saved."""
+
+    def bar(self, total: int = 0, desc: str = "", disable: bool = False) -> AbstractContextManager:
+        """A progress bar within a cell, called and used like tqdm's."""
+        raise NotImplementedError
+
+
+def run(config: RunConfig, *, fresh: bool = False, display: Display | None = None, harness=None) -> Leaderboard:
+    """Run what is not finished yet of a comparison, and write its leaderboard.
+
+    Args:
+        config: the comparison.
+        fresh: throw away the results that are in the output directory.
+        display: shows progress.
+        harness: what evaluates a cell; by default the checkpoint behind lmms-eval.
+
+    Raises:
+        ConfigError: the output directory belongs to another comparison, or to a run that is still going on.
+        CellError: a cell failed, or its method had no effect.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "vlmslim run is one process. For several: vlmslim run CONFIG --export DIR, then "
+            "accelerate launch -m lmms_eval --config DIR/FILE.yaml"
+        )
+    if harness is None:
+        from vlmslim.evaluation import harness
+    display = display or Display()
+    store = Store(config.output)
+    store.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(store.directory / ".lock", timeout=0):
+            if fresh:
+                store.clear()
+            return _Run(config, store, display, harness).complete()
+    except Timeout as error:
+        raise ConfigError(f"another run is writing to {store.directory}; wait, or use another --output") from error
+
+
+class _Run:
+    """One call of `run`, from the plan to the leaderboard."""
+
+    def __init__(self, config: RunConfig, store: Store, display: Display, harness):
+        self.config, self.store, self.display, self._module = config, store, display, harness
+        self.variants = config.variants()
+        self.tasks: list[TaskConfig] = harness.Tasks(config).leaves
+        self.record = {
+            "seed": config.seed,
+            "versions": provenance.versions(),
+            "git_commit": provenance.git_commit(),
+            "hardware": provenance.hardware(config.model.device),
+        }
+        checkpoint = harness.describe_checkpoint(config)
+        self.hash = store.open_run(
+            shared=config.shared() | {"checkpoint": checkpoint["identity"], "versions": self.record["versions"]},
+            config={
+                "model": config.model.pretrained,
+                "checkpoint": checkpoint,
+                "limit": config.limit,
+                "seed": config.seed,
+                "tasks": [task.model_dump() for task in self.tasks],
+                "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
+            },
+        )
+        self._loaded = None
+
+    @property
+    def harness(self):
+        """The loaded checkpoint; loaded when the first unfinished cell asks for it."""
+        if self._loaded is None:
+            self.display.say(f"loading {self.config.model.pretrained}")
+            self._loaded = self._module.Harness(self.config, self.display.bar)
+        return self._loaded
+
+    def complete(self) -> Leaderboard:
+        todo = [(v, t.task) for v in self.variants for t in self.tasks if not self._is_finished(v, t.task)]
+        total = len(self.variants) * len(self.tasks)
+        self.display.cells(total, total - len(todo))
+        for variant, task in todo:
+            self.display.cell(variant.label, task)
+            self._evaluate(variant, task)
+            self.display.finished()
+        self._time()
+        board = Leaderboard.read(self.store.directory)
+        write_all(board, self.store.directory)
+        return board
+
+    def _is_finished(self, variant: Variant, task: str) -> bool:
+        cell = self.store.cell(variant.label, task)
+        if cell is None:
+            return False
+        if cell["stages"] != list(variant.stages) or cell["config_hash"] != self.hash:
+            raise ConfigError(
+                f"{self.store.directory} holds a cell {variant.label} / {task} that was made with {cell['stages']}; "
+                "give the changed method another 'label', use another --output directory, or start over with --fresh"
+            )
+        return True
+
+    def _evaluate(self, variant: Variant, task: str) -> None:
+        harness = self.harness
+        started = time.perf_counter()
+        try:
+            cell = harness.evaluate(variant, task)
+            check_effect(variant, cell.receipt)
+        except Exception as error:
+            raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
+        record = {
+            "stages": list(variant.stages),
+            "config_hash": self.hash,
+            **self.record,
+            "seconds": round(time.perf_counter() - started, 3),
+            "questions": _questions(cell.samples),
+            "receipt": cell.receipt,
+            "lmms_eval": cell.results,
+        }
+        self.store.save_cell(variant.label, task, record, cell.samples)
+
+    def _time(self) -> None:
+        """Time all methods together; a method that was added later makes all of them be timed again."""
+        if self.config.timing is None:
+            return
+        settings = {
+            "config_hash": self.hash,
+            "timing": self.config.timing.model_dump(),
+            "rows": [[v.label, list(v.stages)] for v in self.variants],
+        }
+        before = self.store.timing
+        if before is not None and before["settings"] == settings:
+            return
+        timing = self.config.timing
+        self.display.say(
+            f"timing {len(self.variants)} rows together: {timing.prompts} prompts, {timing.repeats} repetitions"
+        )
+        rounds = len(self.variants) * (timing.repeats + 1)
+        with self.display.bar(total=rounds, desc="timing") as bar:
+            times = self.harness.time(self.variants, lambda: bar.update(1))
+        self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
+
+
+def _questions(samples: list[dict]) -> str:
+    """A hash of what was asked; not lmms-eval's `doc_hash`, in which pictures stand by their memory address."""
+    asked = [
+        [sample["doc_id"], sample["target"], [text for text in sample["arguments"] if isinstance(text, str)]]
+        for sample in samples
+    ]
+    return digest(asked)
+
+
+def check_effect(variant: Variant, receipt: dict) -> None:
+    """Refuse a cell in which a method was on and did nothing.
+
+    Raises:
+        RuntimeError: no image lost a token, although the method was not asked to keep all of them.
+    """
+    if variant.unpatched or receipt["had_effect"]:
+        return
+    if not receipt["images"]:
+        raise RuntimeError("no image reached the model, so the method had nothing to do; take the task out")
+    requested = receipt["requested"]
+    if requested is None or requested < receipt["visual_tokens"]:
+        raise RuntimeError(
+            f"the method had no effect on any of {receipt['images']} images: {receipt['visual_tokens']:.1f} visual "
+            f"tokens went in and {receipt['kept']:.1f} came out"
+        )
+
+
+def export(config: RunConfig, directory: Path | str) -> list[Path]:
+    """Write every cell as a plain lmms-eval configuration; see `harness.export`."""
+    from vlmslim.evaluation import harness
+
+    return harness.export(config, harness.Tasks(config), Path(directory))

@@ -1,0 +1,146 @@
+"""The output directory of a run: every file is whole or absent, and says which run it belongs to.
+
+run.json                     the configuration, and what every cell shares
+cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of how they came about
+cells/LABEL/TASK.jsonl       its samples, one question per line
+timing.json                  prefill and decode times of all methods, taken together
+leaderboard.{md,csv,json,html}
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlmslim.evaluation.config import ConfigError
+
+
+def digest(value) -> str:
+    """A hash of anything JSON-able, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or the next run after a crash, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sealed(record: dict) -> str:
+    record = json.loads(json.dumps(record, default=str))
+    return json.dumps({**record, "seal": digest(record)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _unsealed(path: Path) -> dict | None:
+    """The record, or None if the file is absent, cut short or changed."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        seal = record.pop("seal")
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+        return None
+    return record if seal == digest(record) else None
+
+
+class Store:
+    """Reads and writes one output directory."""
+
+    def __init__(self, directory: Path | str):
+        self.directory = Path(directory)
+
+    # ------------------------------------------------------------------ the run
+
+    @property
+    def run(self) -> dict | None:
+        """What `open_run` wrote; None in a directory without a run."""
+        return _unsealed(self.directory / "run.json")
+
+    def open_run(self, shared: dict, config: dict) -> str:
+        """Start or continue a run.
+
+        Args:
+            shared: everything that changes the numbers of all cells; a run goes on only with the very same.
+            config: the configuration as a whole; methods and tasks may be added from run to run.
+
+        Returns:
+            The hash of `shared`, which every cell carries.
+
+        Raises:
+            ConfigError: the directory holds results that are not comparable, naming what differs.
+        """
+        before = self.run
+        if before is None and (self.directory / "cells").is_dir():
+            raise ConfigError(f"{self.directory} holds cells but no readable run.json; use another --output or --fresh")
+        if before is not None and (differences := _differences(before["shared"], json.loads(json.dumps(shared)))):
+            raise ConfigError(
+                f"{self.directory} holds results of another run, and numbers must not be mixed:\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + "\nUse another --output directory, restore the configuration, or start over with --fresh"
+            )
+        write_atomically(self.directory / "run.json", _sealed({"shared": shared, "config": config}))
+        return digest(shared)
+
+    def clear(self) -> None:
+        """Delete the results, and nothing else that may lie in the directory."""
+        shutil.rmtree(self.directory / "cells", ignore_errors=True)
+        for name in ("run.json", "timing.json"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ cells
+
+    def _path(self, label: str, task: str) -> Path:
+        return self.directory / "cells" / label / f"{task.replace('/', '_')}.json"
+
+    def save_cell(self, label: str, task: str, record: dict, samples: Iterable[dict]) -> None:
+        """Write a finished cell: the samples first, then the record that vouches for them."""
+        path = self._path(label, task)
+        lines = "".join(json.dumps(s, default=str, ensure_ascii=False) + "\n" for s in samples)
+        write_atomically(path.with_suffix(".jsonl"), lines)
+        seal = hashlib.sha256(lines.encode()).hexdigest()
+        write_atomically(path, _sealed({**record, "label": label, "task": task, "samples_sha256": seal}))
+
+    def cell(self, label: str, task: str) -> dict | None:
+        """The record of a finished cell; None if there is none, or if any of its two files is not whole."""
+        path = self._path(label, task)
+        record = _unsealed(path)
+        samples = path.with_suffix(".jsonl")
+        if record is None or not samples.is_file():
+            return None
+        whole = hashlib.sha256(samples.read_bytes()).hexdigest() == record["samples_sha256"]
+        return record if whole else None
+
+    def samples(self, label: str, task: str) -> list[dict]:
+        """The samples of a finished cell, in the order of the task's questions."""
+        text = self._path(label, task).with_suffix(".jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    # ------------------------------------------------------------------ timings
+
+    def save_timing(self, record: dict) -> None:
+        """Write the timings of all methods, which were taken together."""
+        write_atomically(self.directory / "timing.json", _sealed(record))
+
+    @property
+    def timing(self) -> dict | None:
+        """The timings; None if there are none or the file is not whole."""
+        return _unsealed(self.directory / "timing.json")
+
+
+def _differences(before: dict, now: dict, where: str = "") -> list[str]:
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{where}{key}.")
+        elif old != new:
+            lines.append(f"{where}{key}: {old!r} there, {new!r} now")
+    return lines
