@@ -1,0 +1,144 @@
+"""Train the bundled tiny CLIP on composed scenes, and export its tower for LLaVA.
+
+open_clip builds the model and gives the contrastive loss. Beside it, linear heads predict from each patch token of
+the PENULTIMATE layer (the one LLaVA reads) what occupies the patch; the generator knows that. The heads are thrown
+away. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same command again.
+
+    python scripts/train_tiny_clip.py --out runs/tiny-clip [KEY=VALUE ...]
+"""
+
+import argparse
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from scenes import LABELS, caption, make_scene
+from torch import nn
+from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
+
+HERE = Path(__file__).resolve().parent
+
+
+@lru_cache
+def tokenizer() -> open_clip.SimpleTokenizer:
+    """open_clip's BPE tokenizer."""
+    return open_clip.SimpleTokenizer()
+
+
+def sample(seed: int, split: str = "train") -> dict:
+    """Picture, caption and dense labels of one scene."""
+    scene = make_scene(seed, split)
+    text = caption(scene, np.random.default_rng([seed, 2]))
+    return {"image": pixels(scene.image), "text": tokenizer()([text])[0], "labels": torch.from_numpy(scene.labels)}
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack samples to a batch."""
+    return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+class Trainee(nn.Module):
+    """The CLIP and its throw-away dense heads."""
+
+    def __init__(self, model: dict):
+        super().__init__()
+        self.clip = CLIP(**model)
+        self.heads = nn.Linear(model["vision_cfg"]["width"], sum(LABELS.values()))
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image features (B, D) and text features (B, D), normalised, and dense logits (B, 144, classes)."""
+        visual = self.clip.visual
+        x = visual._embeds(images)
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        dense = self.heads(x[:, 1:])
+        pooled, _ = visual._pool(visual.transformer.resblocks[-1](x))
+        return F.normalize(pooled @ visual.proj, dim=-1), self.clip.encode_text(texts, normalize=True), dense
+
+
+def dense_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over label groups of the cross-entropy; empty patches count for less."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    for i, group in enumerate(logits.float().split(list(LABELS.values()), -1)):
+        target = labels[..., i].long()
+        loss = F.cross_entropy(group.flatten(0, 1), target.flatten(), reduction="none")
+        weight = torch.where(target.flatten() > 0, 1.0, 0.15)
+        total = total + (loss * weight).sum() / weight.sum()
+    return total
+
+
+@torch.no_grad()
+def evaluate(trainee: Trainee, device: torch.device, n: int = 128) -> dict:
+    """On held-out scenes: accuracy of each dense label where it is not empty, and picture-to-caption retrieval."""
+    batch = collate([sample(10**6 + i, "test") for i in range(n)])
+    trainee.eval()
+    image, text, dense = trainee(normalise(batch["image"].to(device)), batch["text"].to(device))
+    trainee.train()
+    out = {"retrieval": float(((image @ text.T).argmax(-1) == torch.arange(n, device=device)).float().mean())}
+    for i, (name, group) in enumerate(zip(LABELS, dense.split(list(LABELS.values()), -1), strict=True)):
+        target = batch["labels"][..., i].long().to(device)
+        out[name] = float((group.argmax(-1) == target)[target > 0].float().mean())
+    return out
+
+
+def export(clip: CLIP, model: dict, folder: Path) -> None:
+    """Write the open_clip folder: open_clip.create_model_and_transforms("local-dir:" + folder) loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest", "size": 192}
+    preprocess["size"] = model["vision_cfg"]["image_size"]
+    text = json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}, indent=2)
+    (folder / "open_clip_config.json").write_text(text + "\n")
+    state = {k: v.half().contiguous().cpu() for k, v in clip.state_dict().items() if v.is_floating_point()}
+    state.pop("attn_mask", None)
+    save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_model.safetensors").chmod(0o644)
+
+
+def main() -> None:
+    """Train, evaluate, export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=HERE / "tiny_clip.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-clip")
+    parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
+    args = parser.parse_intermixed_args()
+    config = read_config(args.config, args.overrides)
+    accelerator = start(config)
+    trainee = Trainee(config["model"]).to(accelerator.device)
+    by_adamw = ("embedding", "heads", "visual.proj", "projection")
+    optimizers = Optimizers(dict(trainee.named_parameters()), config, by_adamw)
+    clip_loss = open_clip.loss.ClipLoss()
+    run = Run(args.out, config)
+    step = run.resume(trainee, optimizers)
+    print(f"{sum(p.numel() for p in trainee.clip.visual.parameters()) / 1e6:.2f} M vision parameters, from step {step}")
+    stop = min(args.stop or config["steps"], config["steps"])
+    for batch in loader(sample, config, step, collate) if step < stop else ():
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+        with accelerator.autocast():
+            image, text, dense = trainee(normalise(batch["image"]), batch["text"])
+        contrast = clip_loss(image.float(), text.float(), trainee.clip.logit_scale.exp().clamp(max=100))
+        local = dense_loss(dense, batch["labels"])
+        loss = config["dense_weight"] * local + config["contrast_weight"] * contrast
+        accelerator.backward(loss)
+        nn.utils.clip_grad_norm_(trainee.parameters(), 2.0)
+        optimizers.step(step)
+        step += 1
+        if step % config["log_every"] == 0 or step == stop:
+            run.log(step=step, loss=float(loss), dense=float(local), contrast=float(contrast))
+        if step % config["eval_every"] == 0 or step == stop:
+            with accelerator.autocast():
+                run.log(step=step, **evaluate(trainee, accelerator.device))
+            run.save(step, trainee, optimizers)
+            export(trainee.clip, config["model"], args.out / "tiny-clip")
+        if step == stop:
+            break
+
+
+if __name__ == "__main__":
+    main()

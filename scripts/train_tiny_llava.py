@@ -1,0 +1,264 @@
+"""Train the bundled tiny LLaVA on questions about composed scenes, and export it in Hugging Face format.
+
+The LLaVA recipe in small: the tower is the tiny CLIP's, frozen, its features read from the penultimate layer; a
+two-layer projector and a LLaMA decoder are trained from scratch. One sequence packs several questions about one
+picture; mostly each question sees only the picture and itself (an attention mask, positions restarted), so one
+pass over the picture feeds many single-question prompts. Only answers are supervised. Resumable: run it again.
+
+    python scripts/train_tiny_llava.py --clip runs/tiny-clip/tiny-clip --out runs/tiny-llava [KEY=VALUE ...]
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from scenes import CHARACTERS, GRID, SIZE, TASKS, Question, ask, make_scene
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+HERE = Path(__file__).resolve().parent
+IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
+# LLaVA-1.5's format; the message's content is a string (which may hold <image>) or a list of parts.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% else %}{{ message['role'] | upper + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` entries learned from our questions; digits and capitals stand alone."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(CHARACTERS)]
+    for seed in range(300):
+        scene = make_scene(seed, "train")
+        questions = [ask(scene, task, rng) for task in TASKS for _ in range(3)]
+        texts += [f"{q.text} {q.answer}" for q in questions if q and q.task != "text"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("[A-Z0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, BOS, EOS, IMAGE]
+    roles = ["USER:", "ASSISTANT:"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(roles), special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(r, normalized=False) for r in roles])
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
+        extra_special_tokens={"image_token": IMAGE}, model_max_length=2048, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The processor: 192 px, 144 image tokens."""
+    side = {"height": SIZE, "width": SIZE}
+    image = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side, image_mean=MEAN, image_std=STD)
+    return LlavaProcessor(
+        image, tokenizer, patch_size=SIZE // GRID, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE, image_token=IMAGE,
+    )  # fmt: skip
+
+
+def tower_from_open_clip(folder: Path) -> tuple[CLIPVisionConfig, dict[str, torch.Tensor]]:
+    """The vision tower of an open_clip folder as a Hugging Face CLIPVisionModel's config and weights (fp32)."""
+    vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    width = vision["width"]
+    config = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision["layers"], hidden_act="gelu",
+        num_attention_heads=width // vision["head_width"], image_size=vision["image_size"],
+        patch_size=vision["patch_size"], projection_dim=128,
+    )  # fmt: skip
+    state = load_file(folder / "open_clip_model.safetensors")
+    ours = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    out = {"embeddings.class_embedding": ours["class_embedding"],
+           "embeddings.position_embedding.weight": ours["positional_embedding"],
+           "embeddings.patch_embedding.weight": ours["conv1.weight"]}  # fmt: skip
+    for kind in ("weight", "bias"):
+        out[f"pre_layrnorm.{kind}"], out[f"post_layernorm.{kind}"] = ours[f"ln_pre.{kind}"], ours[f"ln_post.{kind}"]
+        for i in range(vision["layers"]):
+            theirs, own = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            for a, b in names.items():
+                out[f"{theirs}.{b}.{kind}"] = ours[f"{own}.{a}.{kind}"]
+            for part, value in zip("qkv", ours[f"{own}.attn.in_proj_{kind}"].chunk(3), strict=True):
+                out[f"{theirs}.self_attn.{part}_proj.{kind}"] = value
+    return config, out
+
+
+def make_model(config: dict, tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForConditionalGeneration:
+    """The model before training: the tiny CLIP's frozen tower, fresh projector and decoder."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    vision, tower = tower_from_open_clip(clip)
+    text = LlamaConfig(vocab_size=config["vocabulary"], tie_word_embeddings=True, **config["decoder"], **ids)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=GRID * GRID, tie_word_embeddings=True, dtype="float32", **ids,
+        )
+    )  # fmt: skip
+    model.model.vision_tower.load_state_dict(tower)
+    model.model.vision_tower.requires_grad_(False)
+    model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=16)
+    return model
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool) -> dict[str, torch.Tensor]:
+    """Tokens of one sequence: ids, labels (-100 where not supervised), positions, and each token's turn.
+
+    Turn 0 is what every turn sees: "<s>USER: <image>*144". In a `chat` all turns are number 1 and follow on.
+    """
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    ids = [tokenizer.bos_token_id, *encode("USER: " + IMAGE * GRID**2 + "\n")]
+    labels, turns, positions = [-100] * len(ids), [0] * len(ids), list(range(len(ids)))
+    shared = len(ids)
+    for number, question in enumerate(questions, 1):
+        user = "USER: " if chat and number > 1 else ""
+        asked = encode(f"{user}{question.text} ASSISTANT:")
+        answered = [*encode(f" {question.answer}"), tokenizer.eos_token_id]
+        first = len(ids) if chat else shared
+        ids += asked + answered
+        labels += [-100] * len(asked) + answered
+        turns += [1 if chat else number] * (len(asked) + len(answered))
+        positions += range(first, first + len(asked) + len(answered))
+    return {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "turns": torch.tensor(turns),
+            "positions": torch.tensor(positions)}  # fmt: skip
+
+
+def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: str = "train") -> dict:
+    """A picture and one packed sequence of questions about it."""
+    scene = make_scene(seed, split)
+    rng = np.random.default_rng([seed, 3])
+    weights = np.array([config["mixture"][t] for t in TASKS], float)
+    questions: dict[str, Question] = {}
+    for task in rng.choice(TASKS, 3 * config["turns"], p=weights / weights.sum()):
+        question = ask(scene, str(task), rng)
+        if question and len(questions) < config["turns"]:
+            questions.setdefault(question.text, question)
+    asked = list(questions.values())
+    chat = split == "train" and rng.random() < config["chat"]
+    tasks = torch.tensor([TASKS.index(q.task) for q in asked])
+    return {"image": pixels(scene.image), "tasks": tasks, **pack(tokenizer, asked, chat)}
+
+
+def collate(samples: list[dict], pad: int) -> dict:
+    """Right-pad to a batch; the mask (B, 1, L, L) lets a token see earlier ones of turn 0 and of its own turn."""
+    fill = {"ids": pad, "labels": -100, "turns": -1, "positions": 0}
+    batch = {k: torch.nn.utils.rnn.pad_sequence([s[k] for s in samples], True, v) for k, v in fill.items()}
+    turns = batch["turns"]
+    same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
+    batch["mask"] = (same & torch.ones_like(same).tril())[:, None]
+    batch["image"] = torch.stack([s["image"] for s in samples])
+    batch["tasks"] = [s["tasks"] for s in samples]
+    return batch
+
+
+def answer_logits(model: LlavaForConditionalGeneration, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, vocabulary) and targets (N,) at the supervised positions of a batch."""
+    hidden = model.model(
+        input_ids=batch["ids"], pixel_values=normalise(batch["image"]), attention_mask=batch["mask"],
+        position_ids=batch["positions"], use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    target = batch["labels"][:, 1:]
+    return model.lm_head(hidden[:, :-1][target != -100]), target[target != -100]
+
+
+@torch.no_grad()
+def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelerator) -> dict[str, float]:
+    """Share of held-out questions whose whole answer is the greedy one, by task."""
+    right: dict[str, list[float]] = {task: [] for task in TASKS}
+    model.eval()
+    for batch in batches:
+        moved = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
+        with accelerator.autocast():
+            logits, target = answer_logits(model, moved)
+        correct = (logits.argmax(-1) == target).tolist()
+        ends = (target == model.config.text_config.eos_token_id).nonzero().flatten().tolist()
+        first = 0
+        for task, end in zip(torch.cat(batch["tasks"]).tolist(), ends, strict=True):
+            right[TASKS[task]].append(float(all(correct[first : end + 1])))
+            first = end + 1
+    model.train()
+    return {task: float(np.mean(values)) if values else float("nan") for task, values in right.items()}
+
+
+def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Write the checkpoint: fp16 on disk, fp32 when loaded without a dtype (CPUs are slow in fp16)."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def main() -> None:
+    """Train, evaluate, export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=HERE / "tiny_llava.yaml")
+    parser.add_argument("--clip", type=Path, required=True, help="open_clip folder of the tiny CLIP")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava")
+    parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
+    args = parser.parse_intermixed_args()
+    config = read_config(args.config, args.overrides)
+    accelerator = start(config)
+    tokenizer = make_tokenizer(config["vocabulary"])
+    processor = make_processor(tokenizer)
+    model = make_model(config, tokenizer, args.clip).to(accelerator.device)
+    optimizers = Optimizers(dict(model.named_parameters()), config, ("embed_tokens", "lm_head"))
+    run = Run(args.out, config)
+    step = run.resume(model, optimizers)
+    make = partial(sample, tokenizer=tokenizer, config=config)
+    join = partial(collate, pad=tokenizer.pad_token_id)
+    held_out = [make(10**7 + i, split="test") for i in range(config["eval_scenes"])]
+    held_out = [join(held_out[i : i + 16]) for i in range(0, len(held_out), 16)]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}", flush=True)
+    stop = min(args.stop or config["steps"], config["steps"])
+    for batch in loader(make, config, step, join) if step < stop else ():
+        batch = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
+        with accelerator.autocast():
+            logits, target = answer_logits(model, batch)
+        loss = F.cross_entropy(logits.float(), target)
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(step)
+        step += 1
+        if step % config["log_every"] == 0 or step == stop:
+            run.log(step=step, loss=float(loss), tokens=batch["ids"].shape[1])
+        if step % config["eval_every"] == 0 or step == stop:
+            run.log(step=step, **evaluate(model, held_out, accelerator))
+            run.save(step, model, optimizers)
+            export(model, processor, args.out / "tiny-llava")
+        if step == stop:
+            break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The bundled checkpoints: genuine formats, one tower, small."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAVA, CLIP = ROOT / "vlmslim" / "bundled" / "tiny-llava", ROOT / "vlmslim" / "bundled" / "tiny-clip"
+pytestmark = pytest.mark.skipif(not LLAVA.exists() or not CLIP.exists(), reason="bundled checkpoints are not there")
+
+
+@pytest.fixture(scope="module")
+def llava():
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(LLAVA, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(LLAVA)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    open_clip = pytest.importorskip("open_clip")
+    name = f"local-dir:{CLIP}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import scenes
+
+    scene = scenes.make_scene(5, "test")
+    return scene, [scenes.ask(scene, t, np.random.default_rng(0)) for t in ("choice", "presence")]
+
+
+def test_budget_and_dtype():
+    from safetensors import safe_open
+
+    files = [LLAVA / "model.safetensors", CLIP / "open_clip_model.safetensors"]
+    assert sum(f.stat().st_size for f in files) < 30 * 2**20
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_llava_layout(llava):
+    model, processor = llava
+    text = model.config.text_config
+    assert model.config.model_type == "llava" and model.config.image_seq_length == 144
+    assert text.model_type == "llama" and text.num_hidden_layers >= 8
+    assert model.config.vision_config.model_type == "clip_vision_model"
+    assert type(processor).__name__ == "LlavaProcessor" and processor.tokenizer.padding_side == "left"
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
+    config = json.loads((LLAVA / "config.json").read_text())
+    assert "auto_map" not in config
+
+
+def test_processor_and_chat_template(llava, scene):
+    _, processor = llava
+    scene, (question, _) = scene
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert prompt == f"USER: <image>\n{question.text} ASSISTANT:"
+    turns = [{"role": "user", "content": "<image>\n" + question.text}, {"role": "assistant", "content": "yes"}]
+    whole = processor.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert whole == f"{prompt} yes</s>"
+    ids = processor(images=scene.image, text=prompt, return_tensors="pt")
+    assert ids["pixel_values"].shape == (1, 3, 192, 192)
+    assert int((ids["input_ids"] == processor.image_token_id).sum()) == 144
+    for text in ("Is the cat left, right, above or below the ring?", "K7Q 42"):
+        assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_generate(llava, scene):
+    model, processor = llava
+    scene, questions = scene
+    prompts = [f"USER: <image>\n{q.text} ASSISTANT:" for q in questions]
+    inputs = processor(images=[scene.image] * 2, text=prompts, padding=True, return_tensors="pt")
+    out = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    assert all(processor.batch_decode(out, skip_special_tokens=True))
+
+
+def test_towers_are_one(llava, clip, scene):
+    model, processor = llava
+    clip, preprocess, tokenizer = clip
+    image = scene[0].image
+    pixels = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+    assert torch.allclose(preprocess(image)[None], pixels, atol=1e-5)
+    with torch.no_grad():
+        hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        x = clip.visual._embeds(pixels)
+        for i, block in enumerate(clip.visual.transformer.resblocks):
+            x = block(x)
+            assert (x - hidden[i + 1]).abs().max() < 1e-4 * max(1.0, float(x.abs().max()))
+        assert clip.encode_image(pixels).shape == clip.encode_text(tokenizer(["a cat"])).shape
+
+
+def test_packed_questions_equal_single_prompts(llava, scene):
+    """Training packs questions; every one of them must see exactly what a single prompt sees."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    train = pytest.importorskip("train_tiny_llava")
+    model, processor = llava
+    scene, questions = scene
+
+    def logits(some):
+        packed = train.pack(processor.tokenizer, some, chat=False)
+        batch = train.collate([{"image": train.pixels(scene.image), "tasks": torch.zeros(1), **packed}], 0)
+        with torch.no_grad():
+            return train.answer_logits(model, batch)[0]
+
+    singles = torch.cat([logits([q]) for q in questions])
+    assert torch.allclose(logits(questions), singles, atol=1e-3)
+    prompt = f"USER: <image>\n{questions[0].text} ASSISTANT: {questions[0].answer}</s>"
+    ids = processor(images=scene.image, text=prompt, return_tensors="pt")["input_ids"][0]
+    assert torch.equal(ids, train.pack(processor.tokenizer, questions[:1], chat=False)["ids"])

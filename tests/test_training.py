@@ -1,0 +1,71 @@
+"""Both training scripts end to end on a micro config: they run, export, and resume to the same loss."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+CLIP = (
+    "model={embed_dim: 16, vision_cfg: {image_size: 192, patch_size: 16, width: 32, layers: 2, head_width: 16}, "
+    "text_cfg: {context_length: 77, vocab_size: 49408, width: 16, heads: 1, layers: 1}}"
+)
+LLAVA = (
+    "decoder={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, "
+    "intermediate_size: 48}"
+)
+MICRO = ["steps=4", "batch=2", "workers=0", "device=cpu", "log_every=1", "eval_every=2"]
+
+
+def run(script, *args):
+    command = [sys.executable, str(SCRIPTS / script), *map(str, args), *MICRO]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_unknown_key_is_refused():
+    sys.path.insert(0, str(SCRIPTS))
+    from train_common import read_config
+
+    with pytest.raises(ValueError, match="no key 'stepz'"):
+        read_config(SCRIPTS / "tiny_clip.yaml", ["stepz=3"])
+
+
+@pytest.mark.slow
+def test_train_resume_and_export(tmp_path):
+    clip, llava = ("train_tiny_clip.py", CLIP), ("train_tiny_llava.py", LLAVA, "eval_scenes=4", "turns=3")
+    run(*clip, "--out", tmp_path / "clip")
+    run(*clip, "--out", tmp_path / "clip2", "--stop", 2)
+    run(*clip, "--out", tmp_path / "clip2")
+    assert len(losses(tmp_path / "clip")) == 4
+    assert losses(tmp_path / "clip") == pytest.approx(losses(tmp_path / "clip2"), rel=1e-3)
+
+    tower = ("--clip", tmp_path / "clip" / "tiny-clip")
+    run(*llava, *tower, "--out", tmp_path / "llava")
+    run(*llava, *tower, "--out", tmp_path / "llava2", "--stop", 2)
+    run(*llava, *tower, "--out", tmp_path / "llava2")
+    assert len(losses(tmp_path / "llava")) == 4
+    assert losses(tmp_path / "llava") == pytest.approx(losses(tmp_path / "llava2"), rel=1e-3)
+
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    exported = tmp_path / "llava" / "tiny-llava"
+    model = LlavaForConditionalGeneration.from_pretrained(exported)
+    assert model.config.image_seq_length == 144
+    assert AutoProcessor.from_pretrained(exported).tokenizer.padding_side == "left"
+
+
+@pytest.mark.slow
+def test_other_config_is_not_mixed_in(tmp_path):
+    run("train_tiny_clip.py", CLIP, "--out", tmp_path, "--stop", 2)
+    command = [sys.executable, str(SCRIPTS / "train_tiny_clip.py"), CLIP, "--out", str(tmp_path), *MICRO, "seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "other values of seed" in done.stderr
