@@ -51,6 +51,20 @@ class Query:
     target: str = ""  # continuation to score
 
 
+class Score(GenerationResult):
+    """The pair (loss, greedy) of a continuation.
+
+    lmms-eval 0.7 turns every other pair into text before its tasks see it, and then they fail; what a
+    `GenerationResult` holds, it hands over as it is.
+    """
+
+    def __init__(self, loss: float, greedy: bool):
+        super().__init__((loss, greedy))
+
+    def __iter__(self):
+        return iter(self.text)
+
+
 class VlmSlim(lmms):
     """`LlavaForConditionalGeneration` and its relatives behind lmms-eval's simple protocol.
 
@@ -170,7 +184,7 @@ class VlmSlim(lmms):
             live = {i: query for i, query in live.items() if query}
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[Score]:
         """Score continuations: the mean negative log-likelihood per token, and whether greedy decoding says the same.
 
         Negative and per token because lmms-eval wants a loss here: its multiple-choice tasks take the `argmin`.
@@ -257,7 +271,7 @@ class VlmSlim(lmms):
             results.append(GenerationResult(_cut(self.tokenizer.decode(row, skip_special_tokens=True), until), counts))
         return results
 
-    def _score(self, queries: list[Query], prompts: list[Prompt]) -> list[tuple[float, bool]]:
+    def _score(self, queries: list[Query], prompts: list[Prompt]) -> list[Score]:
         pairs = [self.prompter.continued(prompt, query.target) for prompt, query in zip(prompts, queries, strict=True)]
         prompts, lengths = zip(*pairs, strict=True)
         inputs = self._encode(prompts)
@@ -268,7 +282,7 @@ class VlmSlim(lmms):
         for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
             logit, target = row[-length - 1 : -1], ids[-length:].to(row.device)
             loss = torch.nn.functional.cross_entropy(logit, target)
-            results.append((loss.item(), bool((logit.argmax(-1) == target).all())))
+            results.append(Score(loss.item(), bool((logit.argmax(-1) == target).all())))
         return results
 
 

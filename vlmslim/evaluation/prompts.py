@@ -102,15 +102,15 @@ class Prompter:
         """The prompt with `answer` written behind it, and how many tokens of the whole belong to the answer.
 
         Raises:
-            ValueError: the answer adds no token.
+            ValueError: the answer is blank.
         """
+        if not answer.strip():
+            raise ValueError(f"nothing to score: the continuation is {answer!r}")
         text = prompt.text + self._separator + answer.lstrip()
         # Pictures stand before the answer, so it is as long as before they are expanded. It starts at the first token
         # that it changes, also where its first characters merge with the last ones of the prompt.
         before, after = (self.tokenizer(t, **self._special(t))["input_ids"] for t in (prompt.text, text))
         shared = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
-        if shared >= len(after):
-            raise ValueError(f"nothing to score: the continuation is {answer!r}")
         return Prompt(text, prompt.media), len(after) - shared
 
     @cached_property

@@ -1,0 +1,96 @@
+"""The bundled tasks: found, complete, read without a network, and scored as they should be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+
+from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
+from lmms_eval.utils import load_yaml_config  # noqa: E402
+
+import vlmslim.tasks  # noqa: E402
+from vlmslim import bundled  # noqa: E402
+from vlmslim.tasks.scenes.utils import normalise, score  # noqa: E402
+
+SCENES = Path(vlmslim.tasks.path()) / "scenes"
+NAMES = ["presence", "colour", "count", "spatial", "detail", "text", "choice"]
+NAMES = [f"scenes_{name}" for name in NAMES]
+needs_data = pytest.mark.skipif(
+    not all((SCENES / "data" / f"{name}.parquet").is_file() for name in NAMES), reason="the questions are not built yet"
+)
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager("ERROR", include_path=vlmslim.tasks.path(), include_defaults=False)
+
+
+def test_every_task_and_the_group_are_found(manager):
+    assert manager.all_groups == ["scenes"]
+    assert sorted(manager.all_subtasks) == sorted(NAMES)
+    assert load_yaml_config(SCENES / "scenes.yaml", mode="simple")["task"] == NAMES
+
+
+def test_no_name_collides_with_a_task_of_lmms_eval():
+    import lmms_eval.tasks
+
+    own = {path.stem for path in Path(lmms_eval.tasks.__file__).parent.rglob("*scenes*.yaml")}
+    assert not own & {"scenes", *NAMES}
+
+
+@needs_data
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_do_not_depend_on_the_working_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = load_yaml_config(SCENES / f"{name}.yaml", mode="full")["dataset_kwargs"]["data_files"]
+    assert Path(files["test"]).is_absolute() and Path(files["test"]).is_file()
+
+
+@needs_data
+@pytest.mark.parametrize("name", NAMES)
+def test_the_questions_load_and_their_answers_score(name, manager, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    task = get_task_dict([name], manager)[name]
+    docs = task.test_docs()
+    assert len(docs) >= 200
+    assert len(set(docs["id"])) == len(docs)
+    assert len(set(docs["answer"])) > 1
+    doc = docs[0]
+    assert task.doc_to_visual(doc)[0].mode == "RGB"
+    assert task.doc_to_text(doc) == doc["question"]
+    task.build_all_requests(limit=3)
+    if name == "scenes_choice":
+        assert all(doc["answer"] in doc["choices"] for doc in docs.remove_columns("image"))
+        right = doc["choices"].index(doc["answer"])
+        losses = [(0.1 if i == right else 2.0, False) for i in range(len(doc["choices"]))]
+        assert task.process_results(doc, losses) == {"acc": 1.0}
+        assert task.process_results(doc, losses[1:] + losses[:1]) == {"acc": 0.0}
+    else:
+        assert task.process_results(doc, [f" {doc['answer'].upper()}."]) == {"acc": 1.0}
+        assert task.process_results(doc, [f"not {doc['answer']}"]) == {"acc": 0.0}
+        assert len(task.instances) == 3
+
+
+def test_answers_are_compared_without_case_blanks_and_full_stop():
+    assert normalise("  Dark   Green. ") == "dark green"
+    assert score({"answer": "3"}, ["3."]) == {"acc": 1.0}
+    assert score({"answer": "no"}, ["no, it is not"]) == {"acc": 0.0}
+    assert score({"answer": "red"}, [""]) == {"acc": 0.0}
+
+
+def test_the_one_liner_of_the_documentation():
+    line = "import vlmslim.tasks; print(vlmslim.tasks.path())"
+    out = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True, cwd="/")
+    assert os.path.samefile(out.stdout.strip(), vlmslim.tasks.path())
+
+
+def test_bundled_checkpoints_are_named():
+    assert bundled.resolve("org/model") == "org/model"
+    for name in bundled.names():
+        assert (Path(bundled.resolve(name))).is_dir()
+    with pytest.raises(ValueError, match="no bundled checkpoint 'bundled/tiny-lava'; there are: "):
+        bundled.resolve("bundled/tiny-lava")
