@@ -9,21 +9,8 @@ import yaml
 
 from vlmslim.efficiency import DecoderShape
 from vlmslim.evaluation.harness import Cell
-from vlmslim.evaluation.run import Display
 
 SHAPE = DecoderShape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=300)
-Display.bar = lambda self, **_: _Silent()
-
-
-class _Silent:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def update(self, n=1):
-        pass
 
 
 def write_config(folder: Path, **changes) -> Path:

@@ -46,7 +46,7 @@ class RichDisplay(Display):
         """Count a saved cell."""
         self._progress.advance(self._grid)
 
-    def bar(self, total: int = 0, desc: str = "", disable: bool = False) -> "_Bar":
+    def bar(self, total: int = 0, desc: str = "") -> "_Bar":
         """A bar below that of the grid."""
         return _Bar(self._progress, total, desc)
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
@@ -33,9 +34,9 @@ class Display:
     def finished(self) -> None:
         """A cell is saved."""
 
-    def bar(self, total: int = 0, desc: str = "", disable: bool = False) -> AbstractContextManager:
+    def bar(self, total: int = 0, desc: str = "") -> AbstractContextManager:
         """A progress bar within a cell, called and used like tqdm's."""
-        raise NotImplementedError
+        return tqdm(total=total, desc=desc, disable=True)
 
 
 def run(config: RunConfig, *, fresh: bool = False, display: Display | None = None, harness=None) -> Leaderboard:

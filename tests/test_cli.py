@@ -1,0 +1,114 @@
+"""The command line: fast help, clear errors, exit statuses, and what goes to stdout."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from evaluation_doubles import FakeHarness, write_config
+from typer.testing import CliRunner
+
+from vlmslim.cli import app
+from vlmslim.evaluation import harness
+from vlmslim.methods import method_names
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts the stand-in where the real harness is."""
+
+    def put(**behaviour):
+        double = FakeHarness(**behaviour)
+        for name in ("Tasks", "describe_checkpoint", "Harness"):
+            monkeypatch.setattr(harness, name, getattr(double, name))
+        return double
+
+    return put
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys; from typer.testing import CliRunner; from vlmslim.cli import app;"
+        "r = CliRunner().invoke(app, ['run', '--help']); assert r.exit_code == 0 and '--export' in r.output, r.output;"
+        "print([m for m in ('torch', 'transformers', 'lmms_eval', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_methods_lists_all_with_their_options():
+    shown = call("methods")
+    assert shown.exit_code == 0
+    assert all(name in shown.stdout for name in method_names())
+    assert "layer=2" in shown.stdout
+
+
+def test_run_prints_the_leaderboard_and_only_that(tmp_path, fake):
+    fake()
+    path = write_config(tmp_path)
+    shown = call("run", path)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == (tmp_path / "out" / "leaderboard.md").read_text()
+    for format in ("md", "csv", "json", "html"):
+        again = call("leaderboard", tmp_path / "out", "--format", format)
+        assert again.exit_code == 0
+        assert again.stdout == (tmp_path / "out" / f"leaderboard.{format}").read_text()
+
+
+def test_options_replace_the_file(tmp_path, fake):
+    fake()
+    assert call("run", write_config(tmp_path), "--limit", 2, "--output", tmp_path / "other").exit_code == 0
+    assert "first 2 questions" in (tmp_path / "other" / "leaderboard.md").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_config_is_refused_and_fresh_starts_over(tmp_path, fake):
+    path = write_config(tmp_path)
+    fake()
+    call("run", path)
+    refused = call("run", path, "--limit", 2)
+    assert refused.exit_code == 2
+    assert "limit: None there, 2 now" in refused.stderr and refused.stdout == ""
+    assert call("run", path, "--limit", 2, "--fresh").exit_code == 0
+
+
+def test_a_failing_cell_ends_with_status_1(tmp_path, fake):
+    fake(fail_at=("random-16", "text"), failure=RuntimeError("out of memory"))
+    shown = call("run", write_config(tmp_path))
+    assert shown.exit_code == 1
+    assert "random-16 on text failed: RuntimeError: out of memory" in shown.stderr
+    assert "Finished cells are kept" in shown.stderr
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, fake):
+    fake(fail_at=("random-16", "text"), failure=KeyboardInterrupt())
+    shown = call("run", write_config(tmp_path))
+    assert shown.exit_code == 130
+    assert "the same command goes on" in shown.stderr
+
+
+def test_mistakes_end_with_status_2(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({"model": {"pretraned": "x"}}))
+    shown = call("run", path)
+    assert shown.exit_code == 2
+    assert "Did you mean 'pretrained'?" in shown.stderr
+    assert call("run", tmp_path / "none.yaml").exit_code == 2
+    assert "no readable run.json" in call("leaderboard", tmp_path).stderr
+    assert call("leaderboard", tmp_path, "--format", "xlsx").exit_code == 2
+
+
+def test_export_runs_nothing(tmp_path):
+    path = write_config(tmp_path, tasks=["scenes_count", "scenes_choice"], model={"pretrained": "bundled/tiny-llava"})
+    shown = call("run", path, "--export", tmp_path / "plain", "--limit", 3)
+    assert shown.exit_code == 0, shown.output
+    files = sorted(p.name for p in (tmp_path / "plain").iterdir())
+    assert len(files) == 10 and "divprune-16__scenes_choice.yaml" in files
+    plain = yaml.safe_load((tmp_path / "plain" / "divprune-16__scenes_choice.yaml").read_text())
+    assert plain["model_args"] == "pretrained=bundled/tiny-llava,method=divprune,keep=16"
+    assert plain["limit"] == 3
+    assert not (tmp_path / "out" / "cells").exists()
