@@ -2,7 +2,8 @@
 
 open_clip builds the model and gives the contrastive loss. Beside it, linear heads predict from each patch token of
 the PENULTIMATE layer (the one LLaVA reads) what occupies the patch; the generator knows that. The heads are thrown
-away. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same command again.
+away. A short second stage freezes the tower up to that layer and trains the rest on the contrastive loss alone, in
+larger batches. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same command again.
 
     python scripts/train_tiny_clip.py --out runs/tiny-clip [KEY=VALUE ...]
 """
@@ -16,6 +17,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from scenes import LABELS, caption, make_scene
@@ -61,6 +63,13 @@ class Trainee(nn.Module):
         pooled, _ = visual._pool(visual.transformer.resblocks[-1](x))
         return F.normalize(pooled @ visual.proj, dim=-1), self.clip.encode_text(texts, normalize=True), dense
 
+    def freeze_trunk(self) -> None:
+        """Freeze the heads and the tower up to the penultimate layer: LLaVA's features stay what they are."""
+        last = f"clip.visual.transformer.resblocks.{len(self.clip.visual.transformer.resblocks) - 1}."
+        tail = (last, "clip.visual.ln_post", "clip.visual.proj")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(tail) or not name.startswith(("heads", "clip.visual")))
+
 
 def dense_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum over label groups of the cross-entropy; empty patches count for less."""
@@ -100,24 +109,13 @@ def export(clip: CLIP, model: dict, folder: Path) -> None:
     (folder / "open_clip_model.safetensors").chmod(0o644)
 
 
-def main() -> None:
-    """Train, evaluate, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=HERE / "tiny_clip.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-clip")
-    parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
-    args = parser.parse_intermixed_args()
-    config = read_config(args.config, args.overrides)
-    accelerator = start(config)
-    trainee = Trainee(config["model"]).to(accelerator.device)
+def train(trainee: Trainee, config: dict, out: Path, export_to: Path, stop: int, accelerator: Accelerator) -> None:
+    """Train what requires gradients up to step `stop`, going on from the last checkpoint in `out`."""
     by_adamw = ("embedding", "heads", "visual.proj", "projection")
     optimizers = Optimizers(dict(trainee.named_parameters()), config, by_adamw)
     clip_loss = open_clip.loss.ClipLoss()
-    run = Run(args.out, config)
+    run = Run(out, config)
     step = run.resume(trainee, optimizers)
-    print(f"{sum(p.numel() for p in trainee.clip.visual.parameters()) / 1e6:.2f} M vision parameters, from step {step}")
-    stop = min(args.stop or config["steps"], config["steps"])
     for batch in loader(sample, config, step, collate) if step < stop else ():
         batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with accelerator.autocast():
@@ -135,9 +133,29 @@ def main() -> None:
             with accelerator.autocast():
                 run.log(step=step, **evaluate(trainee, accelerator.device))
             run.save(step, trainee, optimizers)
-            export(trainee.clip, config["model"], args.out / "tiny-clip")
+            export(trainee.clip, config["model"], export_to)
         if step == stop:
             break
+
+
+def main() -> None:
+    """Train both stages, evaluate, export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=HERE / "tiny_clip.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-clip")
+    parser.add_argument("--stop", type=int, help="stop after this step of the first stage (a later call resumes)")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
+    args = parser.parse_intermixed_args()
+    config = read_config(args.config, args.overrides)
+    second = config | config.pop("second_stage")
+    accelerator = start(config)
+    trainee = Trainee(config["model"]).to(accelerator.device)
+    print(f"{sum(p.numel() for p in trainee.clip.visual.parameters()) / 1e6:.2f} M vision parameters", flush=True)
+    stop = min(args.stop or config["steps"], config["steps"])
+    train(trainee, config, args.out, args.out / "tiny-clip", stop, accelerator)
+    if stop == config["steps"]:
+        trainee.freeze_trunk()
+        train(trainee, second, args.out / "second", args.out / "tiny-clip", second["steps"], accelerator)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
         texts += [f"{q.text} {q.answer}" for q in questions if q and q.task != "text"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("[A-Z0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex("[A-Z](?![a-z])|[0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, BOS, EOS, IMAGE]
@@ -125,6 +128,7 @@ def make_model(config: dict, tokenizer: PreTrainedTokenizerFast, clip: Path) -> 
             image_seq_length=GRID * GRID, tie_word_embeddings=True, dtype="float32", **ids,
         )
     )  # fmt: skip
+    model.set_attn_implementation("eager")  # short sequences on a CPU: faster than sdpa, backward above all
     model.model.vision_tower.load_state_dict(tower)
     model.model.vision_tower.requires_grad_(False)
     model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=16)
@@ -175,7 +179,8 @@ def collate(samples: list[dict], pad: int) -> dict:
     batch = {k: torch.nn.utils.rnn.pad_sequence([s[k] for s in samples], True, v) for k, v in fill.items()}
     turns = batch["turns"]
     same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
-    batch["mask"] = (same & torch.ones_like(same).tril())[:, None]
+    seen = (same & torch.ones_like(same).tril())[:, None]
+    batch["mask"] = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
     batch["image"] = torch.stack([s["image"] for s in samples])
     batch["tasks"] = [s["tasks"] for s in samples]
     return batch
@@ -258,6 +263,7 @@ def main() -> None:
             export(model, processor, args.out / "tiny-llava")
         if step == stop:
             break
+    export(model, processor, args.out / "tiny-llava")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ LLAVA = (
     "decoder={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, "
     "intermediate_size: 48}"
 )
+SECOND = "second_stage={steps: 1, dense_weight: 0.0, contrast_weight: 1.0}"
 MICRO = ["steps=4", "batch=2", "workers=0", "device=cpu", "log_every=1", "eval_every=2"]
 
 
@@ -41,7 +42,7 @@ def test_unknown_key_is_refused():
 
 @pytest.mark.slow
 def test_train_resume_and_export(tmp_path):
-    clip, llava = ("train_tiny_clip.py", CLIP), ("train_tiny_llava.py", LLAVA, "eval_scenes=4", "turns=3")
+    clip, llava = ("train_tiny_clip.py", CLIP, SECOND), ("train_tiny_llava.py", LLAVA, "eval_scenes=4", "turns=3")
     run(*clip, "--out", tmp_path / "clip")
     run(*clip, "--out", tmp_path / "clip2", "--stop", 2)
     run(*clip, "--out", tmp_path / "clip2")
@@ -65,7 +66,16 @@ def test_train_resume_and_export(tmp_path):
 
 @pytest.mark.slow
 def test_other_config_is_not_mixed_in(tmp_path):
-    run("train_tiny_clip.py", CLIP, "--out", tmp_path, "--stop", 2)
-    command = [sys.executable, str(SCRIPTS / "train_tiny_clip.py"), CLIP, "--out", str(tmp_path), *MICRO, "seed=1"]
+    run("train_tiny_clip.py", CLIP, SECOND, "--out", tmp_path, "--stop", 2)
+    command = [
+        sys.executable,
+        str(SCRIPTS / "train_tiny_clip.py"),
+        CLIP,
+        SECOND,
+        "--out",
+        str(tmp_path),
+        *MICRO,
+        "seed=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "other values of seed" in done.stderr
