@@ -111,4 +111,4 @@ def test_export_runs_nothing(tmp_path):
     plain = yaml.safe_load((tmp_path / "plain" / "divprune-16__scenes_choice.yaml").read_text())
     assert plain["model_args"] == "pretrained=bundled/tiny-llava,method=divprune,keep=16"
     assert plain["limit"] == 3
-    assert not (tmp_path / "out" / "cells").exists()
+    assert not (tmp_path / "out").exists()

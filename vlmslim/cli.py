@@ -62,11 +62,12 @@ def run(
         from vlmslim.evaluation.render import render
         from vlmslim.evaluation.run import CellError, run
 
-        harness.quiet(settings.output / "run.log")
         if export is not None:
+            harness.quiet()
             paths = harness.export(settings, harness.Tasks(settings), export)
             typer.echo(f"{len(paths)} files in {export}; evaluate one with\n  python -m lmms_eval --config {paths[0]}")
             return
+        harness.quiet(settings.output / "run.log")
         try:
             with RichDisplay() as display:
                 board = run(settings, fresh=fresh, display=display)

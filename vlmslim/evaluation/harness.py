@@ -150,7 +150,7 @@ class Harness:
                 limit=config.limit,
                 log_samples=True,
                 cli_args=Namespace(
-                    output_path=str(config.output),  # some tasks write submission files
+                    output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
                     process_with_media=False,
                     reasoning_tags=REASONING_TAGS,
                 ),
@@ -241,8 +241,9 @@ def _model_args(config: RunConfig, variant: Variant) -> str:
     return text
 
 
-def quiet(log: Path) -> None:
-    """Send lmms-eval's log to a file; the terminal is for progress and results."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def quiet(log: Path | None = None) -> None:
+    """Keep lmms-eval's log off the terminal, which is for progress and results; write it to a file if one is given."""
     logger.remove()
-    logger.add(log, level="INFO")
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        logger.add(log, level="INFO")
