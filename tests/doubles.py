@@ -3,14 +3,16 @@
 Each one says what it would keep (`chosen`, `left`) in a way that `expect` can apply to an unpatched model by hand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import pytest
 import torch
-from tiny import BOS, DEPTH, IMAGE, PAD, VIDEO, Reference, batch, keep_only, lengths, reference, visual, words
+from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, family_of, keep_only, reference, visual
 from torch import Tensor
 
-from vlmslim import Compressed, Compressor
+from vlmslim import Compressed, Compressor, method, patch
+from vlmslim.methods import method_class
 
 
 def ranks(tokens, row: int) -> list[Tensor]:
@@ -204,8 +206,26 @@ def expected_lengths(ref: Reference, depth: int = DEPTH) -> list[int]:
     return [int(ref.alive(layer).sum()) for layer in range(depth)]
 
 
-__all__ = [
-    "BEFORE", "BETWEEN", "BOS", "PAD", "RULES", "Blind", "BlindToLong", "Both", "BothOriginal", "Everything", "First",
-    "Halve", "PairMean", "Ragged", "RaggedOriginal", "Rule", "Stairs", "Strided", "StridedOriginal", "expect",
-    "expected_lengths", "lengths", "name_of", "pair_mean", "ranks", "words",
-]  # fmt: skip
+def registered(name: str, keep: int | float, **options) -> Compressor:
+    """A registered method at a budget; skips the test where the method has none to set."""
+    known = {f.name for f in fields(method_class(name))}
+    if "keep" not in known:
+        pytest.skip(f"{name} has no budget to set")
+    if "weights" in known:
+        options["weights"] = "random"
+    return method(name, keep=keep, **options)
+
+
+def keeping_everything(name: str) -> Compressor:
+    """A registered method at a setting that keeps everything."""
+    return method(name) if name == "none" else registered(name, 1.0)
+
+
+def patch_or_skip(model, compressor):
+    """Patch; skips where the method needs a CLS token and says that the tower has none."""
+    try:
+        return patch(model, compressor)
+    except ValueError as error:
+        if family_of(model) in ("siglip", "onevision") and "CLS" in str(error):
+            pytest.skip(str(error))
+        raise

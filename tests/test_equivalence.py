@@ -3,11 +3,9 @@
 import copy
 import importlib.util
 from contextlib import ExitStack
-from dataclasses import fields
 
 import pytest
 import torch
-import vlmslim
 from doubles import (
     RULES,
     Both,
@@ -21,8 +19,11 @@ from doubles import (
     StridedOriginal,
     expect,
     expected_lengths,
+    keeping_everything,
     name_of,
     pair_mean,
+    patch_or_skip,
+    registered,
 )
 from tiny import (
     BOS,
@@ -47,14 +48,21 @@ from tiny import (
     words,
 )
 
+import vlmslim
+
 PADDINGS = ["left", "right", "none"]
 METHODS = vlmslim.method_names()
 
 
-def keep_everything(name: str) -> dict:
-    """Options under which a registered method keeps every token."""
-    options = {f.name for f in fields(type(vlmslim.method(name, **({"keep": 1.0} if name != "none" else {}))))}
-    return {"keep": 1.0} if "keep" in options else {}
+def every_method():
+    """What to run "under any method" with: rules of every kind, and the registered methods at a budget."""
+    return [Both(), Stairs(), [Strided(), Halve()], *METHODS]
+
+
+def build(method, keep: int | float = 5):
+    if method == "none":
+        return vlmslim.method("none")
+    return registered(method, keep) if isinstance(method, str) else method
 
 
 def same_cache(a, b) -> None:
@@ -79,8 +87,7 @@ def test_keeping_everything_is_bit_identical_in_forward(family, backend, method,
     model = tiny(family, backend)
     inputs = batch(model, EQUAL if padding == "none" else LONG_ROWS, padding)
     want = model(**inputs, output_hidden_states=True)
-    how = (Everything(), {}) if method == "everything" else (method, keep_everything(method))
-    with vlmslim.patch(model, how[0], **how[1]):
+    with patch_or_skip(model, Everything() if method == "everything" else keeping_everything(method)):
         got = model(**inputs, output_hidden_states=True)
     assert torch.equal(want.logits, got.logits)
     same_cache(want.past_key_values, got.past_key_values)
@@ -95,46 +102,43 @@ def test_keeping_everything_is_bit_identical_in_generate(family, backend, method
     model = tiny(family, backend)
     inputs = batch(model, EQUAL if padding == "none" else LONG_ROWS, padding)
     want, want_logits = greedy(model, inputs)
-    how = (Everything(), {}) if method == "everything" else (method, keep_everything(method))
-    with vlmslim.patch(model, how[0], **how[1]):
+    with patch_or_skip(model, Everything() if method == "everything" else keeping_everything(method)):
         got, got_logits = greedy(model, inputs)
     assert torch.equal(want.sequences, got.sequences)
     assert torch.equal(want_logits, got_logits)
     same_cache(want.past_key_values, got.past_key_values)
 
 
+@pytest.mark.parametrize("method", every_method(), ids=str)
 @torch.no_grad()
-def test_text_only_prompts_are_bit_identical_under_any_method(family, backend):
+def test_text_only_prompts_are_bit_identical_under_any_method(family, backend, method):
     model = tiny(family, backend)
     inputs = batch(model, [[BOS, *words(0, 5)], [BOS, *words(1, 9)]])
     want, (out, logits) = model(**inputs).logits, greedy(model, inputs)
-    for method in [Both(), Stairs(), *METHODS]:
-        options = {"keep": 3} if isinstance(method, str) and keep_everything(method) else {}
-        with vlmslim.patch(model, method, **options):
-            assert torch.equal(model(**inputs).logits, want)
-            got, got_logits = greedy(model, inputs)
-            assert torch.equal(got.sequences, out.sequences)
-            assert torch.equal(got_logits, logits)
+    with patch_or_skip(model, build(method)):
+        assert torch.equal(model(**inputs).logits, want)
+        got, got_logits = greedy(model, inputs)
+    assert torch.equal(got.sequences, out.sequences)
+    assert torch.equal(got_logits, logits)
 
 
 # --- leaving no trace ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*METHODS, Both(), [Strided(), Halve()]], ids=str)
+@pytest.mark.parametrize("method", every_method(), ids=str)
 def test_removing_restores_the_model_exactly(family, backend, method):
     model = tiny(family, backend)
     inputs = batch(model, ROWS)
     with torch.no_grad():
         want = model(**inputs).logits
     before = anatomy(model)
-    options = {"keep": 5} if isinstance(method, str) and keep_everything(method) else {}
-    slim = vlmslim.patch(model, method, **options)
+    slim = patch_or_skip(model, build(method))
     greedy(model, inputs)
     slim.remove()
     assert anatomy(model) == before
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, want)
-    with vlmslim.patch(model, method, **options):  # and it can be patched again
+    with vlmslim.patch(model, build(method)):  # and it can be patched again
         model(**inputs)
     assert anatomy(model) == before
 
@@ -310,7 +314,8 @@ def test_right_padded_decode_equals_recomputing_by_hand(family):
             for token in steps.T:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 place = mask.sum(1, keepdim=True) - 1
-                out = model(token[:, None], attention_mask=mask, position_ids=place, past_key_values=out.past_key_values)
+                step = dict(attention_mask=mask, position_ids=place, past_key_values=out.past_key_values)
+                out = model(token[:, None], **step)
                 logits.append(out.logits[:, 0])
         for i, row in enumerate(ROWS):
             ref = expect(model, row, rule, steps[i].tolist())
@@ -496,7 +501,7 @@ def test_recomputed_attention_equals_the_models_own(family, backend, rule):
     for i, row in enumerate(rows):
         maps = {}
         hooks = [
-            layer.self_attn.register_forward_hook(lambda m, a, out, n=n: maps.__setitem__(n, out[1]))
+            layer.self_attn.register_forward_hook(lambda m, a, out, n=n, maps=maps: maps.__setitem__(n, out[1]))
             for n, layer in enumerate(eager.model.language_model.layers)
         ]
         ref = expect(eager, row, rule)
@@ -634,7 +639,7 @@ def test_tower_queries_and_keys_give_the_towers_own_attention(family, layer):
     close(seen[0], maps[0][: len(seen[0])], 1e-5)
 
 
-# --- dtypes, devices, back ends ----------------------------------------------------------------------------------------
+# --- dtypes, devices, back ends --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -655,7 +660,7 @@ def test_half_precision(family, backend, dtype):
         for i, ref in enumerate(references):
             got, want_row = out.logits[i][valid(inputs, i)].float(), ref.full_logits().float()
             assert torch.isfinite(got).all()
-            # half precision alone moves these logits by this much; a wrong position or token moves them by several units
+            # half precision alone moves these logits by this much; a wrong position or token by several units
             error = (got - want_row).abs().mean() / want_row.abs().mean()
             assert error < (0.1 if dtype == torch.bfloat16 else 0.02), error
 

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import vlmslim
 from doubles import Blind, Both, BothOriginal, First, Halve, Ragged, Stairs, Strided, StridedOriginal, expect, name_of
 from tiny import (
     BOS,
@@ -23,6 +22,8 @@ from tiny import (
     tiny,
     words,
 )
+
+import vlmslim
 
 BEFORE = [Strided(), StridedOriginal(), Ragged()]
 BETWEEN = [Halve(), Stairs(), Blind()]
@@ -43,7 +44,7 @@ def extended(inputs: dict, sequences: torch.Tensor, more: torch.Tensor) -> dict:
     return dict(input_ids=ids, attention_mask=mask)
 
 
-# --- ways of decoding, against generate() of an unpatched model that is fed short embeddings ---------------------------
+# --- ways of decoding, against generate() of an unpatched model that is fed short embeddings -------------------------
 
 WAYS = {
     "greedy": dict(do_sample=False),
@@ -221,7 +222,7 @@ def test_a_later_turn_brings_a_new_image(family, rule, use):
     """Before the language model: the new image is compressed, the old tokens stay as they are."""
     model = tiny(family)
     rows = [[BOS, Picture(0), *words(80, 4)], [BOS, *words(81, 3), Picture(1, (32, 64)), *words(82, 2)]]
-    if family == "onevision":  # a row's only image is cut into tiles, one of several is not: keep each alone in its turn
+    if family == "onevision":  # a row's only image is cut into tiles, one of several is not: each is alone in its turn
         rows = [[BOS, *words(80, 4), Picture(0)], [BOS, *words(81, 3), Picture(1, (32, 64)), *words(82, 2)]]
     later = [[*words(83, 2), Picture(2, (60, 60)), *words(84, 3)], [*words(85, 2), Picture(3, (60, 60)), *words(86, 3)]]
     inputs, addition = batch(model, rows), batch(model, later)
@@ -316,7 +317,7 @@ def test_a_video_conversation():
         close(logits[0], expect(model, row, rule, answers(final, inputs)[0]).logits()[-7:-1])
 
 
-# --- odd prompts and other decoders ------------------------------------------------------------------------------------
+# --- odd prompts and other decoders ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

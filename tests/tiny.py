@@ -74,7 +74,8 @@ def _config(family: str):
         return LlavaConfig(text_config=_text(LlamaConfig), **siglip), LlavaForConditionalGeneration
     if family == "next":
         text = _text(MistralConfig, sliding_window=None)
-        return LlavaNextConfig(text_config=text, image_grid_pinpoints=PINPOINTS, **clip), LlavaNextForConditionalGeneration
+        config = LlavaNextConfig(text_config=text, image_grid_pinpoints=PINPOINTS, **clip)
+        return config, LlavaNextForConditionalGeneration
     config = LlavaOnevisionConfig(
         text_config=_text(Qwen2Config),
         image_grid_pinpoints=PINPOINTS,
