@@ -1,9 +1,10 @@
 """Everything in `vlmslim run` that talks to lmms-eval: finding tasks, evaluating a cell, timing, plain config files."""
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -142,23 +143,25 @@ class Harness:
 
         lm, config = self._lm(variant), self.config
         try:
-            results = simple_evaluate(
-                model=lm,
-                tasks=[task],
-                task_manager=self.tasks.manager,
-                batch_size=config.batch_size,
-                limit=config.limit,
-                log_samples=True,
-                cli_args=Namespace(
-                    output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
-                    process_with_media=False,
-                    reasoning_tags=REASONING_TAGS,
-                ),
-                verbosity="ERROR",
-                **dict.fromkeys(
-                    ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed
-                ),
-            )
+            # some tasks print their results, and stdout is for the leaderboard
+            with redirect_stdout(sys.stderr):
+                results = simple_evaluate(
+                    model=lm,
+                    tasks=[task],
+                    task_manager=self.tasks.manager,
+                    batch_size=config.batch_size,
+                    limit=config.limit,
+                    log_samples=True,
+                    cli_args=Namespace(
+                        output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
+                        process_with_media=False,
+                        reasoning_tags=REASONING_TAGS,
+                    ),
+                    verbosity="ERROR",
+                    **dict.fromkeys(
+                        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), config.seed
+                    ),
+                )
         finally:
             if hasattr(lm, "model"):  # it failed half-way: take the patch off
                 lm.clean()

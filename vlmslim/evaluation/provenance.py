@@ -36,11 +36,12 @@ def git_commit() -> str | None:
     return f"{commit}+" if commit and changes else commit
 
 
-def hardware(device=None) -> str:
-    """The device that computes, in words."""
+def hardware(device: str | None = None) -> str:
+    """The device that computes, in words; by default the GPU if there is one."""
     import torch
 
-    if device is not None and torch.device(device).type == "cuda":
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 

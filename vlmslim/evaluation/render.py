@@ -72,6 +72,11 @@ def _score_text(score: Score | None, scale: int) -> str:
     return f"{score.value * scale:.{digits}f}{error}"
 
 
+def _short(hash: str) -> str:
+    """The first digits of a hash, and the mark of a changed working tree."""
+    return hash[:12] + ("+" if hash.endswith("+") else "")
+
+
 def notes(board: Leaderboard) -> list[str]:
     """What a reader must know to use the numbers."""
     facts = board.facts
@@ -94,11 +99,11 @@ def notes(board: Leaderboard) -> list[str]:
             "process; in brackets the median ratio to the unpatched model. KV cache: of a prompt, after prefill."
         )
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    checkpoint = f" ({facts['checkpoint'][:12]})" if facts["checkpoint"] else ""
+    commits, configs = (", ".join(map(_short, facts[name])) for name in ("git_commits", "config_hashes"))
+    checkpoint = f" ({_short(facts['checkpoint'])})" if facts["checkpoint"] else ""
     lines.append(
         f"{facts['model']}{checkpoint}; seed {facts['seed']}; {versions}; {'; '.join(facts['hardware'])}; "
-        f"commit {', '.join(facts['git_commits'])}; config {', '.join(h[:12] for h in facts['config_hashes'])}; "
-        f"cells {facts['cells']}."
+        f"commit {commits}; config {configs}; cells {facts['cells']}."
     )
     return lines
 
