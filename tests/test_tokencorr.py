@@ -1,0 +1,361 @@
+"""TokenCorr: every core function against plain loops in float64, and the method on whole models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, greedy, keep_only, reference, tiny, words
+
+import vlmslim
+from vlmslim.methods import tokencorr as core
+from vlmslim.methods.tokencorr import TokenCorr, View, calibrate
+
+some = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32)
+
+
+# --- the functions, by plain loops ------------------------------------------------------------------------------------
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def view_of(seed: int, m: int, beta: float = 0.2, first: int = 0) -> View:
+    """A view whose patches come in a few repeated kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(3, 6, generator=generator)
+    keys = kinds[torch.randint(0, 3, (m,), generator=generator)] + 0.7 * torch.randn(m, 6, generator=generator)
+    low, deep = torch.randn(2, m, generator=generator).mul(2).softmax(-1)
+    return View(torch.arange(first, first + m), keys, core.repetition(keys, int(beta * m)), low, deep, low, 1.5)
+
+
+def cosine(a, b) -> float:
+    a, b = a.double(), b.double()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+@some
+@given(seeds, st.integers(1, 16), st.floats(0, 0.9), st.floats(-0.9, 0.95))
+def test_redundancy(seed, m, beta, alpha):
+    view = view_of(seed, m, beta)
+    for i in range(m):
+        count = sum(cosine(view.keys[i], view.keys[j]) > alpha for j in range(m) if j != i)
+        assert (float(view.repeat[i]) > alpha) == (count > beta * m)
+
+
+@some
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 7))
+def test_attention(seed, crops, heads, patches):
+    q, k = noise(seed, 2, crops, heads, 1 + patches, 5)
+    for c in range(crops):
+        rows = []  # [head][query] -> softmax over keys
+        for h in range(heads):
+            logits = (q[c, h].double() @ k[c, h].double().T / 5**0.5).tolist()
+            rows.append([[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits])
+        paid = [sum(rows[h][0][p] for h in range(heads)) / heads for p in range(1, 1 + patches)]
+        close(core.cls_attention(q, k)[c].double(), torch.tensor(paid).double(), 1e-5)
+        size = 1 + patches
+        got = [sum(rows[h][i][p] for h in range(heads) for i in range(size)) / heads / size for p in range(size)]
+        close(core.received_attention(q, k)[c].double(), torch.tensor(got).double(), 1e-5)
+    close(core.received_attention(q, k).sum(1), torch.ones(crops), 1e-5)
+
+
+@some
+@given(seeds, st.integers(1, 40), st.floats(0, 3))
+def test_outliers(seed, m, factor):
+    x = noise(seed, m).exp()
+
+    def quartile(p: float) -> float:
+        values, at = sorted(x.double().tolist()), p * (m - 1)
+        below = int(at)
+        return values[below] + (at - below) * (values[min(below + 1, m - 1)] - values[below])
+
+    limit = quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
+    got = core.outliers(x, factor).tolist()
+    assert all(flag == (v > limit) for flag, v in zip(got, x.double().tolist(), strict=True) if abs(v - limit) > 1e-9)
+    assert not core.outliers(torch.full((m,), 0.1), factor).any()
+
+
+def test_gumbel_draws_from_the_distribution():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    u = torch.rand(20000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = torch.stack([core.gumbel(p, row).argmax() for row in u[:4000]])
+    close(first.bincount(minlength=4) / 4000, p, 0.03)
+
+
+@some
+@given(seeds, st.integers(2, 16), st.sampled_from(["knn", "assign"]), st.integers(1, 5))
+def test_absorption(seed, m, merge, neighbours):
+    view, x = view_of(seed, m), noise(seed + 1, m, 3)
+    keep = noise(seed + 2, m) > 0
+    keep[0], keep[1] = True, False
+    kept, dropped = ([i for i in range(m) if bool(keep[i]) == side] for side in (True, False))
+    sim = {(i, j): cosine(view.keys[i], view.keys[j]) for i in kept for j in dropped}
+    if merge == "knn":
+        taken = {i: sorted(dropped, key=lambda j: (-sim[i, j], j))[:neighbours] for i in kept}
+    else:
+        taken = {i: [] for i in kept}
+        for j in dropped:
+            taken[max(kept, key=lambda i: (sim[i, j], -i))].append(j)
+    w, xs = view.low.double(), x.double()
+    want = [(w[i] * xs[i] + sum(w[j] * xs[j] for j in taken[i])) / (w[i] + sum(w[j] for j in taken[i])) for i in kept]
+    close(core.absorb(x, view.keys, view.low, keep, merge, neighbours).double(), torch.stack(want), 1e-4)
+
+
+@some
+@given(seeds, st.integers(1, 14), st.integers(1, 3), st.floats(-0.5, 1))
+def test_order_of_novelty_agrees_with_alpha(seed, m, count, alpha):
+    """What comes in up to some alpha is what that alpha keeps."""
+    views = [view_of(seed + i, m, first=i * m) for i in range(count)]
+    order = core.by_novelty(views).tolist()
+    assert sorted(order) == list(range(count * m))
+    want = set()
+    for i, view in enumerate(views):
+        samples = int((view.repeat <= alpha).sum())  # without the guard that a view samples one
+        ranked = sorted(range(m), key=lambda j: (-float(view.low[j]), j))
+        chosen = set(ranked[:samples]) | set(view.outlier.nonzero()[:, 0].tolist())
+        want |= {i * m + j for j in chosen}
+        if samples:
+            assert set(view.keep(alpha).nonzero()[:, 0].tolist()) == chosen
+    assert set(order[: len(want)]) == want
+
+
+@some
+@given(seeds, st.integers(2, 14))
+def test_density_grows_with_alpha_and_ignores_scale(seed, m):
+    view = view_of(seed, m)
+    counts = [view.samples(a / 10) for a in range(-10, 11)]
+    assert counts == sorted(counts)
+    close(core.repetition(view.keys * 7, int(0.2 * m)), view.repeat, 1e-5)
+    shuffle = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+    close(core.repetition(view.keys[shuffle], int(0.2 * m)), view.repeat[shuffle], 1e-5)
+
+
+def test_blank_and_dense_crops():
+    n = 100
+    low = torch.full((n,), 1 / n)
+    blank = torch.ones(n, 8) + 1e-3 * noise(0, n, 8)
+    dense = torch.eye(n)
+    for keys, want in ((blank, 1), (dense, n)):
+        view = View(torch.arange(n), keys, core.repetition(keys, 5), low, low, low, 1.5)
+        assert view.samples(0.8) == int(view.keep(0.8).sum()) == want
+
+
+# --- on whole models --------------------------------------------------------------------------------------------------
+
+ROWS = [*LONG_ROWS, *SEVERAL]
+
+
+def kept_of(model, row, **options):
+    """Logits of one row under the patch, and which tokens of each image were kept."""
+    found = []
+
+    class Spy(TokenCorr):
+        def compress(self, image):
+            found.append((image, super().compress(image)))
+            return found[-1][1]
+
+    inputs = batch(model, [row])
+    with vlmslim.patch(model, Spy(**options)) as slim:
+        logits = model(**inputs).logits[0]
+    return inputs, logits, found, slim.receipt.summary()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 0.2}, {"keep": 7}, {"keep": 7, "positions": "original"}, {"alpha": 0.2, "newline": "all"}],
+    ids=str,
+)
+def test_without_merging_equals_the_model_fed_what_is_kept(family, options):
+    model = tiny(family)
+    for row in (ROWS[0], SEVERAL[0]):
+        inputs, logits, found, receipt = kept_of(model, row, merge="none", beta=0.1, **options)
+        assert receipt["requested"] == options.get("keep")
+        assert receipt["kept"] < receipt["visual_tokens"]
+        kept = keep_only(inputs, [c.index for _, c in found])
+        close(logits, reference(model, inputs, kept, positions=options.get("positions", "renumbered")).full_logits())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", ["knn", "assign"])
+def test_merging_happens_before_the_projector(family, merge):
+    """Feed an unpatched model the projections of the towers' merged features, at the kept tokens' places."""
+    model = tiny(family)
+    options = dict(alpha=0.2, beta=0.1, merge=merge, neighbours=3)
+    inputs, logits, found, _ = kept_of(model, ROWS[0], **options)
+    ((image, got),) = found
+    method = TokenCorr(**options)
+    method.setup(model)
+    kept = torch.zeros(len(image.features), dtype=torch.bool)
+    kept[got.index] = True
+    want = image.features.clone()
+    for view in method.views(image):
+        keep = kept[view.at]
+        x = torch.stack([image.tower[c, r * 4 + col] for c, r, col in image.grid[view.at].tolist()])
+        if not keep.all():
+            y = core.absorb(x, view.keys, view.low, keep, merge, 3)
+            want[view.at[keep]] = model.model.multi_modal_projector(y)
+    close(got.features, want[kept])
+    if family == "next":  # the thumbnail stays as it is, and so do newlines
+        alone = image.grid[:, 0] <= 0
+        assert kept[:16].all()
+        assert torch.equal(got.features[alone[kept]], image.features[alone & kept])
+    assert not torch.equal(got.features, image.features[kept])
+    short = reference(model, inputs, keep_only(inputs, [got.index]))
+    embeds = short.embeds.clone()
+    start = int((inputs["input_ids"][0] == 99).nonzero()[0])
+    embeds[0, start : start + len(got.index)] = got.features
+    close(logits, reference(model, inputs, keep_only(inputs, [got.index]), embeds=embeds).full_logits())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 3, 5, 15, 0.25, 0.6])
+def test_a_target_is_met_exactly(family, keep):
+    model = tiny(family)
+    with vlmslim.patch(model, "tokencorr", keep=keep) as slim:
+        model(**batch(model, ROWS))
+    receipt = slim.receipt.summary()
+    assert receipt["kept"] == receipt["requested"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"alpha": 1.0}], ids=str)
+def test_keeping_everything_changes_nothing(family, options):
+    model = tiny(family)
+    inputs = batch(model, ROWS)
+    want, want_logits = greedy(model, inputs)
+    with vlmslim.patch(model, "tokencorr", **options) as slim:
+        got, got_logits = greedy(model, inputs)
+    assert not slim.receipt.had_effect
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.equal(got_logits, want_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"alpha": 0.3}, {"keep": 0.4}, {"alpha": 0.3, "sampling": "multinomial"}], ids=str)
+def test_a_batch_is_its_rows(family, backend, options):
+    model = tiny(family, backend)
+    with vlmslim.patch(model, "tokencorr", **options):
+        got, logits = greedy(model, batch(model, LONG_ROWS))
+        for i, row in enumerate(LONG_ROWS):
+            if any(isinstance(x, Picture) for x in row):
+                alone, alone_logits = greedy(model, batch(model, [row]))
+                close(logits[i], alone_logits[0])
+                assert got.sequences[i, -6:].tolist() == alone.sequences[0, -6:].tolist()
+
+
+@torch.no_grad()
+def test_the_draw_repeats_with_its_seed(family):
+    model = tiny(family)
+    row = [BOS, Picture(0), *words(0, 3)]
+    draws = []
+    for seed in (0, 0, 1):
+        *_, found, _ = kept_of(model, row, keep=6, sampling="multinomial", seed=seed)
+        draws.append(found[0][1].index.tolist())
+    assert draws[0] == draws[1] != draws[2]
+
+
+@torch.no_grad()
+def test_padding_takes_no_part():
+    """Each crop's patches are those that survive unpadding, and their keys are the tower's at their true places."""
+    model = tiny("next")
+    _, _, ((image, _),), _ = kept_of(model, [BOS, Picture(0, (64, 23)), 5], alpha=0.3)
+    method = TokenCorr(alpha=0.3)
+    method.setup(model)
+    _, k = image.qk(method.low)
+    views = method.views(image)
+    assert sum(len(v.at) for v in views) == int((image.grid[:, 0] > 0).sum()) < 16 * (len(image.tower) - 1)
+    for view in views:
+        for i, (crop, row, column) in enumerate(image.grid[view.at].tolist()):
+            close(view.keys[i], k[crop, :, 1 + row * 4 + column].flatten())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(family, dtype):
+    model = tiny(family, dtype=dtype)
+    with vlmslim.patch(model, "tokencorr", keep=5) as slim:
+        _, logits = greedy(model, batch(model, ROWS))
+    assert logits.isfinite().all()
+    assert slim.receipt.summary()["kept"] == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"keep": 6}, {"alpha": 0.3}], ids=str)
+def test_video(options):
+    model = tiny("onevision")
+    rows = [[BOS, Clip(0, 3), 5, 6], [BOS, 7, Clip(1, 3), *words(0, 4)]]
+    with vlmslim.patch(model, "tokencorr", **options) as slim:
+        _, together = greedy(model, batch(model, rows))
+        for i, row in enumerate(rows):
+            close(together[i], greedy(model, batch(model, [row]))[1][0])
+    if "keep" in options:
+        assert slim.receipt.summary()["kept"] == 6
+    inputs, logits, found, _ = kept_of(model, rows[0], merge="none", **options)
+    close(logits, reference(model, inputs, keep_only(inputs, [found[0][1].index])).full_logits())
+
+
+def test_gradients_pass_to_the_features():
+    model = tiny("llava")
+    with vlmslim.patch(model, "tokencorr", keep=5):
+        model(**batch(model, [[BOS, Picture(0), 5, 6]])).logits.sum().backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_calibration(family, share):
+    model = tiny(family)
+    prompts = [batch(model, [[BOS, Picture(seed, size), 5]]) for seed in range(4) for size in ((60, 30), (64, 64))]
+    found = calibrate(model, prompts, share, beta=0.1, merge="none")
+    assert getattr(model, "_vlmslim", None) is None
+    shares = []
+    for row in ([BOS, Picture(seed, size), 5] for seed in range(4) for size in ((60, 30), (64, 64))):
+        _, _, ((image, got),), _ = kept_of(model, row, alpha=found.alpha, beta=0.1, merge="none")
+        for crop in range(1 if image.tiles[1] else 0, len(image.tower)):
+            patches = (image.grid[:, 0] == crop).nonzero()[:, 0]
+            if len(patches):
+                shares.append(float(torch.isin(patches, got.index).double().mean()))
+    assert len(shares) == found.crops
+    assert np.mean(shares) == pytest.approx(found.kept)
+    assert np.std(shares) == pytest.approx(found.spread)
+    floor = np.mean([max(1 / 16, found.outliers)])
+    assert abs(found.kept - max(share, floor)) < 0.1
+
+
+def test_what_cannot_be_is_refused():
+    for options in (
+        {"keep": 0},
+        {"alpha": 1.5},
+        {"beta": 1.0},
+        {"sampling": "random"},
+        {"merge": "prumerge"},
+        {"thumbnail": "drop"},
+        {"neighbours": 0},
+        {"iqr": -1},
+        {"low": 1.5},
+    ):
+        with pytest.raises(ValueError):
+            vlmslim.method("tokencorr", **options)
+    with pytest.raises(ValueError, match="no layer"):
+        vlmslim.patch(tiny("next"), "tokencorr", low=7)
+    model = tiny("next")
+    with vlmslim.patch(model, "tokencorr", keep=10, thumbnail="keep"), pytest.raises(ValueError, match="'compress'"):
+        model(**batch(model, ROWS))
+    with pytest.raises(ValueError, match="share"):
+        calibrate(model, [], 1.5)
+    with pytest.raises(ValueError, match="no crop"):
+        calibrate(model, [], 0.5)
+
+
+def test_layers_follow_the_towers_depth():
+    for family, deep in (("llava", -2), ("siglip", -1), ("next", -2), ("onevision", -1)):
+        method = TokenCorr()
+        method.setup(tiny(family))
+        assert (method.low, method.deep) == (0, deep)
+        assert set(method.tower_layers) == {0, deep}
+    assert round(0.08 * 24) == round(0.08 * 26) == 2
