@@ -74,7 +74,7 @@ class BipartiteMerge(Compressor):
                 alike.setdefault((len(crops[i]), target), []).append(i)
         merged, slots = [x[:0]] * len(crops), [torch.arange(0)] * len(crops)
         for (_, target), members in alike.items():
-            index = torch.stack([crops[i] for i in members]).to(device)
+            index = torch.stack([crops[i] for i in members]).to(x.device)
             tokens, place = merge_tokens(x[index], metric[index] if metric is not None else None, target)
             for i, t, slot in zip(members, tokens, index.gather(1, place), strict=True):
                 merged[i], slots[i] = t, slot
@@ -229,7 +229,7 @@ def merge_tokens(x: Tensor, metric: Tensor | None, k: int) -> tuple[Tensor, Tens
     slot = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        metric = x if metric is None else metric.float()
+        metric = x if metric is None else metric.detach().float()
         while (n := x.shape[-2]) > k:
             order, mate = match(metric, min(n - k, n // 2))
             own = metric is x
