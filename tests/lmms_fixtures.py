@@ -1,12 +1,16 @@
 """Tiny random checkpoints with real processors, pictures, questions and a video, for the lmms-eval tests."""
 
-from functools import cache
+import sys
+import types
+from functools import cache, partial
 from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from lmms_eval.evaluator import simple_evaluate
 from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -183,3 +187,22 @@ def video(path: Path, frames: int = 20) -> str:
         for packet in stream.encode():
             container.mux(packet)
     return str(path)
+
+
+def stock_class(monkeypatch):
+    """lmms-eval's own `llava_hf`, set up for this machine. It imports decord for its videos; there are none here."""
+    if "decord" not in sys.modules:
+        decord = types.ModuleType("decord")
+        decord.VideoReader = decord.cpu = None
+        monkeypatch.setitem(sys.modules, "decord", decord)
+    try:
+        from lmms_eval.models.chat.llava_hf import LlavaHf
+    except ImportError as error:
+        pytest.skip(f"lmms-eval's llava_hf cannot be imported: {error}")
+    return partial(LlavaHf, device="cpu", device_map="cpu", dtype="float32")
+
+
+def run_lmms_eval(lm, names, manager, **options):
+    """lmms-eval's results, and the answers of every document by task."""
+    results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, verbosity="ERROR", **options)
+    return results, {name: [s["filtered_resps"] for s in results["samples"][name]] for name in names}

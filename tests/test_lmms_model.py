@@ -1,9 +1,9 @@
 """The lmms-eval model: batches, log-likelihood, protocols, pictures and videos, errors, receipts."""
 
+import json
 import os
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,18 @@ import torch
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
 from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.evaluator import simple_evaluate  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
-from lmms_fixtures import COLOURS, FAMILIES, checkpoint, picture, question, questions, video  # noqa: E402
+from lmms_fixtures import (  # noqa: E402
+    COLOURS,
+    FAMILIES,
+    checkpoint,
+    picture,
+    question,
+    questions,
+    run_lmms_eval,
+    stock_class,
+    video,
+)
 
 from vlmslim.evaluation.lmms_model import RequestError, VlmSlim, VlmSlimChat, _generation_options  # noqa: E402
 from vlmslim.evaluation.prompts import Prompt, Prompter, read_frames, user_message  # noqa: E402
@@ -396,11 +405,7 @@ def evaluate(tasks, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     manager = TaskManager("ERROR", include_path=str(tasks), include_defaults=False)
 
-    def evaluate(lm, names, **options):
-        results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, verbosity="ERROR", **options)
-        return results, {name: [s["filtered_resps"] for s in results["samples"][name]] for name in names}
-
-    return evaluate
+    return partial(run_lmms_eval, manager=manager)
 
 
 def test_a_run_leaves_a_receipt_and_an_unpatched_model(make, evaluate):
@@ -439,23 +444,9 @@ def test_messages_that_a_task_builds_are_honoured_by_both_protocols(make, evalua
     assert {prompt.text for prompt in prompts} == {"USER: Hello <image>. ASSISTANT:"}
 
 
-@pytest.fixture
-def stock(monkeypatch):
-    """lmms-eval's own class. It imports decord for its videos; there are none here."""
-    if "decord" not in sys.modules:
-        decord = types.ModuleType("decord")
-        decord.VideoReader = decord.cpu = None
-        monkeypatch.setitem(sys.modules, "decord", decord)
-    try:
-        from lmms_eval.models.chat.llava_hf import LlavaHf
-    except ImportError as error:
-        pytest.skip(f"lmms-eval's llava_hf cannot be imported: {error}")
-    return partial(LlavaHf, device="cpu", device_map="cpu", dtype="float32")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unpatched_it_answers_as_the_stock_class(make, evaluate, stock, folder, family):
-    _, expected = evaluate(stock(checkpoint(family, folder)), ["quiz"])
+def test_unpatched_it_answers_as_the_stock_class(make, evaluate, folder, family, monkeypatch):
+    _, expected = evaluate(stock_class(monkeypatch)(checkpoint(family, folder)), ["quiz"])
     assert all(answer[0] for answer in expected["quiz"])  # the stock class turns exceptions into empty answers
     for method in ({}, {"method": "none"}, {"method": "uniform", "keep": 1.0}):
         assert evaluate(make(family, batch_size=4, **method), ["quiz"])[1] == expected
@@ -486,10 +477,23 @@ def test_the_command_line(folder, tasks, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(folder, tasks, tmp_path, make, evaluate):
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+def test_two_processes_give_the_results_of_one(folder, tasks, tmp_path, make, evaluate):
+    # `--cpu` would start a single process; accelerate starts several on a CPU only in this way.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-    names = ["--tasks", "quiz,quiz_choice", "--limit", 7, "--verbosity", "DEBUG", "--output_path", tmp_path]
-    names += ["--log_samples"]
-    out = command(*arguments(folder, tasks, *names), launcher=launcher, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert '"images": 40' in out  # 7 + 28 documents and the padding of the second process, counted over both
+    env = {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    names = ["--tasks", "quiz,quiz_choice", "--limit", 7, "--output_path", tmp_path, "--log_samples"]
+    out = command(*arguments(folder, tasks, *names), launcher=launcher, **env)
+    assert '"images": 40' in out  # 7 + 28 requests and 1 + 4 that even out the shares, counted over both processes
+    expected, answers = evaluate(make(method="divprune", keep=4, batch_size=4), ["quiz", "quiz_choice"], limit=7)
+    (file,) = tmp_path.rglob("*_results.json")
+    results = json.loads(file.read_text())["results"]
+    for name, metric in (("quiz", "hit,none"), ("quiz_choice", "acc,none")):
+        assert results[name][metric] == expected["results"][name][metric]
+        (file,) = tmp_path.rglob(f"*_samples_{name}.jsonl")
+        samples = {s["doc_id"]: s["filtered_resps"] for s in map(json.loads, file.read_text().splitlines())}
+        if name == "quiz":
+            assert [samples[i] for i in range(7)] == answers[name]
+        else:
+            losses = [[loss for loss, _ in row] for row in answers[name]]
+            np.testing.assert_allclose([[loss for loss, _ in samples[i]] for i in range(7)], losses, atol=1e-4)

@@ -11,9 +11,11 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 
 from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
 from lmms_eval.utils import load_yaml_config  # noqa: E402
+from lmms_fixtures import run_lmms_eval, stock_class  # noqa: E402
 
 import vlmslim.tasks  # noqa: E402
 from vlmslim import bundled  # noqa: E402
+from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.tasks.scenes.utils import normalise, score  # noqa: E402
 
 SCENES = Path(vlmslim.tasks.path()) / "scenes"
@@ -73,6 +75,20 @@ def test_the_questions_load_and_their_answers_score(name, manager, tmp_path, mon
         assert task.process_results(doc, [f" {doc['answer'].upper()}."]) == {"acc": 1.0}
         assert task.process_results(doc, [f"not {doc['answer']}"]) == {"acc": 0.0}
         assert len(task.instances) == 3
+
+
+@needs_data
+@pytest.mark.skipif("bundled/tiny-llava" not in bundled.names(), reason="the checkpoint is not built yet")
+def test_unpatched_the_bundled_model_answers_as_the_stock_class(manager, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = NAMES[:-1]  # stock classes cannot score choices: lmms-eval 0.7 makes text of their log-likelihoods
+    _, expected = run_lmms_eval(
+        stock_class(monkeypatch)(bundled.resolve("bundled/tiny-llava")), names, manager, limit=8
+    )
+    assert all(answer[0] for answers in expected.values() for answer in answers)
+    _, answers = run_lmms_eval(VlmSlim("bundled/tiny-llava", batch_size=8), names, manager, limit=8)
+    assert answers == expected
 
 
 def test_answers_are_compared_without_case_blanks_and_full_stop():

@@ -5,8 +5,6 @@
 One implementation serves lmms-eval's simple protocol (`VlmSlim`) and its chat protocol (`VlmSlimChat`).
 """
 
-from vlmslim.evaluation import manifest as manifest  # isort: skip  # lmms-eval may look for it while this file loads
-
 import dataclasses
 import inspect
 import json
