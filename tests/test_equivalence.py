@@ -415,6 +415,95 @@ def test_images_at_either_end_of_the_prompt(family):
                 close(out.logits[i][valid(together, i)][first:], ref.full_logits()[first:])
 
 
+@pytest.mark.parametrize("change", ["two tower layers", "CLS among the tokens", "mosaic resized"])
+@torch.no_grad()
+def test_unusual_configurations(change):
+    """Two tower layers side by side; CLIP's CLS token kept; a mosaic that OneVision shrinks by interpolation."""
+    family = "onevision" if change == "mosaic resized" else "llava"
+    model = tiny(family)
+    if change == "two tower layers":
+        model = _wider(model)
+    elif change == "CLS among the tokens":
+        model.config.vision_feature_select_strategy = "full"
+    else:
+        model.config.vision_aspect_ratio = "anyres_max_1"
+    rows = [[BOS, Picture(0, (60, 60)), *words(0, 4)], [BOS, *words(1, 2), Picture(1, (60, 60)), *words(2, 2)]]
+    singles = [_recounted(model, row) for row in rows]
+    inputs = {k: torch.cat([x[k] for x in singles]) for k in singles[0]}
+    plain = model(**inputs).logits
+    places = [visual(x)[0] for x in singles]
+    assert len(places[0]) != len(visual(batch(tiny(family), rows[:1]))[0]) or change == "two tower layers"
+    kept = [keep_only(x, [Strided().chosen(len(p), None)]) for x, p in zip(singles, places, strict=True)]
+    references = [reference(model, x, k) for x, k in zip(singles, kept, strict=True)]
+    with vlmslim.patch(model, Everything()):
+        assert torch.equal(model(**inputs).logits, plain)
+    with vlmslim.patch(model, Strided()):
+        out = model(**inputs).logits
+    for i, ref in enumerate(references):
+        close(out[i], ref.full_logits())
+    for name in METHODS:
+        with patch_or_skip(model, build(name)) as slim:
+            assert torch.isfinite(model(**inputs).logits).all()
+        if name in ("random", "uniform", "pool", "divprune"):
+            assert slim.receipt.summary()["kept"] == 5
+
+
+def _wider(model):
+    """The same model with the features of two tower layers side by side."""
+    config = copy.deepcopy(model.config)
+    config.vision_feature_layer = [-2, -1]
+    wide = type(model)(config).eval()
+    state = model.state_dict()
+    name = "model.multi_modal_projector.linear_1.weight"
+    state[name] = torch.cat([state[name], state[name].flip(1)], 1)
+    wide.load_state_dict(state)
+    wide.generation_config = model.generation_config
+    return wide
+
+
+def _recounted(model, row: list) -> dict:
+    """Inputs of one row, with as many placeholders as this model has tokens for its picture."""
+    inputs = batch(model, [row])
+    extra = {k: inputs[k] for k in ("image_sizes", "batch_num_images") if k in inputs}
+    count = len(model.model.get_image_features(inputs["pixel_values"], **extra).pooler_output[0])
+    ids = inputs["input_ids"][0]
+    first = int((ids == IMAGE).nonzero()[0])
+    ids = torch.cat([ids[:first], ids.new_full((count,), IMAGE), ids[ids != IMAGE][first:]])[None]
+    return inputs | dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("rule", [Strided(), StridedOriginal(), Both()], ids=name_of)
+@torch.no_grad()
+def test_other_ways_to_call_forward(family, rule):
+    """Embeddings instead of ids, a tuple instead of a record, explicit positions, no cache, no head."""
+    model = tiny(family)
+    inputs = batch(model, LONG_ROWS)
+    mask = inputs["attention_mask"]
+    with vlmslim.patch(model, rule):
+        want = model(**inputs).logits
+        assert torch.equal(model(**inputs, return_dict=False)[0], want)
+        assert torch.equal(model(**inputs, use_cache=False).logits, want)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        without_ids = {k: v for k, v in inputs.items() if k != "input_ids"}
+        close(model(**without_ids, inputs_embeds=embeds).logits, want)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        valid_places = mask.bool()
+        close(model(**inputs, position_ids=positions).logits[valid_places], want[valid_places])
+        close(model.lm_head(model.model(**inputs).last_hidden_state), want)
+
+
+@torch.no_grad()
+def test_the_language_model_alone_is_not_disturbed(family):
+    model = tiny(family)
+    lm = model.model.language_model
+    ids = torch.tensor([words(0, 9)])
+    want = lm(input_ids=ids).last_hidden_state
+    with vlmslim.patch(model, Both()):
+        assert torch.equal(lm(input_ids=ids).last_hidden_state, want)
+        model(**batch(model, ROWS))
+        assert torch.equal(lm(input_ids=ids).last_hidden_state, want)
+
+
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 

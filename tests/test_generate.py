@@ -215,6 +215,19 @@ def test_a_second_turn_equals_starting_over(family, rule):
     assert lengths(reused.past_key_values) == lengths(scratch.past_key_values)
 
 
+@pytest.mark.parametrize("rule", [Strided(), StridedOriginal(), Both()], **by_name)
+@torch.no_grad()
+def test_a_second_turn_without_a_mask(family, rule):
+    model = tiny(family)
+    row = ROWS[1]
+    inputs = batch(model, [row], "none")
+    with vlmslim.patch(model, rule):
+        out, _ = greedy(model, inputs)
+        ids = torch.cat([out.sequences, torch.tensor([words(70, 3)])], 1)
+        final, logits = greedy(model, dict(input_ids=ids), past_key_values=out.past_key_values)
+    close(logits[0], expect(model, row, rule, answers(final, inputs)[0]).logits()[-7:-1])
+
+
 @pytest.mark.parametrize("use", ["generate", "forward"])
 @pytest.mark.parametrize("rule", [Strided(), StridedOriginal(), Both(), Stairs()], **by_name)
 @torch.no_grad()
