@@ -86,7 +86,8 @@ class Diversify(Compressor):
     def _pivot(self, image: ImageTokens, pool: Tensor) -> Tensor:
         """Where in `pool` (m,) the search starts: a scalar."""
         if self.pivot == "random":
-            generator = torch.Generator().manual_seed(self.seed * 2**32 + image.fingerprint)
+            # torch seeds its CPU generator with 32 bits: mix the two numbers into them
+            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + image.fingerprint) % 2**32)
             return torch.randint(len(pool), (), generator=generator).to(pool.device)
         if self.pivot == "cls":
             attention = cls_attention(*image.qk(self.cls_layer))  # (c, p)
