@@ -2,7 +2,7 @@
 
 import sys
 import types
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import av
@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from lmms_eval.evaluator import simple_evaluate
+from loguru import logger
 from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -189,8 +190,14 @@ def video(path: Path, frames: int = 20) -> str:
     return str(path)
 
 
-def stock_class(monkeypatch):
-    """lmms-eval's own `llava_hf`, set up for this machine. It imports decord for its videos; there are none here."""
+def run_lmms_eval(lm, names, manager, **options):
+    """lmms-eval's results, and the answers of every document by task."""
+    results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, verbosity="ERROR", **options)
+    return results, {name: [s["filtered_resps"] for s in results["samples"][name]] for name in names}
+
+
+def stock_answers(monkeypatch, path: str, names, manager, **options) -> dict:
+    """Answers of lmms-eval's own `llava_hf`. It imports decord for its videos; there are none here."""
     if "decord" not in sys.modules:
         decord = types.ModuleType("decord")
         decord.VideoReader = decord.cpu = None
@@ -199,10 +206,10 @@ def stock_class(monkeypatch):
         from lmms_eval.models.chat.llava_hf import LlavaHf
     except ImportError as error:
         pytest.skip(f"lmms-eval's llava_hf cannot be imported: {error}")
-    return partial(LlavaHf, device="cpu", device_map="cpu", dtype="float32")
-
-
-def run_lmms_eval(lm, names, manager, **options):
-    """lmms-eval's results, and the answers of every document by task."""
-    results = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, verbosity="ERROR", **options)
-    return results, {name: [s["filtered_resps"] for s in results["samples"][name]] for name in names}
+    errors = []
+    sink = logger.add(errors.append, level="ERROR")
+    lm = LlavaHf(path, device="cpu", device_map="cpu", dtype="float32")
+    _, answers = run_lmms_eval(lm, names, manager, **options)
+    logger.remove(sink)
+    assert not errors  # an exception becomes an empty answer there
+    return answers

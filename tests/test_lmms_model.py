@@ -23,7 +23,7 @@ from lmms_fixtures import (  # noqa: E402
     question,
     questions,
     run_lmms_eval,
-    stock_class,
+    stock_answers,
     video,
 )
 
@@ -446,9 +446,9 @@ def test_messages_that_a_task_builds_are_honoured_by_both_protocols(make, evalua
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpatched_it_answers_as_the_stock_class(make, evaluate, folder, family, monkeypatch):
-    _, expected = evaluate(stock_class(monkeypatch)(checkpoint(family, folder)), ["quiz"])
-    assert all(answer[0] for answer in expected["quiz"])  # the stock class turns exceptions into empty answers
-    for method in ({}, {"method": "none"}, {"method": "uniform", "keep": 1.0}):
+    expected = stock_answers(monkeypatch, checkpoint(family, folder), ["quiz"], evaluate.keywords["manager"])
+    assert len({answer for (answer,) in expected["quiz"]}) > 5
+    for method in ({}, {"method": "uniform", "keep": 1.0}):
         assert evaluate(make(family, batch_size=4, **method), ["quiz"])[1] == expected
 
 

@@ -331,8 +331,10 @@ def _task_messages(to_visual: Callable) -> Callable[[dict], list[dict]] | None:
     if not callable(build) or task.OUTPUT_TYPE != "generate_until":
         return None
     settings = task.lmms_eval_specific_kwargs
-    if settings is not None and len(inspect.signature(build).parameters) > 1:
-        return lambda doc: build(doc, lmms_eval_specific_kwargs=settings)
+    if settings is not None:
+        parameters = inspect.signature(build).parameters.values()
+        if any(p.name == "lmms_eval_specific_kwargs" or p.kind is p.VAR_KEYWORD for p in parameters):
+            return lambda doc: build(doc, lmms_eval_specific_kwargs=settings)
     return build
 
 
@@ -368,11 +370,12 @@ def _cut(text: str, until: list[str]) -> str:
 
 def _pooled(receipts: list[vlmslim.Receipt]) -> vlmslim.Receipt:
     """One receipt for all processes: the counts added up."""
-    whole = receipts[0]
-    for other in receipts[1:]:
-        for name, value in vars(other).items():
-            if name in ("visual_tokens_per_layer",):
-                setattr(whole, name, [a + b for a, b in zip(getattr(whole, name), value, strict=True)])
-            elif isinstance(value, int) and name not in ("kv_bytes_per_token", "layers"):
-                setattr(whole, name, getattr(whole, name) + value)
+    whole, *others = receipts
+    settings = {"kv_bytes_per_token", "layers"}
+    for other in others:
+        for name, count in vars(other).items():
+            if isinstance(count, list):
+                setattr(whole, name, [a + b for a, b in zip(getattr(whole, name), count, strict=True)])
+            elif isinstance(count, int) and name not in settings:
+                setattr(whole, name, getattr(whole, name) + count)
     return whole
