@@ -35,10 +35,18 @@ def check_outliers(arrays: dict[str, np.ndarray]) -> None:
     for name in (key.removesuffix("_count") for key in arrays if key.endswith("_count")):
         series, k = name.rsplit("_k", 1)
         x = torch.from_numpy(arrays[f"{series}_x"])
-        assert outliers(x, int(k)) == int(arrays[f"{name}_count"]), name
         got, want = local_outlier_factor(x, int(k)).numpy(), arrays[f"{name}_lof"]
-        # Between equally near neighbours the reference's choice is arbitrary, and theirs may be denser than ours.
-        np.testing.assert_allclose(got, want, rtol=1e-4 if distances_differ(x.numpy()) else 5e-2, err_msg=name)
+        count, expected = outliers(x, int(k)), int(arrays[f"{name}_count"])
+        if distances_differ(x.numpy()):
+            np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=name)
+            assert count == expected, name
+        else:
+            # Which of several equally near numbers is the k-th neighbour is the reference's accident: theirs may have
+            # a denser neighbourhood than ours. That moves a factor by some per cent, and decides only close calls.
+            np.testing.assert_allclose(got, want, rtol=0.1, err_msg=name)
+            same = np.isclose(got, want, rtol=1e-4)
+            assert ((got > 1.5) == (want > 1.5))[same].all(), name
+            assert abs(count - expected) <= (~same & (np.abs(want - 1.5) < 0.15)).sum(), name
         checked += 1
     assert checked, "no series in this file"
 
