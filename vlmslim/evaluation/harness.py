@@ -1,10 +1,9 @@
 """Everything in `vlmslim run` that talks to lmms-eval: finding tasks, evaluating a cell, timing, plain config files."""
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -143,8 +142,7 @@ class Harness:
 
         lm, config = self._lm(variant), self.config
         try:
-            # some tasks print their results, and stdout is for the leaderboard
-            with redirect_stdout(sys.stderr):
+            with _silence(config.output / "lmms_eval.log"):
                 results = simple_evaluate(
                     model=lm,
                     tasks=[task],
@@ -188,13 +186,16 @@ class Harness:
         from lmms_eval.tasks import get_task_dict
 
         lm = self._lm(Variant("none", ({"method": "none"},)))
+        names = [task.task for task in self.tasks.leaves][:count]
+        per_task = -(-count // len(names))
+        requests = []
         try:
-            names = [task.task for task in self.tasks.leaves][:count]
-            per_task = -(-count // len(names))
-            requests = []
-            for name, task in get_task_dict(names, self.tasks.manager, "simple").items():
+            with _silence(self.config.output / "lmms_eval.log"):
+                tasks = get_task_dict(names, self.tasks.manager, "simple")
+                for task in tasks.values():
+                    task.build_all_requests(limit=per_task, rank=0, world_size=1)
+            for name, task in tasks.items():
                 lm.task_dict[name] = task.dataset
-                task.build_all_requests(limit=per_task, rank=0, world_size=1)
                 firsts = {}  # a multiple-choice question makes one request per choice
                 for request in task.instances:
                     firsts.setdefault(request.doc_id, request)
@@ -242,6 +243,14 @@ def _model_args(config: RunConfig, variant: Variant) -> str:
     if simple_parse_args_string(text) != arguments:
         raise ConfigError(f"lmms-eval would not read {arguments} back from {text!r}; rename the path or the option")
     return text
+
+
+@contextmanager
+def _silence(log: Path):
+    """Send what lmms-eval and its tasks print, progress bars included, to a file; stdout is for the leaderboard."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 def quiet(log: Path | None = None) -> None:

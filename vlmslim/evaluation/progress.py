@@ -1,5 +1,7 @@
 """Progress bars for `vlmslim run`."""
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -16,8 +18,9 @@ class RichDisplay(Display):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(file=sys.stderr),  # this stream, even while lmms-eval's is sent elsewhere
             redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> "RichDisplay":
