@@ -98,27 +98,31 @@ def test_requests_with_other_generation_arguments_do_not_share_a_batch(make):
 
 
 def forced(lm, i: int, answer: str, one: bool = False) -> tuple[float, bool, int]:
-    """Mean loss and greediness of an answer, one token at a time, with the processor alone."""
+    """Mean loss and greediness of an answer, and its length, when `generate()` is made to say it token by token."""
     prompt = lm.prompter.render(user_message(question(i), [picture(i)] if one else pictures_of({"id": i})))
     images = {"images": [prompt.media["image"]]} if prompt.media["image"] else {}
     start = lm.processor(text=prompt.text, **images, return_tensors="pt")
     ids = lm.processor(text=f"{prompt.text} {answer}", **images, return_tensors="pt")["input_ids"][0]
     n = start["input_ids"].shape[1]
     assert ids[:n].tolist() == start["input_ids"][0].tolist()
-    losses, greedy = [], True
-    for token in ids[n:]:
-        with torch.inference_mode():
-            logits = lm.model(**start).logits[0, -1]
-        losses.append(-logits.log_softmax(-1)[token].item())
-        greedy &= bool(logits.argmax() == token)
-        start["input_ids"] = torch.cat([start["input_ids"], token[None, None]], 1)
-        start["attention_mask"] = torch.ones_like(start["input_ids"])
-    return sum(losses) / len(losses), greedy, len(losses)
+    steps = lm.model.generate(
+        **start,
+        do_sample=False,
+        suppress_tokens=None,
+        max_new_tokens=len(ids) - n,
+        prefix_allowed_tokens_fn=lambda row, before: [int(ids[len(before)])],
+        output_logits=True,
+        return_dict_in_generate=True,
+    ).logits
+    logits = torch.cat(steps)
+    losses = torch.nn.functional.cross_entropy(logits, ids[n:], reduction="none")
+    return losses.mean().item(), bool((logits.argmax(-1) == ids[n:]).all()), len(losses)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_likelihood_is_that_of_forced_decoding(make, family):
-    lm = make(family, batch_size=4)
+@pytest.mark.parametrize("method", [{}, {"method": "divprune", "keep": 5}, {"method": "fastv", "keep": 5, "layer": 2}])
+def test_log_likelihood_is_that_of_forced_decoding(make, family, method):
+    lm = make(family, batch_size=4, **method)
     answers = ["red", "dark green", "yes, it is blue", "7"]
     requests = [ask(i, f" {answer}", kind="loglikelihood") for i in range(4) for answer in answers]
     expected = [forced(lm, i, answer) for i in range(4) for answer in answers]

@@ -270,17 +270,32 @@ class VlmSlim(lmms):
         return results
 
     def _score(self, queries: list[Query], prompts: list[Prompt]) -> list[Score]:
+        """Prefill the prompts alone, then feed the answers: no method may see an answer when it chooses tokens."""
         pairs = [self.prompter.continued(prompt, query.target) for prompt, query in zip(prompts, queries, strict=True)]
-        prompts, lengths = zip(*pairs, strict=True)
-        inputs = self._encode(prompts)
-        # Padded on the left, where a plain forward would count positions from the padding.
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        logits = self.model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
+        wholes, lengths = zip(*pairs, strict=True)
+        inputs = self._encode(wholes)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        answers, given = ids.new_zeros(len(ids), max(lengths)), mask.new_zeros(len(ids), max(lengths))
+        for row, n in enumerate(lengths):  # cut the answer off the end; what remains moves up, behind more padding
+            answers[row, :n], given[row, :n] = ids[row, -n:], 1
+            ids[row], mask[row] = ids[row].roll(n), mask[row].roll(n)
+            ids[row, :n], mask[row, :n] = self.tokenizer.pad_token_id, 0
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        logits = [output.logits]
+        if max(lengths) > 1:
+            following = {
+                "input_ids": answers[:, :-1],
+                "attention_mask": torch.cat([mask, given[:, :-1]], 1),
+                "position_ids": mask.sum(1, keepdim=True) + torch.arange(max(lengths) - 1, device=mask.device),
+            }
+            logits.append(self.model(**following, past_key_values=output.past_key_values).logits)
         results = []
-        for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
-            logit, target = row[-length - 1 : -1], ids[-length:].to(row.device)
-            loss = torch.nn.functional.cross_entropy(logit, target)
-            results.append(Score(loss.item(), bool((logit.argmax(-1) == target).all())))
+        for logit, answer, n in zip(
+            torch.cat(logits, 1).float(), answers.to(output.logits.device), lengths, strict=True
+        ):
+            loss = torch.nn.functional.cross_entropy(logit[:n], answer[:n])
+            results.append(Score(loss.item(), bool((logit[:n].argmax(-1) == answer[:n]).all())))
         return results
 
 
