@@ -801,6 +801,7 @@ def test_offloaded_by_accelerate(family, tmp_path, method, order):
         assert lengths(got.past_key_values) == lengths(want.past_key_values)
 
 
+@pytest.mark.slow  # flex_attention is compiled first
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
 @torch.no_grad()
 def test_other_attention_back_ends(family, implementation):
