@@ -85,6 +85,7 @@ class Question:
     answer: str
     choices: list[str] = field(default_factory=list)
     slice: str = ""
+    about: tuple[str, ...] = ()  # names of the items that the answer is read from
 
 
 @lru_cache
@@ -376,17 +377,20 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
             pool = {"random": absent, "popular": [t for t in absent if t in POPULAR],
                     "adversarial": [t for t in absent if GROUPS[t] in groups]}[kind]  # fmt: skip
             name = pick(pool or absent)
-        return Question(task, f"Is there {article(name)} in the picture? Answer yes or no.", answer, slice=kind)
+        about = (name,) if answer == "yes" else ()
+        text = f"Is there {article(name)} in the picture? Answer yes or no."
+        return Question(task, text, answer, slice=kind, about=about)
     if task == "colour" and (names := [n for n, group in shapes.items() if len(group) == 1]):
         name = pick(names)
-        return Question(task, f"What colour is the {name}? Answer with one word.", shapes[name][0].colour, slice=name)
+        text = f"What colour is the {name}? Answer with one word."
+        return Question(task, text, shapes[name][0].colour, slice=name, about=(name,))
     if task == "count" and (things or shapes):
         groups = {n: len(g) for n, g in {**things, **shapes}.items()}
         numbers = sorted(set(groups.values()))  # asked mostly about what repeats, else nearly every answer is 1
         number = numbers[-1] if rng.random() < 0.6 else rng.choice(numbers)
         name = pick([n for n, k in groups.items() if k == number])
         text = f"How many times does the {name} appear? Answer with one number."
-        return Question(task, text, str(number), slice=str(number))
+        return Question(task, text, str(number), slice=str(number), about=(name,))
     if task == "spatial":
         everything = {n: g[0] for n, g in {**things, **shapes}.items() if len(g) == 1}
         names = rng.permutation(sorted(everything)).tolist()
@@ -394,15 +398,17 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
             for b in names:
                 if a != b and (answer := relation(everything[a], everything[b])):
                     text = f"Is the {a} left, right, above or below the {b}? Answer with one word."
-                    return Question(task, text, answer, slice=answer)
+                    return Question(task, text, answer, slice=answer, about=(a, b))
         return None
     if task == "detail" and (names := [n for n in single if things[n][0].tag]):
         name = pick(names)
         text = f"Which digit is on the tag of the {name}? Answer with one digit."
-        return Question(task, text, things[name][0].tag, slice=str(len(names)))
+        return Question(task, text, things[name][0].tag, slice=str(len(names)), about=(name,))
     if task == "text" and (signs := scene.named("sign")):
         code = next(iter(signs))
-        return Question(task, "What does the sign say? Answer with the code.", code, slice=str(len(code)))
+        return Question(
+            task, "What does the sign say? Answer with the code.", code, slice=str(len(code)), about=(code,)
+        )
     if task == "choice" and things:
         name = pick(things)
         near = [t for t in absent if GROUPS[t] == GROUPS[name]]
@@ -413,5 +419,5 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
                 options.append(other)
         options = rng.permutation(options).tolist()
         text = f"Which of these is in the picture: {', '.join(options[:3])} or {options[3]}? Answer with one word."
-        return Question(task, text, name, options, slice=GROUPS[name])
+        return Question(task, text, name, options, slice=GROUPS[name], about=(name,))
     return None

@@ -76,7 +76,9 @@ class Optimizers:
         rest = [p for n, p in trained.items() if p.ndim != 2 or any(a in n for a in adamw)]
         self.config = config
         self.all = [
-            torch.optim.Muon(hidden, lr=config["lr_muon"], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                hidden, lr=config["lr_muon"], weight_decay=config["decay"], adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(rest, lr=config["lr_adamw"], weight_decay=0.0, betas=(0.9, 0.98)),
         ]
 

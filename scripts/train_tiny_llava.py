@@ -3,7 +3,9 @@
 The LLaVA recipe in small: the tower is the tiny CLIP's, frozen, its features read from the penultimate layer; a
 two-layer projector and a LLaMA decoder are trained from scratch. One sequence packs several questions about one
 picture; mostly each question sees only the picture and itself (an attention mask, positions restarted), so one
-pass over the picture feeds many single-question prompts. Only answers are supervised. Resumable: run it again.
+pass over the picture feeds many single-question prompts. Supervised are the answers, and, in place of LLaVA's first
+stage, the words for what each patch shows, where it lies, and in one middle layer where the answer is looked up (the
+generator knows all that). Resumable: run it again.
 
     python scripts/train_tiny_llava.py --clip runs/tiny-clip/tiny-clip --out runs/tiny-llava [KEY=VALUE ...]
 """
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from scenes import CHARACTERS, GRID, SIZE, TASKS, Question, ask, make_scene
+from scenes import CHARACTERS, COLOURS, GRID, KINDS, LABELS, SIZE, TASKS, THINGS, Question, ask, make_scene
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 HERE = Path(__file__).resolve().parent
 IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
@@ -131,8 +134,73 @@ def make_model(config: dict, tokenizer: PreTrainedTokenizerFast, clip: Path) -> 
     model.set_attn_implementation("eager")  # short sequences on a CPU: faster than sdpa, backward above all
     model.model.vision_tower.load_state_dict(tower)
     model.model.vision_tower.requires_grad_(False)
+    centre_projector(model)
     model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=16)
     return model
+
+
+@torch.no_grad()
+def centre_projector(model: LlavaForConditionalGeneration, n: int = 16) -> None:
+    """Let the projector train on standardised tower features; `export` folds the standardisation into its weights."""
+    images = normalise(torch.stack([pixels(make_scene(seed, "train").image) for seed in range(n)]))
+    features = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+    projector = model.model.multi_modal_projector
+    projector.mean, projector.std = features.mean(0), features.std(0)
+    projector.linear_1.register_forward_pre_hook(
+        lambda _, x: ((x[0] - projector.mean.to(x[0].device)) / projector.std.to(x[0].device),)
+    )
+
+
+@torch.no_grad()
+def load_weights(model: LlavaForConditionalGeneration, run: Path, adapter: bool) -> None:
+    """Take an earlier run's weights; as an adapter only projector and word embeddings, the layers staying fresh."""
+    saved = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["model"]
+    for name, parameter in model.named_parameters():
+        if name in saved and (not adapter or "multi_modal_projector" in name or "embed_tokens" in name):
+            parameter.copy_(saved[name])
+
+
+def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Token ids (144, 4) of the words for what a patch shows - kind, colour, character, tag's owner; -100 = none."""
+    words = {"kind": [f" {k}" for k in KINDS], "colour": ["", *(f" {c}" for c in COLOURS)],
+             "character": ["", *CHARACTERS], "owner": ["", *(f" {t}" for t in THINGS)]}  # fmt: skip
+    columns = []
+    for name, group in words.items():
+        ids = [-100, *(tokenizer.encode(w, add_special_tokens=False)[-1] for w in group[1:])]
+        columns.append(torch.tensor(ids)[torch.from_numpy(labels[:, list(LABELS).index(name)]).long()])
+    return torch.stack(columns, -1)
+
+
+def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torch.Tensor:
+    """Patches (answer_tokens, 2, 144) that each answer token is read from; the second axis is for two kinds of head.
+
+    Both see the same patches, but for a spatial question the first sees one item and the second the other. For
+    counting they are the copies' centres; for the end token none.
+    """
+    column = {name: labels[:, i] for i, name in enumerate(LABELS)}
+    seen = np.zeros((answer_tokens, 2, GRID * GRID), bool)
+    if question.task == "detail":
+        seen[:-1] = column["owner"] == 1 + THINGS.index(question.about[0])
+    elif question.task == "text":
+        seen[0] = column["place"] > 0
+        for i in range(1, answer_tokens - 1):
+            seen[i] = column["place"] == i
+    elif question.task == "spatial":
+        seen[:-1, 0], seen[:-1, 1] = (column["kind"] == KINDS.index(name) for name in question.about)
+    elif question.about:
+        seen[:-1] = column["kind"] == KINDS.index(question.about[0])
+        if question.task == "count":
+            seen &= column["centre"] > 0
+    return torch.from_numpy(seen)
+
+
+def evidence_mass(evidence: torch.Tensor, count: bool) -> torch.Tensor:
+    """Share of the attention (answer_tokens, 2) that evidence shall get: all, but n / (n + 2) for n counted centres.
+
+    An average over copies would lose their number; a share that grows with it keeps it.
+    """
+    n = evidence.sum(-1).float()
+    return n / (n + 2) if count else (n > 0).float()
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool) -> dict[str, torch.Tensor]:
@@ -170,7 +238,21 @@ def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: s
     asked = list(questions.values())
     chat = split == "train" and rng.random() < config["chat"]
     tasks = torch.tensor([TASKS.index(q.task) for q in asked])
-    return {"image": pixels(scene.image), "tasks": tasks, **pack(tokenizer, asked, chat)}
+    words = patch_words(scene.labels, tokenizer)
+    centre = torch.from_numpy(scene.labels[:, list(LABELS).index("centre")]).float()
+    lengths = [len(tokenizer.encode(f" {q.answer}", add_special_tokens=False)) + 1 for q in asked]
+    shown = [evidence(scene.labels, q, n) for q, n in zip(asked, lengths, strict=True)]
+    mass = torch.cat([evidence_mass(e, q.task == "count") for e, q in zip(shown, asked, strict=True)])
+    packed = pack(tokenizer, asked, chat)
+    return {
+        "image": pixels(scene.image),
+        "tasks": tasks,
+        "words": words,
+        "centre": centre,
+        "evidence": torch.cat(shown),
+        "mass": mass,
+        **packed,
+    }
 
 
 def collate(samples: list[dict], pad: int) -> dict:
@@ -182,18 +264,59 @@ def collate(samples: list[dict], pad: int) -> dict:
     seen = (same & torch.ones_like(same).tril())[:, None]
     batch["mask"] = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
     batch["image"] = torch.stack([s["image"] for s in samples])
+    batch["words"] = torch.stack([s["words"] for s in samples])
+    batch["centre"] = torch.stack([s["centre"] for s in samples])
+    batch["evidence"] = torch.cat([s["evidence"] for s in samples])
+    batch["mass"] = torch.cat([s["mass"] for s in samples])
     batch["tasks"] = [s["tasks"] for s in samples]
     return batch
 
 
-def answer_logits(model: LlavaForConditionalGeneration, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, vocabulary) and targets (N,) at the supervised positions of a batch."""
-    hidden = model.model(
+def answer_logits(
+    model: LlavaForConditionalGeneration, batch: dict
+) -> tuple[torch.Tensor, torch.Tensor, LlavaModelOutputWithPast]:
+    """Logits (N, vocabulary) and targets (N,) at the supervised positions, and the model's outputs."""
+    out = model.model(
         input_ids=batch["ids"], pixel_values=normalise(batch["image"]), attention_mask=batch["mask"],
-        position_ids=batch["positions"], use_cache=False,
-    ).last_hidden_state  # fmt: skip
+        position_ids=batch["positions"], use_cache=False, output_attentions=True,
+    )  # fmt: skip
     target = batch["labels"][:, 1:]
-    return model.lm_head(hidden[:, :-1][target != -100]), target[target != -100]
+    return model.lm_head(out.last_hidden_state[:, :-1][target != -100]), target[target != -100], out
+
+
+def pointing_loss(attention: torch.Tensor, batch: dict, image_token: int) -> torch.Tensor:
+    """Cross-entropy between the share of one layer's attention (B, heads, L, L) on the evidence and its target."""
+    asking = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    first = int((batch["ids"][0] == image_token).nonzero()[0])
+    rows = attention.transpose(1, 2)[asking][..., first : first + GRID * GRID].float()  # (N, heads, 144)
+    halves = rows.unflatten(1, (2, -1)).mean(2)
+    got, target = (halves * batch["evidence"]).sum(-1).clamp(1e-4, 1 - 1e-4), batch["mass"]
+    loss = -(target * got.log() + (1 - target) * (1 - got).log())
+    return loss[target > 0].mean()
+
+
+def alignment_loss(model: LlavaForConditionalGeneration, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the words for each patch, given its visual token read as if it were the decoder's output.
+
+    It plays the part of LLaVA's first stage: visual tokens come to lie near the embeddings of the words for them.
+    """
+    scores = model.lm_head(F.rms_norm(tokens, tokens.shape[-1:])).float().log_softmax(-1)
+    words = words.flatten(0, 1)
+    return -scores.gather(-1, words.clamp(min=0))[words != -100].mean()
+
+
+def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Squared error of column, row and is-an-item's-centre (B, 144), read from visual tokens (B * 144, hidden).
+
+    They are read along three fixed directions, so that nothing has to be thrown away after training.
+    """
+    noise = torch.randn(tokens.shape[-1], 3, generator=torch.Generator().manual_seed(0))
+    directions = torch.linalg.qr(noise).Q.to(tokens.device)
+    line = torch.linspace(-1, 1, GRID, device=tokens.device)
+    column, row = line.repeat(GRID).expand_as(centre), line.repeat_interleave(GRID).expand_as(centre)
+    target = 2 * torch.stack([column, row, centre], -1).flatten(0, 1)
+    error = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ directions - target).square()
+    return (error * (1 + 4 * centre.flatten()[:, None])).mean()
 
 
 @torch.no_grad()
@@ -204,7 +327,7 @@ def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelera
     for batch in batches:
         moved = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
         with accelerator.autocast():
-            logits, target = answer_logits(model, moved)
+            logits, target, _ = answer_logits(model, moved)
         correct = (logits.argmax(-1) == target).tolist()
         ends = (target == model.config.text_config.eos_token_id).nonzero().flatten().tolist()
         first = 0
@@ -215,9 +338,14 @@ def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelera
     return {task: float(np.mean(values)) if values else float("nan") for task, values in right.items()}
 
 
+@torch.no_grad()
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Write the checkpoint: fp16 on disk, fp32 when loaded without a dtype (CPUs are slow in fp16)."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    projector, name = model.model.multi_modal_projector, "model.multi_modal_projector.linear_1."
+    mean, std = (v.to(projector.linear_1.weight.device) for v in (projector.mean, projector.std))
+    weight = projector.linear_1.weight / std
+    state[name + "weight"], state[name + "bias"] = weight.half(), (projector.linear_1.bias - weight @ mean).half()
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -229,6 +357,8 @@ def main() -> None:
     parser.add_argument("--config", default=HERE / "tiny_llava.yaml")
     parser.add_argument("--clip", type=Path, required=True, help="open_clip folder of the tiny CLIP")
     parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava")
+    parser.add_argument("--start", type=Path, help="start from this run folder's weights, with a new schedule")
+    parser.add_argument("--adapter", action="store_true", help="of --start take only projector and word embeddings")
     parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
@@ -237,6 +367,8 @@ def main() -> None:
     tokenizer = make_tokenizer(config["vocabulary"])
     processor = make_processor(tokenizer)
     model = make_model(config, tokenizer, args.clip).to(accelerator.device)
+    if args.start:
+        load_weights(model, args.start, args.adapter)
     optimizers = Optimizers(dict(model.named_parameters()), config, ("embed_tokens", "lm_head"))
     run = Run(args.out, config)
     step = run.resume(model, optimizers)
@@ -249,14 +381,25 @@ def main() -> None:
     for batch in loader(make, config, step, join) if step < stop else ():
         batch = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
         with accelerator.autocast():
-            logits, target = answer_logits(model, batch)
-        loss = F.cross_entropy(logits.float(), target)
+            logits, target, out = answer_logits(model, batch)
+            align = alignment_loss(model, out.image_hidden_states, batch["words"])
+        layout = layout_loss(out.image_hidden_states, batch["centre"])
+        point = pointing_loss(out.attentions[len(out.attentions) // 2], batch, model.config.image_token_id)
+        answer = F.cross_entropy(logits.float(), target)
+        loss = answer + config["align"] * align + config["point"] * point + config["layout"] * layout
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(step)
         step += 1
         if step % config["log_every"] == 0 or step == stop:
-            run.log(step=step, loss=float(loss), tokens=batch["ids"].shape[1])
+            run.log(
+                step=step,
+                loss=float(loss),
+                answer=float(answer),
+                align=float(align),
+                point=float(point),
+                layout=float(layout),
+            )
         if step % config["eval_every"] == 0 or step == stop:
             run.log(step=step, **evaluate(model, held_out, accelerator))
             run.save(step, model, optimizers)

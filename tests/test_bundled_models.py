@@ -110,7 +110,7 @@ def test_packed_questions_equal_single_prompts(llava, scene):
 
     def logits(some):
         packed = train.pack(processor.tokenizer, some, chat=False)
-        batch = train.collate([{"image": train.pixels(scene.image), "tasks": torch.zeros(1), **packed}], 0)
+        batch = train.collate([{"image": train.pixels(scene.image), "tasks": torch.zeros(1), "words": torch.zeros(1), "evidence": torch.zeros(1), **packed}], 0)
         with torch.no_grad():
             return train.answer_logits(model, batch)[0]
 
