@@ -50,7 +50,8 @@ def decoder_attention(
     q, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), take(cos, rows), take(sin, rows))
     k, _ = apply_rotary_pos_emb(k.transpose(1, 2), k.transpose(1, 2), cos, sin)
     q = q.unflatten(1, (k.shape[1], -1)).float()  # (B, kv heads, group, q, head_dim)
-    logits = (q @ k.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * attn.scaling
+    with torch.autocast(x.device.type, enabled=False):
+        logits = (q @ k.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * attn.scaling
     key = torch.arange(size, device=x.device)
     visible = mask.to(x.device)[:, None] & (key <= rows[..., None]) | (key == rows[..., None])  # (B, q, S)
     return logits.masked_fill(~visible[:, None], float("-inf"))

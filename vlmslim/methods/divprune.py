@@ -69,7 +69,7 @@ class DivPrune(Compressor):
         if self.newline == "rows":
             # The newline behind a row of tiles is the next newline of the sequence; a thumbnail row has none.
             newline = (component < 0).nonzero()[:, 0]
-            tiled = component[picks] == 1
+            tiled = (component[picks] == 1) & (not image.video)  # the one newline of a video ends no row
             end = torch.searchsorted(newline, picks)
             end = torch.where(tiled, end, len(newline))
             new = (end[:, None] == end).int().argmax(1) == torch.arange(len(end), device=end.device)
