@@ -43,6 +43,7 @@ class Call:
     segments: list[Segment] = field(default_factory=list)  # per layer, neighbours share
     entered: list[list[int]] = field(default_factory=list)  # per row, tokens of each image
     text: list[int] = field(default_factory=list)  # per row, text tokens
+    tail: int = 0  # tokens behind the last image of any row
     visual: list[list[int]] = field(default_factory=list)  # per layer, visual tokens of each row
     shift: Tensor | None = None
     gapped: bool = False  # rotary positions have gaps
@@ -107,7 +108,7 @@ class DecoderHooks:
     def _enter_core(self, core, args, kwargs):
         kwargs |= dict(zip(self.argument_names, args, strict=False))  # LLaVA-NeXT passes input_ids by position
         cache = kwargs.get("past_key_values")
-        past = Plan.of(cache) if cache is not None and cache.get_seq_length() > 0 else None
+        past = Plan.of(cache)
         if past is not None:
             kwargs = self._cut(kwargs, past.seen(cache))
         encoded = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
@@ -163,9 +164,10 @@ class DecoderHooks:
             if cache is None or cache.get_seq_length() == 0:
                 self.receipt.saw_text(len(embeds))
             return None
-        self._describe(call, embeds, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         if call.encoded:
             self._check(cache)
+        self._describe(call, embeds, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if call.encoded:
             embeds = self._compress(call, embeds)
         changed = {"inputs_embeds": embeds}
         if call.altered:
@@ -230,13 +232,14 @@ class DecoderHooks:
         found, text = self._locate(call, segment.mask)
         images = [image for _, _, image in found]
         results: list[Compressed | None] = [None] * len(found)
-        if self.before_llm is not None and images:
+        if images and (self.before_llm or self.pruners):
             finite = torch.stack([image.features.detach().isfinite().all() for image in images]).tolist()
             if not all(finite):
                 raise ValueError(
                     f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
                     "check the picture and the dtype of the vision tower"
                 )
+        if images and self.before_llm:
             for row, _, image in found:
                 image.prompt = None if call.input_ids is None else call.input_ids[row][text[row].to(embeds.device)]
             results = self.before_llm.compress_images(images)
@@ -252,7 +255,10 @@ class DecoderHooks:
             self.receipt.saw_image(n, self._requested(n), k)
         selection = segment.select(keep)
         visual = [sum(row) for row in call.entered]
-        call.text = [count - v for count, v in zip(selection.counts, visual, strict=True)]
+        call.text = text.sum(1).tolist()
+        call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
+        if selection.counts != [t + v for t, v in zip(call.text, visual, strict=True)]:
+            raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
         call.visual = [visual] * len(self.lm.layers)
         if selection.index is None:
             return embeds
@@ -326,7 +332,7 @@ class DecoderHooks:
             shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
             padded = bool(call.past and call.past.padded) or any(s.padded for _, s in pairs)
             masks = [made[id(b), id(s)] for b, s in pairs]
-            Plan(call.seen + call.length, shift, masks, padded).attach(cache)
+            Plan(call.seen + call.length, shift, masks, padded, call.tail).attach(cache)
         output.last_hidden_state = call.segments[-1].restore(output.last_hidden_state, call.length)
         if output.hidden_states is not None:
             segments = [call.segments[0], *call.segments]

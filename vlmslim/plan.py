@@ -89,32 +89,45 @@ class Plan:
     shift  : (B, 1) how far the rotary positions of later tokens move down
     masks  : per decoder layer, (B, P) False at cached padding; neighbours share
     padded : some mask is not all True
+    tail   : tokens at the end of the sequence, in every row, of which none was dropped
     """
 
     length: int
     shift: Tensor
     masks: list[Tensor]
     padded: bool
+    tail: int = 0
 
     @classmethod
     def of(cls, cache: Cache | None) -> "Plan | None":
-        """The plan of a cache, if it has one."""
-        return getattr(cache, _ATTRIBUTE, None)
+        """The plan of a cache, if it has one and still holds what it describes.
+
+        Speculative decoding prefills the prompt together with a guess, and crops the cache when the guess was wrong;
+        the plan is then cut likewise.
+
+        Raises:
+            ValueError: the cache was cropped into tokens of which some were dropped.
+        """
+        plan = getattr(cache, _ATTRIBUTE, None)
+        if plan is None or (held := cache.get_seq_length(0)) == 0:
+            return None
+        cropped = plan.masks[0].shape[1] - held
+        if cropped > plan.tail:
+            raise ValueError(
+                "the KV cache was cropped into its compressed prompt, of which no token boundary is left; crop only "
+                "what came after the last image, or prefill again"
+            )
+        if cropped > 0:
+            cut = {id(mask): mask[:, :-cropped] for mask in plan.masks}
+            masks = [cut[id(mask)] for mask in plan.masks]
+            plan = cls(plan.length - cropped, plan.shift, masks, plan.padded, plan.tail - cropped)
+            plan.attach(cache)
+        return plan
 
     def attach(self, cache: Cache) -> None:
         """Make this the plan of `cache`."""
         setattr(cache, _ATTRIBUTE, self)
 
     def seen(self, cache: Cache) -> int:
-        """Tokens of the caller's sequence behind `cache`, those decoded since the plan was made included.
-
-        Raises:
-            ValueError: the cache was cut back into the compressed part.
-        """
-        since = cache.get_seq_length(0) - self.masks[0].shape[1]
-        if since < 0:
-            raise ValueError(
-                "the KV cache was cropped into its compressed prompt, of which no token boundary is left; crop only "
-                "what was decoded after the prompt, or prefill again"
-            )
-        return self.length + since
+        """Tokens of the caller's sequence behind `cache`, those decoded since the plan was made included."""
+        return self.length + cache.get_seq_length(0) - self.masks[0].shape[1]

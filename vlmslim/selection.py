@@ -59,7 +59,7 @@ def grid_cells(height: int, width: int, k: int) -> Tensor:
     """
     if not 1 <= k <= height * width:
         raise ValueError(f"a {height} x {width} grid has no partition into {k} cells")
-    bands = min(height, max(1, round((k * height / width) ** 0.5), -(-k // width)))
+    bands = min(height, k, max(1, round((k * height / width) ** 0.5), -(-k // width)))
     cells = torch.empty(height, width, dtype=torch.long)
     rows = _edges(height, bands)
     counts = [b - a for a, b in _pairs(_edges(k, bands))]
