@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vlmslim.attention import take
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
-from vlmslim.encoder import is_recorded, recorded
+from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.families import placeholders
 from vlmslim.plan import Plan, Segment
 from vlmslim.receipt import Receipt
@@ -78,6 +78,7 @@ class DecoderHooks:
                 if at in self.pruners:
                     raise ValueError(f"{stage} and {self.pruners[at]} both prune before decoder layer {at}")
                 self.pruners[at] = stage
+        self.encoders: dict[str, RecordingEncoder] = {}
         self.call: Call | None = None
         self.handles: list = []
 
@@ -112,6 +113,8 @@ class DecoderHooks:
         if past is not None:
             kwargs = self._cut(kwargs, past.seen(cache))
         encoded = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
+        for kind, out in encoded.items():
+            self.encoders[kind].recognise(out)
         if not (self.before_llm or self.pruners):  # what was encoded elsewhere cannot be counted, and need not be
             encoded = {kind: out for kind, out in encoded.items() if is_recorded(out)}
         self.call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), encoded, past)

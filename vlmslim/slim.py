@@ -52,8 +52,9 @@ class Slim:
         )
         self._decoder = DecoderHooks(model, stages, self.receipt)
         kinds = ["image", "video"] if family.video else ["image"]
-        self._encoders = [RecordingEncoder(core, f"get_{kind}_features", tuple(sorted(tower_layers))) for kind in kinds]
-        for encoder in self._encoders:
+        self._encoders = {k: RecordingEncoder(core, f"get_{k}_features", tuple(sorted(tower_layers))) for k in kinds}
+        self._decoder.encoders = self._encoders
+        for encoder in self._encoders.values():
             encoder.on_encoded = self._decoder.on_encoded
             encoder.attach()
         self._decoder.attach()
@@ -63,7 +64,7 @@ class Slim:
         """Give the model back exactly as it was. A second call does nothing."""
         if getattr(self.model, "_vlmslim", None) is self:
             self._decoder.detach()
-            for encoder in self._encoders:
+            for encoder in self._encoders.values():
                 encoder.detach()
             del self.model._vlmslim
 
