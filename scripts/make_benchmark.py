@@ -22,7 +22,7 @@ FIRST_SCENE, PER_SCENE = 20_000_000, 3
 CELLS = {
     "presence": {"yes": 3, "random": 1, "popular": 1, "adversarial": 1},
     "colour": dict.fromkeys(COLOURS, 1), "count": dict.fromkeys("12345", 1),
-    "spatial": dict.fromkeys(("left", "right", "above", "below"), 1), "detail": dict.fromkeys(TAG_DIGITS, 1),
+    "spatial": {"": 1}, "detail": dict.fromkeys(TAG_DIGITS, 1),
     "text": {"2": 3, "3": 5, "4": 2}, "choice": {"": 1},
 }  # fmt: skip
 
@@ -31,7 +31,7 @@ def cell(question: Question) -> str:
     """The balance cell of a question."""
     if question.task in ("presence", "text"):
         return question.slice
-    return "" if question.task == "choice" else question.answer
+    return "" if question.task in ("choice", "spatial") else question.answer
 
 
 def encode(scene: Scene) -> bytes:
@@ -63,6 +63,9 @@ def build(n: int, seed: int) -> dict[str, list[dict]]:
                    "slice": question.slice}  # fmt: skip
             rows[task].append(row | ({"choices": question.choices} if question.choices else {}))
         number += 1
+    for task in TASKS:  # shuffled, so that the first N questions are balanced as well
+        order = np.random.default_rng([seed, 5]).permutation(n)
+        rows[task] = [rows[task][i] | {"id": f"{task}-{k:04d}"} for k, i in enumerate(order)]
     return rows
 
 

@@ -26,6 +26,7 @@ CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CODE_CHARACTERS = "ACEFHJKLNPRTUVXY23456789"  # none that look alike, none too wide
 TAG_DIGITS = "123456789"
 TASKS = ("presence", "colour", "count", "spatial", "detail", "text", "choice")
+FAMILIES = (*TASKS, "side")  # questions that the generator knows; "side" is in no task (assets/README.md says why)
 THINGS = [t["name"] for t in json.loads((BANK / "things.json").read_text())]
 GROUPS = {t["name"]: t["group"] for t in json.loads((BANK / "things.json").read_text())}
 # How often a thing is drawn: a fixed uneven order, so that "popular" negatives mean something.
@@ -391,7 +392,7 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
         name = pick([n for n, k in groups.items() if k == number])
         text = f"How many times does the {name} appear? Answer with one number."
         return Question(task, text, str(number), slice=str(number), about=(name,))
-    if task == "spatial":
+    if task == "side":
         everything = {n: g[0] for n, g in {**things, **shapes}.items() if len(g) == 1}
         names = rng.permutation(sorted(everything)).tolist()
         for a in names:
@@ -404,6 +405,12 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
         name = pick(names)
         text = f"Which digit is on the tag of the {name}? Answer with one digit."
         return Question(task, text, things[name][0].tag, slice=str(len(names)), about=(name,))
+    if task == "spatial" and (names := [n for n in single if things[n][0].tag]):
+        name = pick(names)
+        tag = things[name][0].tag
+        if sum(i.tag == tag for i in scene.items) == 1:
+            return Question(task, f"What is the tag {tag} on? Answer with one word.", name, about=(name,))
+        return None
     if task == "text" and (signs := scene.named("sign")):
         code = next(iter(signs))
         return Question(

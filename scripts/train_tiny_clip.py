@@ -1,9 +1,10 @@
 """Train the bundled tiny CLIP on composed scenes, and export its tower for LLaVA.
 
 open_clip builds the model and gives the contrastive loss. Beside it, linear heads predict from each patch token of
-the PENULTIMATE layer (the one LLaVA reads) what occupies the patch; the generator knows that. The heads are thrown
-away. A short second stage freezes the tower up to that layer and trains the rest on the contrastive loss alone, in
-larger batches. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same command again.
+the PENULTIMATE layer (the one LLaVA reads) what occupies the patch, and where it is; the generator knows that. The
+heads are thrown away. A short second stage freezes the tower up to that layer and trains the rest on the contrastive
+loss alone, in larger batches. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same
+command again.
 
     python scripts/train_tiny_clip.py --out runs/tiny-clip [KEY=VALUE ...]
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from open_clip.model import CLIP
 from safetensors.torch import save_file
-from scenes import LABELS, caption, make_scene
+from scenes import GRID, LABELS, caption, make_scene
 from torch import nn
 from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
 
@@ -51,7 +52,7 @@ class Trainee(nn.Module):
     def __init__(self, model: dict):
         super().__init__()
         self.clip = CLIP(**model)
-        self.heads = nn.Linear(model["vision_cfg"]["width"], sum(LABELS.values()))
+        self.heads = nn.Linear(model["vision_cfg"]["width"], sum(LABELS.values()) + 2)
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image features (B, D) and text features (B, D), normalised, and dense logits (B, 144, classes)."""
@@ -72,14 +73,24 @@ class Trainee(nn.Module):
 
 
 def dense_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over label groups of the cross-entropy; empty patches count for less."""
-    total = logits.new_zeros((), dtype=torch.float32)
-    for i, group in enumerate(logits.float().split(list(LABELS.values()), -1)):
+    """Sum over label groups of the cross-entropy, empty patches counting for less; and a patch's column and row."""
+    line = torch.linspace(-1, 1, GRID, device=logits.device)
+    place = torch.stack([line.repeat(GRID), line.repeat_interleave(GRID)], -1)
+    total = (logits[..., -2:].float() - place).square().mean()
+    for i, group in enumerate(logits[..., :-2].float().split(list(LABELS.values()), -1)):
         target = labels[..., i].long()
         loss = F.cross_entropy(group.flatten(0, 1), target.flatten(), reduction="none")
         weight = torch.where(target.flatten() > 0, 1.0, 0.15)
         total = total + (loss * weight).sum() / weight.sum()
     return total
+
+
+@torch.no_grad()
+def load_weights(trainee: Trainee, run: Path) -> None:
+    """Take an earlier run's weights; its heads may be narrower."""
+    saved = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["model"]
+    for name, parameter in trainee.named_parameters():
+        (parameter[: len(saved[name])] if parameter.ndim else parameter).copy_(saved[name])
 
 
 @torch.no_grad()
@@ -90,7 +101,7 @@ def evaluate(trainee: Trainee, device: torch.device, n: int = 128) -> dict:
     image, text, dense = trainee(normalise(batch["image"].to(device)), batch["text"].to(device))
     trainee.train()
     out = {"retrieval": float(((image @ text.T).argmax(-1) == torch.arange(n, device=device)).float().mean())}
-    for i, (name, group) in enumerate(zip(LABELS, dense.split(list(LABELS.values()), -1), strict=True)):
+    for i, (name, group) in enumerate(zip(LABELS, dense[..., :-2].split(list(LABELS.values()), -1), strict=True)):
         target = batch["labels"][..., i].long().to(device)
         out[name] = float((group.argmax(-1) == target)[target > 0].float().mean())
     return out
@@ -143,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=HERE / "tiny_clip.yaml")
     parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-clip")
+    parser.add_argument("--start", type=Path, help="start from this run folder's weights, with a new schedule")
     parser.add_argument("--stop", type=int, help="stop after this step of the first stage (a later call resumes)")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
@@ -150,6 +162,8 @@ def main() -> None:
     second = config | config.pop("second_stage")
     accelerator = start(config)
     trainee = Trainee(config["model"]).to(accelerator.device)
+    if args.start:
+        load_weights(trainee, args.start)
     print(f"{sum(p.numel() for p in trainee.clip.visual.parameters()) / 1e6:.2f} M vision parameters", flush=True)
     stop = min(args.stop or config["steps"], config["steps"])
     train(trainee, config, args.out, args.out / "tiny-clip", stop, accelerator)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from scenes import CHARACTERS, COLOURS, GRID, KINDS, LABELS, SIZE, TASKS, THINGS, Question, ask, make_scene
+from scenes import CHARACTERS, COLOURS, FAMILIES, GRID, KINDS, LABELS, SIZE, TASKS, THINGS, Question, ask, make_scene
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
 from transformers import (
@@ -174,18 +174,18 @@ def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch
 def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torch.Tensor:
     """Patches (answer_tokens, 2, 144) that each answer token is read from; the second axis is for two kinds of head.
 
-    Both see the same patches, but for a spatial question the first sees one item and the second the other. For
+    Both see the same patches, but for a side question the first sees one item and the second the other. For
     counting they are the copies' centres; for the end token none.
     """
     column = {name: labels[:, i] for i, name in enumerate(LABELS)}
     seen = np.zeros((answer_tokens, 2, GRID * GRID), bool)
-    if question.task == "detail":
+    if question.task in ("detail", "spatial"):
         seen[:-1] = column["owner"] == 1 + THINGS.index(question.about[0])
     elif question.task == "text":
         seen[0] = column["place"] > 0
         for i in range(1, answer_tokens - 1):
             seen[i] = column["place"] == i
-    elif question.task == "spatial":
+    elif question.task == "side":
         seen[:-1, 0], seen[:-1, 1] = (column["kind"] == KINDS.index(name) for name in question.about)
     elif question.about:
         seen[:-1] = column["kind"] == KINDS.index(question.about[0])
@@ -229,15 +229,15 @@ def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: s
     """A picture and one packed sequence of questions about it."""
     scene = make_scene(seed, split)
     rng = np.random.default_rng([seed, 3])
-    weights = np.array([config["mixture"][t] for t in TASKS], float)
+    weights = np.array([config["mixture"][t] for t in FAMILIES], float)
     questions: dict[str, Question] = {}
-    for task in rng.choice(TASKS, 3 * config["turns"], p=weights / weights.sum()):
+    for task in rng.choice(FAMILIES, 3 * config["turns"], p=weights / weights.sum()):
         question = ask(scene, str(task), rng)
         if question and len(questions) < config["turns"]:
             questions.setdefault(question.text, question)
     asked = list(questions.values())
     chat = split == "train" and rng.random() < config["chat"]
-    tasks = torch.tensor([TASKS.index(q.task) for q in asked])
+    tasks = torch.tensor([FAMILIES.index(q.task) for q in asked])
     words = patch_words(scene.labels, tokenizer)
     centre = torch.from_numpy(scene.labels[:, list(LABELS).index("centre")]).float()
     lengths = [len(tokenizer.encode(f" {q.answer}", add_special_tokens=False)) + 1 for q in asked]
@@ -322,7 +322,7 @@ def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelerator) -> dict[str, float]:
     """Share of held-out questions whose whole answer is the greedy one, by task."""
-    right: dict[str, list[float]] = {task: [] for task in TASKS}
+    right: dict[str, list[float]] = {task: [] for task in FAMILIES}
     model.eval()
     for batch in batches:
         moved = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
@@ -332,7 +332,7 @@ def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelera
         ends = (target == model.config.text_config.eos_token_id).nonzero().flatten().tolist()
         first = 0
         for task, end in zip(torch.cat(batch["tasks"]).tolist(), ends, strict=True):
-            right[TASKS[task]].append(float(all(correct[first : end + 1])))
+            right[FAMILIES[task]].append(float(all(correct[first : end + 1])))
             first = end + 1
     model.train()
     return {task: float(np.mean(values)) if values else float("nan") for task, values in right.items()}
@@ -357,15 +357,18 @@ def main() -> None:
     parser.add_argument("--config", default=HERE / "tiny_llava.yaml")
     parser.add_argument("--clip", type=Path, required=True, help="open_clip folder of the tiny CLIP")
     parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava")
-    parser.add_argument("--start", type=Path, help="start from this run folder's weights, with a new schedule")
+    parser.add_argument("--start", type=Path, help="start from this run's tokenizer and weights, with a new schedule")
     parser.add_argument("--adapter", action="store_true", help="of --start take only projector and word embeddings")
     parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
     config = read_config(args.config, args.overrides)
     accelerator = start(config)
-    tokenizer = make_tokenizer(config["vocabulary"])
-    processor = make_processor(tokenizer)
+    if args.start:
+        processor = LlavaProcessor.from_pretrained(args.start / "tiny-llava")
+    else:
+        processor = make_processor(make_tokenizer(config["vocabulary"]))
+    tokenizer = processor.tokenizer
     model = make_model(config, tokenizer, args.clip).to(accelerator.device)
     if args.start:
         load_weights(model, args.start, args.adapter)

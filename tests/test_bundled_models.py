@@ -107,10 +107,11 @@ def test_packed_questions_equal_single_prompts(llava, scene):
     train = pytest.importorskip("train_tiny_llava")
     model, processor = llava
     scene, questions = scene
+    blank = {k: torch.zeros(1) for k in ("tasks", "words", "centre", "evidence", "mass")}
 
     def logits(some):
         packed = train.pack(processor.tokenizer, some, chat=False)
-        batch = train.collate([{"image": train.pixels(scene.image), "tasks": torch.zeros(1), "words": torch.zeros(1), "evidence": torch.zeros(1), **packed}], 0)
+        batch = train.collate([{"image": train.pixels(scene.image), **blank, **packed}], 0)
         with torch.no_grad():
             return train.answer_logits(model, batch)[0]
 

@@ -73,8 +73,11 @@ def test_colour_count_text_and_detail_answers(many):
         assert q.answer == thing.tag != ""
 
 
-def test_spatial_answers(many):
+def test_spatial_and_side_answers(many):
     for scene, q in questions(many, "spatial"):
+        tag = re.search(r"the tag (\d) on", q.text)[1]
+        assert [i.name for i in scene.items if i.tag == tag] == [q.answer]
+    for scene, q in questions(many, "side"):
         a, b = re.match(r"Is the (\w+) left, .* the (\w+)\?", q.text).groups()
         (ax, ay), (bx, by) = (next(i for i in scene.items if i.name == n).centre for n in (a, b))
         side = {"left": bx - ax, "right": ax - bx, "above": by - ay, "below": ay - by}
