@@ -11,7 +11,7 @@ from evaluation_doubles import SHAPE, FakeHarness, write_config
 
 from vlmslim.efficiency import prefill_flops
 from vlmslim.evaluation.config import ConfigError, load_config
-from vlmslim.evaluation.leaderboard import Leaderboard, Row, Score, _metric, _score, _stderr_of_mean
+from vlmslim.evaluation.leaderboard import Leaderboard, Row, Score, _add_ratios, _metric, _score, _stderr_of_mean
 from vlmslim.evaluation.render import FORMATS, cost_columns, render, score_columns
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
@@ -84,6 +84,24 @@ def test_marks(board):
     assert (text["random-64"], text["divprune-64"]) == (1, 1)
     assert "fastv-64" not in text  # two firsts leave no second
     assert "none" not in board.places(None)
+
+
+def test_where_all_are_alike_nobody_is_marked():
+    rows = [Row(label, 1, {"t": Score(0.5, None, 4)}) for label in "ab"]
+    assert Leaderboard(rows, ["t"], {"t": ("acc", True)}, {}).places("t") == {}
+
+
+def test_a_task_the_unpatched_model_fails_is_left_out_of_the_average():
+    rows = [Row("none", None, {"t": Score(0.5, None, 4), "u": Score(0.0, None, 4)})]
+    rows.append(Row("a", 1, {"t": Score(0.4, None, 4), "u": Score(0.1, None, 4)}))
+    _add_ratios(rows, ["t", "u"], {"t": ("acc", True), "u": ("acc", True)})
+    assert [row.relative for row in rows] == [1, 0.8]
+
+
+def test_tokens_dropped_on_the_way_are_shown():
+    rows = [Row("fastv", 16, kept=144.0, last=16.0), Row("divprune", 16, kept=16.0, last=16.0)]
+    columns = {c.name: c.texts for c in cost_columns(Leaderboard(rows, [], {}, {}))}
+    assert columns["tokens kept"] == ["144.0 → 16.0", "16.0"]
 
 
 def test_lower_may_be_better():

@@ -28,7 +28,8 @@ class Row:
     budget     : the `keep` asked for, which groups rows; None for the unpatched model
     scores     : task -> score; tasks that are not finished are missing
     relative   : mean over tasks of the score over the unpatched model's; None until every task is finished
-    requested, kept, equivalent : visual tokens asked for, sent to the language model, and averaged over its layers
+    requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
+                 and averaged over its layers
     flops      : analytic prefill FLOPs of the language model
     kv_bytes   : of the prompt's KV cache
     prefill_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
@@ -40,6 +41,7 @@ class Row:
     relative: float | None = None
     requested: float | None = None
     kept: float | None = None
+    last: float | None = None
     equivalent: float | None = None
     flops: float | None = None
     flops_ratio: float | None = None
@@ -111,7 +113,8 @@ class Leaderboard:
     def places(self, task: str | None) -> dict[str, int]:
         """Label -> 1 (best) or 2 (second best) within its budget, by a task's score or (None) the average.
 
-        Ties share the first place, and leave no second. The unpatched model is out of the race.
+        Ties share a place; two firsts leave no second, and where all are alike nobody is marked. The unpatched model
+        is out of the race.
         """
         sign = 1 if task is None or self.metrics[task][1] else -1
         places = {}
@@ -120,6 +123,8 @@ class Leaderboard:
             if len(values) < 2:
                 continue
             ranked = sorted(set(values.values()), key=lambda v: -sign * v)
+            if len(ranked) == 1:  # nothing tells them apart
+                continue
             firsts = [label for label, v in values.items() if v == ranked[0]]
             places |= dict.fromkeys(firsts, 1)
             if len(firsts) == 1:
@@ -197,6 +202,7 @@ def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
         return sum(v * r["prompts"] for v, r in zip(values, receipts, strict=True)) / prompts
 
     row.requested, row.kept = per_image("requested"), per_image("kept")
+    row.last = per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images
     row.equivalent = per_prompt([r["equivalent_tokens"] for r in receipts])
     row.kv_bytes = per_prompt([r["kv_bytes"] for r in receipts])
     lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
@@ -217,12 +223,13 @@ def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict) -> None:
             row.flops_ratio = row.flops / base.flops
         if all(task in row.scores and task in base.scores for task in tasks):
             ratios = [_ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks]
-            row.relative = None if None in ratios else statistics.fmean(ratios)
+            known = [ratio for ratio in ratios if ratio is not None]
+            row.relative = statistics.fmean(known) if known else None
 
 
 def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
     above, below = (ours, theirs) if higher_is_better else (theirs, ours)
-    return above / below if below else None
+    return above / below if below else None  # a task on which the unpatched model gets nothing tells nothing
 
 
 def _value(row: Row, task: str | None) -> float | None:

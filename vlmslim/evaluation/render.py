@@ -42,7 +42,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
     return [
         *_name_columns(board),
         Column("tokens asked", [_number(r.requested, 1, 1) for r in rows]),
-        Column("tokens kept", [_number(r.kept, 1, 1) for r in rows]),
+        Column("tokens kept", [_kept_text(r) for r in rows]),
         Column("equivalent tokens", [_number(r.equivalent, 1, 1) for r in rows]),
         Column(f"prefill {name}", [_with_ratio(r.flops, r.flops_ratio, 1 / unit, 2) for r in rows]),
         Column("prefill ms", [_with_ratio(r.prefill_ms, r.prefill_ratio, 1, 1) for r in rows]),
@@ -64,6 +64,12 @@ def _with_ratio(value: float | None, ratio: float | None, scale: float, digits: 
     return _number(value, scale, digits) + ("" if ratio is None else f" ({ratio:.2f}x)")
 
 
+def _kept_text(row: Row) -> str:
+    """Tokens that enter the language model, and those left in its last layer if some are dropped on the way."""
+    entering, leaving = _number(row.kept, 1, 1), _number(row.last, 1, 1)
+    return entering if entering == leaving else f"{entering} → {leaving}"
+
+
 def _score_text(score: Score | None, scale: int) -> str:
     if score is None:
         return "–"
@@ -82,14 +88,15 @@ def notes(board: Leaderboard) -> list[str]:
     facts = board.facts
     shares = [task for task in board.tasks if board.scale(task) == 100]
     limit = "all questions" if facts["limit"] is None else f"the first {facts['limit']} questions of each task"
-    metrics = ", ".join(f"{task} = {board.metrics[task][0]}" for task in board.tasks)
+    names = {board.metrics[task][0] for task in board.tasks}
+    metrics = ", ".join(names if len(names) == 1 else [f"{task} = {board.metrics[task][0]}" for task in board.tasks])
     in_percent = "all" if len(shares) == len(board.tasks) else ", ".join(shares)
     lines = [
         f"Scores: {metrics}; in per cent: {in_percent or 'none'}; ± one standard error; {limit}. "
         "Best and second best of each budget are marked (**best**, *second*).",
-        f"An image has {facts['visual_tokens']:.1f} visual tokens. Equivalent tokens: visual tokens of a prompt, "
-        "averaged over the decoder layers. Prefill FLOPs: language model alone, multiply-add = 2, three-matrix MLP, "
-        f"attention in full; the vision tower adds {facts['tower_flops'] / 1e9:.2f} GFLOPs a crop.",
+        f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model → in its last "
+        "layer. Equivalent: of a prompt, averaged over the decoder layers. Prefill FLOPs: language model alone, "
+        f"multiply-add = 2, three-matrix MLP, attention in full; the vision tower adds {facts['tower_flops'] / 1e9:.2f} GFLOPs a crop.",
     ]
     if facts["timing"]:
         t = facts["timing"]
