@@ -462,7 +462,7 @@ def test_unpatched_it_answers_as_the_stock_class(make, evaluate, folder, family,
 def command(*arguments, launcher=("-m",), **env) -> str:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env
     line = [sys.executable, "-W", "ignore", *launcher, "lmms_eval", *map(str, arguments)]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
