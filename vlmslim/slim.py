@@ -1,6 +1,7 @@
 """`patch`: attach a compression method to a model, and take it off again."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -58,6 +59,7 @@ class Slim:
             encoder.on_encoded = self._decoder.on_encoded
             encoder.attach()
         self._decoder.attach()
+        model.save_pretrained = _Saving(self)
         model._vlmslim = self
 
     def remove(self) -> None:
@@ -66,7 +68,7 @@ class Slim:
             self._decoder.detach()
             for encoder in self._encoders.values():
                 encoder.detach()
-            del self.model._vlmslim
+            del self.model._vlmslim, self.model.save_pretrained
 
     def reset_receipt(self) -> None:
         """Start counting anew."""
@@ -80,6 +82,20 @@ class Slim:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.methods))
+
+
+class _Saving:
+    """Stands in for `save_pretrained` of a patched model: a checkpoint does not carry the patch, and that is said."""
+
+    def __init__(self, slim: Slim):
+        self.slim, self.save = slim, slim.model.save_pretrained
+
+    def __call__(self, *args, **kwargs):
+        warnings.warn(
+            f"the checkpoint is saved without its patch ({self.slim}); after loading it, call vlmslim.patch again",
+            stacklevel=2,
+        )
+        return self.save(*args, **kwargs)
 
 
 def patch(model: nn.Module, method_: Method, **options) -> Slim:
