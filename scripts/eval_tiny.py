@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument("--keep", type=int, nargs="*", default=[16])
     parser.add_argument("--seeds", type=int, default=1, help="seeds of random keep, averaged")
     parser.add_argument("--limit", type=int, help="questions per task")
@@ -77,7 +78,7 @@ def main() -> None:
     header = ["task", "n", "full", "blind", *(f"random {k}" for k in args.keep)]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     table = {}
-    for task in TASKS:
+    for task in args.tasks:
         rows = pq.read_table(args.data / f"scenes_{task}.parquet").to_pylist()[: args.limit]
         cells = [np.mean(accuracy(model, tokenizer, rows, None, blind)) for blind in (False, True)]
         for keep in args.keep:
