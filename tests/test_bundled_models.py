@@ -105,7 +105,10 @@ def test_packed_questions_equal_single_prompts(llava, scene):
     """Training packs questions; every one of them must see exactly what a single prompt sees."""
     sys.path.insert(0, str(ROOT / "scripts"))
     train = pytest.importorskip("train_tiny_llava")
-    model, processor = llava
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(LLAVA, attn_implementation="eager").eval()
+    processor = llava[1]
     scene, questions = scene
     blank = {k: torch.zeros(1) for k in ("tasks", "words", "centre", "evidence", "mass")}
 
