@@ -45,7 +45,8 @@ def decoder_attention(
     x = layer.input_layernorm(hidden)
     q = attn.q_proj(take(x, rows)).unflatten(-1, (-1, attn.head_dim))
     k = attn.k_proj(x).unflatten(-1, (-1, attn.head_dim))
-    q, k = (norm(t) if norm else t for norm, t in ((getattr(attn, f"{n}_norm", None), t) for n, t in (("q", q), ("k", k))))
+    if hasattr(attn, "q_norm"):  # Qwen3 and relatives
+        q, k = attn.q_norm(q), attn.k_norm(k)
     cos, sin = (t.to(x.device).expand(batch, -1, -1) for t in rope)
     q, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), take(cos, rows), take(sin, rows))
     k, _ = apply_rotary_pos_emb(k.transpose(1, 2), k.transpose(1, 2), cos, sin)

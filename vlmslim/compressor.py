@@ -41,7 +41,9 @@ def resolve_keep(keep: Keep, n: int) -> int:
     if isinstance(keep, float):
         return max(1, round(keep * n))
     if keep > n:
-        raise ValueError(f"keep={keep} is larger than the image, which has {n} visual tokens; use at most {n} or a share")
+        raise ValueError(
+            f"keep={keep} is larger than the image, which has {n} visual tokens; use at most {n} or a share"
+        )
     return keep
 
 

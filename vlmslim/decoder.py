@@ -74,7 +74,9 @@ class DecoderHooks:
             for layer in stage.layers:
                 at = round(layer * depth) if isinstance(layer, float) else layer
                 if not 0 < at < depth:
-                    raise ValueError(f"{stage}: there is no decoder layer {layer} to prune before; use 1 .. {depth - 1}")
+                    raise ValueError(
+                        f"{stage}: there is no decoder layer {layer} to prune before; use 1 .. {depth - 1}"
+                    )
                 if at in self.pruners:
                     raise ValueError(f"{stage} and {self.pruners[at]} both prune before decoder layer {at}")
                 self.pruners[at] = stage
@@ -89,9 +91,10 @@ class DecoderHooks:
         add(self.core.register_forward_hook(self._leave_core, always_call=True))
         add(self.lm.register_forward_pre_hook(self._enter_lm, with_kwargs=True))
         add(self.lm.register_forward_hook(self._leave_lm))
-        first = 0 if self.positions == "original" and self.before_llm else min(self.pruners, default=len(self.lm.layers))
+        everywhere = self.before_llm is not None and self.positions == "original"
+        first = 0 if everywhere else min(self.pruners, default=len(self.lm.layers) + 1) - 1
         for i, layer in enumerate(self.lm.layers):
-            if i >= first - 1:
+            if i >= first:
                 add(layer.register_forward_pre_hook(partial(self._enter_layer, i), with_kwargs=True))
 
     def detach(self) -> None:
@@ -104,7 +107,7 @@ class DecoderHooks:
         if self.call is not None:
             self.call.encoded[kind] = output
 
-    # -- the model --------------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------------------
 
     def _enter_core(self, core, args, kwargs):
         kwargs |= dict(zip(self.argument_names, args, strict=False))  # LLaVA-NeXT passes input_ids by position
@@ -134,7 +137,7 @@ class DecoderHooks:
             fresh = mask.shape[1] - seen
             if fresh > size or fresh < 1:
                 raise ValueError(
-                    f"the attention mask covers {mask.shape[1]} tokens, but the cache stands for {seen} and {size} more "
+                    f"the attention mask covers {mask.shape[1]} tokens, the cache stands for {seen} and {size} more "
                     "came in; the mask must cover the whole conversation, dropped visual tokens included"
                 )
         elif position is not None and size > 1:
@@ -220,12 +223,13 @@ class DecoderHooks:
             )
         if self.pruners and cache is not None and cache.get_seq_length(0) > 0:
             raise ValueError(
-                f"{self.pruners[min(self.pruners)]} prunes during prefill and takes images in the first forward of a cache "
-                "only; for an image in a later turn prefill again, or use a method that works before the language model"
+                f"{self.pruners[min(self.pruners)]} prunes during prefill and takes images in the first forward of "
+                "a cache only; for an image in a later turn prefill again, or use a method that works before the "
+                "language model"
             )
         if (self.pruners or self.positions == "original") and self.lm.training and self.lm.is_gradient_checkpointing:
             raise ValueError(
-                "gradient checkpointing re-runs decoder layers outside of the forward that knows which tokens they hold; "
+                "gradient checkpointing re-runs decoder layers outside the forward that knows which tokens they hold; "
                 "disable it, or use a method that works before the language model with renumbered positions"
             )
 

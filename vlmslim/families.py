@@ -42,7 +42,8 @@ def family_of(model: nn.Module) -> Family:
     if family is None or not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "language_model"):
         known = ", ".join(f.name for f in FAMILIES.values())
         raise TypeError(
-            f"cannot patch {type(model).__name__}; vlmslim supports {known} (of a PEFT model, pass `model.base_model.model`)"
+            f"cannot patch {type(model).__name__}; vlmslim supports {known} "
+            "(of a PEFT model, pass `model.base_model.model`)"
         )
     text = model.config.get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or (

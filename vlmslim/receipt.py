@@ -33,7 +33,16 @@ class Receipt:
 
     def reset(self) -> None:
         """Start counting anew."""
-        for name in ("images", "visual_tokens", "kept", "requested", "undecided", "prompts", "text_prompts", "text_tokens"):
+        for name in (
+            "images",
+            "visual_tokens",
+            "kept",
+            "requested",
+            "undecided",
+            "prompts",
+            "text_prompts",
+            "text_tokens",
+        ):
             setattr(self, name, 0)
         self.visual_tokens_per_layer = [0] * self.layers
 

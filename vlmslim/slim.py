@@ -36,11 +36,14 @@ class Slim:
         for stage in stages:
             if stage.needs_cls and not has_cls(core):
                 raise ValueError(
-                    f"{type(stage).__name__} reads the vision tower's CLS token, and {type(core.vision_tower).__name__} "
-                    "has none (CLIP towers have one, SigLIP towers do not); choose another method for this checkpoint"
+                    f"{type(stage).__name__} reads the vision tower's CLS token, and "
+                    f"{type(core.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
+                    "choose another method for this checkpoint"
                 )
             stage.setup(model)
-        tower_layers = {_tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers}
+        tower_layers = {
+            _tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers
+        }
         text, parameter = model.config.get_text_config(), next(model.model.language_model.parameters())
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.receipt = Receipt(
@@ -143,7 +146,8 @@ def _check_stages(stages: list[Compressor]) -> None:
     before = [stage for stage in stages if compresses(stage)]
     if len(before) > 1:
         raise ValueError(
-            f"{before[0]} and {before[1]} both work before the language model; one of them at most, others between layers"
+            f"{before[0]} and {before[1]} both work before the language model; "
+            "at most one stage may, the others between layers"
         )
     for stage in before:
         if stage.positions not in ("renumbered", "original"):

@@ -96,7 +96,8 @@ def notes(board: Leaderboard) -> list[str]:
         "Best and second best of each budget are marked (**best**, *second*).",
         f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model → in its last "
         "layer. Equivalent: of a prompt, averaged over the decoder layers. Prefill FLOPs: language model alone, "
-        f"multiply-add = 2, three-matrix MLP, attention in full; the vision tower adds {facts['tower_flops'] / 1e9:.2f} GFLOPs a crop.",
+        "multiply-add = 2, three-matrix MLP, attention in full; the vision tower adds "
+        f"{facts['tower_flops'] / 1e9:.2f} GFLOPs a crop.",
     ]
     if facts["timing"]:
         t = facts["timing"]

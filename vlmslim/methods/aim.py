@@ -285,6 +285,7 @@ def previous_attention(tokens: LayerInput, temperature: float = 1.0, rows: int =
     """
     layer, hidden, rope = tokens.previous
     batch, size = hidden.shape[:2]
+    rows = min(rows, -(-size // 2))  # never the whole map at once, however short the prompt
     for end in range(size, 0, -rows):
         row = torch.arange(max(0, end - rows), end, device=hidden.device).expand(batch, -1)
         seen = tuple(part[:, :end] for part in rope)

@@ -39,7 +39,9 @@ class DivPrune(Compressor):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
         if self.order == "selection" and self.positions == "original":
-            raise ValueError("order='selection' moves tokens away from their places; use positions='renumbered' with it")
+            raise ValueError(
+                "order='selection' moves tokens away from their places; use positions='renumbered' with it"
+            )
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Images with equally many tokens are searched together: the greedy loop is as long for many as for one."""
