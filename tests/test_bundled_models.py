@@ -10,7 +10,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAVA, CLIP = ROOT / "vlmslim" / "bundled" / "tiny-llava", ROOT / "vlmslim" / "bundled" / "tiny-clip"
-pytestmark = pytest.mark.skipif(not LLAVA.exists() or not CLIP.exists(), reason="bundled checkpoints are not there")
 
 
 @pytest.fixture(scope="module")

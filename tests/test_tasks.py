@@ -21,9 +21,6 @@ from vlmslim.tasks.scenes.utils import normalise, score  # noqa: E402
 SCENES = Path(vlmslim.tasks.path()) / "scenes"
 NAMES = ["presence", "colour", "count", "spatial", "detail", "text", "choice"]
 NAMES = [f"scenes_{name}" for name in NAMES]
-needs_data = pytest.mark.skipif(
-    not all((SCENES / "data" / f"{name}.parquet").is_file() for name in NAMES), reason="the questions are not built yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,6 @@ def test_no_name_collides_with_a_task_of_lmms_eval():
     assert not own & {"scenes", *NAMES}
 
 
-@needs_data
 @pytest.mark.parametrize("name", NAMES)
 def test_paths_do_not_depend_on_the_working_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -52,7 +48,6 @@ def test_paths_do_not_depend_on_the_working_directory(name, tmp_path, monkeypatc
     assert Path(files["test"]).is_absolute() and Path(files["test"]).is_file()
 
 
-@needs_data
 @pytest.mark.parametrize("name", NAMES)
 def test_the_questions_load_and_their_answers_score(name, manager, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
@@ -77,8 +72,6 @@ def test_the_questions_load_and_their_answers_score(name, manager, tmp_path, mon
         assert len(task.instances) == 3
 
 
-@needs_data
-@pytest.mark.skipif("bundled/tiny-llava" not in bundled.names(), reason="the checkpoint is not built yet")
 def test_unpatched_the_bundled_model_answers_as_the_stock_class(manager, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
