@@ -12,11 +12,13 @@ class Family:
 
     model_type : `config.model_type`
     name       : the transformers class a user loads
+    anyres     : images become a thumbnail and tiles, unpadded and joined by newline tokens
     video      : takes `pixel_values_videos`
     """
 
     model_type: str
     name: str
+    anyres: bool = False
     video: bool = False
 
 
@@ -24,8 +26,8 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llava", "LlavaForConditionalGeneration"),
-        Family("llava_next", "LlavaNextForConditionalGeneration"),
-        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", video=True),
+        Family("llava_next", "LlavaNextForConditionalGeneration", anyres=True),
+        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", anyres=True, video=True),
     )
 }
 
