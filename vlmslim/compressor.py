@@ -201,6 +201,10 @@ class Compressor:
     def setup(self, model: nn.Module) -> None:
         """Look at the model once, when it is patched: check it, load trained weights."""
 
+    def trained(self) -> nn.Module | None:
+        """The trained part, once `setup` has run: what training optimises and saving writes. None without one."""
+        return None
+
     def stages(self) -> list["Compressor"]:
         """The stages this method is made of, in order; by default itself."""
         return [self]

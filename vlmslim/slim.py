@@ -10,7 +10,7 @@ from vlmslim.compressor import Compressor
 from vlmslim.decoder import DecoderHooks, compresses
 from vlmslim.encoder import RecordingEncoder
 from vlmslim.families import encoder_layers, family_of, has_cls
-from vlmslim.methods import method
+from vlmslim.methods import method, name_of
 from vlmslim.receipt import Receipt
 
 Method = str | dict | Compressor | Sequence[str | dict | Compressor]
@@ -22,6 +22,8 @@ class Slim:
     Attributes:
         model: the patched model.
         methods: the methods, as the user gave them.
+        trained: the trained parts by method name, an empty `nn.ModuleDict` for training-free methods. They belong to
+            the handle: the model's own parameters and state dict stay as they are.
         receipt: what really happened since the patch or the last `reset_receipt()`.
     """
 
@@ -41,6 +43,7 @@ class Slim:
                     "choose another method for this checkpoint"
                 )
             stage.setup(model)
+        self.trained = nn.ModuleDict({name_of(s): part for s in stages if (part := s.trained()) is not None})
         tower_layers = {
             _tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers
         }

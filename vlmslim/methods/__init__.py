@@ -43,6 +43,12 @@ def method(name: str, **options) -> Compressor:
         raise ValueError(f"{name}: {error}; its options are {', '.join(known)}") from error
 
 
+def name_of(compressor: Compressor) -> str:
+    """The name of a method or of one of its stages: its file's, or its class's for one that is in no file here."""
+    package, _, name = type(compressor).__module__.rpartition(".")
+    return name if package == __name__ else type(compressor).__name__.lower()
+
+
 def _unknown(what: str, given: str, known) -> str:
     near = get_close_matches(given, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
