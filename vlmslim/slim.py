@@ -130,10 +130,11 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
     parts = method_ if isinstance(method_, Sequence) else [method_]
     if not parts:
         raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
-    return Slim(model, [_build(part) for part in parts])
+    return Slim(model, [build(part) for part in parts])
 
 
-def _build(part: str | dict | Compressor) -> Compressor:
+def build(part: str | dict | Compressor) -> Compressor:
+    """A stage from what `patch` takes for one: a name, an object, or a dictionary with the key "method"."""
     if isinstance(part, Compressor):
         return part
     if isinstance(part, str):

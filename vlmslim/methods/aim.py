@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,8 @@ class PageRankPrune(Compressor):
     damping     : share that is spread evenly at each step
     """
 
+    knobs: ClassVar = ("stop", "start")
+
     start: int | float | None = None
     stop: int | float | None = None
     temperature: float = 0.1
@@ -146,13 +149,25 @@ class PageRankPrune(Compressor):
     def setup(self, model: nn.Module) -> None:
         """Turn the schedule into layers of this model."""
         depth = len(model.model.language_model.layers)
+        self.span = self.span_of(depth)
+        self.layers = tuple(range(self.span[0] + 1, min(self.span[1], depth - 1) + 1))
+
+    def span_of(self, depth: int) -> tuple[int, int]:
+        """Last layer that sees everything and first that sees nothing, of `depth`.
+
+        Raises:
+            ValueError: the second is not beyond the first.
+        """
         usual = (13, 21) if depth == 32 else (round(depth / 2), round(depth * 11 / 14))
         given = (round(layer * depth) if isinstance(layer, float) else layer for layer in (self.start, self.stop))
         first, none = (default if layer is None else layer for layer, default in zip(given, usual, strict=True))
         if first >= none:
             raise ValueError(f"pruning from layer {first} to {none} of {depth}: give a stop beyond the start")
-        self.span = first, none
-        self.layers = tuple(range(first + 1, min(none, depth - 1) + 1))
+        return first, none
+
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """The schedule."""
+        return [scheduled(n, layer, *self.span_of(depth)) for layer in range(depth)]
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Keep the highest ranks of every sample."""
@@ -191,6 +206,8 @@ class AIM(Compressor):
     positions   : "renumbered" (as released) or "original" rotary positions
     temperature, iterations, damping : of the importance
     """
+
+    knobs: ClassVar = ("keep", "stop")
 
     keep: Keep = 0.25
     start: int | float | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class DropVisual(Compressor):
     tau   : threshold of both shares, in [0, 1]; None drops unconditionally. The paper uses 0.1
     text  : what T is: "after" the first visual token, or "all" text, system prompt included
     """
+
+    knobs: ClassVar = ("layer",)
 
     layer: int | float | Sequence[int | float] = 7 / 8
     tau: float | None = 0.1
@@ -56,6 +59,11 @@ class DropVisual(Compressor):
     def layers(self) -> tuple[int | float, ...]:
         """The layers before which the question is asked."""
         return tuple(self.layer) if isinstance(self.layer, Sequence) else (self.layer,)
+
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """None from the first layer on, if the test passes there."""
+        first = min(layer_at(layer, depth) for layer in self.layers)
+        return [n] * first + [0] * (depth - first)
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """All or nothing, prompt by prompt."""

@@ -1,6 +1,7 @@
 """FastV: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, https://arxiv.org/abs/2403.06764)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class FastV(Compressor):
     keep  : visual tokens to keep per image from layer K on, a count or a share
     layer : K, a number from 1 or a share of the depth; the paper uses 2
     """
+
+    knobs: ClassVar = ("keep", "layer")
 
     keep: Keep
     layer: int | float = 2

@@ -1,6 +1,7 @@
 """ToDRE: "Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757)."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,8 @@ class ToDRE(Diversify):
             them; None leaves stage 2 out
     tau   : attention share under which they are dropped; None drops unconditionally
     """
+
+    knobs: ClassVar = ("keep", "layer")
 
     layer: int | float | list[int | float] | None = 7 / 8
     tau: float | None = 0.1
