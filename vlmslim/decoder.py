@@ -20,7 +20,7 @@ from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.families import placeholders
 from vlmslim.plan import Plan, Segment
-from vlmslim.receipt import Receipt
+from vlmslim.receipt import Image, Prefill, Receipt, Span
 
 
 def compresses(stage: Compressor) -> bool:
@@ -41,7 +41,7 @@ class Call:
     seen: int = 0  # of the caller's sequence behind the cache
     before: list[Tensor] = field(default_factory=list)  # per layer, the mask of what the cache holds
     segments: list[Segment] = field(default_factory=list)  # per layer, neighbours share
-    entered: list[list[int]] = field(default_factory=list)  # per row, tokens of each image
+    images: list[list[Image]] = field(default_factory=list)  # per row
     text: list[int] = field(default_factory=list)  # per row, text tokens
     tail: int = 0  # tokens behind the last image of any row
     visual: list[list[int]] = field(default_factory=list)  # per layer, visual tokens of each row
@@ -51,6 +51,17 @@ class Call:
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # attention masks made
     rope: tuple[Tensor, Tensor] | None = None
     previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
+    spans: list[Span] = field(default_factory=list)  # visits to the methods
+
+    def timed(self, device: torch.device) -> Span:
+        """A context in which a method works on tensors of `device`."""
+        self.spans.append(Span(device))
+        return self.spans[-1]
+
+    @property
+    def entered(self) -> list[list[int]]:
+        """Per row, the tokens of each image that entered the language model."""
+        return [[image.kept for image in row] for row in self.images]
 
     @property
     def altered(self) -> bool:
@@ -249,17 +260,17 @@ class DecoderHooks:
         if images and self.before_llm:
             for row, _, image in found:
                 image.prompt = None if call.input_ids is None else call.input_ids[row][text[row].to(embeds.device)]
-            results = self.before_llm.compress_images(images)
+            with call.timed(images[0].features.device):
+                results = self.before_llm.compress_images(images)
             embeds = embeds.clone()
         keep = segment.mask.clone()
-        call.entered = [[] for _ in embeds]
+        call.images = [[] for _ in embeds]
         for (row, columns, _), result in zip(found, results, strict=True):
             n = len(columns)
             columns = columns.to(embeds.device)
             k = n if result is None else self._place(embeds, keep, row, columns, result)
-            call.entered[row].append(k)
-            segment.image[row, columns] = len(call.entered[row])
-            self.receipt.saw_image(n, self._requested(n), k)
+            call.images[row].append(Image(n, self._requested(n), k))
+            segment.image[row, columns] = len(call.images[row])
         selection = segment.select(keep)
         visual = [sum(row) for row in call.entered]
         call.text = text.sum(1).tolist()
@@ -330,7 +341,9 @@ class DecoderHooks:
         if call is None or not call.segments:
             return output
         if call.encoded:
-            self.receipt.saw_prefill(call.text, call.visual)
+            sequence = [segment.mask.shape[1] for segment in call.segments]
+            kv = [] if cache is None else [cache.get_seq_length(i) for i in range(len(sequence))]
+            self.receipt.saw_prefill(Prefill(call.images, call.text, call.visual, sequence, kv, call.spans))
         if not call.altered:
             return output
         if call.encoded and cache is not None:
@@ -374,7 +387,7 @@ class DecoderHooks:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
         number = torch.arange(1, old.mask.shape[1] + 1, device=old.mask.device)
-        with torch.no_grad():
+        with torch.no_grad(), call.timed(hidden.device):
             keep = self.pruners[i].retain(
                 LayerInput(
                     layer=i,

@@ -151,7 +151,7 @@ class VlmSlim(lmms):
     def clean(self) -> None:
         """Note the receipt, take the patch off, let go of the model. lmms-eval calls this after the last request."""
         if self._slim:
-            self._receipt = _pooled(gather_object([self._slim.receipt])).summary()
+            self._receipt = vlmslim.Receipt.pooled(gather_object([self._slim.receipt])).summary()
             if self.rank == 0:
                 logger.info("receipt: {}", json.dumps(self._receipt))
             # `log_metrics` is how a model's numbers get into the results file, as its section "throughput".
@@ -381,16 +381,3 @@ def _warn_ignored(name: str) -> None:
 def _cut(text: str, until: list[str]) -> str:
     """`text` up to the first of the strings `until`."""
     return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _pooled(receipts: list[vlmslim.Receipt]) -> vlmslim.Receipt:
-    """One receipt for all processes: the counts added up."""
-    whole, *others = receipts
-    settings = {"kv_bytes_per_token", "layers"}
-    for other in others:
-        for name, count in vars(other).items():
-            if isinstance(count, list):
-                setattr(whole, name, [a + b for a, b in zip(getattr(whole, name), count, strict=True)])
-            elif isinstance(count, int) and name not in settings:
-                setattr(whole, name, getattr(whole, name) + count)
-    return whole
