@@ -1,4 +1,4 @@
-"""What the two training scripts share: config, optimizers, schedule, seeded and resumable scene loader, log."""
+"""What the training scripts share: config, optimizers, schedule, seeded and resumable loader, log, export."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, ProcessorMixin
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
@@ -43,6 +44,35 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     shape = (1, 3, 1, 1)
     mean, std = (torch.tensor(v, device=images.device).view(shape) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def standardise_inputs(projector: torch.nn.Module, features: torch.Tensor, fresh: bool) -> None:
+    """Let a projector train on standardised tower features (N, width); `export` folds that into its weights.
+
+    A projector that is not `fresh` has its first layer rewritten, so that it still computes the same.
+    """
+    projector.mean, projector.std = features.mean(0), features.std(0)
+    linear = projector.linear_1
+    if not fresh:
+        linear.bias += linear.weight @ projector.mean
+        linear.weight *= projector.std
+    linear.register_forward_pre_hook(
+        lambda _, x: ((x[0] - projector.mean.to(x[0].device)) / projector.std.to(x[0].device),)
+    )
+
+
+@torch.no_grad()
+def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Write the checkpoint: fp16 on disk, fp32 when loaded without a dtype (CPUs are slow in fp16)."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    projector, name = model.model.multi_modal_projector, "model.multi_modal_projector.linear_1."
+    mean, std = (v.to(projector.linear_1.weight.device) for v in (projector.mean, projector.std))
+    weight = projector.linear_1.weight / std
+    state[name + "weight"], state[name + "bias"] = weight.half(), (projector.linear_1.bias - weight @ mean).half()
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 class Seeds(Dataset):
@@ -118,7 +148,7 @@ class Run:
     def save(self, step: int, model: torch.nn.Module, optimizers: Optimizers) -> None:
         """Checkpoint after `step` steps."""
         state = {"step": step, "seconds": self.seconds, "config": self.config,
-                 "model": {n: p for n, p in model.named_parameters() if p.requires_grad},
+                 "model": dict(model.named_parameters()),
                  "optimizers": [o.state_dict() for o in optimizers.all]}  # fmt: skip
         torch.save(state, self.folder / "last.tmp")
         (self.folder / "last.tmp").replace(self.folder / "last.pt")

@@ -21,7 +21,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from scenes import CHARACTERS, COLOURS, FAMILIES, GRID, KINDS, LABELS, SIZE, TASKS, THINGS, Question, ask, make_scene
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
+from train_common import (
+    MEAN,
+    STD,
+    Optimizers,
+    Run,
+    export,
+    loader,
+    normalise,
+    pixels,
+    read_config,
+    standardise_inputs,
+    start,
+)
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -144,11 +156,7 @@ def centre_projector(model: LlavaForConditionalGeneration, n: int = 16) -> None:
     """Let the projector train on standardised tower features; `export` folds the standardisation into its weights."""
     images = normalise(torch.stack([pixels(make_scene(seed, "train").image) for seed in range(n)]))
     features = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
-    projector = model.model.multi_modal_projector
-    projector.mean, projector.std = features.mean(0), features.std(0)
-    projector.linear_1.register_forward_pre_hook(
-        lambda _, x: ((x[0] - projector.mean.to(x[0].device)) / projector.std.to(x[0].device),)
-    )
+    standardise_inputs(model.model.multi_modal_projector, features, fresh=True)
 
 
 @torch.no_grad()
@@ -203,13 +211,16 @@ def evidence_mass(evidence: torch.Tensor, count: bool) -> torch.Tensor:
     return n / (n + 2) if count else (n > 0).float()
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool) -> dict[str, torch.Tensor]:
+def pack(
+    tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool, visual: int = GRID**2
+) -> dict[str, torch.Tensor]:
     """Tokens of one sequence: ids, labels (-100 where not supervised), positions, and each token's turn.
 
-    Turn 0 is what every turn sees: "<s>USER: <image>*144". In a `chat` all turns are number 1 and follow on.
+    Turn 0 is what every turn sees: "<s>USER: <image>", `visual` visual tokens. In a `chat` all turns are number 1 and
+    follow on.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    ids = [tokenizer.bos_token_id, *encode("USER: " + IMAGE * GRID**2 + "\n")]
+    ids = [tokenizer.bos_token_id, *encode("USER: " + IMAGE * visual + "\n")]
     labels, turns, positions = [-100] * len(ids), [0] * len(ids), list(range(len(ids)))
     shared = len(ids)
     for number, question in enumerate(questions, 1):
@@ -255,14 +266,20 @@ def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: s
     }
 
 
-def collate(samples: list[dict], pad: int) -> dict:
-    """Right-pad to a batch; the mask (B, 1, L, L) lets a token see earlier ones of turn 0 and of its own turn."""
+def pad_packed(samples: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    """Right-pad packed sequences; the mask (B, 1, L, L) lets a token see earlier ones of turn 0 and of its own turn."""
     fill = {"ids": pad, "labels": -100, "turns": -1, "positions": 0}
     batch = {k: torch.nn.utils.rnn.pad_sequence([s[k] for s in samples], True, v) for k, v in fill.items()}
     turns = batch["turns"]
     same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
     seen = (same & torch.ones_like(same).tril())[:, None]
     batch["mask"] = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    return batch
+
+
+def collate(samples: list[dict], pad: int) -> dict:
+    """A batch of samples."""
+    batch = pad_packed(samples, pad)
     batch["image"] = torch.stack([s["image"] for s in samples])
     batch["words"] = torch.stack([s["words"] for s in samples])
     batch["centre"] = torch.stack([s["centre"] for s in samples])
@@ -319,6 +336,13 @@ def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     return (error * (1 + 4 * centre.flatten()[:, None])).mean()
 
 
+def whole_answers(logits: torch.Tensor, target: torch.Tensor, eos: int) -> list[bool]:
+    """Whether each answer - target tokens (N,) up to and including an `eos` - is the greedy one throughout."""
+    correct = (logits.argmax(-1) == target).tolist()
+    ends = (target == eos).nonzero().flatten().tolist()
+    return [all(correct[first : end + 1]) for first, end in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
+
+
 @torch.no_grad()
 def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelerator) -> dict[str, float]:
     """Share of held-out questions whose whole answer is the greedy one, by task."""
@@ -328,27 +352,11 @@ def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelera
         moved = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
         with accelerator.autocast():
             logits, target, _ = answer_logits(model, moved)
-        correct = (logits.argmax(-1) == target).tolist()
-        ends = (target == model.config.text_config.eos_token_id).nonzero().flatten().tolist()
-        first = 0
-        for task, end in zip(torch.cat(batch["tasks"]).tolist(), ends, strict=True):
-            right[FAMILIES[task]].append(float(all(correct[first : end + 1])))
-            first = end + 1
+        answers = whole_answers(logits, target, model.config.text_config.eos_token_id)
+        for task, correct in zip(torch.cat(batch["tasks"]).tolist(), answers, strict=True):
+            right[FAMILIES[task]].append(float(correct))
     model.train()
     return {task: float(np.mean(values)) if values else float("nan") for task, values in right.items()}
-
-
-@torch.no_grad()
-def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write the checkpoint: fp16 on disk, fp32 when loaded without a dtype (CPUs are slow in fp16)."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    projector, name = model.model.multi_modal_projector, "model.multi_modal_projector.linear_1."
-    mean, std = (v.to(projector.linear_1.weight.device) for v in (projector.mean, projector.std))
-    weight = projector.linear_1.weight / std
-    state[name + "weight"], state[name + "bias"] = weight.half(), (projector.linear_1.bias - weight @ mean).half()
-    model.save_pretrained(folder, state_dict=state)
-    processor.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
