@@ -8,6 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+pytest_plugins = ["clip_fixtures"]
+
 torch.set_num_threads(1)  # bit-identical comparisons must not depend on how work is split
 
 

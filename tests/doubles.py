@@ -12,7 +12,7 @@ from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, family_of, keep_only, re
 from torch import Tensor
 
 from vlmslim import Compressed, Compressor, method, patch
-from vlmslim.methods import method_class
+from vlmslim.methods import method_class, method_names
 
 
 def ranks(tokens, row: int) -> list[Tensor]:
@@ -221,6 +221,31 @@ def registered(name: str, keep: int | float, **options) -> Compressor:
 def keeping_everything(name: str) -> Compressor:
     """A registered method at a setting that keeps everything."""
     return method(name) if name == "none" else registered(name, 1.0)
+
+
+def every_method() -> list:
+    """What to run "under any method" with: rules of every kind, and the registered methods at a budget."""
+    return [Both(), Stairs(), [Strided(), Halve()], *method_names()]
+
+
+def build(given, keep: int | float = 5):
+    """A registered method of this name at a budget; what is no name stays as it is."""
+    if given == "none":
+        return method("none")
+    return registered(given, keep) if isinstance(given, str) else given
+
+
+def watched(cls: type[Compressor], **options) -> tuple[Compressor, list]:
+    """A method that works before the language model, and the list to which it adds (image, result) for every image."""
+    seen = []
+
+    class Watched(cls):
+        def compress_images(self, images):
+            results = super().compress_images(images)
+            seen.extend(zip(images, results, strict=True))
+            return results
+
+    return Watched(**options), seen
 
 
 def patch_or_skip(model, compressor):

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import mosaic, noise, seeds, shapes, some
 from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, greedy, keep_only, reference, tiny, words
 from vector_checks.globalcom2 import token_grid
 
@@ -14,51 +15,7 @@ import vlmslim
 from vlmslim.methods import globalcom2 as core
 from vlmslim.methods.globalcom2 import GlobalCom2
 
-some = settings(max_examples=25, deadline=None, derandomize=True)
-seeds = st.integers(0, 2**32)
-
-
 # --- the functions, by plain loops ------------------------------------------------------------------------------------
-
-
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mosaic(side: int, tiles: tuple[int, int], top: int, left: int) -> torch.Tensor:
-    """Token grid of an image whose mosaic lost `top` rows above and below, and `left` columns on both sides."""
-    rows, columns = tiles
-    grid = [[0, r, c] for r in range(side) for c in range(side)]
-    for y in range(top, rows * side - top):
-        for x in range(left, columns * side - left):
-            grid.append([1 + y // side * columns + x // side, y % side, x % side])
-        grid.append([-1, -1, -1])
-    return torch.tensor(grid)
-
-
-@st.composite
-def shapes(draw):
-    """side, tiles, rows lost above and below, columns lost left and right (padding is on one axis only), seed."""
-    side, wide = draw(st.integers(2, 6)), draw(st.booleans())
-    tiles = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    lost = min(draw(st.integers(0, 5)), (side * tiles[0 if wide else 1] - 1) // 2)
-    return side, tiles, lost * wide, lost * (not wide), draw(seeds)
-
-
-@some
-@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
-def test_cls_scores(seed, crops, heads, patches):
-    q, k = noise(seed, 2, crops, heads, 1 + patches, 5)
-    for c in range(crops):
-        logits = [
-            [float(q[c, h, 0].double() @ k[c, h, p].double()) / 5**0.5 for p in range(1 + patches)]
-            for h in range(heads)
-        ]
-        want = [sum(row[p] for row in logits) / heads for p in range(1, 1 + patches)]
-        close(core.cls_logits(q, k)[c].double(), torch.tensor(want).double(), 1e-5)
-        soft = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits]
-        want = [sum(row[p] for row in soft) / heads for p in range(1, 1 + patches)]
-        close(core.cls_attention(q, k)[c].double(), torch.tensor(want).double(), 1e-5)
 
 
 @some
@@ -129,33 +86,6 @@ def test_quota_gives_websters_seats(seed, groups, n):
         want.append(i)
         taken[g] += 1
     assert core.by_quota(score, group, weight).tolist() == want
-
-
-@some
-@given(shapes(), st.sampled_from(core.NEWLINES), st.data())
-def test_spending_a_budget(shape, newline, data):
-    side, tiles, top, left, seed = shape
-    grid = mosaic(side, tiles, top, left)
-    n = len(grid)
-    patches = [i for i in range(n) if grid[i, 0] >= 0]
-    newlines = [i for i in range(n) if grid[i, 0] < 0]
-    order = torch.tensor(patches)[torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))]
-    k = data.draw(st.integers(1, n))
-    if newline == "all" and k <= len(newlines):
-        with pytest.raises(ValueError, match="newline='rows'"):
-            core.spend(order, grid, tiles, k, newline)
-        return
-    kept = list(newlines) if newline == "all" else []
-    for i in order.tolist():
-        if len(kept) < k:
-            kept.append(i)
-            end = next((x for x in newlines if x > i), None) if grid[i, 0] > 0 else None
-            if newline == "rows" and end is not None and end not in kept and len(kept) < k:
-                kept.append(end)
-    kept += [x for x in newlines if newline == "drop"][: k - len(kept)]
-    got = core.spend(order, grid, tiles, k, newline).tolist()
-    assert got == sorted(kept)
-    assert len(got) == k
 
 
 def release_by_loops(b, crops, side, tiles, valid, share):

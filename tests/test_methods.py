@@ -35,7 +35,7 @@ import vlmslim
 from vlmslim.compressor import ImageTokens, resolve_keep
 from vlmslim.methods import method_class
 from vlmslim.methods.divprune import DivPrune, farthest_points
-from vlmslim.selection import grid_cells, share_out
+from vlmslim.selection import grid_cells, largest_remainder, share_out
 
 METHODS = vlmslim.method_names()
 PRUNING = [name for name in METHODS if name != "none"]
@@ -408,6 +408,14 @@ def test_budgets_are_shared_in_proportion(k, sizes):
     for part, size in zip(parts, sizes, strict=True):
         assert 0 <= part <= size
         assert abs(part - k * size / sum(sizes)) < 1
+
+
+@given(st.integers(0, 3000))
+def test_the_budget_is_split_without_a_rest(k):
+    parts = largest_remainder(k, (0.5, 0.3, 0.2))
+    assert sum(parts) == k
+    assert all(abs(part - k * share) < 1 for part, share in zip(parts, (0.5, 0.3, 0.2), strict=True))
+    assert largest_remainder(1, (0.0, 0.0, 1.0)) == [0, 0, 1]
 
 
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 10**6))

@@ -1,8 +1,6 @@
 """Recoverable Compression: against plain loops in float64, the prompt's text, its CLIPs, and the engine."""
 
-import json
 import math
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,54 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, currently_in_test_context, given, settings
+from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_outliers import outliers_by_hand, sure
 from tiny import BOS, DEPTH, Picture, batch, greedy, lengths, tiny, visual_tokens
-from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
-from vector_checks import rc
+from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
-from vlmslim.methods.recoverable import (
-    Recoverable,
-    cls_attention,
-    clusters,
-    find_text,
-    largest_remainder,
-    load_clip,
-    local_outlier_factor,
-    share_of,
-    text_similarity,
-)
+from vlmslim.methods.recoverable import Recoverable, cls_attention, clusters, share_of, text_similarity
+from vlmslim.selection import largest_remainder
 
-VECTORS = Path(os.environ.get("VLMSLIM_VECTORS", Path(__file__).parents[1] / "../shared/vectors"))
 QUICK = settings(max_examples=25, deadline=None)
 
 # --- plain loops, float64 ------------------------------------------------------------------------------------------
-
-
-def factor_by_hand(x: list[float], k: int) -> list[float]:
-    n = len(x)
-    k = min(k, n - 1)
-    if k < 1:
-        return [1.0] * n
-    near = [sorted((j for j in range(n) if j != i), key=lambda j: (abs(x[i] - x[j]), x[j], j))[:k] for i in range(n)]
-    far = [abs(x[i] - x[near[i][-1]]) for i in range(n)]
-    density = [1 / (sum(max(far[j], abs(x[i] - x[j])) for j in near[i]) / k + 1e-10) for i in range(n)]
-    return [sum(density[j] for j in near[i]) / k / density[i] for i in range(n)]
-
-
-def sure(clear: bool) -> None:
-    """A decision that the last bits of a float would take is no test."""
-    if currently_in_test_context():
-        assume(clear)
-    assert clear
-
-
-def outliers_by_hand(x: list[float], k: int) -> int:
-    factors = factor_by_hand(x, k)
-    sure(all(abs(f - 1.5) > 1e-9 for f in factors))
-    return sum(f > 1.5 for f in factors)
 
 
 def best(score: list[float], k: int, among=None) -> list[int]:
@@ -110,27 +75,6 @@ def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
     if others and (parts[2] > 0 if parts else centres or method.extra == "keep"):
         merged.append([sum(a[i] * x[i][d] for i in others) for d in range(width)])
     return kept, merged
-
-
-@QUICK
-@given(x=st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=30), k=st.integers(1, 25))
-def test_outlier_factor_with_ties(x, k):
-    got = local_outlier_factor(torch.tensor(x), k)
-    np.testing.assert_allclose(got.numpy(), factor_by_hand(x, k), rtol=1e-9)
-
-
-@QUICK
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 60), k=st.integers(1, 25), heavy=st.booleans())
-def test_outlier_factor(seed, n, k, heavy):
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    x = x.mul(3).exp() if heavy else x
-    np.testing.assert_allclose(local_outlier_factor(x, k).numpy(), factor_by_hand(x.tolist(), k), rtol=1e-7)
-
-
-def test_an_outlier_is_one():
-    x = torch.cat([torch.linspace(0, 1, 50), torch.tensor([9.0, -9.0])])
-    assert (local_outlier_factor(x, 20) > 1.5).nonzero()[:, 0].tolist() == [50, 51]
-    assert not (local_outlier_factor(torch.ones(40), 20) > 1.5).any()
 
 
 @QUICK
@@ -198,209 +142,10 @@ def test_ties_go_to_the_lower_index():
     assert [row.nonzero()[:, 0].tolist() for row in weights] == [[0, 1, 2], [0, 1, 5]]
 
 
-@given(k=st.integers(0, 3000))
-def test_the_budget_is_split_without_a_rest(k):
-    parts = largest_remainder(k, (0.5, 0.3, 0.2))
-    assert sum(parts) == k
-    assert all(abs(part - k * share) < 1 for part, share in zip(parts, (0.5, 0.3, 0.2), strict=True))
-    assert largest_remainder(1, (0.0, 0.0, 1.0)) == [0, 0, 1]
-
-
 def test_a_share_of_the_whole_is_the_count():
     assert all(share_of(count, n, n) == count for n in (1, 49, 100, 576) for count in range(n + 1))
     assert share_of(9, 459, 1024) == 20
     assert share_of(0, 0, 64) == 0
-
-
-# --- vectors ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path", sorted(VECTORS.glob("rc_*.npz")) or [None], ids=lambda path: path.stem if path else "none"
-)
-def test_vectors_of_the_release(path):
-    if path is None:
-        pytest.skip(f"no vectors rc_*.npz in {VECTORS}; set VLMSLIM_VECTORS")
-    with np.load(path) as arrays:
-        rc.check(dict(arrays))
-
-
-# --- the question ----------------------------------------------------------------------------------------------------
-
-SYSTEM = "A chat between a curious human and an artificial intelligence assistant."
-ASKED = "What colour is the car?\nAnswer in one word."
-PROMPTS = {
-    "vicuna": f"<s> {SYSTEM} USER:  \n{ASKED} ASSISTANT:",
-    "vicuna, bare": f"<s> USER:  \n{ASKED} ASSISTANT:",
-    "vicuna, answered": f"<s> {SYSTEM} USER:  \n{ASKED} ASSISTANT: Red.",
-    "vicuna, second turn": f"<s> {SYSTEM} USER:  \nIs it day? ASSISTANT: Yes</s>USER: {ASKED} ASSISTANT:",
-    "v0": f"<s> {SYSTEM}###Human:  \n{ASKED}###Assistant:",
-    "mistral": f"<s>[INST]  \n{ASKED} [/INST]",
-    "llama 2": f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n \n{ASKED} [/INST]",
-    "chatml": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n\n{ASKED}<|im_end|>\n<|im_start|>assistant\n",
-    "llama 3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-    f"{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n\n{ASKED}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "image last": f"<s> {SYSTEM} USER: {ASKED}\n  ASSISTANT:",
-    "no template": f"<s> \n{ASKED}",
-    "cut off": f"<s> {SYSTEM} USER:  \n{ASKED}",
-}
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_the_question_is_found(name):
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
-    assert find_text(PROMPTS[name], "question", special=special) == "What colour is the car?"
-    assert find_text(PROMPTS[name], "user", special=special) == ASKED
-
-
-def test_the_released_slip_reads_the_system_prompt():
-    assert find_text(PROMPTS["vicuna"], "system", special=["<s>"]) == f"{SYSTEM} USER:"
-
-
-def test_a_template_of_ones_own():
-    assert find_text("Q(what is it?)A(", "question", r"Q\((.*?)\)") == "what is it?"
-    with pytest.raises(ValueError, match="exactly one group"):
-        Recoverable(turn="Q: .*")
-
-
-def test_a_question_about_users_stays_whole():
-    text = "<|im_start|>user\nWhat does USER: mean, ASSISTANT: or else?<|im_end|>\n<|im_start|>assistant\n"
-    assert find_text(text, "question") == "What does USER: mean, ASSISTANT: or else?"
-    assert find_text("USER: \n ASSISTANT:", "question") == ""
-
-
-# --- CLIPs -----------------------------------------------------------------------------------------------------------
-
-VOCABULARY = ["<pad>", "<s>", "SYSTEM", "USER:", "ASSISTANT:", "\n", *(f"w{i}" for i in range(6, 100))]
-SYS, USER, ASSISTANT, LINE = range(2, 6)
-
-
-class Words:
-    """The language model's tokenizer: one word an id."""
-
-    all_special_tokens = ("<pad>", "<s>")
-
-    def decode(self, ids):
-        return " ".join(VOCABULARY[i] for i in ids)
-
-
-def stem_of(model):
-    tower = model.model.vision_tower
-    return getattr(tower, "vision_model", tower).embeddings.patch_embedding.weight.detach()
-
-
-@pytest.fixture(scope="session")
-def hf_folder(tmp_path_factory) -> str:
-    """A tiny random HF CLIPModel with its tokenizer, on the vision tower of the tiny LLaVA."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-
-    folder = str(tmp_path_factory.mktemp("hf-clip"))
-    torch.manual_seed(1)
-    llava = tiny("llava")
-    config = CLIPConfig(
-        text_config=dict(
-            vocab_size=103,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=20,
-            bos_token_id=100,
-            eos_token_id=101,
-            pad_token_id=101,
-        ),
-        vision_config=llava.config.vision_config.to_dict(),
-        projection_dim=12,
-    )
-    model = CLIPModel(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.normal_(0, 1.5 / p[0].numel() ** 0.5)
-        model.vision_model.load_state_dict(llava.model.vision_tower.state_dict())
-    model.save_pretrained(folder)
-    words = Tokenizer(
-        WordLevel({w: i for i, w in enumerate([*VOCABULARY, "<sot>", "<eot>", "<unk>"])}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single="<sot> $A <eot>", special_tokens=[("<sot>", 100), ("<eot>", 101)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<sot>", eos_token="<eot>", pad_token="<eot>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def open_clip_folder(tmp_path_factory) -> str:
-    open_clip = pytest.importorskip("open_clip")
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("open-clip")
-    config = dict(
-        embed_dim=12,
-        vision_cfg=dict(image_size=32, patch_size=8, width=16, layers=1, head_width=8),
-        text_cfg=dict(context_length=24, vocab_size=49408, width=16, heads=2, layers=2),
-    )
-    torch.manual_seed(2)
-    model = open_clip.model.CLIP(**config)
-    with torch.no_grad():
-        model.visual.conv1.weight.copy_(stem_of(tiny("llava")))
-    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg={})))
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return str(folder)
-
-
-def test_a_hf_clip(hf_folder):
-    model = CLIPModel.from_pretrained(hf_folder).eval()
-    clip = load_clip(hf_folder)
-    ids = [100, 7, 8, 9, 101]
-    with torch.no_grad():
-        features = model.get_text_features(torch.tensor([ids]))
-        want = getattr(features, "pooler_output", features)[0]
-        padded = model.text_model(torch.tensor([ids + [101] * 5])).last_hidden_state[0, -1]
-    torch.testing.assert_close(clip.embed("w7 w8 w9"), want)
-    torch.testing.assert_close(clip.embed("w7 w8 w9", "last_pad", 10), model.text_projection(padded))
-    long = " ".join(["w7"] * 50)
-    assert clip.embed(long).isfinite().all()  # cut at what the tower reads
-    patches = torch.randn(3, 16)
-    torch.testing.assert_close(clip.project(patches), model.visual_projection(patches))
-    normed = model.visual_projection(model.vision_model.post_layernorm(patches))
-    torch.testing.assert_close(clip.project(patches, norm=True), normed)
-
-
-def test_an_open_clip(open_clip_folder):
-    import open_clip
-
-    name = f"local-dir:{open_clip_folder}"
-    model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
-    for clip in (load_clip(open_clip_folder), load_clip(name)):
-        for text in ("a red car", "", "how many " * 40):
-            torch.testing.assert_close(clip.embed(text), model.encode_text(tokenizer([text]))[0])
-        assert clip.embed("a red car", "last_pad", 20).shape == (12,)
-        patches = torch.randn(3, 16)
-        torch.testing.assert_close(clip.project(patches), patches @ model.visual.proj)
-        torch.testing.assert_close(clip.project(patches, norm=True), model.visual.ln_post(patches) @ model.visual.proj)
-
-
-def test_an_open_clip_by_name_needs_its_weights(open_clip_folder, tmp_path):
-    open_clip = pytest.importorskip("open_clip")
-    with pytest.raises(RuntimeError, match="nonsense"):
-        load_clip("ViT-B-32:nonsense")
-    with pytest.raises(ValueError, match="ViT-L-14-336-quickgelu:openai"):
-        load_clip("ViT-B-32")
-    with pytest.raises(ValueError, match="open_clip_config.json"):
-        load_clip(str(tmp_path))
-    open_clip.add_model_config(Path(open_clip_folder) / "open_clip_config.json")  # is nested, so it adds nothing
-    flat = tmp_path / "Tiny-8.json"
-    flat.write_text(json.dumps(json.loads((Path(open_clip_folder) / "open_clip_config.json").read_text())["model_cfg"]))
-    open_clip.add_model_config(flat)
-    by_name = load_clip(f"Tiny-8:{open_clip_folder}/open_clip_model.safetensors")
-    torch.testing.assert_close(by_name.embed("a red car"), load_clip(open_clip_folder).embed("a red car"))
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -424,6 +169,11 @@ def test_an_open_clip_by_name_needs_its_weights(open_clip_folder, tmp_path):
 def test_bad_options(options, word):
     with pytest.raises(ValueError, match=word):
         Recoverable(**options)
+
+
+def test_a_template_of_ones_own_has_one_group():
+    with pytest.raises(ValueError, match="exactly one group"):
+        Recoverable(turn="Q: .*")
 
 
 def test_presets_fill_in_what_is_not_given():

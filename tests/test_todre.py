@@ -1,8 +1,5 @@
 """ToDRE: the search against plain loops in float64, and both stages against models that know nothing of vlmslim."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -27,38 +24,21 @@ from tiny import (
     visual,
     words,
 )
-from vector_checks import todre as vectors
 
 import vlmslim
+from vlmslim.compressor import resolve_layer
 from vlmslim.methods.divprune import DivPrune
-from vlmslim.methods.dropvisual import DropVisual, attention_mass, layer_at
+from vlmslim.methods.dropvisual import DropVisual, attention_mass
 from vlmslim.methods.fastv import FastV
 from vlmslim.methods.todre import (
     Diversify,
     ToDRE,
     at_tokens,
-    cls_attention,
     diverse,
-    row_ends,
     to_mean,
-    with_row_ends,
 )
 
 OBJECTIVES = ("max_sum", "k_center")
-VECTORS = Path(os.environ.get("VLMSLIM_VECTORS", Path(__file__).parents[2] / "shared" / "vectors"))
-FILES = sorted(VECTORS.glob("todre_*.npz"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_reference_vectors(path):
-    with np.load(path) as arrays:
-        vectors.check(dict(arrays))
-
-
-def test_there_are_reference_vectors():
-    if not FILES:
-        pytest.skip(f"no todre_*.npz in {VECTORS}; set VLMSLIM_VECTORS")
-
 
 # --- the search, against plain loops ---------------------------------------------------------------------------------
 
@@ -150,58 +130,12 @@ def test_zero_tokens_are_like_nothing():
     assert diverse(x, 5, torch.tensor(3)).tolist() == [3, 0, 1, 2, 4]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
-def test_cls_attention_agrees_with_plain_loops(seed, crops, heads, patches, dim):
-    rng = np.random.default_rng(seed)
-    q, k = rng.normal(size=(2, crops, heads, 1 + patches, dim)) * 3
-    got = cls_attention(torch.tensor(q, dtype=torch.float32), torch.tensor(k, dtype=torch.float32))
-    want = np.zeros((crops, patches))
-    for c in range(crops):
-        for h in range(heads):
-            weights = [np.exp(sum(q[c, h, 0] * k[c, h, p]) / dim**0.5) for p in range(1 + patches)]
-            for p in range(patches):
-                want[c, p] += weights[1 + p] / sum(weights) / heads
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-
-
 def test_maps_are_read_at_tokens_of_the_given_crops():
     maps = torch.arange(8.0).view(2, 2, 2)
     grid = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1], [2, 0, 0], [-1, -1, -1], [0, -1, -1]])
     inf = float("inf")
     assert at_tokens(maps, grid).tolist() == [0, 2, 7, -inf, -inf, -inf]
     assert at_tokens(maps[:1], grid).tolist() == [0, 2, -inf, -inf, -inf, -inf]
-
-
-@given(st.lists(st.integers(1, 4), min_size=0, max_size=5), st.integers(0, 4), st.data())
-@settings(max_examples=100, deadline=None)
-def test_newlines_of_surviving_rows_share_the_budget(rows, thumbnail, data):
-    crop = [0] * thumbnail
-    for width in rows:
-        crop += [1] * width + [-1]
-    patches = [i for i, c in enumerate(crop) if c >= 0]
-    if not patches:
-        return
-    k, n = data.draw(st.integers(1, len(crop))), len(crop)
-    order = data.draw(st.permutations(patches))[: min(k, len(patches))]
-    end = row_ends(torch.tensor(crop), thumbnail=True)
-    got = with_row_ends(torch.tensor(order), end[torch.tensor(order)], k, n).tolist()
-    want, left = [], k
-    for token in order:
-        newline = next((i for i in range(token, n) if crop[i] < 0), None) if crop[token] > 0 else None
-        if left:
-            want.append(token)
-            left -= 1
-        if left and newline is not None and newline not in want:
-            want.append(newline)
-            left -= 1
-    assert sorted(got) == sorted(want)
-    assert len(set(got)) == len(got)
-
-
-def test_a_single_crop_or_a_clip_has_one_newline_for_all():
-    assert row_ends(torch.tensor([0, 0, 0, -1]), thumbnail=False).tolist() == [3, 3, 3, 3]
-    assert row_ends(torch.tensor([0, 0, 1, 1]), thumbnail=False).tolist() == [4, 4, 4, 4]
 
 
 # --- stage 1 in a model ----------------------------------------------------------------------------------------------
@@ -519,9 +453,19 @@ def test_attention_mass_agrees_with_plain_loops(seed, rows, heads, size, chunk):
 
 
 def test_shares_of_the_depth_round_down():
-    assert [layer_at(7 / 8, depth) for depth in (1, 2, 4, 22, 24, 28, 32, 36, 40)] == [1, 1, 3, 19, 21, 24, 28, 31, 35]
-    assert [layer_at(share, 100) for share in (0.29, 0.57, 0.58)] == [29, 57, 58]
-    assert layer_at(3, 4) == 3
+    assert [resolve_layer(7 / 8, depth) for depth in (1, 2, 4, 22, 24, 28, 32, 36, 40)] == [
+        1,
+        1,
+        3,
+        19,
+        21,
+        24,
+        28,
+        31,
+        35,
+    ]
+    assert [resolve_layer(share, 100) for share in (0.29, 0.57, 0.58)] == [29, 57, 58]
+    assert resolve_layer(3, 4) == 3
 
 
 # --- both stages, and with others ------------------------------------------------------------------------------------

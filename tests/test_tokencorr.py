@@ -1,27 +1,17 @@
 """TokenCorr: every core function against plain loops in float64, and the method on whole models."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import noise, seeds, some
 from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, greedy, keep_only, reference, tiny, words
 
 import vlmslim
 from vlmslim.methods import tokencorr as core
-from vlmslim.methods.tokencorr import TokenCorr, View, calibrate
-
-some = settings(max_examples=25, deadline=None, derandomize=True)
-seeds = st.integers(0, 2**32)
-
+from vlmslim.methods.tokencorr import TokenCorr, View
 
 # --- the functions, by plain loops ------------------------------------------------------------------------------------
-
-
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def view_of(seed: int, m: int, beta: float = 0.2, first: int = 0) -> View:
@@ -45,39 +35,6 @@ def test_redundancy(seed, m, beta, alpha):
     for i in range(m):
         count = sum(cosine(view.keys[i], view.keys[j]) > alpha for j in range(m) if j != i)
         assert (float(view.repeat[i]) > alpha) == (count > beta * m)
-
-
-@some
-@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 7))
-def test_attention(seed, crops, heads, patches):
-    q, k = noise(seed, 2, crops, heads, 1 + patches, 5)
-    for c in range(crops):
-        rows = []  # [head][query] -> softmax over keys
-        for h in range(heads):
-            logits = (q[c, h].double() @ k[c, h].double().T / 5**0.5).tolist()
-            rows.append([[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits])
-        paid = [sum(rows[h][0][p] for h in range(heads)) / heads for p in range(1, 1 + patches)]
-        close(core.cls_attention(q, k)[c].double(), torch.tensor(paid).double(), 1e-5)
-        size = 1 + patches
-        got = [sum(rows[h][i][p] for h in range(heads) for i in range(size)) / heads / size for p in range(size)]
-        close(core.received_attention(q, k)[c].double(), torch.tensor(got).double(), 1e-5)
-    close(core.received_attention(q, k).sum(1), torch.ones(crops), 1e-5)
-
-
-@some
-@given(seeds, st.integers(1, 40), st.floats(0, 3))
-def test_outliers(seed, m, factor):
-    x = noise(seed, m).exp()
-
-    def quartile(p: float) -> float:
-        values, at = sorted(x.double().tolist()), p * (m - 1)
-        below = int(at)
-        return values[below] + (at - below) * (values[min(below + 1, m - 1)] - values[below])
-
-    limit = quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
-    got = core.outliers(x, factor).tolist()
-    assert all(flag == (v > limit) for flag, v in zip(got, x.double().tolist(), strict=True) if abs(v - limit) > 1e-9)
-    assert not core.outliers(torch.full((m,), 0.1), factor).any()
 
 
 def test_gumbel_draws_from_the_distribution():
@@ -307,26 +264,6 @@ def test_gradients_pass_to_the_features():
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_calibration(family, share):
-    model = tiny(family)
-    prompts = [batch(model, [[BOS, Picture(seed, size), 5]]) for seed in range(4) for size in ((60, 30), (64, 64))]
-    found = calibrate(model, prompts, share, beta=0.1, merge="none")
-    assert getattr(model, "_vlmslim", None) is None
-    shares = []
-    for row in ([BOS, Picture(seed, size), 5] for seed in range(4) for size in ((60, 30), (64, 64))):
-        _, _, ((image, got),), _ = kept_of(model, row, alpha=found.alpha, beta=0.1, merge="none")
-        for crop in range(1 if image.tiles[1] else 0, len(image.tower)):
-            patches = (image.grid[:, 0] == crop).nonzero()[:, 0]
-            if len(patches):
-                shares.append(float(torch.isin(patches, got.index).double().mean()))
-    assert len(shares) == found.crops
-    assert np.mean(shares) == pytest.approx(found.kept)
-    assert np.std(shares) == pytest.approx(found.spread)
-    floor = np.mean([max(1 / 16, found.outliers)])
-    assert abs(found.kept - max(share, floor)) < 0.1
-
-
 def test_what_cannot_be_is_refused():
     for options in (
         {"keep": 0},
@@ -346,10 +283,6 @@ def test_what_cannot_be_is_refused():
     model = tiny("next")
     with vlmslim.patch(model, "tokencorr", keep=10, thumbnail="keep"), pytest.raises(ValueError, match="'compress'"):
         model(**batch(model, ROWS))
-    with pytest.raises(ValueError, match="share"):
-        calibrate(model, [], 1.5)
-    with pytest.raises(ValueError, match="no crop"):
-        calibrate(model, [], 0.5)
 
 
 def test_layers_follow_the_towers_depth():

@@ -406,5 +406,19 @@ def greedy(model: nn.Module, inputs: dict, **options):
     return out, torch.stack(out.logits, dim=1)
 
 
+def same_cache(a, b) -> None:
+    """Two KV caches hold the same tokens, bit for bit."""
+    assert lengths(a) == lengths(b)
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert torch.equal(x.keys, y.keys)
+        assert torch.equal(x.values, y.values)
+
+
+def valid(inputs: dict, row: int) -> Tensor:
+    """(L,) bool: where row `row` is no padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"][row], dtype=torch.bool) if mask is None else mask[row].bool()
+
+
 def close(a: Tensor, b: Tensor, tolerance: float = 2e-4) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmslim.attention import decoder_attention, tower_qk
+from vlmslim.attention import DecoderAttention, tower_qk, weighted
 from vlmslim.selection import rank_within_groups
 
 Keep = int | float
@@ -47,6 +47,40 @@ def resolve_keep(keep: Keep, n: int) -> int:
     return keep
 
 
+def check_layer(layer: int | float, name: str = "layer") -> None:
+    """Refuse a decoder layer before which nothing can be dropped.
+
+    Raises:
+        ValueError: `layer` is neither a number (int >= 1) nor a share of the depth (float in (0, 1)).
+    """
+    number = isinstance(layer, int | float) and not isinstance(layer, bool)
+    if not number or layer <= 0 or (isinstance(layer, float) and layer >= 1):
+        raise ValueError(f"{name}={layer!r}: give a decoder layer from 1 on, or a share of the depth in (0, 1)")
+
+
+def resolve_layer(layer: int | float, depth: int) -> int:
+    """Turn a share of the depth into a decoder layer; a number stays as it is.
+
+    A share is rounded down, and stays between 1 and `depth` - 1 however few layers there are: before layer 0 nothing
+    has attended yet, and behind the last layer there is nothing to save. 7/8 is layer 28 of 32, 24 of 28 and 3 of 4.
+    """
+    if not isinstance(layer, float):
+        return layer
+    return max(1, min(int(layer * depth + 1e-9), depth - 1))
+
+
+def check_choices(options: object, **known: tuple[str, ...]) -> None:
+    """Refuse options whose value is none of the known words: `check_choices(self, order=("raster", "released"))`.
+
+    Raises:
+        ValueError: which option, and what it may be.
+    """
+    for name, words in known.items():
+        value = getattr(options, name)
+        if value not in words:
+            raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, words))}")
+
+
 @dataclass
 class Compressed:
     """What one image sends to the language model.
@@ -68,6 +102,7 @@ class ImageTokens:
     tower    : (c, p, v)    vision-tower features of each crop (or frame), as they enter the projector
     pixels   : (c, 3, h, w) the crops themselves
     tiles    : (rows, columns) of the anyres mosaic; (0, 0) without one
+    size     : (height, width) of the picture that was cut into tiles; (0, 0) where none was
     video    : whether the crops are the frames of a video
     prompt   : (t,)         ids of the text tokens of the same prompt; None when the caller gave embeddings
     """
@@ -76,6 +111,7 @@ class ImageTokens:
     tower: Tensor
     pixels: Tensor
     tiles: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
     video: bool = False
     prompt: Tensor | None = None
     layout: Callable[[], Tensor] | None = None  # computes `grid`
@@ -116,6 +152,11 @@ class ImageTokens:
         """A number that depends on the pixels alone: the same image gets the same one in any batch."""
         return zlib.crc32(self.pixels.detach().float().cpu().numpy().tobytes())
 
+    def generator(self, seed: int) -> torch.Generator:
+        """A CPU generator for a random choice that the same image and seed repeat in any batch and in any run."""
+        mixed = (seed * 0x9E3779B1 + self.fingerprint) % 2**32  # torch reads 32 bits of a CPU generator's seed
+        return torch.Generator().manual_seed(mixed)
+
     def qk(self, layer: int) -> tuple[Tensor, Tensor]:
         """Queries and keys of tower layer `layer`, unscaled, heads apart, CLS included: (c, heads, p', v / heads) each.
 
@@ -141,6 +182,10 @@ class LayerInput:
     origin  : (B, S)       index of each token in the caller's sequence
     last    : (B,)         index of the last real token of each row
     entered : B lists      how many visual tokens of each image of the row entered the language model
+    images  : B lists      the images themselves
+    slot    : (B, S)       place of each visual token among its image's n; -1 at text, padding, and at tokens that a
+                           stage before the language model made without saying from which
+    weight  : (B, S)       how strongly each token may be attended to at this layer; None where all count in full
     """
 
     layer: int
@@ -150,21 +195,32 @@ class LayerInput:
     origin: Tensor
     last: Tensor
     entered: list[list[int]]
+    images: list[list[ImageTokens]] = field(default_factory=list)
+    slot: Tensor | None = None
+    weight: Tensor | None = None
     previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def attention(self, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    @cached_property
+    def _attended(self) -> DecoderAttention:
+        if self.previous is None:
+            raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
+        return DecoderAttention(*self.previous, self.mask)
+
+    def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
         """Attention that layer `layer - 1` paid from the query tokens `rows` (B, q): (B, heads, q, S), fp32.
 
-        Recomputed for these rows alone, so that any attention back end serves and no full map exists.
+        Recomputed for these rows alone, so that any attention back end serves and no full map exists. With `end`, as
+        far as (B, heads, q, end), which is all that rows before `end` can see.
 
         Raises:
             RuntimeError: asked before layer 0, where nothing has attended yet.
         """
-        if self.previous is None:
-            raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
-        layer, hidden, rope = self.previous
-        logits = decoder_attention(layer, hidden, rope, self.mask, rows.to(hidden.device))
-        return (logits / temperature).softmax(-1).to(self.hidden.device)
+        attended = self._attended
+        rows = rows.to(attended.mask.device)
+        logits = attended.logits(rows, end)
+        if self.weight is not None:
+            logits = weighted(logits, self.weight[:, :end].to(logits.device), rows)
+        return logits.div_(temperature).softmax(-1).to(self.hidden.device)
 
     def top(self, score: Tensor, keep: Keep) -> Tensor:
         """(B, S) bool: for every image the `keep` tokens of highest `score` (B, S), lower index first on ties.
@@ -187,15 +243,17 @@ class Compressor:
     Override `compress` to choose, merge or re-project the tokens of an image before the language model, `retain` to
     drop tokens between decoder layers, or both. Shared attributes:
 
-    layers       : decoder layers before which `retain` is asked: a number, or a float share of the depth
+    layers       : decoder layers before which `retain` is asked: numbers, or shares of the depth (`resolve_layer`)
     tower_layers : vision-tower layers whose queries and keys `ImageTokens.qk` can compute; negative from the end
     needs_cls    : the method reads the tower's CLS token
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
+    knobs        : options that `vlmslim.budget` may solve, the preferred one first; the larger, the costlier
     """
 
     layers: ClassVar[tuple[int | float, ...]] = ()
     tower_layers: ClassVar[tuple[int, ...]] = ()
     needs_cls: ClassVar[bool] = False
+    knobs: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
 
     def setup(self, model: nn.Module) -> None:
@@ -214,6 +272,15 @@ class Compressor:
         keep = getattr(self, "keep", None)
         return resolve_keep(keep, n) if isinstance(keep, int | float) else None
 
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """How many of the `n` tokens that this stage gets of an image each of `depth` decoder layers sees.
+
+        As far as the settings tell; the receipt says what happened. By default `requested` from the first of `layers`.
+        """
+        k = self.requested(n)
+        first = min((resolve_layer(layer, depth) for layer in self.layers), default=0)
+        return [n] * first + [n if k is None else k] * (depth - first)
+
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images of one forward. Override to batch across images; the default goes one by one."""
         return [self.compress(image) for image in images]
@@ -225,3 +292,11 @@ class Compressor:
     def retain(self, tokens: LayerInput) -> Tensor:
         """(B, S) bool, True at the tokens that stay from `tokens.layer` on. Text always stays."""
         raise NotImplementedError(f"{type(self).__name__} sets `layers` but does not override `retain`")
+
+    def weigh(self, tokens: LayerInput) -> Tensor | None:
+        """(B, S) in [0, 1]: how strongly each token may be attended to from `tokens.layer` on; None asks `retain`.
+
+        For methods in training: nothing is dropped, gradients pass, and weights of successive layers multiply. A
+        weight of zero is what `retain` would drop. Text always counts in full.
+        """
+        return None

@@ -89,6 +89,15 @@ def share_out(k: int, sizes: list[int]) -> list[int]:
     return parts
 
 
+def largest_remainder(k: int, shares: tuple[float, ...]) -> list[int]:
+    """Split k by shares that sum to 1; what rounding down leaves goes to the largest remainders, earlier ones first."""
+    exact = [round(k * share, 9) for share in shares]
+    parts = [int(part) for part in exact]
+    for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: k - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
 def _edges(length: int, parts: int) -> list[int]:
     return [i * length // parts for i in range(parts + 1)]
 

@@ -16,8 +16,9 @@ from transformers import (
 
 import vlmslim
 from vlmslim import Compressed, Compressor
-from vlmslim.attention import decoder_attention
-from vlmslim.methods.aim import PageRankPrune, match, merge_step, merge_tokens, pagerank, scheduled
+from vlmslim.attention import DecoderAttention
+from vlmslim.methods.bipartitemerge import match, merge_step, merge_tokens
+from vlmslim.methods.pagerankprune import PageRankPrune, pagerank, scheduled
 
 MERGE, SCORE, LOGITS = 1e-5, 1e-5, 1e-4  # tolerances that the vectors come with
 
@@ -269,7 +270,7 @@ def _masked(model, embeds: Tensor, masks: Tensor, prune: PageRankPrune) -> tuple
     everyone = torch.ones(1, size, dtype=torch.bool)
     rope, hidden, scores = lm.rotary_emb(embeds, position), embeds, []
     for layer, alive in zip(lm.layers, [everyone[0], *masks], strict=False):
-        raw = decoder_attention(layer, hidden, rope, everyone, position)
+        raw = DecoderAttention(layer, hidden, rope, everyone).logits(position)
         attention = (raw.masked_fill(~alive, float("-inf")) / prune.temperature).softmax(-1)
         scores.append(pagerank(torch.ones(1, size), _blocks(attention), iterations=prune.iterations)[0])
         visible = alive & torch.ones(size, size, dtype=torch.bool).tril()

@@ -4,17 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlmslim.attention import tower_qk
-from vlmslim.methods.globalcom2 import (
-    by_quota,
-    cls_logits,
-    crop_weights,
-    holistic,
-    release_order,
-    release_sums,
-    spend,
-    stretch,
-)
+from vlmslim.attention import cls_logits, tower_qk
+from vlmslim.methods.globalcom2 import by_quota, crop_weights, holistic, release_order, release_sums, stretch
+from vlmslim.newlines import spend
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
@@ -89,7 +81,7 @@ def _check_selection(arrays: dict[str, np.ndarray]) -> None:
 
         # The corrected mode keeps the best of each crop too, in the order of their true places.
         count = sum(counts := want["crop_keep"].tolist())
-        everything = spend(by_quota(final, tile, weight), grid[at], (0, 0), count, "drop")
+        everything = spend(by_quota(final, tile, weight), grid[at], (0, 0), count, "drop").sort().values
         picked = grid[at][everything]
         place = ((picked[:, 0] - 1) // columns * side + picked[:, 1]) * columns * side
         place += (picked[:, 0] - 1) % columns * side + picked[:, 2]

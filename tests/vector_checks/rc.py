@@ -6,17 +6,9 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from vlmslim.methods.recoverable import (
-    Recoverable,
-    cls_attention,
-    clusters,
-    hf_clip_text,
-    local_outlier_factor,
-    outliers,
-    share_of,
-    text_similarity,
-    top,
-)
+from vlmslim.clip import hf_clip_text
+from vlmslim.methods.recoverable import Recoverable, cls_attention, clusters, share_of, text_similarity, top
+from vlmslim.outliers import count_outliers, local_outlier_factor
 
 PRESETS = {"main": "released", "alt": "released_alt"}
 
@@ -36,7 +28,7 @@ def check_outliers(arrays: dict[str, np.ndarray]) -> None:
         series, k = name.rsplit("_k", 1)
         x = torch.from_numpy(arrays[f"{series}_x"])
         got, want = local_outlier_factor(x, int(k)).numpy(), arrays[f"{name}_lof"]
-        count, expected = outliers(x, int(k)), int(arrays[f"{name}_count"])
+        count, expected = count_outliers(x, int(k)), int(arrays[f"{name}_count"])
         if distances_differ(x.numpy()):
             np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=name)
             assert count == expected, name
@@ -111,14 +103,14 @@ def check_compression(arrays: dict[str, np.ndarray]) -> None:
 
 def check_routine(method: Recoverable, expected: dict[str, np.ndarray], x, attention, similarity, keys) -> None:
     n = len(x)
-    seen = top(attention, outliers(attention, method.neighbours[0]))
+    seen = top(attention, count_outliers(attention, method.neighbours[0]))
     assert set(seen.tolist()) == set(expected["idx_vision"].tolist())
     assert len(seen) == round(n * expected["lof_ratios"][0])
     found = method.recovered(similarity, seen)
     assert set(found.tolist()) == set(expected["idx_text"].tolist())
     rest = torch.tensor(sorted(set(range(n)) - set(seen.tolist()) - set(found.tolist())))
     a, t = attention[rest], similarity[rest]
-    count = outliers(a, method.neighbours[2])
+    count = count_outliers(a, method.neighbours[2])
     assert count == round(len(rest) * expected["lof_ratios"][2])
     base = {"width": x.shape[1], "image": n}[method.centres]
     centres = top(a, share_of(count, len(rest), base))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmslim.compressor import Compressor, LayerInput
+from vlmslim.compressor import Compressor, LayerInput, check_choices, check_layer, resolve_layer
 
 
 @dataclass
@@ -40,20 +40,17 @@ class DropVisual(Compressor):
         if not self.layers:
             raise ValueError("layer=[] names no decoder layer; give at least one")
         for layer in self.layers:
-            number = isinstance(layer, int | float) and not isinstance(layer, bool)
-            if not number or layer <= 0 or (isinstance(layer, float) and layer >= 1):
-                raise ValueError(f"layer={layer!r}: give a decoder layer from 1 on, or a share of the depth in (0, 1)")
+            check_layer(layer)
         if self.tau is not None:
             number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
             if not number or not 0 <= self.tau <= 1:
                 raise ValueError(f"tau={self.tau!r}: give a share of attention in [0, 1], or None to drop regardless")
-        if self.text not in ("after", "all"):
-            raise ValueError(f"text={self.text!r}: use 'after' or 'all'")
+        check_choices(self, text=("after", "all"))
 
     def setup(self, model: nn.Module) -> None:
         """Turn shares of the depth into layers."""
         depth = len(model.model.language_model.layers)
-        self.layer = tuple(layer_at(layer, depth) for layer in self.layers)
+        self.layer = tuple(resolve_layer(layer, depth) for layer in self.layers)
 
     @property
     def layers(self) -> tuple[int | float, ...]:
@@ -62,7 +59,7 @@ class DropVisual(Compressor):
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
         """None from the first layer on, if the test passes there."""
-        first = min(layer_at(layer, depth) for layer in self.layers)
+        first = min(resolve_layer(layer, depth) for layer in self.layers)
         return [n] * first + [0] * (depth - first)
 
     def retain(self, tokens: LayerInput) -> Tensor:
@@ -80,11 +77,6 @@ class DropVisual(Compressor):
                 share = attention_mass(tokens.attention, sighted, text) / visual.sum(1).clamp(min=1)
                 drop &= (share < self.tau)[:, None]
         return tokens.mask & ~(visual & drop)
-
-
-def layer_at(layer: int | float, depth: int) -> int:
-    """The decoder layer at a share of the depth, rounded down, at least 1; a number stays as it is."""
-    return max(1, int(layer * depth + 1e-9)) if isinstance(layer, float) else layer
 
 
 @torch.no_grad()

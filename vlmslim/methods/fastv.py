@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmslim.compressor import Compressor, Keep, LayerInput, check_keep
+from vlmslim.compressor import Compressor, Keep, LayerInput, check_keep, check_layer
 
 
 @dataclass
@@ -20,7 +20,7 @@ class FastV(Compressor):
     only the last row of the attention is computed.
 
     keep  : visual tokens to keep per image from layer K on, a count or a share
-    layer : K, a number from 1 or a share of the depth; the paper uses 2
+    layer : K, a number from 1 or a share of the depth, rounded down; the paper uses 2
     """
 
     knobs: ClassVar = ("keep", "layer")
@@ -30,8 +30,7 @@ class FastV(Compressor):
 
     def __post_init__(self):
         check_keep(self.keep)
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int | float) or self.layer <= 0:
-            raise ValueError(f"layer={self.layer!r}: give a decoder layer from 1 on, or a share of the depth in (0, 1)")
+        check_layer(self.layer)
 
     @property
     def layers(self) -> tuple[int | float]:

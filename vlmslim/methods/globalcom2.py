@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.attention import cls_attention, cls_logits
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.families import family_of, has_cls
+from vlmslim.newlines import NEWLINES, spend
 from vlmslim.selection import full_precision, rank_within_groups
 
 
@@ -51,13 +53,12 @@ class GlobalCom2(Compressor):
 
     def __post_init__(self):
         check_keep(self.keep)
-        for name, known in (
-            ("mode", ("corrected", "released")),
-            ("score", ("auto", "logit", "softmax", "distance")),
-            ("newline", NEWLINES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
+        check_choices(
+            self,
+            mode=("corrected", "released"),
+            score=("auto", "logit", "softmax", "distance"),
+            newline=NEWLINES,
+        )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: it must be positive; the paper uses 10")
         if self.mode == "released" and self.positions == "original":
@@ -113,7 +114,8 @@ class GlobalCom2(Compressor):
         else:
             weight, score = torch.ones(1, dtype=score.dtype), score[patch]
         order = patch[by_quota(score, crop, weight)]
-        return image.pick(spend(order, grid, image.tiles, k, self.newline).to(image.features.device))
+        kept = spend(order, grid, image.tiles, k, self.newline).sort().values
+        return image.pick(kept.to(image.features.device))
 
     def own_scores(self, image: ImageTokens) -> Tensor:
         """(n,) fp32: how much each patch matters within its own view; at newlines the number means nothing."""
@@ -136,26 +138,6 @@ class GlobalCom2(Compressor):
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
-
-
-@full_precision
-def cls_logits(q: Tensor, k: Tensor) -> Tensor:
-    """What CLS looks for in each patch, before the softmax, averaged over heads.
-
-    Args:
-        q: (c, heads, 1 + p, d) unscaled queries, CLS first.
-        k: (c, heads, 1 + p, d) keys.
-
-    Returns:
-        (c, p).
-    """
-    return torch.einsum("chd,chpd->cp", q[:, :, 0], k[:, :, 1:].float()) / (q.shape[1] * q.shape[-1] ** 0.5)
-
-
-@full_precision
-def cls_attention(q: Tensor, k: Tensor) -> Tensor:
-    """The attention that CLS pays to each patch, averaged over heads; arguments as for `cls_logits`."""
-    return (torch.einsum("chd,chpd->chp", q[:, :, 0], k.float()) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 1:]
 
 
 @full_precision
@@ -238,58 +220,6 @@ def by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Tensor:
     rank = rank_within_groups(score[None], group[None])[0]
     size = group.bincount(minlength=len(weight))
     return ((rank + 0.5) / (weight.double() * size)[group]).argsort(stable=True)
-
-
-# -- newlines ---------------------------------------------------------------------------------------------------------
-
-NEWLINES = ("rows", "all", "drop")
-
-
-def closing_newline(grid: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """(n,): the newline token that ends the row of each token of `ImageTokens.grid` (n, 3), -1 where none does.
-
-    The rows of a thumbnail have none. The one newline of a single view, or of a video, ends it as a whole.
-    """
-    crop = grid[:, 0]
-    newline = (crop < 0).nonzero()[:, 0]
-    at = torch.searchsorted(newline, torch.arange(len(grid), device=grid.device))
-    ended = (crop >= (1 if tiles[1] else 0)) & (at < len(newline))
-    return torch.where(ended, F.pad(newline, (0, 1), value=-1)[at], -1)
-
-
-def spend(order: Tensor, grid: Tensor, tiles: tuple[int, int], k: int, newline: str) -> Tensor:
-    """The first tokens of a ranking that fit into a budget together with their newlines.
-
-    Args:
-        order: (t,) all patches of an image, most wanted first.
-        grid: (n, 3) `ImageTokens.grid`.
-        tiles: `ImageTokens.tiles`.
-        k: the budget, newlines included.
-        newline: "rows": the first token of a row brings the row's newline along (if the budget ends between the two,
-            the newline stays out); "all": all newlines come first; "drop": they come last.
-
-    Returns:
-        (k,) indices, ascending.
-
-    Raises:
-        ValueError: newline="all" and the newlines leave no room for a patch.
-    """
-    newlines = (grid[:, 0] < 0).nonzero()[:, 0]
-    if newline == "rows":
-        closes = closing_newline(grid, tiles)[order]
-        place = torch.arange(len(order), device=order.device)
-        first = torch.full((len(grid) + 1,), len(order), device=order.device)
-        first = first.scatter_reduce(0, closes + 1, place, "amin")[closes + 1] == place
-        first &= closes >= 0
-        end = (1 + first).cumsum(0)
-        return torch.cat([order[end - first.long() <= k], closes[first & (end <= k)]]).sort().values
-    if newline == "all" and k <= len(newlines):
-        raise ValueError(
-            f"keep={k} leaves no room for patches beside the image's {len(newlines)} newlines; "
-            "keep more, or use newline='rows'"
-        )
-    parts = [newlines, order] if newline == "all" else [order, newlines]
-    return torch.cat(parts)[:k].sort().values
 
 
 # -- the release ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,5 @@ class Random(Compressor):
     def compress(self, image: ImageTokens) -> Compressed:
         """Draw k of n."""
         n = len(image.features)
-        mixed = (self.seed * 0x9E3779B1 + image.fingerprint) % 2**32  # torch's CPU generator reads 32 bits
-        generator = torch.Generator().manual_seed(mixed)
-        index = torch.randperm(n, generator=generator)[: resolve_keep(self.keep, n)]
+        index = torch.randperm(n, generator=image.generator(self.seed))[: resolve_keep(self.keep, n)]
         return image.pick(index.sort().values.to(image.features.device))

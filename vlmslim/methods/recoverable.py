@@ -1,7 +1,6 @@
 """Recoverable Compression: visual filter, recovery by the question, merge of the rest (AAAI 2025, arXiv 2409.01179)."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -10,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim import bundled
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
-from vlmslim.selection import full_precision, share_out
+from vlmslim.clip import default_clip, load_clip
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.outliers import count_outliers
+from vlmslim.prompts import find_text
+from vlmslim.selection import full_precision, largest_remainder, share_out
 
 PRESETS = {
     "corrected": dict(
@@ -28,28 +29,6 @@ PRESETS = {
         keys="shifted", extra="keep",
     ),
 }  # fmt: skip
-
-CHOICES = {
-    "preset": tuple(PRESETS),
-    "text_source": ("question", "user", "system"),
-    "text_pool": ("eot", "last_pad"),
-    "recovery": ("minimum", "rest", "all"),
-    "centres": ("rest", "selected", "image", "width"),
-    "keys": ("own", "shifted"),
-    "extra": ("keep", "drop"),
-}
-
-# A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
-USER_TURNS = (
-    r"<\|im_start\|>user\b(.*?)(?:<\|im_end\|>|\Z)",
-    r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",
-    r"<\|user\|>(.*?)(?:<\|end\|>|<\|assistant\|>|</s>|\Z)",
-    r"<start_of_turn>user\b(.*?)(?:<end_of_turn>|\Z)",
-    r"\[INST\](?:\s*<<SYS>>.*?<</SYS>>)?(.*?)(?:\[/INST\]|\Z)",
-    r"(?:^|(?<=[\s>#]))(?:USER|User|Human):(.*?)(?:(?:###\s*)?\b(?:ASSISTANT|Assistant):|</s>|\Z)",
-)
-
-TOWER_OF_THE_PAPER = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
 
 
 @dataclass
@@ -134,9 +113,16 @@ class Recoverable(Compressor):
         for name, value in PRESETS.get(self.preset, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
+        check_choices(
+            self,
+            preset=tuple(PRESETS),
+            text_source=("question", "user", "system"),
+            text_pool=("eot", "last_pad"),
+            recovery=("minimum", "rest", "all"),
+            centres=("rest", "selected", "image", "width"),
+            keys=("own", "shifted"),
+            extra=("keep", "drop"),
+        )
         self.shares, self.neighbours = tuple(self.shares), tuple(self.neighbours)
         if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares={self.shares}: give three shares, of filter, recovery and merging, that sum to 1")
@@ -169,7 +155,7 @@ class Recoverable(Compressor):
                 "model as one more visual token"
             )
         self._projector = model.model.multi_modal_projector
-        self._clip = load_clip(self.clip or _default_clip(model))
+        self._clip = load_clip(self.clip or default_clip(model))
         self._clip.check_tower(model.model.vision_tower)
         if self.pad_length is not None and self.pad_length > self._clip.context:
             raise ValueError(f"pad_length={self.pad_length}: this CLIP reads at most {self._clip.context} tokens")
@@ -266,14 +252,14 @@ class Recoverable(Compressor):
         if budget == n:
             return torch.arange(n, device=x.device), x[:0]
         parts = None if budget is None else largest_remainder(budget, self.shares)
-        seen = top(attention, outliers(attention, self.neighbours[0]) if parts is None else parts[0])
+        seen = top(attention, count_outliers(attention, self.neighbours[0]) if parts is None else parts[0])
         found = self.recovered(similarity, seen, None if parts is None else parts[1])
         free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, torch.cat([seen, found]), False)
         selected, rest = (~free).nonzero()[:, 0], free.nonzero()[:, 0]
         a, t, width = attention[rest], similarity[rest], x.shape[1]
         if parts is None:
             base = {"rest": len(rest), "selected": len(selected), "image": n, "width": width}[self.centres]
-            count = min(share_of(outliers(a, self.neighbours[2]), len(rest), base), len(rest))
+            count = min(share_of(count_outliers(a, self.neighbours[2]), len(rest), base), len(rest))
         else:
             count = max(parts[2] - 1, 0)
         centres = top(a, count)
@@ -297,41 +283,15 @@ class Recoverable(Compressor):
         """
         n, neighbours = len(similarity), self.neighbours[1]
         if count is None and self.recovery == "all":
-            return top(similarity, outliers(similarity, neighbours))
+            return top(similarity, count_outliers(similarity, neighbours))
         left = similarity.index_fill(0, seen, float("-inf"))
         if count is None:
             if self.recovery == "rest":
-                count = outliers(similarity[left.isfinite()], neighbours)
+                count = count_outliers(similarity[left.isfinite()], neighbours)
             else:
                 filled = torch.where(left.isfinite(), similarity, similarity.min())
-                count = share_of(outliers(filled, neighbours), n, n - len(seen))
+                count = share_of(count_outliers(filled, neighbours), n, n - len(seen))
         return top(left, count)
-
-
-def find_text(prompt: str, source: str, turn: str | None = None, special: tuple[str, ...] | list[str] = ()) -> str:
-    """The text to compare patches with.
-
-    Args:
-        prompt: the decoded prompt, special tokens included.
-        source: "question", "user" or "system", see `Recoverable`.
-        turn: regular expression of a user's turn; None tries those of the known chat templates.
-        special: the tokenizer's special tokens, which are cut out of the result.
-
-    Returns:
-        One string. A prompt in which no turn is found counts as a user's turn in whole.
-    """
-
-    def clean(text: str) -> str:
-        for token in special:
-            text = text.replace(token, "")
-        return text.strip()
-
-    if source == "system":
-        return clean(prompt.split("\n")[0])
-    found = (re.findall(pattern, prompt, re.DOTALL) for pattern in ([turn] if turn else USER_TURNS))
-    turns = [clean(text) for text in next(filter(None, found), [prompt])]
-    text = next(filter(None, reversed(turns)), "")
-    return text if source == "user" else text.split("\n")[0].strip()
 
 
 @full_precision
@@ -356,53 +316,9 @@ def text_similarity(patches: Tensor, text: Tensor) -> Tensor:
     return F.normalize(patches, dim=-1) @ F.normalize(text.float(), dim=-1) / patches.shape[-1] ** 0.5
 
 
-@torch.no_grad()
-def local_outlier_factor(x: Tensor, k: int) -> Tensor:
-    """Local outlier factor (Breunig et al., 2000) of numbers, in fp64.
-
-    The k nearest of a number are among the k on each side of it in sorted order, so this is O(n k) after sorting.
-    Ties go to the smaller number, then to the lower index.
-
-    Args:
-        x: (n,) the numbers.
-        k: how many nearest others to compare with; at most n - 1 are there.
-
-    Returns:
-        (n,) about 1 inside a cluster, larger outside.
-    """
-    n = len(x)
-    k = min(k, n - 1)
-    if k < 1:
-        return torch.ones(n, dtype=torch.float64, device=x.device)
-    value, order = x.double().sort(stable=True)
-    place = torch.arange(n, device=x.device)[:, None]
-    near = place + torch.cat([torch.arange(-k, 0), torch.arange(1, k + 1)]).to(x.device)  # (n, 2k)
-    distance = (value[near.clamp(0, n - 1)] - value[:, None]).abs()
-    distance = distance.masked_fill((near < 0) | (near >= n), float("inf"))
-    distance, nearest = (t[:, :k] for t in distance.sort(dim=1, stable=True))
-    near = near.gather(1, nearest)
-    reach = torch.maximum(distance, distance[:, -1][near])
-    density = 1 / (reach.mean(1) + 1e-10)
-    return torch.empty_like(value).scatter_(0, order, density[near].mean(1) / density)
-
-
-def outliers(x: Tensor, k: int) -> int:
-    """How many of the numbers x (n,) are outliers: their local outlier factor is above 1.5."""
-    return int((local_outlier_factor(x, k) > 1.5).sum())
-
-
 def share_of(count: int, n: int, base: int) -> int:
     """`count` of `n` as a share of `base`, cut to a whole number."""
     return count if n == base else int(base * (count / n)) if n else 0
-
-
-def largest_remainder(k: int, shares: tuple[float, ...]) -> list[int]:
-    """Split k by shares that sum to 1; what rounding down leaves goes to the largest remainders, earlier ones first."""
-    exact = [round(k * share, 9) for share in shares]
-    parts = [int(part) for part in exact]
-    for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: k - sum(parts)]:
-        parts[i] += 1
-    return parts
 
 
 def top(score: Tensor, k: int) -> Tensor:
@@ -443,189 +359,3 @@ def clusters(
 def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     """(1, v): the sum of tokens x (n, v) times weight (n,)."""
     return weight[None].to(x) @ x
-
-
-class ClipText(nn.Module):
-    """The text tower of a CLIP, and the projection that brings patches into its space.
-
-    states     : ids (1, t) -> token states in that space (1, t, d), after the final layer norm and the projection
-    tokenize   : text, length -> ids, start and end of text included, cut to `length`
-    end        : id of the end of text
-    context    : most tokens the tower reads
-    projection : (v, d) of patches
-    norm       : the vision tower's post-layernorm
-    stem       : (v, 3, h, w) the vision tower's patch embedding: its fingerprint
-    """
-
-    def __init__(
-        self,
-        modules: list[nn.Module],
-        states: Callable[[Tensor], Tensor],
-        tokenize: Callable[[str, int], list[int]],
-        end: int,
-        context: int,
-        projection: Tensor,
-        norm: nn.Module,
-        stem: Tensor,
-    ):
-        super().__init__()
-        self.parts = nn.ModuleList(modules)  # so that .to() moves what `states` runs
-        self.states, self.tokenize, self.end, self.context = states, tokenize, end, context
-        self.norm = norm
-        self.register_buffer("projection", projection.detach().float())
-        self.stem = stem.detach().float().cpu()
-        self.requires_grad_(False).eval().float()
-
-    def check_tower(self, tower: nn.Module) -> None:
-        """Refuse a CLIP of another vision tower than the model's; a fine-tuned one passes.
-
-        Raises:
-            ValueError: width, patch size or weights are another tower's.
-        """
-        stem = getattr(tower, "vision_model", tower).embeddings.patch_embedding.weight
-        if stem.shape == self.stem.shape:
-            if stem.is_meta:
-                return
-            stem = stem.detach().float().cpu()
-            if (stem - self.stem).norm() < 0.5 * self.stem.norm():
-                return
-        raise ValueError(
-            f"the vision tower of this model (patch embedding {tuple(stem.shape)}) is not that of the CLIP "
-            f"({tuple(self.stem.shape)}), so their spaces have nothing in common; give clip=THE_CLIP_OF_THIS_TOWER"
-        )
-
-    @torch.no_grad()
-    def embed(self, text: str, pool: str = "eot", length: int | None = None) -> Tensor:
-        """The embedding of a text, (d,) fp32: at its end ("eot"), or at the last of `length` places ("last_pad")."""
-        device = self.projection.device
-        length = length if length is not None and pool == "last_pad" else self.context
-        ids = self.tokenize(text, length)
-        if pool == "last_pad":
-            ids = ids + [self.end] * (length - len(ids))
-        with torch.autocast(device.type, enabled=False):
-            states = self.states(torch.tensor([ids], device=device))[0]
-        return states[-1 if pool == "last_pad" else ids.index(self.end)].float()
-
-    @torch.no_grad()
-    def project(self, patches: Tensor, norm: bool = False) -> Tensor:
-        """Patches (..., v) in the space of texts (..., d), fp32; `norm` puts the post-layernorm before."""
-        with torch.autocast(patches.device.type, enabled=False):
-            patches = patches.float()
-            return (self.norm(patches) if norm else patches) @ self.projection
-
-
-def load_clip(name: str) -> ClipText:
-    """Load a CLIP by the names that `Recoverable.clip` takes.
-
-    Raises:
-        ValueError: a folder without a CLIP, or an open_clip name without weights.
-        ImportError: open_clip is not installed.
-        TypeError: the CLIP has another kind of tower.
-    """
-    name = bundled.resolve(name)
-    if Path(name).is_dir():
-        if (Path(name) / "open_clip_config.json").is_file():
-            return _open_clip(f"local-dir:{name}")
-        if (Path(name) / "config.json").is_file():
-            return _hf_clip(name)
-        raise ValueError(f"clip={name!r}: this folder has neither open_clip_config.json nor config.json")
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return _open_clip(name)
-    if ":" in name:
-        return _open_clip(*name.split(":", 1))
-    if name.count("/") == 1:
-        return _hf_clip(name)
-    raise ValueError(
-        f"clip={name!r}: give a folder, a HF hub id (org/name), 'hf-hub:org/name' for an open_clip hub id, or an "
-        "open_clip model with its weights ('ViT-L-14-336-quickgelu:openai')"
-    )
-
-
-def _hf_clip(name: str) -> ClipText:
-    from transformers import AutoTokenizer, CLIPModel
-
-    model = CLIPModel.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-
-    def tokenize(text: str, length: int) -> list[int]:
-        return tokenizer(text, truncation=True, max_length=length)["input_ids"]
-
-    return hf_clip_text(model, tokenize, tokenizer.eos_token_id)
-
-
-def hf_clip_text(model: nn.Module, tokenize: Callable[[str, int], list[int]], end: int) -> ClipText:
-    """The text side of a loaded HF `CLIPModel`.
-
-    Args:
-        model: the `CLIPModel`.
-        tokenize: text, length -> ids.
-        end: id of the end of text. The configuration of older checkpoints has a wrong one, so ask the tokenizer.
-    """
-    text, projection = model.text_model, model.text_projection
-    tower = getattr(model.vision_model, "vision_model", model.vision_model)
-    return ClipText(
-        modules=[text, projection],
-        states=lambda ids: projection(text(input_ids=ids).last_hidden_state),
-        tokenize=tokenize,
-        end=end,
-        context=model.config.text_config.max_position_embeddings,
-        projection=model.visual_projection.weight.T,
-        norm=tower.post_layernorm,
-        stem=tower.embeddings.patch_embedding.weight,
-    )
-
-
-def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"clip={name!r} needs open_clip: pip install 'vlmslim[clip]'") from error
-    model = open_clip.create_model(name, pretrained, precision="fp32", require_pretrained=True)
-    text, tower, tokenizer = getattr(model, "text", model), model.visual, open_clip.get_tokenizer(name)
-    needed = (
-        (text, "token_embedding"),
-        (text, "ln_final"),
-        (tower, "proj"),
-        (tower, "conv1"),
-        (tokenizer, "eot_token_id"),
-    )
-    for owner, attribute in needed:
-        if not hasattr(owner, attribute):
-            raise TypeError(f"clip={name!r} is no plain CLIP: its {type(owner).__name__} has no {attribute}")
-    end = tokenizer.eot_token_id
-
-    def tokenize(words: str, length: int) -> list[int]:
-        ids = tokenizer([words], context_length=length)[0].tolist()
-        return ids[: ids.index(end) + 1]
-
-    stem, projection, norm = tower.conv1.weight, tower.proj, tower.ln_post
-    if text is model:
-        del model.visual
-
-    def states(ids: Tensor) -> Tensor:
-        x = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
-        x = text.transformer(x, attn_mask=text.attn_mask[: ids.shape[1], : ids.shape[1]])
-        x, project = text.ln_final(x), text.text_projection
-        return project(x) if isinstance(project, nn.Linear) else x @ project
-
-    return ClipText(
-        modules=[text],
-        states=states,
-        tokenize=tokenize,
-        end=end,
-        context=text.positional_embedding.shape[0],
-        projection=projection,
-        norm=norm,
-        stem=stem,
-    )
-
-
-def _default_clip(model: nn.Module) -> str:
-    """The CLIP that a model's vision tower comes from, as far as we know."""
-    if Path(model.config._name_or_path).resolve().parent == Path(bundled.__file__).resolve().parent:
-        return "bundled/tiny-clip"
-    name, size = TOWER_OF_THE_PAPER
-    vision = model.config.vision_config
-    if (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size) == size:
-        return name
-    raise ValueError("give clip=THE_CLIP_OF_THIS_VISION_TOWER: a hub id, a folder, or an open_clip NAME:PRETRAINED")

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.attention import cls_attention
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.families import has_cls
 from vlmslim.methods.dropvisual import DropVisual
+from vlmslim.newlines import spend
 from vlmslim.selection import full_precision
 
 GRAM_LIMIT = 8192  # tokens up to which all cosine similarities are held at once: 256 MiB
@@ -29,8 +31,8 @@ class Diversify(Compressor):
                 attention (in the thumbnail, under anyres; in any frame, of a video); "random"; "center" and
                 "farthest", the token most and least similar to the mean. All within 0.4 points of one another
     cls_layer : vision-tower layer of the CLS attention; -1 is the last, as in the paper, -2 the one LLaVA reads
-    newline   : anyres newline tokens: "rows" keeps the newline of each row that keeps a token, "drop" removes them,
-                "pool" lets them compete; all within the budget
+    newline   : newline tokens of anyres images and videos: "rows" keeps the newline of each row that keeps a token,
+                "drop" removes them, "pool" lets them compete; all within the budget
     seed      : of the random pivot, which depends on the image's pixels as well
     positions : "renumbered" or "original" rotary positions
     """
@@ -45,13 +47,12 @@ class Diversify(Compressor):
 
     def __post_init__(self):
         check_keep(self.keep)
-        for name, known in (
-            ("objective", ("max_sum", "k_center")),
-            ("pivot", ("auto", "cls", "random", "center", "farthest")),
-            ("newline", ("rows", "drop", "pool")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
+        check_choices(
+            self,
+            objective=("max_sum", "k_center"),
+            pivot=("auto", "cls", "random", "center", "farthest"),
+            newline=("rows", "drop", "pool"),
+        )
 
     def setup(self, model: nn.Module) -> None:
         """See whether there is a CLS token to take the pivot from."""
@@ -81,15 +82,16 @@ class Diversify(Compressor):
             x = torch.stack([images[i].features[pool] for i, pool in members])
             pivots = torch.stack([self._pivot(images[i], pool) for i, pool in members])
             for (i, pool), order in zip(members, diverse(x, min(k, size), pivots, self.objective), strict=True):
-                results[i] = images[i].pick(self._fill(images[i], pool[order], k).sort().values)
+                picks = pool[order]
+                if size < len(images[i].features):
+                    picks = spend(picks, images[i].grid, images[i].tiles, k, self.newline)
+                results[i] = images[i].pick(picks.sort().values)
         return results
 
     def _pivot(self, image: ImageTokens, pool: Tensor) -> Tensor:
         """Where in `pool` (m,) the search starts: a scalar."""
         if self.pivot == "random":
-            # torch seeds its CPU generator with 32 bits: mix the two numbers into them
-            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + image.fingerprint) % 2**32)
-            return torch.randint(len(pool), (), generator=generator).to(pool.device)
+            return torch.randint(len(pool), (), generator=image.generator(self.seed)).to(pool.device)
         if self.pivot == "cls":
             attention = cls_attention(*image.qk(self.cls_layer))  # (c, p)
             attention = attention.unflatten(1, (image.side, -1)).to(pool.device)
@@ -101,17 +103,6 @@ class Diversify(Compressor):
             return at_tokens(attention, image.grid[pool]).argmax()
         likeness = to_mean(image.features[pool])
         return likeness.argmax() if self.pivot == "center" else likeness.argmin()
-
-    def _fill(self, image: ImageTokens, picks: Tensor, k: int) -> Tensor:
-        """Spend the budget on picks (m,), in that order, and on newlines: (k,) indices."""
-        crop = image.grid[:, 0]
-        if self.newline == "rows":
-            end = row_ends(crop, thumbnail=bool(image.tiles[1]))
-            picks = with_row_ends(picks, end[picks], k, len(crop))
-        if len(picks) < k:  # the budget exceeds what there is to search
-            rest = torch.ones_like(crop, dtype=torch.bool).index_fill(0, picks, False).nonzero()[:, 0]
-            picks = torch.cat([picks, rest[: k - len(picks)]])
-        return picks
 
 
 @dataclass
@@ -183,21 +174,6 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
 
 
 @full_precision
-def cls_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of the CLS token to the patches: softmax over all keys, mean over heads.
-
-    Args:
-        q: (c, heads, 1 + p, head_dim) unscaled queries, CLS first.
-        k: (c, heads, 1 + p, head_dim) keys.
-
-    Returns:
-        (c, p).
-    """
-    logits = q[:, :, :1] @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
-    return logits.softmax(-1).mean(1)[:, 0, 1:]
-
-
-@full_precision
 def to_mean(x: Tensor) -> Tensor:
     """Similarity of each token to the mean of all, up to a positive factor: (n, d) -> (n,), on unit vectors."""
     x = F.normalize(x, dim=-1)
@@ -218,40 +194,3 @@ def at_tokens(maps: Tensor, grid: Tensor) -> Tensor:
     inside = (grid >= 0).all(1) & (crop < len(maps))
     value = maps[crop.clamp(0, len(maps) - 1), row.clamp(min=0), column.clamp(min=0)]
     return value.masked_fill(~inside, float("-inf"))
-
-
-def row_ends(crop: Tensor, thumbnail: bool) -> Tensor:
-    """The newline token behind the row that each token belongs to.
-
-    Args:
-        crop: (n,) crop of every token, -1 at newlines.
-        thumbnail: crop 0 stands before the rows of tiles and has no newlines of its own.
-
-    Returns:
-        (n,) long: index of the newline, n at tokens without one.
-    """
-    n = len(crop)
-    end = torch.where(crop < 0, torch.arange(n, device=crop.device), n)
-    end = end.flip(0).cummin(0).values.flip(0)
-    return torch.where(crop == 0, n, end) if thumbnail else end
-
-
-def with_row_ends(picks: Tensor, end: Tensor, k: int, n: int) -> Tensor:
-    """Spend a budget on tokens in a given order, where the first token of a row brings the row's newline with it.
-
-    If there is room for one more only, the last token comes without its newline.
-
-    Args:
-        picks: (m,) token indices, best first.
-        end: (m,) the newline behind each, n where there is none.
-        k: budget.
-        n: tokens of the image.
-
-    Returns:
-        Token and newline indices; k of them unless the picks run out.
-    """
-    place = torch.arange(len(picks), device=picks.device)
-    first = place.new_full((n + 1,), len(picks)).scatter_reduce(0, end, place, "amin")[end]
-    brings = (first == place) & (end < n)
-    spent = (1 + brings.long()).cumsum(0)
-    return torch.cat([picks[spent <= k + brings.long()], end[brings & (spent <= k)]])

@@ -1,6 +1,5 @@
 """TokenCorr: "Token-level Correlation-guided Compression for ... Document Understanding" (arXiv 2407.14439)."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.attention import cls_attention, received_attention
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.families import encoder_layers, has_cls
-from vlmslim.methods.globalcom2 import NEWLINES, closing_newline, spend
+from vlmslim.newlines import NEWLINES, closing_newline, spend
+from vlmslim.outliers import beyond_quartiles
 from vlmslim.selection import full_precision
 
 
@@ -45,7 +46,7 @@ class View:
     @cached_property
     def outlier(self) -> Tensor:
         """(m,) bool: the deep layer's outliers."""
-        return outliers(self.deep, self.iqr)
+        return beyond_quartiles(self.deep, self.iqr)
 
     def samples(self, alpha: float) -> int:
         """How many patches are sampled: those that are not redundant, but never none."""
@@ -71,9 +72,10 @@ class TokenCorr(Compressor):
     `beta` is a share, keys are compared with all heads side by side, redundant patches may still be sampled, and
     what is dropped is merged by normalised weights. Padding is left out before anything is counted.
 
-    `alpha` depends on the tower; `calibrate` finds it. With the wanted `keep` of an image instead, the sampling goes
-    on from the least repeated patches to the most repeated ones over all crops, until outliers, samples and newlines
-    make exactly `keep`: crops still share it by their density, and `alpha` is not used.
+    `alpha` depends on the tower; `vlmslim.calibration.calibrate` finds it, and so does
+    `scripts/calibrate_tokencorr.py`. With the wanted `keep` of an image instead, the sampling goes on from the least
+    repeated patches to the most repeated ones over all crops, until outliers, samples and newlines make exactly
+    `keep`: crops still share it by their density, and `alpha` is not used.
 
     Towers without CLS (SigLIP) use the attention that a patch receives, on average over all queries. The frames of a
     video are treated as crops, their keys and attention pooled as the model pools the frame. Tokens which are pooled
@@ -110,14 +112,13 @@ class TokenCorr(Compressor):
     def __post_init__(self):
         if self.keep is not None:
             check_keep(self.keep)
-        for name, known in (
-            ("sampling", ("topk", "multinomial")),
-            ("merge", ("knn", "assign", "none")),
-            ("thumbnail", ("auto", "keep", "compress")),
-            ("newline", NEWLINES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
+        check_choices(
+            self,
+            sampling=("topk", "multinomial"),
+            merge=("knn", "assign", "none"),
+            thumbnail=("auto", "keep", "compress"),
+            newline=NEWLINES,
+        )
         if not -1 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: a cosine similarity lies in [-1, 1]")
         if not 0 <= self.beta < 1:
@@ -171,9 +172,7 @@ class TokenCorr(Compressor):
         low_keys, *attention = _maps(image, self.low, self.deep, self._cls)
         noise = None
         if self.sampling == "multinomial":
-            # torch's CPU generator looks at 32 bits of its seed, so the two numbers are mixed into these
-            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + image.fingerprint) % 2**32)
-            noise = torch.rand(len(grid), generator=generator, dtype=torch.float64)
+            noise = torch.rand(len(grid), generator=image.generator(self.seed), dtype=torch.float64)
         beside_crops = self.thumbnail == "auto" and self.keep is None and image.tiles[1] > 0
         spared = not image.video and (self.thumbnail == "keep" or beside_crops)
         views = []
@@ -214,7 +213,7 @@ class TokenCorr(Compressor):
                 "keep more, or use thumbnail='compress'"
             )
         order = torch.cat([first, by_novelty(views)])
-        return spend(order, grid, tiles, k, self.newline)
+        return spend(order, grid, tiles, k, self.newline).sort().values
 
     def _merged(self, image: ImageTokens, views: list[View], index: Tensor) -> Tensor:
         """The image's features (n, d) with those of the kept patches replaced."""
@@ -281,30 +280,6 @@ def _one_patch_each(image: ImageTokens) -> bool:
 
 
 @full_precision
-def cls_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention that CLS pays to each patch, averaged over heads.
-
-    Args:
-        q: (c, heads, 1 + p, d) unscaled queries, CLS first.
-        k: (c, heads, 1 + p, d) keys.
-
-    Returns:
-        (c, p); CLS takes part in the softmax.
-    """
-    return (torch.einsum("chd,chpd->chp", q[:, :, 0], k.float()) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 1:]
-
-
-@full_precision
-def received_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention that each patch receives, averaged over queries and heads: (c, heads, p, d) twice -> (c, p).
-
-    One head at a time, so that no full map is held.
-    """
-    heads = zip((q / q.shape[-1] ** 0.5).unbind(1), k.float().unbind(1), strict=True)
-    return sum((qh @ kh.transpose(1, 2)).softmax(-1).mean(1) for qh, kh in heads) / q.shape[1]
-
-
-@full_precision
 def repetition(keys: Tensor, limit: int) -> Tensor:
     """The similarity below which a patch has more than `limit` look-alikes.
 
@@ -324,12 +299,6 @@ def repetition(keys: Tensor, limit: int) -> Tensor:
     keys = F.normalize(keys, dim=-1)
     similarity = (keys @ keys.T).clamp(max=1).fill_diagonal_(-torch.inf)
     return similarity.topk(limit + 1).values[:, -1]
-
-
-def outliers(x: Tensor, factor: float = 1.5) -> Tensor:
-    """(m,) bool: which of `x` (m,) lie more than `factor` interquartile ranges above the third quartile."""
-    low, high = x.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
-    return x > high + factor * (high - low)
 
 
 def gumbel(p: Tensor, u: Tensor) -> Tensor:
@@ -382,78 +351,3 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
             own, share = weight[keep][:, None], taken * weight[~keep]
             total = own + share.sum(1, keepdim=True)
         return (own * x[keep].float() + share @ x[~keep].float()) / total
-
-
-# -- calibration ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` found.
-
-    alpha    : for `TokenCorr(alpha=...)`
-    kept     : mean share of a crop's patches that this keeps, outliers included
-    spread   : standard deviation of the share over crops; the adaptivity is the point of the method
-    outliers : mean share of deep outliers
-    crops    : how many crops were seen
-    """
-
-    alpha: float
-    kept: float
-    spread: float
-    outliers: float
-    crops: int
-
-
-def calibrate(model: nn.Module, prompts: Iterable[Mapping], share: float, **options) -> Calibration:
-    """Find the alpha at which TokenCorr keeps a share of the patches of a crop, on average over some images.
-
-    Key similarities have an offset that differs between towers, so that one alpha cannot serve all; about a hundred
-    crops of the kind in question settle it. The mean kept share grows with alpha in steps; the nearest step is taken.
-
-    Args:
-        model: a loaded, unpatched model.
-        prompts: model inputs with images, as the processor makes them, on the model's device.
-        share: of the patches of a crop to keep, on average.
-        **options: of `TokenCorr`.
-
-    Raises:
-        ValueError: a share outside of (0, 1], or no crop was seen.
-    """
-    from vlmslim.slim import patch
-
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: give a share of the patches in (0, 1]")
-    views: list[View] = []
-
-    class Probe(TokenCorr):
-        def compress(self, image: ImageTokens) -> Compressed:
-            views.extend(self.views(image))
-            return Compressed(image.features)
-
-    with patch(model, Probe(**options)), torch.no_grad():
-        for inputs in prompts:
-            model(**inputs, logits_to_keep=1)
-    if not views:
-        raise ValueError("the prompts brought no crop that TokenCorr would compress; use thumbnail='compress'?")
-
-    steps = torch.cat([view.repeat for view in views]).unique()
-    steps = steps[steps.isfinite()].clamp(-1, 1)
-    if not len(steps):
-        raise ValueError(f"beta={options.get('beta', TokenCorr.beta)} makes no patch redundant; use a smaller share")
-    low, high = 0, len(steps) - 1
-    while low < high:  # the first step that keeps enough
-        middle = (low + high) // 2
-        low, high = (low, middle) if _shares(views, float(steps[middle])).mean() >= share else (middle + 1, high)
-    near = [float(steps[i]) for i in (max(low - 1, 0), low)]
-    alpha = min(near, key=lambda a: abs(float(_shares(views, a).mean()) - share))
-    above = steps[steps > alpha]
-    if len(above):
-        alpha = (alpha + float(above[0])) / 2  # between two steps, where rounding cannot matter
-    kept = _shares(views, alpha)
-    found = torch.tensor([float(view.outlier.float().mean()) for view in views])
-    return Calibration(alpha, float(kept.mean()), float(kept.std(correction=0)), float(found.mean()), len(views))
-
-
-def _shares(views: list[View], alpha: float) -> Tensor:
-    return torch.stack([view.keep(alpha).double().mean() for view in views])

@@ -1,0 +1,32 @@
+"""Random inputs for the tests of pure functions."""
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+some = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32)
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mosaic(side: int, tiles: tuple[int, int], top: int, left: int) -> torch.Tensor:
+    """Token grid of an image whose mosaic lost `top` rows above and below, and `left` columns on both sides."""
+    rows, columns = tiles
+    grid = [[0, r, c] for r in range(side) for c in range(side)]
+    for y in range(top, rows * side - top):
+        for x in range(left, columns * side - left):
+            grid.append([1 + y // side * columns + x // side, y % side, x % side])
+        grid.append([-1, -1, -1])
+    return torch.tensor(grid)
+
+
+@st.composite
+def shapes(draw):
+    """side, tiles, rows lost above and below, columns lost left and right (padding is on one axis only), seed."""
+    side, wide = draw(st.integers(2, 6)), draw(st.booleans())
+    tiles = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    lost = min(draw(st.integers(0, 5)), (side * tiles[0 if wide else 1] - 1) // 2)
+    return side, tiles, lost * wide, lost * (not wide), draw(seeds)

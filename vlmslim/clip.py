@@ -1,0 +1,197 @@
+"""The text side of a CLIP, from Hugging Face or open_clip, whose vision tower a model uses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlmslim import bundled
+
+TOWER_OF_THE_PAPER = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
+
+
+class ClipText(nn.Module):
+    """The text tower of a CLIP, and the projection that brings patches into its space.
+
+    states     : ids (1, t) -> token states in that space (1, t, d), after the final layer norm and the projection
+    tokenize   : text, length -> ids, start and end of text included, cut to `length`
+    end        : id of the end of text
+    context    : most tokens the tower reads
+    projection : (v, d) of patches
+    norm       : the vision tower's post-layernorm
+    stem       : (v, 3, h, w) the vision tower's patch embedding: its fingerprint
+    """
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        states: Callable[[Tensor], Tensor],
+        tokenize: Callable[[str, int], list[int]],
+        end: int,
+        context: int,
+        projection: Tensor,
+        norm: nn.Module,
+        stem: Tensor,
+    ):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)  # so that .to() moves what `states` runs
+        self.states, self.tokenize, self.end, self.context = states, tokenize, end, context
+        self.norm = norm
+        self.register_buffer("projection", projection.detach().float())
+        self.stem = stem.detach().float().cpu()
+        self.requires_grad_(False).eval().float()
+
+    def check_tower(self, tower: nn.Module) -> None:
+        """Refuse a CLIP of another vision tower than the model's; a fine-tuned one passes.
+
+        Raises:
+            ValueError: width, patch size or weights are another tower's.
+        """
+        stem = getattr(tower, "vision_model", tower).embeddings.patch_embedding.weight
+        if stem.shape == self.stem.shape:
+            if stem.is_meta:
+                return
+            stem = stem.detach().float().cpu()
+            if (stem - self.stem).norm() < 0.5 * self.stem.norm():
+                return
+        raise ValueError(
+            f"the vision tower of this model (patch embedding {tuple(stem.shape)}) is not that of the CLIP "
+            f"({tuple(self.stem.shape)}), so their spaces have nothing in common; give clip=THE_CLIP_OF_THIS_TOWER"
+        )
+
+    @torch.no_grad()
+    def embed(self, text: str, pool: str = "eot", length: int | None = None) -> Tensor:
+        """The embedding of a text, (d,) fp32: at its end ("eot"), or at the last of `length` places ("last_pad")."""
+        device = self.projection.device
+        length = length if length is not None and pool == "last_pad" else self.context
+        ids = self.tokenize(text, length)
+        if pool == "last_pad":
+            ids = ids + [self.end] * (length - len(ids))
+        with torch.autocast(device.type, enabled=False):
+            states = self.states(torch.tensor([ids], device=device))[0]
+        return states[-1 if pool == "last_pad" else ids.index(self.end)].float()
+
+    @torch.no_grad()
+    def project(self, patches: Tensor, norm: bool = False) -> Tensor:
+        """Patches (..., v) in the space of texts (..., d), fp32; `norm` puts the post-layernorm before."""
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = patches.float()
+            return (self.norm(patches) if norm else patches) @ self.projection
+
+
+def load_clip(name: str) -> ClipText:
+    """Load a CLIP by the names that `Recoverable.clip` takes.
+
+    Raises:
+        ValueError: a folder without a CLIP, or an open_clip name without weights.
+        ImportError: open_clip is not installed.
+        TypeError: the CLIP has another kind of tower.
+    """
+    name = bundled.resolve(name)
+    if Path(name).is_dir():
+        if (Path(name) / "open_clip_config.json").is_file():
+            return _open_clip(f"local-dir:{name}")
+        if (Path(name) / "config.json").is_file():
+            return _hf_clip(name)
+        raise ValueError(f"clip={name!r}: this folder has neither open_clip_config.json nor config.json")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return _open_clip(name)
+    if ":" in name:
+        return _open_clip(*name.split(":", 1))
+    if name.count("/") == 1:
+        return _hf_clip(name)
+    raise ValueError(
+        f"clip={name!r}: give a folder, a HF hub id (org/name), 'hf-hub:org/name' for an open_clip hub id, or an "
+        "open_clip model with its weights ('ViT-L-14-336-quickgelu:openai')"
+    )
+
+
+def _hf_clip(name: str) -> ClipText:
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    def tokenize(text: str, length: int) -> list[int]:
+        return tokenizer(text, truncation=True, max_length=length)["input_ids"]
+
+    return hf_clip_text(model, tokenize, tokenizer.eos_token_id)
+
+
+def hf_clip_text(model: nn.Module, tokenize: Callable[[str, int], list[int]], end: int) -> ClipText:
+    """The text side of a loaded HF `CLIPModel`.
+
+    Args:
+        model: the `CLIPModel`.
+        tokenize: text, length -> ids.
+        end: id of the end of text. The configuration of older checkpoints has a wrong one, so ask the tokenizer.
+    """
+    text, projection = model.text_model, model.text_projection
+    tower = getattr(model.vision_model, "vision_model", model.vision_model)
+    return ClipText(
+        modules=[text, projection],
+        states=lambda ids: projection(text(input_ids=ids).last_hidden_state),
+        tokenize=tokenize,
+        end=end,
+        context=model.config.text_config.max_position_embeddings,
+        projection=model.visual_projection.weight.T,
+        norm=tower.post_layernorm,
+        stem=tower.embeddings.patch_embedding.weight,
+    )
+
+
+def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"clip={name!r} needs open_clip: pip install 'vlmslim[clip]'") from error
+    model = open_clip.create_model(name, pretrained, precision="fp32", require_pretrained=True)
+    text, tower, tokenizer = getattr(model, "text", model), model.visual, open_clip.get_tokenizer(name)
+    needed = (
+        (text, "token_embedding"),
+        (text, "ln_final"),
+        (tower, "proj"),
+        (tower, "conv1"),
+        (tokenizer, "eot_token_id"),
+    )
+    for owner, attribute in needed:
+        if not hasattr(owner, attribute):
+            raise TypeError(f"clip={name!r} is no plain CLIP: its {type(owner).__name__} has no {attribute}")
+    end = tokenizer.eot_token_id
+
+    def tokenize(words: str, length: int) -> list[int]:
+        ids = tokenizer([words], context_length=length)[0].tolist()
+        return ids[: ids.index(end) + 1]
+
+    stem, projection, norm = tower.conv1.weight, tower.proj, tower.ln_post
+    if text is model:
+        del model.visual
+
+    def states(ids: Tensor) -> Tensor:
+        x = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
+        x = text.transformer(x, attn_mask=text.attn_mask[: ids.shape[1], : ids.shape[1]])
+        x, project = text.ln_final(x), text.text_projection
+        return project(x) if isinstance(project, nn.Linear) else x @ project
+
+    return ClipText(
+        modules=[text],
+        states=states,
+        tokenize=tokenize,
+        end=end,
+        context=text.positional_embedding.shape[0],
+        projection=projection,
+        norm=norm,
+        stem=stem,
+    )
+
+
+def default_clip(model: nn.Module) -> str:
+    """The CLIP that a model's vision tower comes from, as far as we know."""
+    if Path(model.config._name_or_path).resolve().parent == Path(bundled.__file__).resolve().parent:
+        return "bundled/tiny-clip"
+    name, size = TOWER_OF_THE_PAPER
+    vision = model.config.vision_config
+    if (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size) == size:
+        return name
+    raise ValueError("give clip=THE_CLIP_OF_THIS_VISION_TOWER: a hub id, a folder, or an open_clip NAME:PRETRAINED")

@@ -1,0 +1,40 @@
+"""What the user said, found in a decoded prompt."""
+
+import re
+
+# A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
+USER_TURNS = (
+    r"<\|im_start\|>user\b(.*?)(?:<\|im_end\|>|\Z)",
+    r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",
+    r"<\|user\|>(.*?)(?:<\|end\|>|<\|assistant\|>|</s>|\Z)",
+    r"<start_of_turn>user\b(.*?)(?:<end_of_turn>|\Z)",
+    r"\[INST\](?:\s*<<SYS>>.*?<</SYS>>)?(.*?)(?:\[/INST\]|\Z)",
+    r"(?:^|(?<=[\s>#]))(?:USER|User|Human):(.*?)(?:(?:###\s*)?\b(?:ASSISTANT|Assistant):|</s>|\Z)",
+)
+
+
+def find_text(prompt: str, source: str, turn: str | None = None, special: tuple[str, ...] | list[str] = ()) -> str:
+    """The text to compare patches with.
+
+    Args:
+        prompt: the decoded prompt, special tokens included.
+        source: "question", "user" or "system", the first line of the user's last turn, all of that turn, or
+            the first line of the whole prompt.
+        turn: regular expression of a user's turn; None tries those of the known chat templates.
+        special: the tokenizer's special tokens, which are cut out of the result.
+
+    Returns:
+        One string. A prompt in which no turn is found counts as a user's turn in whole.
+    """
+
+    def clean(text: str) -> str:
+        for token in special:
+            text = text.replace(token, "")
+        return text.strip()
+
+    if source == "system":
+        return clean(prompt.split("\n")[0])
+    found = (re.findall(pattern, prompt, re.DOTALL) for pattern in ([turn] if turn else USER_TURNS))
+    turns = [clean(text) for text in next(filter(None, found), [prompt])]
+    text = next(filter(None, reversed(turns)), "")
+    return text if source == "user" else text.split("\n")[0].strip()
