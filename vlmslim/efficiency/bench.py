@@ -1,0 +1,253 @@
+"""`vlmslim bench`: what methods cost and save, against the unpatched model and against the ideal, in one run."""
+
+import ast
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+import vlmslim
+from vlmslim.compressor import Keep
+from vlmslim.efficiency.flops import DecoderShape, Ledger, equivalent_tokens, kv_bytes
+from vlmslim.efficiency.ideal import ideal
+from vlmslim.efficiency.memory import cache_bytes, peak_memory
+from vlmslim.efficiency.parts import count_flops
+from vlmslim.efficiency.prompt import Prompt
+from vlmslim.efficiency.timing import Spread, Timing, interleave, time_generation
+from vlmslim.evaluation import provenance
+from vlmslim.methods import method, method_class
+
+UNPATCHED = "unpatched"
+#: What a prefill may cost, over the ideal's: (device, prunes inside the decoder) -> bound.
+PREFILL_BOUND = {("cpu", False): 1.05, ("cuda", False): 1.03, ("cpu", True): 1.10, ("cuda", True): 1.10}
+
+#: A field of `Timing` -> its name in a row.
+TIMES = {"language_model_ms": "prefill", "prefill_ms": "ttft", "decode_ms": "decode", "total_ms": "latency"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every method is given to do.
+
+    batches     : batch sizes, one scenario each
+    images      : images in a prompt
+    image_size  : height and width in pixels; None for two tiles a side on anyres models
+    text_tokens : words of a prompt
+    new_tokens  : tokens generated, always exactly so many
+    repeats     : recorded rounds; one more goes before them
+    """
+
+    batches: tuple[int, ...] = (1,)
+    images: int = 1
+    image_size: tuple[int, int] | None = None
+    text_tokens: int = 46
+    new_tokens: int = 32
+    repeats: int = 10
+
+
+def parse_method(text: str) -> dict:
+    """Read `fastv` or `fastv:layer=3:keep=64` into a stage for `vlmslim.patch`.
+
+    Raises:
+        ValueError: unknown method, or an option without a value.
+    """
+    name, *options = text.strip().split(":")
+    stage = {"method": name}
+    method_class(name)  # unknown names are refused here
+    for option in options:
+        key, found, value = option.partition("=")
+        if not found:
+            raise ValueError(f"{text!r}: write options as name:option=value, such as fastv:layer=3")
+        try:
+            stage[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            stage[key] = value  # a word
+    return stage
+
+
+def with_budgets(stages: Sequence[dict], budgets: Sequence[Keep]) -> dict[str, dict]:
+    """Every method at every budget, by label; one that has no `keep`, or was given one, stands once.
+
+    Raises:
+        ValueError: a method twice, or an option that a method does not have.
+    """
+    treatments = {}
+    for stage in stages:
+        name = stage["method"]
+        options = {key: value for key, value in stage.items() if key not in ("method", "keep")}
+        suffix = "".join(f":{key}={value}" for key, value in options.items())
+        takes_budget = "keep" not in stage and any(f.name == "keep" for f in fields(method_class(name)))
+        for keep in budgets if takes_budget else [stage.get("keep")]:
+            whole = stage if keep is None else stage | {"keep": keep}
+            label = name + suffix if keep is None else f"{name}{suffix}-{keep}"
+            if label in treatments:
+                raise ValueError(f"{label} is asked for twice")
+            method(name, **{key: value for key, value in whole.items() if key != "method"})  # refuses bad options
+            treatments[label] = whole
+    return treatments
+
+
+def default_budgets(visual_tokens: int) -> list[int]:
+    """A third, two ninths and one ninth of an image: 192, 128 and 64 of 576."""
+    return [max(1, round(visual_tokens * ninths / 9)) for ninths in (3, 2, 1)]
+
+
+def bench(
+    model: nn.Module,
+    stages: Sequence[dict],
+    budgets: Sequence[Keep] | None = None,
+    workload: Workload | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Measure methods on made-up prompts.
+
+    Args:
+        model: an unpatched LLaVA on one device.
+        stages: methods with their options, as `parse_method` gives them.
+        budgets: visual tokens to keep per image, counts or shares; by default `default_budgets`.
+        workload: prompts, generation length and rounds.
+        say: is told what is going on.
+
+    Returns:
+        A JSON-able record: `model`, `device`, `versions`, `workload` and a list of `scenarios`, one per batch size,
+        each with a row per treatment. Times are medians with interquartile ranges. Ratios are medians over rounds of
+        the ratio within a round. `prefill` is the language model with everything that the patch does in it;
+        `ttft` adds vision tower, projector and the first choice of a token.
+
+    Raises:
+        ValueError: an unknown method or option, or a budget larger than an image.
+        RuntimeError: the model is patched already.
+    """
+    work = workload or Workload()
+    scenarios = []
+    for batch in work.batches:
+        size = dict(images=work.images, image_size=work.image_size, text_tokens=work.text_tokens)
+        prompt = Prompt.make(model, batch=batch, **size)
+        treatments = {UNPATCHED: None} | with_budgets(stages, budgets or default_budgets(prompt.tokens))
+        scenarios.append(_scenario(model, prompt, treatments, work, say))
+    return {
+        "model": _describe(model),
+        "device": provenance.hardware(str(model.device)),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")}
+        | {"vlmslim": vlmslim.__version__, "commit": provenance.git_commit()},
+        "workload": asdict(work),
+        "scenarios": scenarios,
+    }
+
+
+def _describe(model: nn.Module) -> dict:
+    tensors = list(model.parameters())
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(t.numel() for t in tensors),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config.get_text_config()._attn_implementation,
+        "decoder": asdict(DecoderShape.from_config(model.config)),
+    }
+
+
+class _Unpatched:
+    """Stands in for a patch where there is none."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def _treated(model: nn.Module, stage: dict | None):
+    return _Unpatched() if stage is None else vlmslim.patch(model, [stage])
+
+
+def _scenario(model: nn.Module, prompt: Prompt, treatments: dict, work: Workload, say: Callable) -> dict:
+    """Everything at one batch size."""
+    facts = {}
+    for label, stage in treatments.items():
+        say(f"batch {prompt.batch}: FLOPs and memory of {label}")
+        facts[label] = _survey(model, prompt, stage, work.new_tokens)
+    bounds = {tuple(map(round, fact["visual_tokens_per_layer"])) for fact in facts.values()}
+    actions = {label: partial(_run, model, prompt, stage, work.new_tokens) for label, stage in treatments.items()}
+    actions |= {bound: partial(_run_ideal, model, prompt, bound, work.new_tokens) for bound in sorted(bounds)}
+    say(f"batch {prompt.batch}: timing {len(actions)} treatments in turn, {work.repeats} rounds")
+    times = interleave(actions, work.repeats)
+    rows = []
+    for label, fact in facts.items():
+        own = [timing for timing, _ in times[label]]
+        best = [timing for timing, _ in times[tuple(map(round, fact["visual_tokens_per_layer"]))]]
+        reference = [timing for timing, _ in times[UNPATCHED]]
+        row = {"label": label, "stage": treatments[label]} | fact
+        row["selection_ms"] = asdict(Spread.of(ms for _, ms in times[label]))
+        for field, name in TIMES.items():
+            row[f"{name}_ms"] = asdict(Spread.of(getattr(t, field) for t in own))
+            row[f"{name}_over_ideal"] = _ratio(own, best, field)
+            row[f"{name}_over_unpatched"] = _ratio(own, reference, field)
+        row["tokens_per_second"] = 1000 * prompt.batch / row["decode_ms"]["median"]
+        row["peak_over_unpatched"] = fact["peak_bytes"] / facts[UNPATCHED]["peak_bytes"]
+        row["targets"] = _targets(row, model.device.type)
+        rows.append(row)
+    return {
+        "batch": prompt.batch,
+        "text_tokens": prompt.text_tokens,
+        "visual_tokens": prompt.visual_tokens,
+        "crops": prompt.images * prompt.crops,
+        "rows": rows,
+    }
+
+
+def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: int) -> dict:
+    """What can be counted instead of timed."""
+    inputs, shape = prompt.inputs(), DecoderShape.from_config(model.config)
+    visual, in_decoder = [float(prompt.visual_tokens)] * shape.layers, False
+    with _treated(model, stage) as slim:
+        with torch.inference_mode():
+            held = cache_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
+        if slim is not None:
+            visual = slim.receipt.summary()["visual_tokens_per_layer"]
+            in_decoder = bool(slim._decoder.pruners)
+        counted = count_flops(model, inputs)
+        peak = peak_memory(model, inputs, new_tokens)
+    tokens = [v + prompt.text_tokens for v in visual]
+    crops = prompt.images * prompt.crops
+    ledger = Ledger.of(model.config, tokens, crops=crops, method=counted["method"] / prompt.batch)
+    return {
+        "visual_tokens_per_layer": visual,
+        "equivalent_tokens": equivalent_tokens(visual),
+        "in_decoder": in_decoder,
+        "flops": ledger.as_dict(),
+        "flops_counted": {part: total / prompt.batch for part, total in counted.items()},
+        "kv_bytes": held,
+        "kv_theory_bytes": prompt.batch * kv_bytes(shape, tokens, model.dtype),
+        "peak_bytes": peak,
+    }
+
+
+def _run(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: int) -> tuple[Timing, float]:
+    with _treated(model, stage) as slim:
+        timing = time_generation(model, prompt.inputs(), new_tokens)
+        return timing, 0.0 if slim is None else slim.receipt.selection_ms
+
+
+def _run_ideal(model: nn.Module, prompt: Prompt, visual: tuple[int, ...], new_tokens: int) -> tuple[Timing, float]:
+    with ideal(model, prompt, visual) as inputs:
+        return time_generation(model, inputs, new_tokens), 0.0
+
+
+def _ratio(own: list[Timing], reference: list[Timing], field: str) -> dict:
+    pairs = zip(own, reference, strict=True)
+    return asdict(Spread.of(getattr(ours, field) / getattr(theirs, field) for ours, theirs in pairs))
+
+
+def _targets(row: dict, device: str) -> dict:
+    """The promises, and whether this row keeps them."""
+    bounds = {"prefill_over_ideal": (row["prefill_over_ideal"]["median"], PREFILL_BOUND[device, row["in_decoder"]])}
+    bounds["peak_over_unpatched"] = row["peak_over_unpatched"], 1.0
+    bounds["kv_over_theory"] = row["kv_bytes"] / row["kv_theory_bytes"], 1.0
+    return {name: {"value": value, "at_most": bound, "met": value <= bound} for name, (value, bound) in bounds.items()}

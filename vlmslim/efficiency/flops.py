@@ -1,0 +1,250 @@
+"""What a prompt costs: analytic FLOPs and KV-cache bytes, under conventions that have a name.
+
+One decoder layer that processes `n` tokens, with hidden size `d`, query width `q` (heads x head size), key and value
+width `k` (KV heads x head size) and MLP width `m`, does
+
+    n (2 d q + 2 d k)  projections        2 n^2 q  attention        3 n d m  MLP        (multiply-adds)
+
+and one multiply-add is two FLOPs. Attention is counted in full: the causal mask is not worth a factor of one half,
+because most kernels do the work. Norms, softmax and activations are left out, as FLOP counters do. `CONVENTIONS` holds
+the other ways of counting in use, so that a paper's number can be reproduced.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How FLOPs are counted.
+
+    per_multiply_add : FLOPs per multiply-add, 1 or 2
+    mlp_matrices     : matrices counted in the language model's gated MLP, which has three
+    causal           : attention counts the n (n + 1) / 2 pairs that a causal mask lets through, instead of n^2
+    elementwise      : norms, softmax, residual additions and activations count too
+    """
+
+    per_multiply_add: int
+    mlp_matrices: int
+    causal: bool = False
+    elementwise: bool = False
+
+
+#: LLaVA-1.5-7B with 622 tokens is 8.26, 8.16, 8.27, 4.13 and 3.23 T in turn, for exactly the same work.
+CONVENTIONS = {
+    "flops": Convention(per_multiply_add=2, mlp_matrices=3),
+    "causal": Convention(per_multiply_add=2, mlp_matrices=3, causal=True),
+    "roofline": Convention(per_multiply_add=2, mlp_matrices=3, elementwise=True),  # LLM-Viewer
+    "sparsevlm": Convention(per_multiply_add=1, mlp_matrices=3),
+    "fastv": Convention(per_multiply_add=1, mlp_matrices=2),  # the DivPrune paper too
+}
+
+
+def _convention(name: str) -> Convention:
+    if name not in CONVENTIONS:
+        raise ValueError(f"unknown FLOPs convention {name!r}; choose from {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a language model that its cost depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+
+    @classmethod
+    def from_config(cls, config) -> "DecoderShape":
+        """Read a language model's config, or the `text_config` inside a LLaVA's."""
+        config = getattr(config, "text_config", config)
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+        )
+
+    def per_layer(self, tokens: float | Sequence[float]) -> list[float]:
+        """One length per layer.
+
+        Raises:
+            ValueError: a list of another length than the number of layers.
+        """
+        if isinstance(tokens, int | float):
+            return [tokens] * self.layers
+        if len(tokens) != self.layers:
+            raise ValueError(f"{len(tokens)} lengths for a language model of {self.layers} layers: give one per layer")
+        return list(tokens)
+
+
+def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Convention) -> dict[str, float]:
+    """FLOPs of the decoder layers, by kind of work."""
+    d, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    lengths = shape.per_layer(tokens)
+    total = sum(lengths)
+    pairs = sum(n * (n + 1) / 2 if how.causal else n * n for n in lengths)
+    unit = how.per_multiply_add
+    return {
+        "projections": unit * total * (2 * d * q + 2 * d * k),
+        "attention": unit * 2 * pairs * q,
+        "mlp": unit * total * how.mlp_matrices * d * shape.mlp,
+        # LLM-Viewer: 7 a norm's element, two norms; 2 residual sums; 2 per activation; 5 a softmax element
+        "elementwise": (18 * d * total + 5 * shape.heads * pairs) if how.elementwise else 0,
+    }
+
+
+def prefill_flops(
+    shape: DecoderShape, tokens: float | Sequence[float], *, convention: str = "flops", lm_head_positions: int = 0
+) -> float:
+    """FLOPs of one prompt's prefill in the language model.
+
+    Args:
+        shape: sizes of the language model.
+        tokens: text and visual tokens each layer processes, one number per layer, or one for all of them.
+        convention: a key of `CONVENTIONS`.
+        lm_head_positions: positions that go through the LM head: 0 leaves it out, `generate()` computes 1.
+
+    Raises:
+        ValueError: unknown convention, or a list of lengths that does not fit the layers.
+    """
+    how = _convention(convention)
+    head = how.per_multiply_add * lm_head_positions * shape.hidden * shape.vocab
+    return sum(_decoder(shape, tokens, how).values()) + head
+
+
+def tower_flops(config, *, crops: int = 1, convention: str = "flops") -> float:
+    """FLOPs of a CLIP or SigLIP vision tower for one image of `crops` crops, every layer and the patch embedding.
+
+    Transformers runs all layers, and SigLIP's pooling head where the checkpoint has one, even where the projector
+    reads an earlier layer, so all of it is counted. The MLP has two matrices and attention no causal mask under every
+    convention.
+    """
+    config = getattr(config, "vision_config", config)
+    siglip = "siglip" in config.model_type
+    d, m = config.hidden_size, config.intermediate_size
+    patches = (config.image_size // config.patch_size) ** 2
+    n = patches if siglip else patches + 1  # CLIP puts a CLS token in front
+    embedding = patches * d * config.num_channels * config.patch_size**2
+    layers = config.num_hidden_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+    pooling = 0
+    if siglip and getattr(config, "vision_use_head", True):  # one query attends to all patches
+        pooling = 2 * d * d + 2 * n * d * d + 2 * n * d + 2 * d * m
+    return _convention(convention).per_multiply_add * crops * (embedding + layers + pooling)
+
+
+def projector_flops(config, visual_tokens: float, *, convention: str = "flops") -> float:
+    """FLOPs of a LLaVA's two-layer MLP projector for `visual_tokens` tokens (counted before compression)."""
+    levels = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(levels, int) else len(levels))
+    d = config.text_config.hidden_size
+    return _convention(convention).per_multiply_add * visual_tokens * (width * d + d * d)
+
+
+def crop_tokens(config) -> int:
+    """Tokens that one crop brings to the projector."""
+    vision = config.vision_config
+    cls = "siglip" not in vision.model_type and config.vision_feature_select_strategy == "full"
+    return (vision.image_size // vision.patch_size) ** 2 + cls
+
+
+def kv_bytes(shape: DecoderShape, tokens: float | Sequence[float], dtype: torch.dtype | str = torch.float16) -> float:
+    """Bytes of one prompt's KV cache: keys and values of the tokens cached by each layer, without padding."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return 2 * shape.kv_heads * shape.head_dim * dtype.itemsize * sum(shape.per_layer(tokens))
+
+
+def equivalent_tokens(per_layer: Sequence[float]) -> float:
+    """Visual tokens averaged over layers: FastV that keeps 144 of 576 from layer 2 of 32 on costs 171, not 144."""
+    return sum(per_layer) / len(per_layer)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """FLOPs of one prompt's prefill under one convention, every part apart. `print(ledger)` shows a table.
+
+    tower, projector : the vision side, for all crops; a method cannot make it cheaper
+    method           : what a method's own matrix products cost, as `count_flops` counts them
+    projections, attention, mlp, elementwise : the language model
+    lm_head          : the positions that generation computes, one unless asked for more
+    """
+
+    convention: str
+    tower: float
+    projector: float
+    method: float
+    projections: float
+    attention: float
+    mlp: float
+    elementwise: float
+    lm_head: float
+
+    @classmethod
+    def of(
+        cls,
+        config,
+        tokens: float | Sequence[float],
+        *,
+        crops: int = 1,
+        method: float = 0.0,
+        convention: str = "flops",
+        lm_head_positions: int = 1,
+    ) -> "Ledger":
+        """Count one prompt of a LLaVA.
+
+        Args:
+            config: the LLaVA's config.
+            tokens: text and visual tokens each decoder layer processes, one number per layer, or one for all.
+            crops: crops (or frames) of the prompt's images together, as they enter the tower.
+            method: FLOPs of the method, two per multiply-add.
+            convention: a key of `CONVENTIONS`.
+            lm_head_positions: positions that go through the LM head.
+
+        Raises:
+            ValueError: unknown convention, or a list of lengths that does not fit the layers.
+        """
+        how, shape = _convention(convention), DecoderShape.from_config(config)
+        return cls(
+            convention=convention,
+            tower=tower_flops(config, crops=crops, convention=convention),
+            projector=projector_flops(config, crops * crop_tokens(config), convention=convention),
+            method=method * how.per_multiply_add / 2,
+            lm_head=how.per_multiply_add * lm_head_positions * shape.hidden * shape.vocab,
+            **_decoder(shape, tokens, how),
+        )
+
+    @property
+    def language_model(self) -> float:
+        """The decoder layers alone: what papers usually quote."""
+        return self.projections + self.attention + self.mlp + self.elementwise
+
+    def total(self, *, tower: bool = True, projector: bool = True, method: bool = True, lm_head: bool = True) -> float:
+        """The language model, with or without what surrounds it."""
+        parts = (self.tower, tower), (self.projector, projector), (self.method, method), (self.lm_head, lm_head)
+        return self.language_model + sum(flops for flops, counted in parts if counted)
+
+    def as_dict(self) -> dict:
+        """All parts and sums, JSON-able."""
+        return asdict(self) | {"language_model": self.language_model, "total": self.total()}
+
+    def __str__(self) -> str:
+        inner = ("projections", "attention", "mlp", "elementwise")
+        parts = ["tower", "projector", "method", "language_model", *inner, "lm_head", "total"]
+        values = self.as_dict()
+        lines = [f"{'FLOPs of one prefill (' + self.convention + ')':<34}{'GFLOPs':>12}{'share':>8}"]
+        for part in parts:
+            if values[part] or part not in ("method", "elementwise"):
+                name = ("  " if part in inner else "") + part.replace("_", " ")
+                share = values[part] / values["total"]
+                lines.append(f"{name:<34}{values[part] / 1e9:>12,.3f}{share:>8.1%}")
+        return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""The public models' exact sizes with random weights, so that speed can be measured without a download."""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+
+def _clip_large() -> CLIPVisionConfig:
+    """CLIP ViT-L/14 at 336 pixels."""
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+
+
+def _siglip_so400m() -> SiglipVisionConfig:
+    """SigLIP so400m/14 at 384 pixels, without its last layer and its head, as LLaVA-OneVision has it."""
+    return SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+
+
+def _vicuna(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32064,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+
+
+def _llava_15(text: LlamaConfig) -> LlavaConfig:
+    return LlavaConfig(vision_config=_clip_large(), text_config=text, image_token_index=32000)
+
+
+def _llava_next_7b() -> LlavaNextConfig:
+    text = MistralConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return LlavaNextConfig(
+        vision_config=_clip_large(), text_config=text, image_grid_pinpoints=pinpoints, image_token_index=32000
+    )
+
+
+def _llava_onevision_7b() -> LlavaOnevisionConfig:
+    text = Qwen2Config(
+        vocab_size=152000,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    return LlavaOnevisionConfig(vision_config=_siglip_so400m(), text_config=text)  # the grid of tiles is the default
+
+
+SHAPES = {
+    "llava-1.5-7b": lambda: _llava_15(_vicuna(4096, 11008, 32, 32)),
+    "llava-1.5-13b": lambda: _llava_15(_vicuna(5120, 13824, 40, 40)),
+    "llava-next-7b": _llava_next_7b,  # llava-v1.6-mistral-7b
+    "llava-onevision-7b": _llava_onevision_7b,
+}
+
+
+def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    """The configuration of a named shape; `layers` decoder layers instead of all.
+
+    Raises:
+        ValueError: unknown shape, or a number of layers it does not have.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}; choose from {', '.join(SHAPES)}")
+    config = SHAPES[name]()
+    depth = config.text_config.num_hidden_layers
+    if layers is not None:
+        if not 1 <= layers <= depth:
+            raise ValueError(f"layers={layers}: {name} has 1 to {depth} decoder layers to take")
+        config.text_config.num_hidden_layers = layers
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return config
+
+
+def build(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str, attention: str = "sdpa", seed: int = 0
+) -> nn.Module:
+    """A model of that configuration with random weights, made on the device itself.
+
+    Args:
+        config: of a LLaVA.
+        dtype: of the weights.
+        device: where they go.
+        attention: implementation: eager, sdpa, flash_attention_2, ...
+        seed: of the weights.
+
+    Raises:
+        ValueError: the weights alone do not fit; the message says how much they need and how much is free.
+    """
+    device = torch.device(device)
+    with torch.device("meta"):
+        sketch = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    need = sum(t.numel() * t.element_size() for t in [*sketch.parameters(), *sketch.buffers()])
+    free = free_bytes(device)
+    if need > 0.95 * free:
+        raise ValueError(
+            f"the weights need {need / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')} and {device} has "
+            f"{free / 2**30:.1f} GiB free; use a smaller dtype, fewer --layers or another device"
+        )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.eval().requires_grad_(False)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
