@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "patch": "vlmslim.slim",
+    "from_pretrained": "vlmslim.saving",
     "Slim": "vlmslim.slim",
     "Compressor": "vlmslim.compressor",
     "Compressed": "vlmslim.compressor",

@@ -96,6 +96,7 @@ class RecordingEncoder:
                 tower=tower[n],
                 pixels=pixels[n],
                 tiles=tiles[n],
+                size=tuple(map(int, seen.sizes[n])) if tiles[n][1] else (0, 0),
                 layout=partial(_image_grid, seen.repack, n, crops[n], tiles[n][1], side, tower[n].shape[1]),
                 taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
             )

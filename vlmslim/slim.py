@@ -1,6 +1,7 @@
 """`patch`: attach a compression method to a model, and take it off again."""
 
 import copy
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -10,10 +11,10 @@ from vlmslim.compressor import Compressor
 from vlmslim.decoder import DecoderHooks, compresses
 from vlmslim.encoder import RecordingEncoder
 from vlmslim.families import encoder_layers, family_of, has_cls
-from vlmslim.methods import method, name_of
+from vlmslim.methods import method, method_names, name_of
 from vlmslim.receipt import Receipt
 
-Method = str | dict | Compressor | Sequence[str | dict | Compressor]
+Method = str | os.PathLike | dict | Compressor | Sequence[str | dict | Compressor]
 
 
 class Slim:
@@ -25,13 +26,14 @@ class Slim:
         trained: the trained parts by method name, an empty `nn.ModuleDict` for training-free methods. They belong to
             the handle: the model's own parameters and state dict stay as they are.
         receipt: what really happened since the patch or the last `reset_receipt()`.
+        processor: the checkpoint's, when `vlmslim.from_pretrained` loaded both; else None.
     """
 
     def __init__(self, model: nn.Module, methods: list[Compressor]):
         family = family_of(model)
         if getattr(model, "_vlmslim", None) is not None:
             raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
-        self.model, self.methods = model, methods
+        self.model, self.methods, self.processor = model, methods, None
         core = model.model
         stages = [copy.copy(stage) for whole in methods for stage in whole.stages()]
         _check_stages(stages)
@@ -76,6 +78,23 @@ class Slim:
                 encoder.detach()
             del self.model._vlmslim, self.model.save_pretrained
 
+    def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor=None) -> None:
+        """Write the patch: methods and options to `vlmslim.json`, trained parts to `model.safetensors`.
+
+        `vlmslim.from_pretrained(folder)` and `vlmslim.patch(model, folder)` restore it.
+
+        Args:
+            folder: made if it is not there. Files are replaced atomically.
+            with_base: write the checkpoint and its processor too, unpatched, as `folder/base`.
+            processor: the checkpoint's; by default `self.processor`, or found where the model came from.
+
+        Raises:
+            ValueError: a method without a file in `vlmslim/methods`, or with an option that JSON cannot hold.
+        """
+        from vlmslim.saving import save
+
+        save(self, folder, with_base, processor)
+
     def reset_receipt(self) -> None:
         """Start counting anew."""
         self.receipt.reset()
@@ -98,7 +117,8 @@ class _Saving:
 
     def __call__(self, *args, **kwargs):
         warnings.warn(
-            f"the checkpoint is saved without its patch ({self.slim}); after loading it, call vlmslim.patch again",
+            f"the checkpoint is saved without its patch ({self.slim}); slim.save_pretrained(folder) saves the patch, "
+            "with_base=True both; or call vlmslim.patch again after loading",
             stacklevel=2,
         )
         return self.save(*args, **kwargs)
@@ -111,8 +131,10 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
         model: a loaded `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or
             `LlavaOnevisionForConditionalGeneration`.
         method_: a method's name, with its options as keywords; or a method object; or a list of stages, each a
-            name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`.
+            name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`; or what
+            `Slim.save_pretrained` wrote, a folder or a repository on the hub.
         **options: of the method, when it is given by name: `keep=64` (tokens per image) or `keep=0.11` (a share) ...
+            Of a saved method they replace what was saved.
 
     Returns:
         The handle: a context manager, with `remove()` and `receipt`.
@@ -123,8 +145,13 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
-    if isinstance(method_, str):
-        return Slim(model, [method(method_, **options)])
+    if isinstance(method_, os.PathLike) or (isinstance(method_, str) and method_ not in method_names()):
+        from vlmslim.saving import read
+
+        if (saved := read(method_)) is not None:
+            return Slim(model, [build(stage) for stage in saved.stages(**options)])
+    if isinstance(method_, str | os.PathLike):
+        return Slim(model, [method(str(method_), **options)])
     if options:
         raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method_!r}")
     parts = method_ if isinstance(method_, Sequence) else [method_]

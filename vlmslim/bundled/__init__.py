@@ -22,3 +22,9 @@ def resolve(name: str) -> str:
     if name not in names():
         raise ValueError(f"no bundled checkpoint {name!r}; there are: {', '.join(names()) or 'none'}")
     return str(_HERE / name.removeprefix(_PREFIX))
+
+
+def name_of(path: str) -> str | None:
+    """The name that `resolve` turns into the directory `path`; None if it is no bundled checkpoint."""
+    path = Path(path).resolve()
+    return _PREFIX + path.name if path.parent == _HERE.resolve() else None

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 import vlmslim
-from vlmslim import bundled
 from vlmslim.evaluation.prompts import Prompt, Prompter, user_message
+from vlmslim.saving import located
+from vlmslim.slim import build
 
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -67,9 +68,11 @@ class VlmSlim(lmms):
     """`LlavaForConditionalGeneration` and its relatives behind lmms-eval's simple protocol.
 
     Args:
-        pretrained: directory, hub id, `bundled/NAME`, or a model that is already loaded (then give `processor` too).
+        pretrained: directory, hub id, `bundled/NAME`, what `Slim.save_pretrained` wrote, or a model that is already
+            loaded (then give `processor` too).
         method: a compression method; its options (`keep=64`, `layer=2`, ...) are further arguments. A JSON list makes
-            stages: `method=[{"method": "divprune", "keep": 128}, {"method": "fastv", "keep": 64}]`.
+            stages: `method=[{"method": "divprune", "keep": 128}, {"method": "fastv", "keep": 64}]`. By default the
+            saved one, whose options further arguments replace, or none.
         batch_size: prompts per forward.
         device: where to run; by default the GPU of this process, or else the CPU.
         dtype: a torch dtype by name, or "auto" for the checkpoint's own; by default float32 on a CPU, else "auto".
@@ -91,7 +94,7 @@ class VlmSlim(lmms):
     def __init__(
         self,
         pretrained: str | PreTrainedModel,
-        method: str | list = "none",
+        method: str | list | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
@@ -105,13 +108,16 @@ class VlmSlim(lmms):
         **options,
     ):
         super().__init__()
-        compressor = _compressor(method, options)  # before anything is loaded: a typo should not cost minutes
+        # Methods come first: a typo should not cost the minutes that a checkpoint takes to load.
+        name = pretrained if isinstance(pretrained, str) else None
+        path, revision, stages = located(name, _parsed(method), None, revision, options)
+        compressors = [_compressor(stage) for stage in stages]
         self.batch_size = _count("batch_size", batch_size)
         frames = _count("max_frames_num", max_frames_num)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if isinstance(pretrained, str):
-            path, hub = bundled.resolve(pretrained), {"trust_remote_code": trust_remote_code}
+            hub = {"trust_remote_code": trust_remote_code}
             if revision is not None:
                 hub["revision"] = str(revision)
             processor = AutoProcessor.from_pretrained(path, **hub)
@@ -125,7 +131,7 @@ class VlmSlim(lmms):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.progress = partial(tqdm, disable=self.rank != 0)
         self._seconds, self._new_tokens, self._receipt = 0.0, 0, {}
-        self._slim = vlmslim.patch(self.model, compressor)
+        self._slim = vlmslim.patch(self.model, compressors)
 
     def _load(self, path, device, dtype, device_map, attn_implementation, hub) -> PreTrainedModel:
         if self._world_size > 1 and (device or device_map):
@@ -316,17 +322,17 @@ def _naming(where: str):
         raise RequestError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _compressor(method: str | list, options: dict):
-    """The method, or the list of stages, that the arguments ask for."""
-    if isinstance(method, str) and method.startswith("["):
-        method = json.loads(method)
-    if not isinstance(method, str):
-        if options:
-            raise ValueError(f"options belong into the stages: {', '.join(options)}")
-        return method
+def _parsed(method: str | list | None) -> str | list | None:
+    """The argument `method`, its stages read from JSON."""
+    return json.loads(method) if isinstance(method, str) and method.startswith("[") else method
+
+
+def _compressor(stage: str | dict | vlmslim.Compressor) -> vlmslim.Compressor:
+    """The method that a stage asks for, with a hint if an unknown option looks like an argument of the model."""
     try:
-        return vlmslim.method(method, **options)
+        return build(stage)
     except ValueError as error:
+        options = [option for option in stage if option != "method"] if isinstance(stage, dict) else []
         own = inspect.signature(VlmSlim).parameters
         near = {option: get_close_matches(option, own, n=1) for option in options}
         hints = (f" Or is {option!r} the model argument {match[0]!r}?" for option, match in near.items() if match)

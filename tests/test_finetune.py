@@ -1,0 +1,308 @@
+"""The training loop and its data: labels, errors that name the record, resuming, several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+import vlmslim
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+pytest.importorskip("yaml")
+
+from conversations import IGNORED, Collator, Conversations, Item, RecordError, Scenes  # noqa: E402
+from finetune import Settings, answer_loss, finetune, load, schedule, settings_from  # noqa: E402
+
+FEW = dict(counts=[4, 9], probabilities=[0.5, 0.5])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+GOOD = {"id": "a1", "image": "a.png", "conversations": [human("<image>\nWhat is it?"), gpt("A cat.")]}
+TEXT = {"id": "t1", "conversations": [human("Say yes."), gpt("yes"), human("And no."), gpt("no")]}
+LATE = {
+    "id": "b2",
+    "image": "b.png",
+    "conversations": [human("How many?\n<image>"), gpt("2"), human("Sure?"), gpt("Yes, two.")],
+}
+
+
+def folder_of(tmp_path, records, name="data.json"):
+    for i, picture in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (40 + i, 30), (200 * i, 80, 10)).save(tmp_path / picture)
+    text = json.dumps(records) if name.endswith(".json") else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_records_are_read(name, tmp_path):
+    data = Conversations(folder_of(tmp_path, [GOOD, TEXT, LATE], name), tmp_path)
+    assert [item.picture.size if item.picture else None for item in map(data.__getitem__, range(3))] == [
+        (40, 30),
+        None,
+        (41, 30),
+    ]
+    assert data[1].rows == (TEXT["conversations"],)
+    assert data.skipped == []
+
+
+BAD = {
+    "a missing picture": ({**GOOD, "image": "gone.png"}, "no picture .*gone.png"),
+    "too many image tokens": (
+        {**GOOD, "conversations": [human("<image><image> What?"), gpt("A cat.")]},
+        "2 <image> in the conversation, but 1 picture",
+    ),
+    "no image token": ({**GOOD, "conversations": [human("What?"), gpt("x")]}, "0 <image> .*, but 1 picture"),
+    "an image token without a picture": (
+        {"id": "a1", "conversations": [human("<image> What?"), gpt("x")]},
+        "1 <image> in the conversation, but 0 picture",
+    ),
+    "turns out of order": ({**GOOD, "conversations": [gpt("x"), human("<image>")]}, "alternate"),
+    "no turns": ({"id": "a1", "image": "a.png"}, "'conversations' is not a list"),
+    "two pictures": ({**GOOD, "image": ["a.png", "b.png"]}, "one path was expected"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_bad_record_is_named_or_skipped_and_counted(kind, name, tmp_path):
+    bad, says = BAD[kind]
+    file = folder_of(tmp_path, [TEXT, bad, GOOD], name)
+    place = "line 2" if name.endswith("l") else "record 1"
+    with pytest.raises(RecordError, match=f"{name}, {place} .id 'a1'.: .*{says}"):
+        Conversations(file, tmp_path)
+    data = Conversations(file, tmp_path, on_error="skip")
+    assert len(data) == 2 and len(data.skipped) == 1
+    assert place in data.skipped[0][0]
+
+
+def test_a_broken_line_is_named_or_skipped(tmp_path):
+    file = folder_of(tmp_path, [TEXT, GOOD], "data.jsonl")
+    file.write_text(file.read_text().replace('"A cat."}]}', '"A cat."'))
+    with pytest.raises(RecordError, match="data.jsonl, line 2: not readable as JSON"):
+        Conversations(file, tmp_path)
+    assert len(Conversations(file, tmp_path, "skip").skipped) == 1
+    (tmp_path / "broken.json").write_text(json.dumps([TEXT])[:-2])
+    for on_error in ("raise", "skip"):
+        with pytest.raises(RecordError, match="broken.json: not readable as JSON"):
+            Conversations(tmp_path / "broken.json", tmp_path, on_error)
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+        Conversations(file, tmp_path, "ignore")
+    file.write_text("{}\n{}")
+    with pytest.raises(RecordError, match="none of its 2 records"):
+        Conversations(file, tmp_path, "skip")
+
+
+def test_a_picture_that_cannot_be_read_is_named_or_counted(tmp_path):
+    file = folder_of(tmp_path, [GOOD, LATE])
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(RecordError, match="id 'a1'.*a.png cannot be read"):
+        Conversations(file, tmp_path)[0]
+    data = Conversations(file, tmp_path, "skip")
+    processor = load(Settings())[1]
+    batch = Collator(processor)([data[0], data[1]])
+    assert batch["skipped"] == 1 and len(batch["input_ids"]) == 1 and "b2" in batch["where"][0]
+    assert Collator(processor)([data[0]]) == {"skipped": 1, "where": []}
+
+
+def test_scenes_follow_from_their_number():
+    data = Scenes(3, questions=4)
+    first, again = data[2], Scenes(5, questions=4)[2]
+    assert first.rows == again.rows and first.picture.tobytes() == again.picture.tobytes()
+    assert all(len(data[i].rows) == 4 for i in range(3))
+    assert len({row[0]["value"] for row in first.rows}) == 4
+    assert Scenes(1, first=5_000_002, questions=4)[0].where == first.where == "scene 5000002"
+
+
+def answers_of(batch, processor):
+    """The answers that are supervised, as text, row by row."""
+    found = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+        found.append(processor.tokenizer.decode(labels[labels != IGNORED]))
+    return found
+
+
+def test_labels_are_the_answers_and_their_ends(tmp_path):
+    processor = load(Settings())[1]
+    data = Conversations(folder_of(tmp_path, [GOOD, TEXT, LATE]), tmp_path)
+    batch = Collator(processor)([data[i] for i in range(3)])
+    assert answers_of(batch, processor) == [" A cat.</s>", " yes</s> no</s>", " 2</s> Yes, two.</s>"]
+    assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [144, 0, 144]
+    assert batch["pixel_values"].shape == (2, 3, 192, 192)
+    for row, item in enumerate(map(data.__getitem__, range(3))):
+        alone = Collator(processor)([item])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(alone["input_ids"][0], batch["input_ids"][row, :length])
+        assert int(batch["attention_mask"][row].sum()) == length
+
+
+@pytest.mark.parametrize("family", ["llava", "next", "onevision"])
+def test_prompts_are_those_of_the_processor(family, tmp_path):
+    """Up to the answer, ids and pixels are what the processor makes of the rendered prompt, for every family."""
+    pytest.importorskip("lmms_eval")
+    from lmms_fixtures import checkpoint
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint(family, tmp_path))
+    data = Conversations(folder_of(tmp_path, [GOOD, LATE]), tmp_path)
+    batch = Collator(processor)([data[0], data[1]])
+    answers = [text.replace(" ", "") for text in answers_of(batch, processor)]
+    assert answers == ["Acat.</s>", "2</s>Yes,two.</s>"]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    want = processor(images=data[0].picture, text=prompt, return_tensors="pt")
+    length = want["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][0, :length], want["input_ids"][0])
+    assert (batch["labels"][0, :length] == IGNORED).all() and batch["labels"][0, length] != IGNORED
+    assert torch.equal(batch["pixel_values"][0][: len(want["pixel_values"][0])], want["pixel_values"][0])
+
+
+def test_a_template_without_an_end_of_sequence_gets_one(tmp_path):
+    processor = load(Settings())[1]
+    processor.chat_template = processor.chat_template.replace(
+        "'</s>' if message['role'] == 'assistant' else ' '", "' '"
+    )
+    assert "</s>" not in processor.chat_template
+    data = Conversations(folder_of(tmp_path, [TEXT]), tmp_path)
+    assert answers_of(Collator(processor)([data[0]]), processor) == [" yes</s> no</s>"]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+SMALL = dict(pictures=6, questions=2, steps=4, batch=2, workers=0, device="cpu", log_every=1, save_every=2, method=FEW)
+
+
+def small(**options) -> Settings:
+    return Settings(**SMALL | options)
+
+
+def train(settings, out, **options):
+    model, processor, data = load(settings)
+    slim = vlmslim.patch(model, "tokenflex", weights=f"random:{settings.seed}", keep=9, **settings.method)
+    finetune(slim, processor, options.pop("data", data), settings, out, **options)
+    return slim
+
+
+def log_of(out):
+    with (out / "log.csv").open(newline="") as file:
+        return {int(line["step"]): float(line["loss"]) for line in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_loss(tmp_path):
+    settings = small(accumulate=2)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "pieces", stop=2)
+    with (tmp_path / "pieces" / "log.csv").open("a") as file:  # steps behind the last checkpoint are done again
+        file.write("3" + ",9" * 7 + "\n")
+    slim = train(settings, tmp_path / "pieces")
+    whole, pieces = log_of(tmp_path / "whole"), log_of(tmp_path / "pieces")
+    assert list(whole) == list(pieces) == [1, 2, 3, 4]
+    assert whole == pieces
+    model = load(settings)[0]
+    with vlmslim.patch(model, tmp_path / "whole" / "final") as again:
+        for key, value in again.trained.state_dict().items():
+            assert torch.equal(value, slim.trained.state_dict()[key])
+    with pytest.raises(ValueError, match="other values of lr, seed"):
+        train(small(accumulate=2, lr=0.5, seed=1), tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_training_learns_and_leaves_the_backbone_alone(tmp_path):
+    settings = small(pictures=2, steps=25, lr=5e-3, precision="no", method=dict(counts=[9], probabilities=[1.0]))
+    before = {k: v.clone() for k, v in load(settings)[0].state_dict().items()}
+    slim = train(settings, tmp_path)
+    losses = list(log_of(tmp_path).values())
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert all(torch.equal(v, before[k]) for k, v in slim.model.state_dict().items())
+
+
+def test_accumulated_batches_are_those_of_single_ones(tmp_path):
+    seen = {1: [], 2: []}
+    one = dict(questions=1, batch=1, method=dict(counts=[1], probabilities=[1.0]))
+    for accumulate, steps in ((1, 4), (2, 2)):
+
+        def loss(answers, batch, step, into=seen[accumulate]):
+            into.append((step, batch["where"][0]))
+            return answer_loss(answers, batch, step)
+
+        train(small(accumulate=accumulate, steps=steps, **one), tmp_path / str(accumulate), loss=loss)
+        assert list(log_of(tmp_path / str(accumulate))) == list(range(1, steps + 1))
+    assert [where for _, where in seen[1]] == [where for _, where in seen[2]]
+    assert [step for step, _ in seen[2]] == [0, 0, 1, 1]
+
+
+def test_batches_without_pictures_and_bad_losses(tmp_path):
+    data = [Item("record seven", rows=([human("Say yes."), gpt("yes")],))]
+    train(small(steps=1, batch=1), tmp_path / "text", data=data)
+    assert list(log_of(tmp_path / "text")) == [1]
+    infinite = lambda answers, batch, step: (answers.loss * float("inf"), {})  # noqa: E731
+    with pytest.raises(RuntimeError, match="step 0.*record seven"):
+        train(small(steps=1, batch=1), tmp_path / "nan", data=data, loss=infinite)
+    assert not (tmp_path / "nan" / "final").exists()
+
+
+def test_a_method_with_nothing_to_train(tmp_path):
+    model, processor, data = load(small())
+    with vlmslim.patch(model, "divprune", keep=9) as slim, pytest.raises(ValueError, match="nothing to train"):
+        finetune(slim, processor, data, small(), tmp_path)
+
+
+def test_the_schedule_warms_up_and_falls():
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[-1] < 0.01 and schedule(0, 1, 0.03) == 1
+
+
+def test_settings_are_checked(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 3\nmethod: {counts: [4]}\n")
+    assert settings_from(tmp_path / "a.yaml", ["lr=0.1"]).lr == 0.1
+    (tmp_path / "a.yaml").write_text("stepz: 3\n")
+    with pytest.raises(ValueError, match="no setting stepz"):
+        settings_from(tmp_path / "a.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_tokenflex.py"])
+def test_two_processes_on_the_cpu(script, tmp_path):
+    """`accelerate launch` with two processes: both train, on different pictures, and one result is written."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    settings = ["pictures=8", "questions=2", "steps=2", "batch=1", "workers=0", "device=cpu", "log_every=1"]
+    command = [*launch, str(SCRIPTS / script), "--out", str(tmp_path), *settings]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(log_of(tmp_path)) == [1, 2]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["processes"] == 2
+    model = load(Settings())[0]
+    with vlmslim.patch(model, tmp_path / "final", keep=16) as slim:
+        assert set(slim.trained) == {"tokenflex"}

@@ -1,0 +1,204 @@
+"""TokenFLEX: one projector for many visual-token counts (TokenFLEX, arXiv 2504.03154)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.saving import load_part
+
+
+class Projector(nn.Module):
+    """The token-adaptive projector: LayerNorm and SwiGLU on pooled tower features; all counts share all weights.
+
+    Section 3.2 of the paper; layout and sizes are those of the released code.
+
+    Args:
+        width: of the tower's features.
+        hidden: width of the language model.
+        expansion: inner width over `width`.
+    """
+
+    def __init__(self, width: int, hidden: int, expansion: int = 3):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, expansion * width)
+        self.value = nn.Linear(width, expansion * width)
+        self.out = nn.Linear(expansion * width, hidden)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(..., width) -> (..., hidden)."""
+        z = self.norm(pooled)
+        return self.out(F.silu(self.gate(z)) * self.value(z))
+
+
+def pool_square(x: Tensor, side: int, how: str = "resize") -> Tensor:
+    """Pool a square grid of features to side x side.
+
+    "resize" stretches the grid to the next multiple of `side` (bilinear, corners aligned) and averages equal cells, so
+    that every cell has the same weight; "adaptive" is adaptive average pooling. The two agree where `side` divides
+    the grid.
+
+    Args:
+        x: (B, H * H, C) features in raster order.
+        side: at least 1; may exceed H with "resize".
+        how: "resize" or "adaptive".
+
+    Returns:
+        (B, side * side, C)
+
+    Raises:
+        ValueError: the grid is not square.
+    """
+    grid = math.isqrt(x.shape[1])
+    if grid**2 != x.shape[1]:
+        raise ValueError(f"{x.shape[1]} features are no square grid: TokenFLEX pools square grids only")
+    x = x.transpose(1, 2).unflatten(2, (grid, grid))
+    if how == "adaptive":
+        x = F.adaptive_avg_pool2d(x, side)
+    else:
+        cell = -(-grid // side)
+        if cell * side != grid:
+            x = F.interpolate(x, size=(cell * side, cell * side), mode="bilinear", align_corners=True)
+        x = F.avg_pool2d(x, cell)
+    return x.flatten(2).transpose(1, 2)
+
+
+def square_side(count: int, name: str = "keep") -> int:
+    """The side of a square count.
+
+    Raises:
+        ValueError: the count is no square; names its neighbours.
+    """
+    side = math.isqrt(count)
+    if side**2 != count:
+        near = " or ".join(str(s**2) for s in (side, side + 1))
+        raise ValueError(f"{name}={count}: TokenFLEX pools to a square; use {near}")
+    return side
+
+
+@dataclass
+class TokenFlex(Compressor):
+    """Pool the tower's features to t x t and project them with a projector trained for many counts.
+
+    Each crop of an anyres image and each frame of a video is pooled to the same t; unpadding and newlines follow the
+    model's own packing, at side t. Placeholders that are left over are removed by the engine, so the processor stays
+    as it is, and no more tokens than placeholders can be kept.
+
+    While the projector is in training mode, one count a forward is drawn from `counts`, and `keep` is not used.
+
+    keep          : visual tokens per image. A count is a square (64, 144, 256), and needs images of one crop; a share
+                    is of every crop, rounded down to a square
+    weights       : a folder of trained weights; "random" to start a training; "pool" is the training-free control:
+                    pool, then the model's own projector
+    pool          : "resize" as released, or "adaptive" for an ablation; see `pool_square`
+    expansion     : inner width of the projector over the tower's
+    counts        : visual tokens per crop in training
+    probabilities : how often each of `counts` is drawn; equally if not given
+    """
+
+    keep: Keep = 256
+    weights: str = ""
+    pool: str = "resize"
+    expansion: int = 3
+    counts: tuple[int, ...] = (64, 144, 256)
+    probabilities: tuple[float, ...] = (0.2, 0.3, 0.5)
+
+    def __post_init__(self):
+        check_keep(self.keep)
+        check_choices(self, pool=("resize", "adaptive"))
+        if isinstance(self.keep, int):
+            square_side(self.keep)
+        self.counts, self.probabilities = tuple(self.counts), tuple(self.probabilities)
+        for count in self.counts:
+            square_side(count, "counts")
+        if len(self.counts) != len(self.probabilities) or min(self.probabilities, default=0) <= 0:
+            raise ValueError(f"probabilities={self.probabilities}: give one above 0 for each of counts={self.counts}")
+        self.projector: nn.Module | None = None
+
+    def setup(self, model: nn.Module) -> None:
+        """Make the projector and load its weights."""
+        config, own = model.config, model.model.multi_modal_projector
+        self._most = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
+        self.projector = own
+        if self.weights != "pool":
+            with torch.device("meta"):
+                self.projector = Projector(own.linear_1.in_features, own.linear_2.out_features, self.expansion)
+            load_part(self.weights, "tokenflex", self.projector, model)
+
+    def trained(self) -> nn.Module | None:
+        """The projector; None for the training-free control."""
+        return None if self.weights == "pool" else self.projector
+
+    def draw(self) -> int:
+        """A count for one forward of the training."""
+        return self.counts[int(torch.multinomial(torch.tensor(self.probabilities), 1))]
+
+    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Pool and project all crops of equal grids at once. Rows of a batch may share an image."""
+        training = self.weights != "pool" and self.projector.training
+        count = self.draw() if training else None
+        unique = {id(image): image for image in images}
+        groups: dict[tuple, list[ImageTokens]] = {}
+        for image in unique.values():
+            side = self._side(image, count)
+            groups.setdefault((side, image.tower.shape[1:]), []).append(image)
+        done = {}
+        for (side, (patches, _)), members in groups.items():
+            if self.weights == "pool" and side**2 == patches:  # nothing is pooled: keep the tokens bit for bit
+                done |= {id(image): image.features for image in members}
+                continue
+            tokens = self._project(torch.cat([image.tower for image in members]), side)
+            for image, crops in zip(members, tokens.split([len(image.tower) for image in members]), strict=True):
+                done[id(image)] = self._packed(image, crops.to(image.features.device), side)
+        return [Compressed(done[id(image)]) for image in images]
+
+    def _side(self, image: ImageTokens, count: int | None) -> int:
+        """The side to pool to, in training for the count drawn."""
+        patches = _grid(image.tower).shape[1]
+        if image.video:  # the model itself pools a frame to fewer tokens
+            patches = (len(image.features) - 1) // len(image.tower)
+        if count is not None:
+            if count > patches:
+                raise ValueError(f"counts={self.counts}: an image here has {patches} visual tokens per crop")
+            return square_side(count, "counts")
+        if isinstance(self.keep, float):
+            return math.isqrt(resolve_keep(self.keep, patches))
+        if len(image.tower) > 1:
+            raise ValueError(
+                f"keep={self.keep} counts the tokens of an image, but this one has {len(image.tower)} crops or frames "
+                f"of {patches} tokens; give a share: keep={round(self.keep / patches, 4)} pools each to {self.keep}"
+            )
+        return square_side(resolve_keep(self.keep, patches))
+
+    def _project(self, tower: Tensor, side: int) -> Tensor:
+        """(c, p, v) tower features -> (c, side * side, d)."""
+        parameter = next(self.projector.parameters())
+        return self.projector(pool_square(_grid(tower).to(parameter), side, self.pool))
+
+    def _packed(self, image: ImageTokens, crops: Tensor, side: int) -> Tensor:
+        """(c, side * side, d) -> (k, d): joined as the model joins the image's own tokens."""
+        newline = image.features[-1:].to(crops)  # wherever there is one, it is last
+        if image.video:
+            return torch.cat([crops.flatten(0, 1), newline])
+        if len(crops) == 1:
+            return torch.cat([crops[0], newline[: len(image.features) - image.tower.shape[1]]])
+        rows, columns = image.tiles
+        mosaic = crops[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
+        mosaic = unpad_image(mosaic, image.size)
+        height, width = mosaic.shape[1:]
+        ratio = math.sqrt(height * width / (self._most * side**2)) if self._most else 0
+        if ratio > 1.1:  # OneVision shrinks large mosaics
+            mosaic = F.interpolate(mosaic[None], [int(height // ratio), int(width // ratio)], mode="bilinear")[0]
+        lines = newline.T[:, None].expand(-1, mosaic.shape[1], 1)
+        return torch.cat([crops[0], torch.cat([mosaic, lines], 2).flatten(1).T])
+
+
+def _grid(tower: Tensor) -> Tensor:
+    """(c, p, v) tower features without a CLS token, which `vision_feature_select_strategy="full"` leaves in front."""
+    side = math.isqrt(tower.shape[1])
+    return tower[:, 1:] if side**2 == tower.shape[1] - 1 else tower
