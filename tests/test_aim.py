@@ -5,6 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
+from doubles import name_of, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -273,34 +275,15 @@ def test_attention_in_blocks_is_the_models_own(family):
         close(score, found["scores"][0], 1e-5)
 
 
-def everything(keep=1.0) -> list:
-    return [AIM(keep=keep), BipartiteMerge(keep=keep)]
-
-
-@torch.no_grad()
-def test_keeping_everything_is_bit_identical(family, backend):
+@pytest.mark.parametrize("method", [AIM(keep=1.0), BipartiteMerge(keep=1.0)], ids=name_of)
+def test_keeping_everything_changes_nothing(family, backend, method):
     model = tiny(family, backend)
-    inputs = batch(model, LONG_ROWS)
-    want = model(**inputs).logits
-    for method in everything():
-        with vlmslim.patch(model, method) as slim:
-            assert torch.equal(model(**inputs).logits, want)
-            assert not slim.receipt.had_effect
+    check_changes_nothing(model, batch(model, LONG_ROWS), method)
 
 
 @pytest.mark.parametrize("rows", [LONG_ROWS, SEVERAL, EQUAL], ids=["long", "several", "equal"])
-@torch.no_grad()
-def test_a_batch_equals_its_rows_one_by_one(family, rows):
-    if family == "onevision" and rows is SEVERAL:
-        rows = SEVERAL[:1] * 2
-    model = tiny(family)
-    options = dict(keep=0.4, start=0, stop=4)
-    with vlmslim.patch(model, "aim", **options):
-        out, logits = greedy(model, batch(model, rows))
-        for i, row in enumerate(rows):
-            single, alone = greedy(model, batch(model, [row]))
-            close(logits[i], alone[0])
-            assert out.sequences[i, -6:].tolist() == single.sequences[0, -6:].tolist()
+def test_a_batch_is_its_rows(family, rows):
+    check_a_batch_is_its_rows(tiny(family), rows, AIM(keep=0.4, start=0, stop=4))
 
 
 @pytest.mark.parametrize("keep", [1, 5, 0.125, 0.25, 0.9, 15])
@@ -320,17 +303,7 @@ def test_every_budget_is_met_exactly(family, keep):
 def test_tiles_merge_by_their_own_keys():
     """LLaVA-NeXT: every tile for itself, unpadded as the model does; newlines go."""
     model = tiny("next")
-    shown = []
-
-    class Spy(BipartiteMerge):
-        def compress(self, image):
-            out = super().compress(image)
-            shown.append((image, out))
-            return out
-
-    with vlmslim.patch(model, Spy(keep=9)):
-        model(**batch(model, [ROWS[0]]))
-    image, out = shown[0]
+    _, _, ((image, out),), _ = kept_of(model, ROWS[0], BipartiteMerge, keep=9)
     crop, line, column = image.grid.unbind(1)
     keys = image.qk(-1)[1].transpose(1, 2).flatten(2)[:, 1:]
     assert (crop[out.index] >= 0).all()
@@ -352,15 +325,8 @@ def test_tiles_merge_by_their_own_keys():
 def test_videos_merge_within_frames_and_keep_their_last_token(newline):
     model = tiny("onevision")
     inputs = batch(model, [[BOS, Clip(0, 3), *words(0, 4)], [BOS, Clip(1, 3), *words(1, 4)]])
-    shown = []
-
-    class Spy(BipartiteMerge):
-        def compress(self, image):
-            out = super().compress(image)
-            shown.append((image, out))
-            return out
-
-    with vlmslim.patch(model, [Spy(keep=0.5, newline=newline), PageRankPrune(start=0, stop=4)]) as slim:
+    merge, shown = watched(BipartiteMerge, keep=0.5, newline=newline)
+    with vlmslim.patch(model, [merge, PageRankPrune(start=0, stop=4)]) as slim:
         out = model(**inputs)
     kept = 7 if newline == "extra" else 6  # 3 frames of 4 tokens, and the newline
     assert slim.receipt.summary()["visual_tokens_per_layer"] == [kept, kept * 3 // 4, kept // 2, kept // 4]
@@ -405,15 +371,31 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(family):
         assert lengths(out.past_key_values)[-1] == len(row) - 1 + 1 + 5
 
 
+@pytest.mark.parametrize(
+    "prune",
+    [PageRankPrune(start=1, stop=3), {"method": "pagerankprune", "start": 1, "stop": 3}],
+    ids=["object", "name"],
+)
 @torch.no_grad()
-def test_composes_with_another_method_before_it():
+def test_composes_with_another_method_before_it(prune):
     model = tiny("llava")
-    with vlmslim.patch(model, [vlmslim.method("divprune", keep=8), PageRankPrune(start=1, stop=3)]) as slim:
+    with vlmslim.patch(model, [vlmslim.method("divprune", keep=8), prune]) as slim:
         model(**batch(model, ROWS))
     assert slim.receipt.summary()["visual_tokens_per_layer"] == [8, 8, 4, 0]
     with pytest.raises(ValueError, match="before the language model"):
         vlmslim.patch(model, [vlmslim.method("divprune", keep=8), AIM()])
     vlmslim.patch(model, "none").remove()
+
+
+@torch.no_grad()
+def test_its_stages_by_name_are_the_method(family):
+    model = tiny(family)
+    inputs = batch(model, LONG_ROWS)
+    with vlmslim.patch(model, "aim", keep=5, start=0, stop=4):
+        want = model(**inputs).logits
+    stages = [{"method": "bipartitemerge", "keep": 5}, {"method": "pagerankprune", "start": 0, "stop": 4}]
+    with vlmslim.patch(model, stages):
+        assert torch.equal(model(**inputs).logits, want)
 
 
 def test_default_layers():
@@ -425,6 +407,10 @@ def test_default_layers():
     late = PageRankPrune(start=28, stop=29)  # the paper's ablation without pruning
     late.setup(vectors._Depth(28))
     assert late.layers == ()
+    for depth in range(1, 13):  # shares never fall on one layer
+        start, stop = PageRankPrune(start=0.5, stop=0.6).span_of(depth)
+        assert start < stop <= depth
+    assert PageRankPrune(start=3).span_of(4) == (3, 4)
     share = PageRankPrune(start=0.25, stop=1.0)
     share.setup(vectors._Depth(28))
     assert (share.span, share.layers[-1]) == ((7, 28), 27)

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import mosaic, noise, seeds, shapes, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, greedy, keep_only, reference, tiny, words
+from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, greedy, keep_only, reference, tiny, words
 from vector_checks.globalcom2 import token_grid
 
 import vlmslim
@@ -198,21 +199,6 @@ def test_crop_budgets_follow_the_thumbnail(monkeypatch):
 ROWS = [*LONG_ROWS, *SEVERAL]
 
 
-def kept_of(model, row, **options):
-    """Logits of one row under the patch, and which tokens of each image were kept."""
-    found = []
-
-    class Spy(GlobalCom2):
-        def compress(self, image):
-            found.append(super().compress(image))
-            return found[-1]
-
-    inputs = batch(model, [row])
-    with vlmslim.patch(model, Spy(**options)) as slim:
-        logits = model(**inputs).logits[0]
-    return inputs, logits, found, slim.receipt.summary()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options", [{}, {"positions": "original"}, {"score": "distance"}, {"newline": "drop"}], ids=str
@@ -220,10 +206,10 @@ def kept_of(model, row, **options):
 def test_equals_the_model_fed_what_is_kept(family, options):
     for row in (ROWS[0], SEVERAL[0]):
         model = tiny(family)
-        inputs, logits, found, receipt = kept_of(model, row, keep=7, **options)
-        assert [len(x.index) for x in found] == [7] * len(found)
+        inputs, logits, found, receipt = kept_of(model, row, GlobalCom2, keep=7, **options)
+        assert [len(x.index) for _, x in found] == [7] * len(found)
         assert receipt["kept"] == receipt["requested"] == 7
-        kept = keep_only(inputs, [x.index for x in found])
+        kept = keep_only(inputs, [x.index for _, x in found])
         close(logits, reference(model, inputs, kept, positions=options.get("positions", "renumbered")).full_logits())
 
 
@@ -237,34 +223,20 @@ def test_every_budget_is_met(family, keep):
     assert receipt["kept"] == receipt["requested"]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("mode", ["corrected", "released"])
 def test_keeping_everything_changes_nothing(family, mode):
     if mode == "released" and family != "next":
         pytest.skip("the release works for LLaVA-NeXT only")
     model = tiny(family)
-    inputs = batch(model, ROWS)
-    want, want_logits = greedy(model, inputs)
-    with vlmslim.patch(model, "globalcom2", keep=1.0, mode=mode):
-        got, got_logits = greedy(model, inputs)
-    assert torch.equal(got.sequences, want.sequences)
-    assert torch.equal(got_logits, want_logits)
+    check_changes_nothing(model, batch(model, ROWS), GlobalCom2(keep=1.0, mode=mode))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("mode", ["corrected", "released"])
 def test_a_batch_is_its_rows(family, backend, mode):
     if mode == "released" and family != "next":
         pytest.skip("the release works for LLaVA-NeXT only")
-    model = tiny(family, backend)
-    rows = LONG_ROWS  # OneVision lays several images of a prompt out differently; those are rows of their own
-    with vlmslim.patch(model, "globalcom2", keep=0.3, mode=mode):
-        got, logits = greedy(model, batch(model, rows))
-        for i, row in enumerate(rows):
-            if any(isinstance(x, Picture) for x in row):
-                alone, alone_logits = greedy(model, batch(model, [row]))
-                close(logits[i], alone_logits[0])
-                assert got.sequences[i, -6:].tolist() == alone.sequences[0, -6:].tolist()
+    # OneVision lays several images of a prompt out differently, so those are rows of their own
+    check_a_batch_is_its_rows(tiny(family, backend), LONG_ROWS, GlobalCom2(keep=0.3, mode=mode))
 
 
 @torch.no_grad()
@@ -272,17 +244,8 @@ def test_the_release_on_a_model():
     """The features that a LLaVA-NeXT model is fed: scores by hand from the tower's own hidden states."""
     model = tiny("next")
     for size in ((60, 30), (64, 64), (32, 64), (64, 23)):
-        inputs, _, found, receipt = kept_of(model, [BOS, Picture(1, size), *words(0, 4)], keep=0.5, mode="released")
-        images = []
-
-        class Look(vlmslim.Compressor):
-            def compress(self, image, images=images):
-                images.append(image)
-                return image.pick(torch.arange(len(image.features)))
-
-        with vlmslim.patch(model, Look()):
-            model(**inputs)
-        (image,) = images
+        row = [BOS, Picture(1, size), *words(0, 4)]
+        _, _, ((image, found),), receipt = kept_of(model, row, GlobalCom2, keep=0.5, mode="released")
         tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
         hidden = model.model.vision_tower(image.pixels, output_hidden_states=True).hidden_states[-2]
         layer = tower.encoder.layers[-1]
@@ -294,7 +257,7 @@ def test_the_release_on_a_model():
         valid = (int(boxes[:, 1].min()), int(boxes[:, 1].max()) + 1, int(boxes[:, 2].min()), int(boxes[:, 2].max()) + 1)
         want = release_by_loops(scores[0], scores[1:], 4, image.tiles, valid, 0.5)
         place = {tuple(x): i for i, x in enumerate(grid.tolist())}
-        close(found[0].features, image.features[[place[x] for x in want]])
+        close(found.features, image.features[[place[x] for x in want]])
         assert receipt["kept"] == len(want)
 
 
@@ -306,20 +269,6 @@ def test_half_precision(family, dtype):
         out, logits = greedy(model, batch(model, ROWS))
     assert logits.isfinite().all()
     assert slim.receipt.summary()["kept"] == 5
-
-
-@torch.no_grad()
-def test_video():
-    model = tiny("onevision")
-    rows = [[BOS, Clip(0, 3), 5, 6], [BOS, 7, Clip(1, 3), *words(0, 4)]]
-    with vlmslim.patch(model, "globalcom2", keep=6) as slim:
-        _, together = greedy(model, batch(model, rows))
-        for i, row in enumerate(rows):
-            close(together[i], greedy(model, batch(model, [row]))[1][0])
-    receipt = slim.receipt.summary()
-    assert receipt["kept"] == 6 and receipt["visual_tokens"] == 13
-    inputs, logits, found, _ = kept_of(model, rows[0], keep=6)
-    close(logits, reference(model, inputs, keep_only(inputs, [found[0].index])).full_logits())
 
 
 def test_what_cannot_be_is_refused():

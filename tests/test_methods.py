@@ -288,7 +288,7 @@ def test_fractions_of_the_depth():
     model = tiny("llava")
     inputs = batch(model, [ROWS[0]])
     text = int((inputs["input_ids"] != IMAGE).sum())
-    for layer, at in ((0.25, 1), (0.5, 2), (0.75, 3), (1, 1), (3, 3)):
+    for layer, at in ((0.05, 1), (0.25, 1), (0.5, 2), (0.75, 3), (7 / 8, 3), (0.99, 3), (1, 1), (3, 3)):
         with vlmslim.patch(model, "fastv", keep=4, layer=layer):
             found = lengths(model(**inputs).past_key_values)
         assert found == [text + (16 if i < at else 4) for i in range(DEPTH)]

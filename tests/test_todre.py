@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from doubles import watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -187,7 +188,7 @@ def test_stage_one_equals_the_packed_prompt(family, objective):
         inputs = batch(model, [row])
         kept = expected_tokens(model, inputs, objective, keep=9)
         alive = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
-        for place, index in zip(visual(inputs), split_runs(inputs, kept), strict=True):
+        for place, index in zip(visual(inputs), kept, strict=True):
             alive[place] = False
             alive[place[index]] = True
         want = reference(model, inputs, alive.nonzero()[:, 0])
@@ -197,25 +198,12 @@ def test_stage_one_equals_the_packed_prompt(family, objective):
         assert lengths(out.past_key_values) == [int(alive.sum())] * DEPTH
 
 
-def split_runs(inputs: dict, kept: list[list[int]]) -> list[list[int]]:
-    """`visual` separates images by the text between them; SEVERAL has text between all of them."""
-    assert len(visual(inputs)) == len(kept)
-    return kept
-
-
 def kept_by(model, inputs: dict, **options):
-    """Indices of the tokens that each image keeps, seen through a spy."""
-    seen = []
-
-    class Spy(Diversify):
-        def compress_images(self, images):
-            results = super().compress_images(images)
-            seen.extend((image, result.index) for image, result in zip(images, results, strict=True))
-            return results
-
-    with vlmslim.patch(model, Spy(**options)), torch.no_grad():
+    """Each image with the indices of the tokens it keeps in stage 1."""
+    method, seen = watched(Diversify, **options)
+    with vlmslim.patch(model, method), torch.no_grad():
         model(**inputs)
-    return seen
+    return [(image, result.index) for image, result in seen]
 
 
 @pytest.mark.parametrize("options", [{}, {"objective": "k_center"}, {"pivot": "random"}, {"pivot": "center"}], ids=str)
@@ -465,6 +453,7 @@ def test_shares_of_the_depth_round_down():
         35,
     ]
     assert [resolve_layer(share, 100) for share in (0.29, 0.57, 0.58)] == [29, 57, 58]
+    assert [resolve_layer(share, depth) for share, depth in ((0.01, 32), (0.999, 2), (0.5, 1))] == [1, 1, 1]
     assert resolve_layer(3, 4) == 3
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import noise, seeds, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, greedy, keep_only, reference, tiny, words
+from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, greedy, keep_only, reference, tiny, words
 
 import vlmslim
 from vlmslim.methods import tokencorr as core
@@ -107,21 +108,6 @@ def test_blank_and_dense_crops():
 ROWS = [*LONG_ROWS, *SEVERAL]
 
 
-def kept_of(model, row, **options):
-    """Logits of one row under the patch, and which tokens of each image were kept."""
-    found = []
-
-    class Spy(TokenCorr):
-        def compress(self, image):
-            found.append((image, super().compress(image)))
-            return found[-1][1]
-
-    inputs = batch(model, [row])
-    with vlmslim.patch(model, Spy(**options)) as slim:
-        logits = model(**inputs).logits[0]
-    return inputs, logits, found, slim.receipt.summary()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
@@ -131,7 +117,7 @@ def kept_of(model, row, **options):
 def test_without_merging_equals_the_model_fed_what_is_kept(family, options):
     model = tiny(family)
     for row in (ROWS[0], SEVERAL[0]):
-        inputs, logits, found, receipt = kept_of(model, row, merge="none", beta=0.1, **options)
+        inputs, logits, found, receipt = kept_of(model, row, TokenCorr, merge="none", beta=0.1, **options)
         assert receipt["requested"] == options.get("keep")
         assert receipt["kept"] < receipt["visual_tokens"]
         kept = keep_only(inputs, [c.index for _, c in found])
@@ -144,7 +130,7 @@ def test_merging_happens_before_the_projector(family, merge):
     """Feed an unpatched model the projections of the towers' merged features, at the kept tokens' places."""
     model = tiny(family)
     options = dict(alpha=0.2, beta=0.1, merge=merge, neighbours=3)
-    inputs, logits, found, _ = kept_of(model, ROWS[0], **options)
+    inputs, logits, found, _ = kept_of(model, ROWS[0], TokenCorr, **options)
     ((image, got),) = found
     method = TokenCorr(**options)
     method.setup(model)
@@ -180,30 +166,15 @@ def test_a_target_is_met_exactly(family, keep):
     assert receipt["kept"] == receipt["requested"]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"alpha": 1.0}], ids=str)
 def test_keeping_everything_changes_nothing(family, options):
     model = tiny(family)
-    inputs = batch(model, ROWS)
-    want, want_logits = greedy(model, inputs)
-    with vlmslim.patch(model, "tokencorr", **options) as slim:
-        got, got_logits = greedy(model, inputs)
-    assert not slim.receipt.had_effect
-    assert torch.equal(got.sequences, want.sequences)
-    assert torch.equal(got_logits, want_logits)
+    check_changes_nothing(model, batch(model, ROWS), TokenCorr(**options))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("options", [{"alpha": 0.3}, {"keep": 0.4}, {"alpha": 0.3, "sampling": "multinomial"}], ids=str)
 def test_a_batch_is_its_rows(family, backend, options):
-    model = tiny(family, backend)
-    with vlmslim.patch(model, "tokencorr", **options):
-        got, logits = greedy(model, batch(model, LONG_ROWS))
-        for i, row in enumerate(LONG_ROWS):
-            if any(isinstance(x, Picture) for x in row):
-                alone, alone_logits = greedy(model, batch(model, [row]))
-                close(logits[i], alone_logits[0])
-                assert got.sequences[i, -6:].tolist() == alone.sequences[0, -6:].tolist()
+    check_a_batch_is_its_rows(tiny(family, backend), LONG_ROWS, TokenCorr(**options))
 
 
 @torch.no_grad()
@@ -212,7 +183,7 @@ def test_the_draw_repeats_with_its_seed(family):
     row = [BOS, Picture(0), *words(0, 3)]
     draws = []
     for seed in (0, 0, 1):
-        *_, found, _ = kept_of(model, row, keep=6, sampling="multinomial", seed=seed)
+        *_, found, _ = kept_of(model, row, TokenCorr, keep=6, sampling="multinomial", seed=seed)
         draws.append(found[0][1].index.tolist())
     assert draws[0] == draws[1] != draws[2]
 
@@ -221,7 +192,7 @@ def test_the_draw_repeats_with_its_seed(family):
 def test_padding_takes_no_part():
     """Each crop's patches are those that survive unpadding, and their keys are the tower's at their true places."""
     model = tiny("next")
-    _, _, ((image, _),), _ = kept_of(model, [BOS, Picture(0, (64, 23)), 5], alpha=0.3)
+    _, _, ((image, _),), _ = kept_of(model, [BOS, Picture(0, (64, 23)), 5], TokenCorr, alpha=0.3)
     method = TokenCorr(alpha=0.3)
     method.setup(model)
     _, k = image.qk(method.low)
@@ -240,21 +211,6 @@ def test_half_precision(family, dtype):
         _, logits = greedy(model, batch(model, ROWS))
     assert logits.isfinite().all()
     assert slim.receipt.summary()["kept"] == 5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{"keep": 6}, {"alpha": 0.3}], ids=str)
-def test_video(options):
-    model = tiny("onevision")
-    rows = [[BOS, Clip(0, 3), 5, 6], [BOS, 7, Clip(1, 3), *words(0, 4)]]
-    with vlmslim.patch(model, "tokencorr", **options) as slim:
-        _, together = greedy(model, batch(model, rows))
-        for i, row in enumerate(rows):
-            close(together[i], greedy(model, batch(model, [row]))[1][0])
-    if "keep" in options:
-        assert slim.receipt.summary()["kept"] == 6
-    inputs, logits, found, _ = kept_of(model, rows[0], merge="none", **options)
-    close(logits, reference(model, inputs, keep_only(inputs, [found[0][1].index])).full_logits())
 
 
 def test_gradients_pass_to_the_features():

@@ -1,18 +1,19 @@
 """DivPrune: "Diversity-based Visual Token Pruning for Large Multimodal Models" (CVPR 2025, arXiv 2503.02175)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.newlines import spend
+from vlmslim.compressor import ImageTokens, Keep, check_choices, check_keep
+from vlmslim.greedy import GreedySelection
 from vlmslim.selection import full_precision
 
 
 @dataclass
-class DivPrune(Compressor):
+class DivPrune(GreedySelection):
     """Keep the subset of visual tokens whose smallest pairwise cosine distance is large (algorithm 1 of the paper).
 
     Departures from the release (commit 799e2d9), each because the release misbehaves there: distances are computed
@@ -42,26 +43,9 @@ class DivPrune(Compressor):
                 "order='selection' moves tokens away from their places; use positions='renumbered' with it"
             )
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Images with equally many candidates are searched together: the loop is as long for many as for one."""
-        results: list[Compressed | None] = [None] * len(images)
-        alike: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-        for i, image in enumerate(images):
-            n = len(image.features)
-            k = resolve_keep(self.keep, n)
-            if self.newline == "pool" or k == n:
-                pool = torch.arange(n, device=image.features.device)
-            else:
-                pool = (image.grid[:, 0] >= 0).nonzero()[:, 0]
-            alike.setdefault((k, len(pool)), []).append((i, pool))
-        for (k, size), members in alike.items():
-            x = torch.stack([images[i].features[pool] for i, pool in members])
-            for (i, pool), order in zip(members, farthest_points(x, min(k, size)), strict=True):
-                picks = pool[order]
-                if size < len(images[i].features):
-                    picks = spend(picks, images[i].grid, images[i].tiles, k, self.newline)
-                results[i] = images[i].pick(picks.sort().values if self.order == "raster" else picks)
-        return results
+    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], pools: Sequence[Tensor]) -> Tensor:
+        """Farthest points."""
+        return farthest_points(x, k)
 
 
 @full_precision

@@ -1,5 +1,6 @@
 """ToDRE: "Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -8,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmslim.attention import cls_attention
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
 from vlmslim.families import has_cls
+from vlmslim.greedy import GreedySelection
 from vlmslim.methods.dropvisual import DropVisual
-from vlmslim.newlines import spend
 from vlmslim.selection import full_precision
 
 GRAM_LIMIT = 8192  # tokens up to which all cosine similarities are held at once: 256 MiB
 
 
 @dataclass
-class Diversify(Compressor):
+class Diversify(GreedySelection):
     """Stage 1: start from one pivot token and add, again and again, the token most unlike those chosen so far.
 
     Candidates are the projected tokens of all crops or frames together, compared by cosine similarity.
@@ -65,28 +66,10 @@ class Diversify(Compressor):
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Images of one size are searched together: the greedy loop is as long for many as for one."""
-        results: list[Compressed | None] = [None] * len(images)
-        alike: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-        for i, image in enumerate(images):
-            n = len(image.features)
-            k = resolve_keep(self.keep, n)
-            if k == n:
-                results[i] = image.pick(torch.arange(n, device=image.features.device))
-                continue
-            crop = image.grid[:, 0]
-            pool = (crop > -2 if self.newline == "pool" else crop >= 0).nonzero()[:, 0]
-            alike.setdefault((k, len(pool)), []).append((i, pool))
-        for (k, size), members in alike.items():
-            x = torch.stack([images[i].features[pool] for i, pool in members])
-            pivots = torch.stack([self._pivot(images[i], pool) for i, pool in members])
-            for (i, pool), order in zip(members, diverse(x, min(k, size), pivots, self.objective), strict=True):
-                picks = pool[order]
-                if size < len(images[i].features):
-                    picks = spend(picks, images[i].grid, images[i].tiles, k, self.newline)
-                results[i] = images[i].pick(picks.sort().values)
-        return results
+    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], pools: Sequence[Tensor]) -> Tensor:
+        """From each image's pivot on."""
+        pivots = [self._pivot(image, pool) for image, pool in zip(images, pools, strict=True)]
+        return diverse(x, k, torch.stack(pivots), self.objective)
 
     def _pivot(self, image: ImageTokens, pool: Tensor) -> Tensor:
         """Where in `pool` (m,) the search starts: a scalar."""

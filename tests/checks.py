@@ -1,0 +1,40 @@
+"""Properties that hold for every method, whatever its options."""
+
+import torch
+from doubles import watched
+from tiny import batch, close, greedy
+from torch import Tensor
+
+import vlmslim
+
+
+def check_changes_nothing(model, inputs: dict, method) -> None:
+    """Under `method` greedy decoding is what it is without a patch, bit for bit."""
+    want, want_logits = greedy(model, inputs)
+    with vlmslim.patch(model, method) as slim:
+        got, logits = greedy(model, inputs)
+        assert not slim.receipt.had_effect
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.equal(logits, want_logits)
+
+
+def check_a_batch_is_its_rows(model, rows: list, method, inputs_of=batch) -> dict:
+    """Rows decode together as each does alone; returns the receipt of the batch."""
+    with vlmslim.patch(model, method) as slim:
+        together, logits = greedy(model, inputs_of(model, rows))
+        summary = slim.receipt.summary()
+        for i, row in enumerate(rows):
+            alone, single = greedy(model, inputs_of(model, [row]))
+            close(logits[i], single[0], 5e-4)
+            assert together.sequences[i, -6:].tolist() == alone.sequences[0, -6:].tolist()
+    return summary
+
+
+@torch.no_grad()
+def kept_of(model, row: list, cls, **options) -> tuple[dict, Tensor, list, dict]:
+    """Runs one row: its inputs, its logits (L, V), (image, result) of every image, and the receipt."""
+    method, seen = watched(cls, **options)
+    inputs = batch(model, [row])
+    with vlmslim.patch(model, method) as slim:
+        logits = model(**inputs).logits[0]
+    return inputs, logits, seen, slim.receipt.summary()
