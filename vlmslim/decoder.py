@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from vlmslim.attention import take
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+from vlmslim.attention import soft_mask, take
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.families import placeholders
 from vlmslim.plan import Plan, Segment
@@ -50,6 +50,9 @@ class Call:
     padded: bool = True  # some layer sees padding
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # attention masks made
     rope: tuple[Tensor, Tensor] | None = None
+    features: list[list[ImageTokens]] = field(default_factory=list)  # per row, the images themselves
+    slot: Tensor | None = None  # (B, L) place of each visual token in its image
+    weights: list[Tensor | None] = field(default_factory=list)  # per layer, of each key, while a method trains
     previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
     spans: list[Span] = field(default_factory=list)  # visits to the methods
 
@@ -83,7 +86,7 @@ class DecoderHooks:
         self.pruners: dict[int, Compressor] = {}
         for stage in stages:
             for layer in stage.layers:
-                at = round(layer * depth) if isinstance(layer, float) else layer
+                at = resolve_layer(layer, depth)
                 if not 0 < at < depth:
                     raise ValueError(
                         f"{stage}: there is no decoder layer {layer} to prune before; use 1 .. {depth - 1}"
@@ -222,6 +225,7 @@ class DecoderHooks:
         origin = torch.arange(call.length, device=device).expand(batch, -1)
         segment = Segment(mask[:, call.seen :], torch.zeros_like(origin), position, origin, padded=call.padded)
         call.segments = [segment] * len(self.lm.layers)
+        call.weights = [None] * len(self.lm.layers)
 
     def _check(self, cache) -> None:
         """Refuse what a forward with images cannot have."""
@@ -265,10 +269,15 @@ class DecoderHooks:
             embeds = embeds.clone()
         keep = segment.mask.clone()
         call.images = [[] for _ in embeds]
-        for (row, columns, _), result in zip(found, results, strict=True):
+        call.features = [[] for _ in embeds]
+        call.slot = torch.full_like(segment.image, -1)
+        for (row, columns, image), result in zip(found, results, strict=True):
             n = len(columns)
             columns = columns.to(embeds.device)
             k = n if result is None else self._place(embeds, keep, row, columns, result)
+            call.features[row].append(image)
+            if result is None or result.index is not None:
+                call.slot[row, columns] = torch.arange(n, device=columns.device)
             call.images[row].append(Image(n, self._requested(n), k))
             segment.image[row, columns] = len(call.images[row])
         selection = segment.select(keep)
@@ -371,7 +380,9 @@ class DecoderHooks:
         if i in self.pruners and call.encoded:
             hidden = self._prune(i, call, hidden)
         segment, entrance = call.segments[i], call.segments[0]
-        if segment is not entrance or call.before[i] is not call.before[0]:
+        if call.weights[i] is not None:
+            kwargs["attention_mask"] = self._soft_mask(i, call, hidden, kwargs)
+        elif segment is not entrance or call.before[i] is not call.before[0]:
             kwargs["attention_mask"] = self._mask(i, call, hidden, kwargs)
         if segment is not entrance:
             if call.rope is None:
@@ -387,20 +398,30 @@ class DecoderHooks:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
         number = torch.arange(1, old.mask.shape[1] + 1, device=old.mask.device)
-        with torch.no_grad(), call.timed(hidden.device):
-            keep = self.pruners[i].retain(
-                LayerInput(
-                    layer=i,
-                    hidden=hidden,
-                    mask=old.mask,
-                    image=old.image,
-                    origin=old.origin,
-                    last=(old.mask * number).argmax(1),
-                    entered=call.entered,
-                    previous=call.previous,
-                )
-            )
+        tokens = LayerInput(
+            layer=i,
+            hidden=hidden,
+            mask=old.mask,
+            image=old.image,
+            origin=old.origin,
+            last=(old.mask * number).argmax(1),
+            entered=call.entered,
+            images=call.features,
+            slot=call.slot.gather(1, old.origin).masked_fill(old.image == 0, -1),
+            weight=call.weights[i],
+            previous=call.previous,
+        )
+        with call.timed(hidden.device):
+            weight = self.pruners[i].weigh(tokens)
+            if weight is None:
+                with torch.no_grad():
+                    keep = self.pruners[i].retain(tokens)
         call.previous = None
+        if weight is not None:
+            weight = weight.to(old.mask.device).masked_fill(old.image == 0, 1)
+            weight = weight if call.weights[i] is None else call.weights[i] * weight
+            call.weights[i:] = [weight] * (len(call.weights) - i)
+            return hidden
         selection = old.select(keep.to(old.mask.device) | (old.image == 0))
         if selection.index is None:
             return hidden
@@ -408,6 +429,8 @@ class DecoderHooks:
         visual = [count - text for count, text in zip(selection.counts, call.text, strict=True)]
         call.visual[i:] = [visual] * (len(call.visual) - i)
         call.gapped, call.rope = True, None
+        if call.weights[i] is not None:
+            call.weights[i:] = [call.weights[i].gather(1, selection.index)] * (len(call.weights) - i)
         return take(hidden, selection.index.to(hidden.device))
 
     def _mask(self, i: int, call: Call, hidden: Tensor, kwargs: dict) -> Tensor | None:
@@ -422,3 +445,22 @@ class DecoderHooks:
             call.masks[key] = create_causal_mask(self.lm.config, hidden, mask, cache, layer_idx=i)
         made = call.masks[key]
         return made.to(hidden.device) if isinstance(made, Tensor) else made
+
+    def _soft_mask(self, i: int, call: Call, hidden: Tensor, kwargs: dict) -> Tensor:
+        """The attention mask of the run of layers that layer `i` belongs to, while a method trains."""
+        backend = self.lm.config._attn_implementation
+        if backend not in ("eager", "sdpa"):
+            raise ValueError(
+                f"{backend} attention takes no weights of keys, which training between layers needs; "
+                "call model.set_attn_implementation('sdpa')"
+            )
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "a method in training hides visual tokens instead of dropping them, and a KV cache would bring them "
+                "back: pass use_cache=False, or call .eval() on the trained part to drop them"
+            )
+        segment, weight = call.segments[i], call.weights[i]
+        key = id(segment), id(weight)
+        if key not in call.masks:
+            call.masks[key] = soft_mask(segment.mask, weight, hidden.dtype)
+        return call.masks[key].to(hidden.device)
