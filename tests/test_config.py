@@ -67,6 +67,74 @@ def test_stages(load):
     assert config.variants()[2].stages == tuple(stages)
 
 
+def test_costs_are_budgets(load):
+    config = load({"budgets": [64, {"equivalent_tokens": 64}, {"tflops_ratio": 0.15}]})
+    assert labels(config) == [
+        "none",
+        "random-64",
+        "random-equivalent_tokens=64",
+        "random-tflops_ratio=0.15",
+        "divprune-64",
+        "divprune-equivalent_tokens=64",
+        "divprune-tflops_ratio=0.15",
+    ]
+    plain, cost = config.variants()[4:6]
+    assert not plain.unsolved
+    assert cost.unsolved
+    assert (cost.stages, cost.budget) == (({"method": "divprune"},), {"equivalent_tokens": 64})
+    solved = cost.solve([{"method": "divprune", "keep": 64}], {"knob": "keep"})
+    assert (solved.unsolved, solved.label, solved.stages[0]["keep"]) == (False, cost.label, 64)
+
+
+def test_costs_of_one_method(load):
+    methods = [
+        {"method": "fastv", "layer": 3, "budget": {"equivalent_tokens": 70}},
+        {"method": "fastv", "keep": 16, "budget": {"tflops_ratio": 0.4}},
+        {"method": "divprune", "budgets": [32, {"equivalent_tokens": 64.5}], "label": "mine"},
+    ]
+    rows = load({"methods": methods, "budgets": [], "baselines": []}).variants()
+    assert [row.label for row in rows] == [
+        "none",
+        "fastv-layer=3-equivalent_tokens=70",
+        "fastv-16-tflops_ratio=0.4",
+        "mine-32",
+        "mine-equivalent_tokens=64.5",
+    ]
+    assert [row.budget for row in rows[1:]] == [
+        {"equivalent_tokens": 70},
+        {"tflops_ratio": 0.4},
+        32,
+        {"equivalent_tokens": 64.5},
+    ]
+    assert rows[1].stages == ({"method": "fastv", "layer": 3},)
+
+
+def test_costs_of_stages(load):
+    stages = [{"method": "random"}, {"method": "dropvisual", "layer": 0.5}]
+    entry = {"stages": stages, "budgets": [{"equivalent_tokens": 8}, {"equivalent_tokens": 4}]}
+    rows = load({"methods": [entry], "budgets": [], "baselines": ["random"], "seed": 3}).variants()
+    assert [row.label for row in rows[1:]] == [
+        "random-equivalent_tokens=8",
+        "random-equivalent_tokens=4",
+        "random-seed=3+dropvisual-layer=0.5-equivalent_tokens=8",
+        "random-seed=3+dropvisual-layer=0.5-equivalent_tokens=4",
+    ]
+    assert rows[3].stages == ({"method": "random", "seed": 3}, stages[1])
+
+
+def test_costs_reach_methods_without_keep(load):
+    cost = {"equivalent_tokens": 64}
+    assert labels(load({"methods": ["dropvisual"], "budgets": [cost], "baselines": []})) == [
+        "none",
+        "dropvisual-equivalent_tokens=64",
+    ]
+    assert labels(load({"methods": ["dropvisual"], "budgets": [16, cost], "baselines": []})) == [
+        "none",
+        "dropvisual",
+        "dropvisual-equivalent_tokens=64",
+    ]
+
+
 def test_the_seed_reaches_random_methods(load):
     config = load({"methods": ["random", {"method": "random", "keep": 3, "seed": 9}], "seed": 5, "budgets": [64]})
     seeds = [s["seed"] for v in config.variants() for s in v.stages if s["method"] == "random"]
@@ -120,6 +188,22 @@ def test_what_makes_runs_comparable(load):
         ({"methods": [{"method": "fastv", "label": "../x"}]}, "methods.0.label"),
         ({"baselines": ["rndom"]}, "unknown method 'rndom'. Did you mean 'random'?"),
         ({"limit": 0}, "limit"),
+        ({"budgets": [{"equivalent_token": 3}]}, "budgets.0: unknown key 'equivalent_token'. Did you mean"),
+        ({"budgets": [{}]}, "budgets.0: give one of {equivalent_tokens: 64} and {tflops_ratio: 0.15}"),
+        ({"budgets": [{"equivalent_tokens": 3, "tflops_ratio": 0.1}]}, "budgets.0: give one of"),
+        ({"budgets": [{"equivalent_tokens": 0}]}, "budgets.0.equivalent_tokens: Input should be greater than 0"),
+        ({"budgets": [{"tflops_ratio": 1.5}]}, "budgets.0.tflops_ratio: Input should be less than or equal to 1"),
+        ({"budgets": ["many"]}, "budgets.0"),
+        ({"methods": [{"method": "fastv", "budget": 3, "budgets": [4]}]}, "give either 'budget' or 'budgets'"),
+        (
+            {"methods": [{"method": "fastv", "keep": 3, "budget": 4}]},
+            "next to 'keep' or 'stages', 'budgets' lists costs",
+        ),
+        (
+            {"methods": [{"method": "divprune", "keep": 3, "budget": {"tflops_ratio": 0.1}}]},
+            "divprune: nothing is left to solve; leave out the option that the budget shall decide",
+        ),
+        ({"methods": [{"method": "none", "budget": {"tflops_ratio": 0.1}}]}, "none: nothing is left to solve"),
         ("just words", "a configuration is a mapping"),
         ("model: [", "not readable as YAML"),
         ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
@@ -148,8 +232,8 @@ def test_shipped_files_are_valid(path):
     config = load_config(path)
     rows = config.variants()
     assert rows[0].unpatched
-    budgets = {v.budget for v in rows if v.budget is not None}
-    assert {v.budget for v in rows if v.stages[0]["method"] == "random"} == budgets
+    budgets = {str(v.budget) for v in rows if v.budget is not None}
+    assert {str(v.budget) for v in rows if v.stages[0]["method"] == "random"} == budgets
     assert config.output == Path("runs") / path.stem
 
 

@@ -1,6 +1,7 @@
 """`vlmslim run` on a stand-in for lmms-eval: order, resuming, refusing to mix, failing loudly."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import yaml
 from evaluation_doubles import FakeHarness, write_config
 from filelock import FileLock
 
+from vlmslim.budget import BudgetError, Solution
 from vlmslim.evaluation.config import ConfigError, load_config
-from vlmslim.evaluation.run import CellError, check_effect, run
+from vlmslim.evaluation.run import CellError, Display, check_effect, run
 from vlmslim.evaluation.store import Store
 
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
@@ -151,8 +153,100 @@ def test_a_row_that_is_taken_out_leaves_the_leaderboard(config):
 def test_one_label_cannot_mean_two_methods(config):
     entry = {"method": "fastv", "keep": 16, "label": "mine"}
     run(config(methods=[entry]), harness=FakeHarness())
-    with pytest.raises(ConfigError, match="a cell mine / count that was made with .*'fastv'"):
+    with pytest.raises(ConfigError) as error:
         run(config(methods=[entry | {"layer": 3}]), harness=FakeHarness())
+    assert str(error.value) == (
+        f"mine was changed in the middle of the run: {config().output} holds its cell count, made with\n"
+        "  method: fastv, keep: 16\nand now it is\n  method: fastv, keep: 16, layer: 3\n"
+        "Give the changed method another 'label', use another --output directory, or start over with --fresh"
+    )
+
+
+def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
+    run(config(), harness=FakeHarness())
+    store = Store(config().output)
+    cell, samples = store.cell("random-16", "text"), store.samples("random-16", "text")
+    cell = {k: v for k, v in cell.items() if k not in ("label", "task", "samples_sha256")}
+    store.save_cell("random-16", "text", cell | {"config_hash": "0" * 64}, samples)
+    with pytest.raises(ConfigError, match="cell random-16 / text of another run .configuration 000000000000, now "):
+        run(config(), harness=FakeHarness())
+
+
+COST = {"equivalent_tokens": 40}
+
+
+class Solving(FakeHarness):
+    """Solves every budget by keep=40, which costs what was asked, or `cost`."""
+
+    def __init__(self, cost=40.0, impossible=(), **options):
+        super().__init__(**options)
+        self.solved, self.cost, self.impossible = [], cost, impossible
+
+    def solve(self, variant):
+        self.solved.append(variant.label)
+        if variant.label in self.impossible:
+            raise BudgetError(f"{variant.label} cannot")
+        stages = ({**variant.stages[0], "keep": 40},)
+        return Solution(stages, "keep", 40, variant.budget, 40.0, 4)
+
+    def evaluate(self, variant, task):
+        plain = replace(variant, budget=self.cost) if isinstance(variant.budget, dict) else variant
+        return super().evaluate(plain, task)
+
+
+SOLVED_ROWS = ["random-equivalent_tokens=40", "divprune-equivalent_tokens=40"]
+
+
+def test_costs_are_solved_before_anything_is_evaluated(config):
+    harness = Solving()
+    board = run(config(budgets=[64, COST]), harness=harness)
+    assert harness.solved == SOLVED_ROWS
+    assert harness.loads == 1
+    assert [row.label for row in board.rows if row.budget == COST] == SOLVED_ROWS
+    cell = Store(config().output).cell("divprune-equivalent_tokens=40", "text")
+    assert cell["stages"] == [{"method": "divprune", "keep": 40}]
+    assert cell["budget"] == {
+        "knob": "keep",
+        "value": 40,
+        "target": COST,
+        "achieved": 40.0,
+        "prompts": 4,
+        "spent": 40.0,
+    }
+    assert "budget" not in Store(config().output).cell("divprune-64", "text")
+
+
+def test_a_solution_is_kept_for_later_calls(config):
+    run(config(budgets=[COST]), harness=Solving())
+    again = Solving()
+    run(config(budgets=[COST]), harness=again)
+    assert (again.solved, again.evaluated, again.loads) == ([], [], 0)
+    more = Solving()
+    run(config(budgets=[COST], tasks=["count", "text", "spatial"], methods=["divprune", "uniform"]), harness=more)
+    assert more.solved == ["uniform-equivalent_tokens=40"]
+    (config().output / "solutions.json").unlink()  # or damaged: the solver is deterministic, so nothing is lost
+    once_more = Solving()
+    run(config(budgets=[COST]), harness=once_more)
+    assert (once_more.solved, once_more.evaluated) == (SOLVED_ROWS, [])
+
+
+def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
+    harness = Solving(impossible=SOLVED_ROWS)
+    with pytest.raises(ConfigError, match="random-equivalent_tokens=40 cannot\ndivprune-equivalent_tokens=40 cannot"):
+        run(config(budgets=[64, COST]), harness=harness)
+    assert harness.evaluated == []
+
+
+def test_a_task_that_costs_otherwise_than_the_sample_is_named(config):
+    said = []
+
+    class Listening(Display):
+        def say(self, text):
+            said.append(text)
+
+    run(config(budgets=[COST]), harness=Solving(cost=50.0), display=Listening())
+    assert "divprune-equivalent_tokens=40 costs 50 on text: its questions differ from the sample's" in said
+    assert Store(config().output).cell("divprune-equivalent_tokens=40", "text")["budget"]["spent"] == 50.0
 
 
 def test_a_method_without_effect_fails_the_run(config):

@@ -4,22 +4,34 @@ An example:
 
     model: {pretrained: bundled/tiny-llava, dtype: float32, device: cpu}
     tasks: [scenes_count, {task: pope, metric: pope_f1_score}]
-    budgets: [64, 16]
+    budgets: [64, 16, {equivalent_tokens: 64}]
     methods: [divprune, {method: fastv, keep: 64, layer: 3}]
     output: runs/example
 
-Unknown keys are errors. The unpatched model (`none`) is in every comparison and runs first; the baselines follow.
+A budget is the `keep` of each method, or a cost that is the same for all; then each method's own option is solved on
+the model (`vlmslim.budget`). Unknown keys are errors. The unpatched model (`none`) is in every comparison and runs
+first; the baselines follow.
 """
 
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictFloat,
+    StrictInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 Keep = StrictInt | StrictFloat
 
@@ -68,10 +80,15 @@ class ModelConfig(_Strict):
 
 
 class TaskConfig(_Strict):
-    """One lmms-eval task, group or tag; `metric` is the one on the leaderboard (by default the task's first)."""
+    """One lmms-eval task, group or tag.
+
+    metric : the one on the leaderboard; by default the task's first
+    group  : the slice of the leaderboard it belongs to; by default known from its name (`task_groups.py`)
+    """
 
     task: str
     metric: str | None = None
+    group: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -79,25 +96,65 @@ class TaskConfig(_Strict):
         return {"task": data} if isinstance(data, str) else data
 
 
+class Cost(_Strict):
+    """A budget that costs every method the same; what the two currencies count is said in `vlmslim.budget`."""
+
+    equivalent_tokens: Annotated[float, Field(gt=0)] | None = None
+    tflops_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.equivalent_tokens is None) == (self.tflops_ratio is None):
+            raise ValueError("give one of {equivalent_tokens: 64} and {tflops_ratio: 0.15}")
+        return self
+
+    def target(self) -> dict[str, int | float]:
+        """The currency and its number, JSON-able; whole numbers are integers."""
+        return {k: int(v) if v == int(v) else v for k, v in self.model_dump(exclude_none=True).items()}
+
+
+def _kind(value) -> str:
+    return "[cost]" if isinstance(value, dict | Cost) else "[keep]"
+
+
+Budget = Annotated[Annotated[Keep, Tag("[keep]")] | Annotated[Cost, Tag("[cost]")], Discriminator(_kind)]
+
+
 class MethodConfig(_Strict):
-    """A method with its options, or a list of stages. `keep` may list several budgets; other keys are options."""
+    """A method with its options, or a list of stages; other keys are options.
+
+    keep    : one budget or several, instead of the run's
+    budgets : likewise, with costs among them. With a cost, options that are given stay, and the first of the others
+              that `vlmslim.budget.free_knob` knows is solved
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     method: str | None = None
     stages: list[dict] | None = None
     keep: Keep | Annotated[list[Keep], Field(min_length=1)] | None = None
+    budgets: Annotated[list[Budget], Field(min_length=1)] | None = None
     label: Annotated[str, Field(pattern=r"^[\w.+=,-]+$")] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _name_alone(cls, data):
-        return {"method": data} if isinstance(data, str) else data
+    def _short_forms(cls, data):
+        data = {"method": data} if isinstance(data, str) else data
+        if isinstance(data, dict) and "budget" in data:
+            if "budgets" in data:
+                raise ValueError("give either 'budget' or 'budgets'")
+            data = {k: v for k, v in data.items() if k != "budget"} | {"budgets": [data["budget"]]}
+        return data
 
     @model_validator(mode="after")
     def _one_or_the_other(self):
         if (self.method is None) == (self.stages is None):
             raise ValueError("give either 'method' or 'stages'")
+        counts = any(not isinstance(budget, Cost) for budget in self.budgets or ())
+        if counts and (self.keep is not None or self.stages is not None):
+            raise ValueError("next to 'keep' or 'stages', 'budgets' lists costs such as {equivalent_tokens: 64}")
+        if isinstance(self.keep, list) and self.budgets:
+            raise ValueError("next to 'budgets', 'keep' is one number")
         if self.stages is not None:
             if self.keep is not None or self.options:
                 raise ValueError("with 'stages', every stage carries its own 'keep' and options")
@@ -125,7 +182,8 @@ class RunConfig(_Strict):
     model: ModelConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     methods: Annotated[list[MethodConfig], Field(min_length=1)]
-    budgets: list[Keep] = []
+    budgets: list[Budget] = []
+    budget_prompts: Annotated[int, Field(ge=1)] = 16
     baselines: list[str] = ["random"]
     batch_size: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
@@ -141,8 +199,8 @@ class RunConfig(_Strict):
             ConfigError: a method or an option does not exist or is out of range, or two rows have one label.
         """
         listed = list(chain.from_iterable(self._expand(entry) for entry in self.methods))
-        budgets = dict.fromkeys([v.budget for v in listed if v.budget is not None])
-        base = [MethodConfig(method=name, keep=list(budgets)) for name in self.baselines if budgets]
+        budgets = list({str(v.budget): v.budget for v in listed if v.budget is not None}.values())
+        base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines if budgets]
         baselines = list(chain.from_iterable(self._expand(entry) for entry in base))
         mentioned = {v.identity for v in listed}
         rows = [Variant("none", ({"method": "none"},))]
@@ -157,24 +215,50 @@ class RunConfig(_Strict):
 
     def _expand(self, entry: MethodConfig) -> list["Variant"]:
         if entry.stages is not None:
-            stages = tuple(self._seeded(stage) for stage in entry.stages)
-            return [Variant(entry.label or "+".join(_label(**s) for s in entry.stages), stages, _budget(entry.stages))]
-        given = entry.keep if isinstance(entry.keep, list) else [entry.keep]
-        if entry.keep is None and "keep" in _options(entry.method):
-            default = _options(entry.method)["keep"]
-            given = self.budgets or ([] if default is MISSING else [default])
-            if not given:
-                raise ConfigError(f"{entry.method}: how many tokens? Give 'keep' here, or 'budgets' for all methods")
+            return [self._staged(entry, cost) for cost in entry.budgets or [None]]
         rows = []
-        for keep in given:
-            stage = {"method": entry.method} | ({} if keep is None else {"keep": keep}) | entry.options
-            label = entry.label or _label(**stage)
-            if entry.label and len(given) > 1:
-                label = f"{entry.label}-{keep}"
-            rows.append(Variant(label, (self._seeded(stage),), keep))
+        budgets = self._budgets(entry)
+        for budget in budgets:
+            stage = {"method": entry.method} | ({} if entry.keep is None else {"keep": entry.keep}) | entry.options
+            if isinstance(budget, Cost):
+                knob = _knob([stage])[1]
+                seeded, budget = self._seeded(stage, knob), budget.target()
+            else:
+                stage |= {} if budget is None else {"keep": budget}
+                seeded = self._seeded(stage)
+            label = entry.label or _label(**stage, budget=budget)
+            if entry.label and len(budgets) > 1:
+                label = f"{entry.label}-{_text(budget)}"
+            rows.append(Variant(label, (seeded,), budget))
         return rows
 
-    def _seeded(self, stage: dict) -> dict:
+    def _staged(self, entry: MethodConfig, cost: Cost | None) -> "Variant":
+        """The row of several stages, with everything given or with one option left to a cost."""
+        place, knob = (None, None) if cost is None else _knob(entry.stages)
+        stages = tuple(self._seeded(s, knob if i == place else None) for i, s in enumerate(entry.stages))
+        label = entry.label or "+".join(_label(**stage) for stage in entry.stages)
+        if cost is None:
+            return Variant(label, stages, _budget(entry.stages))
+        target = cost.target()
+        alone = entry.label and len(entry.budgets) == 1
+        return Variant(label if alone else f"{label}-{_text(target)}", stages, target)
+
+    def _budgets(self, entry: MethodConfig) -> list:
+        """The budgets of a method: its own, else the run's as far as they mean something to it, else its default."""
+        if entry.budgets:
+            return entry.budgets
+        if entry.keep is not None:
+            return entry.keep if isinstance(entry.keep, list) else [entry.keep]
+        options = _options(entry.method)
+        if "keep" not in options:
+            costs = [budget for budget in self.budgets if isinstance(budget, Cost) and _has_knob(entry)]
+            return costs if costs and costs == self.budgets else [None, *costs]
+        given = self.budgets or ([] if options["keep"] is MISSING else [options["keep"]])
+        if not given:
+            raise ConfigError(f"{entry.method}: how many tokens? Give 'keep' here, or 'budgets' for all methods")
+        return given
+
+    def _seeded(self, stage: dict, unsolved: str | None = None) -> dict:
         """The stage checked, and given the run's seed if its method draws random numbers."""
         from vlmslim.methods import method
 
@@ -183,7 +267,7 @@ class RunConfig(_Strict):
         if "seed" in _options(name):
             stage.setdefault("seed", self.seed)
         try:
-            method(name, **stage)
+            method(name, **stage | ({} if unsolved is None else {unsolved: 1}))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return {"method": name, **stage}
@@ -204,17 +288,29 @@ class Variant:
 
     label  : names the row, and its directory
     stages : dictionaries of a method's name and its options
-    budget : the `keep` that rows are grouped by; None where there is none
+    budget : what rows are grouped by: `keep`, or a cost such as {"equivalent_tokens": 64}; None where there is none
+    solved : what a cost came to, once that is known: `Solution.record()`. Until then `stages` lack one option
     """
 
     label: str
     stages: tuple[dict, ...] = field(hash=False)
-    budget: int | float | None = None
+    budget: int | float | dict | None = field(default=None, hash=False)
+    solved: dict | None = field(default=None, hash=False)
 
     @property
     def identity(self) -> str:
         """What it does, whatever its label."""
-        return repr([sorted(stage.items(), key=str) for stage in self.stages])
+        cost = self.budget if isinstance(self.budget, dict) else None
+        return repr(([sorted(stage.items(), key=str) for stage in self.stages], cost))
+
+    @property
+    def unsolved(self) -> bool:
+        """Whether an option is still to be found that makes it cost its budget."""
+        return isinstance(self.budget, dict) and self.solved is None
+
+    def solve(self, stages: list[dict], solved: dict) -> "Variant":
+        """The same row with every option known."""
+        return replace(self, stages=tuple(stages), solved=solved)
 
     @property
     def unpatched(self) -> bool:
@@ -232,9 +328,31 @@ def _options(name: str) -> dict:
         raise ConfigError(str(error)) from error
 
 
-def _label(method: str, keep=None, **options) -> str:
+def _label(method: str, keep=None, budget=None, **options) -> str:
+    cost = [_text(budget)] if isinstance(budget, dict) else []
     parts = [method, *([str(keep)] if keep is not None else []), *(f"{k}={v}" for k, v in sorted(options.items()))]
-    return re.sub(r"[^\w.+=,-]+", "_", "-".join(parts))
+    return re.sub(r"[^\w.+=,-]+", "_", "-".join(parts + cost))
+
+
+def _text(budget: int | float | dict) -> str:
+    """A budget in a label."""
+    return ",".join(f"{k}={v}" for k, v in budget.items()) if isinstance(budget, dict) else str(budget)
+
+
+def _knob(stages: list[dict]) -> tuple[int, str]:
+    """The stage and the option of it that a cost solves."""
+    from vlmslim.budget import free_knob
+
+    try:
+        return free_knob(stages)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _has_knob(entry: MethodConfig) -> bool:
+    from vlmslim.methods import method_class
+
+    return any(k in _options(entry.method) and k not in entry.options for k in method_class(entry.method).knobs)
 
 
 def _budget(stages: list[dict]) -> int | float | None:

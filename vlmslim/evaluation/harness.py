@@ -1,6 +1,7 @@
 """Everything in `vlmslim run` that talks to lmms-eval: finding tasks, evaluating a cell, timing, plain config files."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -13,10 +14,11 @@ from loguru import logger
 
 import vlmslim
 import vlmslim.tasks
-from vlmslim import bundled
+from vlmslim.budget import Solution, Solver
 from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_flops
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
+from vlmslim.saving import located
 
 BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent
 #: lmms-eval's own default on the command line; the Python API would leave reasoning tags alone.
@@ -53,7 +55,7 @@ class Tasks:
         leaves: dict[str, TaskConfig] = {}
         for task in config.tasks:
             for name in self._leaves(task.task):
-                leaves.setdefault(name, TaskConfig(task=name, metric=task.metric))
+                leaves.setdefault(name, task.model_copy(update={"task": name}))
         self.leaves = list(leaves.values())
 
     def _leaves(self, name: str) -> list[str]:
@@ -98,8 +100,8 @@ def describe_checkpoint(config: RunConfig) -> dict:
     """What is known of a checkpoint before it is loaded: its identity and its sizes."""
     from transformers import AutoConfig
 
-    name = bundled.resolve(config.model.pretrained)
-    loaded = AutoConfig.from_pretrained(name, revision=config.model.revision)
+    name, revision, _ = located(config.model.pretrained, None, None, config.model.revision, {})
+    loaded = AutoConfig.from_pretrained(name, revision=revision)
     return {
         "identity": provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None),
         "shape": asdict(DecoderShape.from_config(loaded)),
@@ -119,6 +121,7 @@ class Harness:
         from vlmslim.evaluation.lmms_model import VlmSlim
 
         self.config, self.progress = config, progress
+        self._solver: Solver | None = None
         self.tasks = Tasks(config)
         first = VlmSlim(**config.model.arguments())
         self.model, self.processor = first.model, first.processor
@@ -168,6 +171,17 @@ class Harness:
             results.pop(name, None)
         return Cell(results, samples, lm.receipt)
 
+    def solve(self, variant: Variant) -> Solution:
+        """Make a method cost its budget, on the first questions of the tasks, taken in turn.
+
+        Raises:
+            BudgetError: it cannot.
+        """
+        if self._solver is None:
+            tasks, limit = len(self.tasks.leaves), self.config.limit or math.inf
+            self._solver = Solver(self.model, self._prompts(min(max(self.config.budget_prompts, tasks), limit * tasks)))
+        return self._solver.solve(list(variant.stages), **variant.budget)
+
     def time(self, variants: list[Variant], tick: Callable[[], None] = lambda: None) -> dict:
         """Prefill and decode times of all methods on the same prompts, in turn, with ratios to the first."""
         timing = self.config.timing
@@ -214,7 +228,14 @@ def export(config: RunConfig, tasks: Tasks, directory: Path) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for variant in config.variants():
+    variants = config.variants()
+    for variant in variants:
+        if variant.unsolved:
+            raise ConfigError(
+                f"{variant.label}: a cost is solved on the model, by vlmslim run; for plain files write the "
+                "option that it found (solutions.json in the output directory) instead of the cost"
+            )
+    for variant in variants:
         for task in tasks.leaves:
             path = directory / f"{variant.label}__{task.task.replace('/', '_')}.yaml"
             plain = {

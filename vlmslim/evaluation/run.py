@@ -1,5 +1,6 @@
 """`vlmslim run`: evaluate every method at every budget on every task, and survive interruptions."""
 
+import json
 import os
 import time
 from contextlib import AbstractContextManager
@@ -8,6 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from vlmslim.budget import TOLERANCE, BudgetError, spent
+from vlmslim.efficiency import DecoderShape
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
 from vlmslim.evaluation.leaderboard import Leaderboard
@@ -49,7 +52,8 @@ def run(config: RunConfig, *, fresh: bool = False, display: Display | None = Non
         harness: what evaluates a cell; by default the checkpoint behind lmms-eval.
 
     Raises:
-        ConfigError: the output directory belongs to another comparison, or to a run that is still going on.
+        ConfigError: the output directory belongs to another comparison, or to a run that is still going on; or a
+            method cannot meet a budget.
         CellError: a cell failed, or its method had no effect.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -85,6 +89,7 @@ class _Run:
             "hardware": provenance.hardware(config.model.device),
         }
         checkpoint = harness.describe_checkpoint(config)
+        self.shape = DecoderShape(**checkpoint["shape"])
         self.hash = store.open_run(
             shared=config.shared() | {"checkpoint": checkpoint["identity"], "versions": self.record["versions"]},
             config={
@@ -107,6 +112,7 @@ class _Run:
         return self._loaded
 
     def complete(self) -> Leaderboard:
+        self.variants = self._solved()
         todo = [(v, t.task) for v in self.variants for t in self.tasks if not self._is_finished(v, t.task)]
         total = len(self.variants) * len(self.tasks)
         self.display.cells(total, total - len(todo))
@@ -119,14 +125,47 @@ class _Run:
         write_all(board, self.store.directory)
         return board
 
+    def _solved(self) -> list[Variant]:
+        """The rows with every cost solved. A solution is kept: a task that is added later changes no method."""
+        known = self.store.solutions
+        known = known["rows"] if known is not None and known["config_hash"] == self.hash else {}
+        rows, failures = [], []
+        for variant in self.variants:
+            if variant.unsolved:
+                asked = {"stages": list(variant.stages), "budget": variant.budget}
+                found = known.get(variant.label)
+                if found is None or found["asked"] != json.loads(json.dumps(asked)):
+                    self.display.say(f"solving {variant.label}")
+                    try:
+                        solution = self.harness.solve(variant)
+                    except BudgetError as error:
+                        failures.append(str(error))
+                        continue
+                    found = {"asked": asked, "stages": list(solution.stages), "solved": solution.record()}
+                    known[variant.label] = found
+                    self.store.save_solutions({"config_hash": self.hash, "rows": known})
+                variant = variant.solve(found["stages"], found["solved"])
+            rows.append(variant)
+        if failures:
+            raise ConfigError("\n".join(failures))
+        return rows
+
     def _is_finished(self, variant: Variant, task: str) -> bool:
         cell = self.store.cell(variant.label, task)
         if cell is None:
             return False
-        if cell["stages"] != list(variant.stages) or cell["config_hash"] != self.hash:
+        way_out = "use another --output directory, or start over with --fresh"
+        if cell["config_hash"] != self.hash:
             raise ConfigError(
-                f"{self.store.directory} holds a cell {variant.label} / {task} that was made with {cell['stages']}; "
-                "give the changed method another 'label', use another --output directory, or start over with --fresh"
+                f"{self.store.directory} holds a cell {variant.label} / {task} of another run (configuration "
+                f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {way_out}"
+            )
+        now = json.loads(json.dumps(variant.stages))
+        if cell["stages"] != now:
+            raise ConfigError(
+                f"{variant.label} was changed in the middle of the run: {self.store.directory} holds its cell {task}, "
+                f"made with\n  {_options(cell['stages'])}\nand now it is\n  {_options(now)}\n"
+                f"Give the changed method another 'label', {way_out}"
             )
         return True
 
@@ -147,7 +186,17 @@ class _Run:
             "receipt": cell.receipt,
             "lmms_eval": cell.results,
         }
+        if variant.solved is not None:
+            record["budget"] = variant.solved | {"spent": self._spent(variant, task, cell.receipt)}
         self.store.save_cell(variant.label, task, record, cell.samples)
+
+    def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
+        """What a task really cost; said aloud where that is not what the sample prompts cost."""
+        ((currency, target),) = variant.budget.items()
+        cost = spent(receipt, self.shape)[currency]
+        if abs(cost - target) > TOLERANCE * target:
+            self.display.say(f"{variant.label} costs {cost:.4g} on {task}: its questions differ from the sample's")
+        return cost
 
     def _time(self) -> None:
         """Time all methods together; a method that was added later makes all of them be timed again."""
@@ -169,6 +218,11 @@ class _Run:
         with self.display.bar(total=rounds, desc="timing") as bar:
             times = self.harness.time(self.variants, lambda: bar.update(1))
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
+
+
+def _options(stages: list[dict]) -> str:
+    """Stages as a user writes them."""
+    return " + ".join(", ".join(f"{key}: {value}" for key, value in stage.items()) for stage in stages)
 
 
 def _questions(samples: list[dict]) -> str:

@@ -3,6 +3,7 @@
 run.json                     the configuration, and what every cell shares
 cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of how they came about
 cells/LABEL/TASK.jsonl       its samples, one question per line
+solutions.json               what budgets that are costs came to
 timing.json                  prefill and decode times of all methods, taken together
 leaderboard.{md,csv,json,html}
 """
@@ -92,8 +93,17 @@ class Store:
     def clear(self) -> None:
         """Delete the results, and nothing else that may lie in the directory."""
         shutil.rmtree(self.directory / "cells", ignore_errors=True)
-        for name in ("run.json", "timing.json"):
+        for name in ("run.json", "solutions.json", "timing.json"):
             (self.directory / name).unlink(missing_ok=True)
+
+    def save_solutions(self, record: dict) -> None:
+        """Write what budgets came to."""
+        write_atomically(self.directory / "solutions.json", _sealed(record))
+
+    @property
+    def solutions(self) -> dict | None:
+        """What budgets came to; None if there are none or the file is not whole."""
+        return _unsealed(self.directory / "solutions.json")
 
     # ------------------------------------------------------------------ cells
 
