@@ -1,0 +1,83 @@
+"""The control `schedule`: exact counts at each layer, FastV at one layer, the same random tokens in any batch."""
+
+import pytest
+import torch
+from tiny import LONG_ROWS, SEVERAL, batch, close, greedy, tiny
+
+import vlmslim
+from vlmslim.methods.schedule import Schedule
+
+BY = ("attention", "random")
+
+
+@pytest.mark.parametrize("by", BY)
+@torch.no_grad()
+def test_counts_are_exact_at_each_layer(by):
+    model = tiny("llava")
+    with vlmslim.patch(model, "schedule", layer=[1, 3], counts=[9, 0.25], by=by) as slim:
+        model(**batch(model, SEVERAL))
+    summary = slim.receipt.summary()
+    assert summary["visual_tokens_per_layer"] == [24, 13.5, 13.5, 6]
+    assert summary["requested"] == 4
+    assert Schedule((1, 3), (9, 0.25)).visual_tokens(16, 4) == [16, 9, 9, 4]
+
+
+@torch.no_grad()
+def test_one_layer_by_attention_is_fastv(family):
+    model = tiny(family)
+    inputs = batch(model, LONG_ROWS)
+    with vlmslim.patch(model, "fastv", keep=5, layer=2):
+        want = model(**inputs).logits
+    with vlmslim.patch(model, "schedule", layer=[2], counts=[5]):
+        assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("by", BY)
+@torch.no_grad()
+def test_a_batch_equals_its_rows_one_by_one(by):
+    model = tiny("llava")
+    with vlmslim.patch(model, "schedule", layer=[1, 2], counts=[9, 4], by=by):
+        _, logits = greedy(model, batch(model, LONG_ROWS))
+        for i, row in enumerate(LONG_ROWS):
+            close(logits[i], greedy(model, batch(model, [row]))[1][0])
+
+
+@torch.no_grad()
+def test_the_seed_decides_and_later_tokens_are_among_the_earlier():
+    model = tiny("llava")
+    inputs, seen = batch(model, SEVERAL), {}
+
+    class Spy(Schedule):
+        def retain(self, tokens):
+            keep = super().retain(tokens)
+            kept = keep & (tokens.image > 0)
+            seen[self.seed, tokens.layer] = set(tokens.origin[kept].tolist())
+            return keep
+
+    for seed in (0, 1):
+        with vlmslim.patch(model, Spy((1, 2), (8, 4), "random", seed)):
+            model(**inputs)
+        assert seen[seed, 2] < seen[seed, 1]
+    assert seen[0, 1] != seen[1, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layer=[1, 2], counts=[4]), dict(layer=[], counts=[]), dict(layer=[0], counts=[4]), dict(counts=[1, 2, 3]),
+        dict(by="grid"), dict(counts=[0.5, 0, 0.1]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError):
+        vlmslim.method("schedule", **options)
+
+
+def test_layers_must_ascend_and_tokens_be_the_images_own():
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="ascend"):
+        vlmslim.patch(model, "schedule", layer=[0.25, 0.3], counts=[4, 2])
+    stages = [vlmslim.method("pool", keep=4), Schedule((2,), (2,), "random")]
+    with vlmslim.patch(model, stages), pytest.raises(ValueError, match="merged"), torch.no_grad():
+        model(**batch(model, SEVERAL))
