@@ -56,6 +56,7 @@ class Settings:
     log_every: int = 10
     save_every: int = 100
     method: dict = field(default_factory=dict)  # options of the method
+    script: dict = field(default_factory=dict)  # options of the method's own training script
 
     #: what may differ between a run and its continuation
     FREE = ("workers", "device", "log_every", "save_every", "images")

@@ -82,7 +82,9 @@ def test_counts_that_are_no_squares_name_their_neighbours(count):
         TokenFlex(keep=count, weights="random")
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.25, 4), (0.3, 4), (0.55, 4), (0.5625, 9), (1.0, 16), (0.01, 1)])
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.25, 4), (0.3, 4), (0.5, 4), (0.55, 9), (0.5625, 9), (1.0, 16), (0.01, 1)]
+)
 @torch.no_grad()
 def test_a_share_is_rounded_down_to_a_square(share, kept):
     model = tiny("llava")

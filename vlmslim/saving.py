@@ -232,7 +232,7 @@ def _check_base(saved: Saved, model: nn.Module) -> None:
 
 def _base(model: nn.Module) -> dict:
     name = getattr(model, "name_or_path", "") or ""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         name = bundled.name_of(name) or str(Path(name).resolve())
     return {"name": name, "commit": getattr(model.config, "_commit_hash", None), "shape": shape_of(model)}
 
