@@ -20,7 +20,6 @@ from tiny import (
     batch,
     close,
     greedy,
-    keep_only,
     lengths,
     merged_embeddings,
     reference,
@@ -28,14 +27,10 @@ from tiny import (
     visual,
     words,
 )
-from torch.nn import functional as F
-from vector_checks.divprune import check_greedy, distances
 
 import vlmslim
-from vlmslim.compressor import ImageTokens, resolve_keep
+from vlmslim.compressor import resolve_keep
 from vlmslim.methods import method_class
-from vlmslim.methods.divprune import DivPrune, farthest_points
-from vlmslim.selection import grid_cells, largest_remainder, share_out
 
 METHODS = vlmslim.method_names()
 PRUNING = [name for name in METHODS if name != "none"]
@@ -233,25 +228,6 @@ def test_selections_are_fed_in_raster_order_at_their_positions(family, name, pos
             close(out.logits[0][origin][-1], want[-1])
 
 
-@torch.no_grad()
-def test_selection_order_feeds_in_the_order_of_picks(family):
-    model = tiny(family)
-    row = ROWS[0]
-    inputs = batch(model, [row])
-    (place,) = visual(inputs)
-    embeds = merged_embeddings(model, inputs)[0]
-    picks = place[farthest_points(embeds[place], 6)]
-    short = torch.cat([embeds[: place[0]], embeds[picks], embeds[place[-1] + 1 :]])[None]
-    kept = keep_only(inputs, [picks.sort().values - place[0]])
-    want = reference(model, inputs, kept, embeds=short).full_logits()
-    raster = reference(model, inputs, kept).full_logits()
-    with vlmslim.patch(model, "divprune", keep=6, order="selection"):
-        close(model(**inputs).logits[0], want)
-    with vlmslim.patch(model, "divprune", keep=6):
-        close(model(**inputs).logits[0], raster)
-    assert (want - raster).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("name", ["random", "uniform", "pool", "divprune", "fastv"])
 @torch.no_grad()
 def test_videos_are_compressed(name):
@@ -292,178 +268,6 @@ def test_fractions_of_the_depth():
         with vlmslim.patch(model, "fastv", keep=4, layer=layer):
             found = lengths(model(**inputs).past_key_values)
         assert found == [text + (16 if i < at else 4) for i in range(DEPTH)]
-
-
-# --- divprune, against float64 ---------------------------------------------------------------------------------------
-
-
-def tokens_of(seed: int, n: int, d: int, kind: str) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, d))
-    if kind == "copies":
-        x = x[rng.integers(0, max(1, n // 3), n)]
-    elif kind == "signs":
-        x = np.sign(x)
-    elif kind == "zeros":
-        x[rng.random(n) < 0.3] = 0
-    elif kind == "alike":
-        x = rng.normal(size=d) + 1e-4 * x
-    elif kind == "scaled":
-        x = x * 10.0 ** rng.integers(-3, 4, (n, 1))
-    return x.astype(np.float32)
-
-
-@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 24), st.data())
-@settings(repeatable, max_examples=80)
-def test_divprune_is_greedy_farthest_point_selection(seed, n, d, data):
-    kind = data.draw(st.sampled_from(["plain", "copies", "signs", "zeros", "alike", "scaled"]))
-    k = data.draw(st.integers(1, n))
-    x = tokens_of(seed, n, d, kind)
-    picks = farthest_points(torch.from_numpy(x), k).tolist()
-    assert len(set(picks)) == k
-    assert set(picks) <= set(range(n))
-    distance = distances(x)
-    if n > 1:
-        check_greedy(picks, distance)
-    assert farthest_points(torch.from_numpy(x), n).tolist()[:k] == picks
-
-
-@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 4))
-@repeatable
-def test_divprune_batches_are_their_members(seed, n, batch_size):
-    x = torch.from_numpy(np.stack([tokens_of(seed + i, n, 8, "plain") for i in range(batch_size)]))
-    k = max(1, n // 2)
-    together = farthest_points(x, k)
-    for i in range(batch_size):
-        check_greedy(together[i].tolist(), distances(x[i].numpy()))
-
-
-@torch.no_grad()
-def test_divprune_newlines():
-    """pool: at most one newline. drop: none. rows: those of rows that keep a token. Counts exact in each."""
-    model = tiny("next")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    counts = {}
-    for newline in ("pool", "drop", "rows"):
-        seen = []
-
-        class Spy(DivPrune):
-            def compress_images(self, images, seen=seen):
-                results = super().compress_images(images)
-                seen += zip(images, results, strict=True)
-                return results
-
-        with vlmslim.patch(model, Spy(keep=20, newline=newline)):
-            model(**batch(model, [row]))
-        ((image, result),) = seen
-        index = result.index
-        assert len(index) == 20 == len(set(index.tolist())) == len(result.features)
-        component, line, _ = image.mosaic.unbind(1)
-        newlines = index[component[index] < 0]
-        counts[newline] = len(newlines)
-        if newline == "rows":
-            at = (component < 0).nonzero()[:, 0].tolist()
-            alive = set(line[index[component[index] == 1]].tolist())
-            assert {at.index(i) for i in newlines.tolist()} == alive
-    assert counts["pool"] <= 1
-    assert counts["drop"] == 0
-    assert counts["rows"] > 1
-
-
-# --- uniform and pool ------------------------------------------------------------------------------------------------
-
-
-def made_up(features: torch.Tensor, side: int) -> ImageTokens:
-    """One image on a side x side grid."""
-    n = side * side
-    at = torch.arange(n)
-    grid = torch.stack([torch.zeros_like(at), at // side, at % side], 1)
-    return ImageTokens(features, torch.zeros(1, n, 4), torch.zeros(1, 3, side, side), layout=lambda: grid)
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.data())
-@repeatable
-def test_grid_cells_partition_the_grid_into_rectangles(height, width, data):
-    k = data.draw(st.integers(1, height * width))
-    cells = grid_cells(height, width, k)
-    assert cells.shape == (height, width)
-    assert set(cells.flatten().tolist()) == set(range(k))
-    for cell in range(k):
-        rows, columns = (cells == cell).nonzero().unbind(1)
-        box = cells[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        assert (box == cell).all(), "not a rectangle"
-    sizes = cells.flatten().bincount()
-    assert sizes.max() <= 4 * height * width / k + 1, "a cell is much larger than its share"
-
-
-@given(st.integers(1, 500), st.lists(st.integers(0, 60), min_size=1, max_size=8))
-@repeatable
-def test_budgets_are_shared_in_proportion(k, sizes):
-    if k > sum(sizes):
-        with pytest.raises(ValueError):
-            share_out(k, sizes)
-        return
-    parts = share_out(k, sizes)
-    assert sum(parts) == k
-    for part, size in zip(parts, sizes, strict=True):
-        assert 0 <= part <= size
-        assert abs(part - k * size / sum(sizes)) < 1
-
-
-@given(st.integers(0, 3000))
-def test_the_budget_is_split_without_a_rest(k):
-    parts = largest_remainder(k, (0.5, 0.3, 0.2))
-    assert sum(parts) == k
-    assert all(abs(part - k * share) < 1 for part, share in zip(parts, (0.5, 0.3, 0.2), strict=True))
-    assert largest_remainder(1, (0.0, 0.0, 1.0)) == [0, 0, 1]
-
-
-@given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 10**6))
-@repeatable
-def test_pool_is_average_pooling(outer, inner, seed):
-    side = outer * inner
-    x = torch.randn(side * side, 6, generator=torch.Generator().manual_seed(seed))
-    got = vlmslim.method("pool", keep=outer * outer).compress(made_up(x, side)).features
-    want = F.avg_pool2d(x.double().T.view(1, 6, side, side), inner)[0].flatten(1).T
-    close(got.double(), want, 1e-5)
-
-
-@given(st.integers(2, 9), st.data())
-@repeatable
-def test_pool_averages_every_token_once(side, data):
-    n = side * side
-    k = data.draw(st.integers(1, n))
-    weights = vlmslim.method("pool", keep=k).compress(made_up(torch.eye(n), side)).features  # (k, n)
-    assert weights.shape == (k, n)
-    assert ((weights > 0).sum(0) == 1).all(), "a token is in no cell, or in two"
-    close(weights.sum(1), torch.ones(k), 1e-5)
-    for row in weights:
-        close(row[row > 0], torch.full_like(row[row > 0], 1 / int((row > 0).sum())), 1e-5)
-
-
-@given(st.integers(2, 9), st.integers(1, 4))
-@repeatable
-def test_uniform_takes_the_same_place_of_every_block(outer, inner):
-    side = outer * inner
-    image = made_up(torch.zeros(side * side, 2), side)
-    index = vlmslim.method("uniform", keep=outer * outer).compress(image).index
-    row, column = index // side, index % side
-    blocks = (row // inner * outer + column // inner).tolist()
-    assert blocks == list(range(outer * outer))
-    assert len({(int(r % inner), int(c % inner)) for r, c in zip(row, column, strict=True)}) == 1
-
-
-@given(st.integers(2, 9), st.data())
-@repeatable
-def test_uniform_leaves_no_region_out(side, data):
-    n = side * side
-    k = data.draw(st.integers(1, n))
-    index = vlmslim.method("uniform", keep=k).compress(made_up(torch.zeros(n, 2), side)).index
-    assert len(index) == k == len(set(index.tolist()))
-    assert (index.diff() > 0).all()
-    at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1)
-    reach = (at[:, None] - at[index][None]).abs().amax(-1).amin(1).max()
-    assert reach <= 2 * (n / k) ** 0.5
 
 
 # --- fastv, against the maps of eager attention ----------------------------------------------------------------------

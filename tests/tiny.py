@@ -344,6 +344,12 @@ def visual(inputs: dict, row: int = 0) -> list[Tensor]:
     return list(place.tensor_split(breaks.tolist()))
 
 
+def all_visual(inputs: dict, row: int = 0) -> Tensor:
+    """(L,) bool: the caller's positions of every image and video of a row."""
+    ids = inputs["input_ids"][row]
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
 def keep_only(inputs: dict, chosen: list[Tensor]) -> Tensor:
     """Caller's positions left when image i keeps its tokens `chosen[i]`."""
     length = inputs["input_ids"].shape[1]

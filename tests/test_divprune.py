@@ -1,0 +1,98 @@
+"""DivPrune against an independent greedy search in float64, and its orders and newlines in models."""
+
+import numpy as np
+import torch
+from checks import kept_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BOS, ROWS, Picture, batch, close, keep_only, merged_embeddings, reference, tiny, visual, words
+from vector_checks.divprune import check_greedy, distances
+
+import vlmslim
+from vlmslim.methods.divprune import DivPrune, farthest_points
+
+repeatable = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+def tokens_of(seed: int, n: int, d: int, kind: str) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d))
+    if kind == "copies":
+        x = x[rng.integers(0, max(1, n // 3), n)]
+    elif kind == "signs":
+        x = np.sign(x)
+    elif kind == "zeros":
+        x[rng.random(n) < 0.3] = 0
+    elif kind == "alike":
+        x = rng.normal(size=d) + 1e-4 * x
+    elif kind == "scaled":
+        x = x * 10.0 ** rng.integers(-3, 4, (n, 1))
+    return x.astype(np.float32)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 24), st.data())
+@settings(repeatable, max_examples=80)
+def test_divprune_is_greedy_farthest_point_selection(seed, n, d, data):
+    kind = data.draw(st.sampled_from(["plain", "copies", "signs", "zeros", "alike", "scaled"]))
+    k = data.draw(st.integers(1, n))
+    x = tokens_of(seed, n, d, kind)
+    picks = farthest_points(torch.from_numpy(x), k).tolist()
+    assert len(set(picks)) == k
+    assert set(picks) <= set(range(n))
+    distance = distances(x)
+    if n > 1:
+        check_greedy(picks, distance)
+    assert farthest_points(torch.from_numpy(x), n).tolist()[:k] == picks
+
+
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 4))
+@repeatable
+def test_divprune_batches_are_their_members(seed, n, batch_size):
+    x = torch.from_numpy(np.stack([tokens_of(seed + i, n, 8, "plain") for i in range(batch_size)]))
+    k = max(1, n // 2)
+    together = farthest_points(x, k)
+    for i in range(batch_size):
+        check_greedy(together[i].tolist(), distances(x[i].numpy()))
+
+
+@torch.no_grad()
+def test_divprune_newlines():
+    """pool: at most one newline. drop: none. rows: those of rows that keep a token. Counts exact in each."""
+    model = tiny("next")
+    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
+    counts = {}
+    for newline in ("pool", "drop", "rows"):
+        _, _, ((image, result),), _ = kept_of(model, row, DivPrune, keep=20, newline=newline)
+        index = result.index
+        assert len(index) == 20 == len(set(index.tolist())) == len(result.features)
+        component, line, _ = image.mosaic.unbind(1)
+        newlines = index[component[index] < 0]
+        counts[newline] = len(newlines)
+        if newline == "rows":
+            at = (component < 0).nonzero()[:, 0].tolist()
+            alive = set(line[index[component[index] == 1]].tolist())
+            kept = {at.index(i) for i in newlines.tolist()}
+            assert kept <= alive
+            assert len(alive) - len(kept) <= 1, "the budget may end between a token and its row's newline"
+    assert counts["pool"] <= 1
+    assert counts["drop"] == 0
+    assert counts["rows"] > 1
+
+
+@torch.no_grad()
+def test_selection_order_feeds_in_the_order_of_picks(family):
+    model = tiny(family)
+    row = ROWS[0]
+    inputs = batch(model, [row])
+    (place,) = visual(inputs)
+    embeds = merged_embeddings(model, inputs)[0]
+    picks = place[farthest_points(embeds[place], 6)]
+    short = torch.cat([embeds[: place[0]], embeds[picks], embeds[place[-1] + 1 :]])[None]
+    kept = keep_only(inputs, [picks.sort().values - place[0]])
+    want = reference(model, inputs, kept, embeds=short).full_logits()
+    raster = reference(model, inputs, kept).full_logits()
+    with vlmslim.patch(model, "divprune", keep=6, order="selection"):
+        close(model(**inputs).logits[0], want)
+    with vlmslim.patch(model, "divprune", keep=6):
+        close(model(**inputs).logits[0], raster)
+    assert (want - raster).abs().max() > 0.1
