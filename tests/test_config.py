@@ -13,6 +13,7 @@ GOOD = {
     "tasks": ["pope"],
     "methods": ["divprune"],
     "budgets": [64, 0.1],
+    "baselines": ["random"],
     "output": "out",
 }
 
@@ -33,6 +34,14 @@ def labels(config) -> list[str]:
 
 def test_methods_are_crossed_with_budgets(load):
     assert labels(load()) == ["none", "random-64", "random-0.1", "divprune-64", "divprune-0.1"]
+
+
+def test_random_and_uniform_are_in_unless_told_otherwise(load):
+    config = {name: value for name, value in GOOD.items() if name != "baselines"}
+    rows = ["random-64", "random-0.1", "uniform-64", "uniform-0.1"]
+    assert labels(load(yaml.safe_dump(config))) == ["none", *rows, "divprune-64", "divprune-0.1"]
+    assert labels(load({"baselines": False})) == ["none", "divprune-64", "divprune-0.1"]
+    assert labels(load({"baselines": []})) == ["none", "divprune-64", "divprune-0.1"]
 
 
 def test_the_unpatched_model_comes_first_and_once(load):

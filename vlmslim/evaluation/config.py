@@ -184,7 +184,7 @@ class RunConfig(_Strict):
     methods: Annotated[list[MethodConfig], Field(min_length=1)]
     budgets: list[Budget] = []
     budget_prompts: Annotated[int, Field(ge=1)] = 16
-    baselines: list[str] = ["random"]
+    baselines: list[str] | Literal[False] = ["random", "uniform"]  # methods are worth little that do not beat these
     batch_size: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -200,7 +200,7 @@ class RunConfig(_Strict):
         """
         listed = list(chain.from_iterable(self._expand(entry) for entry in self.methods))
         budgets = list({str(v.budget): v.budget for v in listed if v.budget is not None}.values())
-        base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines if budgets]
+        base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines or [] if budgets]
         baselines = list(chain.from_iterable(self._expand(entry) for entry in base))
         mentioned = {v.identity for v in listed}
         rows = [Variant("none", ({"method": "none"},))]
