@@ -1,0 +1,490 @@
+"""The doctor: honest methods pass, and every planted fault is found by the check that is there for it.
+
+The faults are those of released tools, by their number in test_traps.py where they have one.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from lmms_fixtures import FAMILIES, checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+import vlmslim
+from vlmslim import Compressor, doctor
+from vlmslim.cli import app
+from vlmslim.compressor import resolve_keep
+from vlmslim.decoder import DecoderHooks
+from vlmslim.doctor.checks import CHECKS
+from vlmslim.doctor.prompts import BATCH, LONG, LONG_TEXT, PICTURED, Prompts
+from vlmslim.doctor.runs import difference
+from vlmslim.doctor.watch import anatomy, surroundings
+from vlmslim.methods.uniform import Uniform
+from vlmslim.plan import Segment, Selection
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def load(folder):
+    def load(family="llava", **options):
+        path = checkpoint(family, folder)
+        model = AutoModelForImageTextToText.from_pretrained(path, **options).eval()
+        return model, AutoProcessor.from_pretrained(path)
+
+    return load
+
+
+@pytest.fixture
+def failed(load):
+    """The checks that a method fails, with their notes."""
+
+    def failed(method, **options) -> dict[str, str]:
+        report = doctor.examine(*load(**options), [method])
+        assert [finding.check for finding in report.findings] == list(CHECKS)
+        return {finding.check: finding.note for finding in report.failures}
+
+    return failed
+
+
+# --- honest methods ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plain(Compressor):
+    """Before the language model: tokens at even distances."""
+
+    keep: int | float = 0.25
+
+    def index(self, n):
+        k = resolve_keep(self.keep, n)
+        return torch.arange(k) * n // k
+
+    def compress(self, image):
+        return image.pick(self.index(len(image.features)))
+
+
+@dataclass
+class Late(Compressor):
+    """Between layers: the first tokens of each image."""
+
+    layers: ClassVar = (2,)
+    keep: int | float = 0.25
+
+    def score(self, tokens):
+        return -tokens.origin.float()
+
+    def retain(self, tokens):
+        return tokens.top(self.score(tokens), self.keep)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_honest_methods_pass(load, family):
+    model, processor = load(family)
+    report = doctor.examine(
+        model, processor, [Plain(), Late(), "none", "divprune", [{"method": "uniform", "keep": 0.5}, Late()]]
+    )
+    assert report.passed and not report.failures, str(report)
+    given = {(finding.method, finding.check): finding.status for finding in report.findings}
+    assert len(given) == 5 * len(CHECKS)
+    skipped = {key for key, status in given.items() if status == "n/a"}
+    late, both = "Late(keep=0.25)", "uniform(keep=0.5) + Late(keep=0.25)"
+    assert skipped == {(late, "cache"), (both, "cache")}
+    assert report.receipts["Plain(keep=0.25)"]["kept"] < report.receipts["none"]["kept"]
+    assert report.receipts["none"]["prompts"] == len(BATCH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_passes(load, family):
+    report = doctor.examine(*load(family))
+    assert report.passed, str(report)
+    assert {finding.method for finding in report.findings} == set(vlmslim.method_names())
+    for finding in report.findings:
+        if finding.check == "patch":
+            assert finding.status == "n/a" and len(finding.note) > 20
+
+
+def test_the_model_and_the_processor_are_left_alone(load):
+    model, processor = load()
+    doctor.examine(model, processor, ["none"])  # transformers sets a few things up in a first run
+    before, around, tokenizer = anatomy(model), surroundings(model), repr(processor.tokenizer)
+    doctor.examine(model, processor, ["uniform"])
+    assert not before.changes(anatomy(model)) and not around.changes(surroundings(model))
+    assert repr(processor.tokenizer) == tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_judged_by_its_own_noise(load, dtype):
+    model, processor = load(dtype=dtype)
+    report = doctor.examine(model, processor, [Plain(), Late()])
+    assert not report.failures, str(report)
+    assert report.noise > 1e-4
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def test_keep_all_that_is_not_the_identity(failed):
+    """A method that goes on working where there is nothing to do."""
+
+    class Rescaled(Plain):
+        def compress(self, image):
+            kept = super().compress(image)
+            kept.features = kept.features * (1 + 1e-5)
+            return kept
+
+    assert list(failed(Rescaled())) == ["keep-all"]
+
+
+def test_a_budget_that_is_not_met(failed):
+    """Trap 17: half-precision selection picked tokens twice, 44 distinct ones of 58."""
+
+    class Twice(Plain):
+        def index(self, n):
+            index = super().index(n)
+            return index if len(index) == n else (index // 8 * 8).unique()
+
+    found = failed(Twice())
+    assert list(found) == ["budget"] and "kept of 4 asked for" in found["budget"]
+
+
+def test_a_ranking_that_depends_on_the_neighbours(failed):
+    """Trap 6: the ranking of the first image is applied to all of the batch."""
+
+    class Neighbours(Plain):
+        def compress_images(self, images):
+            first = images[0].features.norm(dim=-1).argsort(descending=True)
+            return [image.pick(first[: resolve_keep(self.keep, len(image.features))].sort().values) for image in images]
+
+    assert list(failed(Neighbours())) == ["batch"]
+
+
+def test_an_image_that_is_assumed_at_a_fixed_place(failed):
+    """Trap 5: places count from the start of the row, padding included."""
+
+    class Fixed(Late):
+        def score(self, tokens):
+            return -(tokens.origin % 7).float()
+
+    found = failed(Fixed())
+    assert {"batch", "padding"} == set(found)
+
+
+def test_positions_that_go_wrong_in_decoding(failed, monkeypatch):
+    """Trap 7: the prompt is renumbered, but the answer goes on from the caller's positions."""
+    describe = DecoderHooks._describe
+
+    def wrong(self, call, embeds, cache, mask, position):
+        describe(self, call, embeds, cache, mask, position)
+        if call.past:
+            call.segments[0].position = call.segments[0].position + call.past.shift
+
+    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    assert set(failed(Plain())) == {"cache", "answer"}
+
+
+def test_one_token_taken_to_mean_decoding(failed, monkeypatch):
+    """Trap 29: several tokens behind a cached prompt are treated as if there were no cache."""
+    describe = DecoderHooks._describe
+
+    def wrong(self, call, embeds, cache, mask, position):
+        describe(self, call, embeds, cache, mask, position)
+        if call.past and embeds.shape[1] > 1:
+            call.segments[0].position = call.segments[0].position + call.past.shift
+
+    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    found = failed(Plain())
+    assert list(found) == ["answer"] and "at once" in found["answer"]
+
+
+def test_masking_instead_of_removing(failed, monkeypatch):
+    """Trap 9: tokens are hidden by the attention mask, but computed and cached."""
+
+    def mask_only(self, keep):
+        keep = keep & self.mask
+        counts, before = keep.sum(1).tolist(), self.mask.sum(1).tolist()
+        if counts == before:
+            return Selection(self, None, counts, before)
+        every = torch.arange(keep.shape[1]).expand_as(keep)
+        segment = Segment(keep, self.image * keep, self.position, self.origin, False, True)
+        return Selection(segment, every, counts, before)
+
+    monkeypatch.setattr(Segment, "select", mask_only)
+    found = failed(Plain())
+    assert "tokens more or less than the receipt says" in found["kv"]
+
+
+def test_keys_that_are_cached_twice(failed, monkeypatch):
+    """Trap 1: a layer is run again for its attention, and appends to the cache again."""
+    leave = DecoderHooks._leave_lm
+
+    def again(self, lm, args, output):
+        output = leave(self, lm, args, output)
+        if self.call.encoded and output.past_key_values is not None:
+            layer = output.past_key_values.layers[-1]
+            layer.keys, layer.values = (torch.cat([x, x], dim=-2) for x in (layer.keys, layer.values))
+        return output
+
+    monkeypatch.setattr(DecoderHooks, "_leave_lm", again)
+    assert "kv" in failed(Plain())
+
+
+def test_memory_above_the_unpatched_model(failed):
+    """Trap 22: what a selection needs is more than what it saves."""
+
+    class Greedy(Plain):
+        def compress(self, image):
+            kept = super().compress(image)
+            torch.ones(4096, 4096).sum()
+            return kept
+
+    found = failed(Greedy())
+    assert list(found) == ["memory"] and "MiB of" in found["memory"]
+
+
+def test_a_full_attention_map(failed):
+    """Traps 2 and 22: every row of the attention is computed to look at one."""
+
+    class Mapped(Late):
+        def score(self, tokens):
+            rows = torch.arange(tokens.mask.shape[1]).expand_as(tokens.mask)
+            return super().score(tokens) + 0 * tokens.attention(rows)[:, 0, -1]
+
+    found = failed(Mapped())
+    assert "attention" in found and set(found) <= {"attention", "memory"}
+    assert "made (1, " in found["attention"]
+
+
+def test_a_back_end_that_is_switched(failed):
+    """Trap 2: eager attention is forced on the model to read its weights."""
+
+    class Eager(Plain):
+        def setup(self, model):
+            model.set_attn_implementation("eager")
+
+    found = failed(Eager())
+    assert "back end changed to eager" in found["attention"]
+    assert "attention implementation" in found["restore"]
+
+
+def test_choices_that_cannot_be_repeated(failed):
+    """Trap 16: random numbers without a seed."""
+
+    class Unseeded(Plain):
+        def index(self, n):
+            return torch.randperm(n)[: resolve_keep(self.keep, n)].sort().values
+
+    assert "repeat" in failed(Unseeded())
+
+
+def test_a_class_that_is_patched(failed, monkeypatch):
+    """Trap 13: a method of the class is replaced, for every model in the process."""
+
+    class Classwide(Plain):
+        def setup(self, model):
+            cls = type(model.model.multi_modal_projector)
+            forward = cls.forward
+            monkeypatch.setattr(cls, "forward", lambda module, x: 1.01 * forward(module, x))
+
+    found = failed(Classwide())
+    assert {"others", "restore"} <= set(found)
+    assert "the other model's logits" in found["others"]
+    assert "LlavaMultiModalProjector.forward" in found["others"]
+
+
+def test_a_library_function_that_is_replaced(failed, monkeypatch):
+    """The same through a module: nobody's numbers change, yet."""
+
+    class Librarywide(Plain):
+        def setup(self, model):
+            sdpa = torch.nn.functional.scaled_dot_product_attention
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: sdpa(*a, **k))
+
+    found = failed(Librarywide())
+    assert {"others", "restore"} == set(found)
+    assert "torch.nn.functional.scaled_dot_product_attention" in found["others"]
+
+
+def test_a_hook_that_is_left_behind(failed):
+    class Hooked(Plain):
+        def setup(self, model):
+            model.lm_head.register_forward_hook(lambda *_: None)
+
+    found = failed(Hooked())
+    assert list(found) == ["restore"] and "lm_head._forward_hooks" in found["restore"]
+
+
+def test_weights_that_are_changed(failed):
+    class Edited(Plain):
+        def setup(self, model):
+            model.lm_head.weight.data.mul_(1.01)
+
+    found = failed(Edited())
+    assert {"others", "restore"} <= set(found)
+    assert "the logits by" in found["restore"]
+
+
+def test_a_mask_that_is_edited_in_place(failed, monkeypatch):
+    """Trap 8: the attention mask belongs to the caller, who decodes with it. A plan on the cache hides it."""
+    enter = DecoderHooks._enter_lm
+
+    def edit(self, lm, args, kwargs):
+        if self.call.encoded and kwargs["attention_mask"] is not None:
+            whole = kwargs["attention_mask"].clone()
+            kwargs["attention_mask"][:, 2:4] = 0
+            kwargs["attention_mask"] = whole
+        return enter(self, lm, args, kwargs)
+
+    monkeypatch.setattr(DecoderHooks, "_enter_lm", edit)
+    assert "keep-all" in failed(Plain())
+
+
+def test_a_method_that_fails(failed):
+    """Trap 6: batch size asserted to 1. It is a finding, not a crash of the doctor."""
+
+    class Single(Plain):
+        def compress_images(self, images):
+            assert len(images) <= 2, "batch size 1 only"
+            return super().compress_images(images)
+
+    found = failed(Single())
+    assert found["batch"] == "AssertionError: batch size 1 only"
+    assert not {"kv", "attention", "others", "restore"} & set(found)
+
+
+def test_an_effect_on_the_next_method_is_not_blamed_on_it(load):
+    class Edited(Plain):
+        def setup(self, model):
+            model.lm_head.weight.data.mul_(1.01)
+
+    report = doctor.examine(*load(), [Edited(), "uniform"])
+    assert report.failures and all("Edited" in finding.method for finding in report.failures)
+
+
+# --- the instruments --------------------------------------------------------------------------------------------------
+
+
+def test_prompts(load):
+    for family in FAMILIES:
+        model, processor = load(family)
+        prompts = Prompts(model, processor)
+        image = model.config.image_token_id
+        left, right = prompts.inputs(), prompts.inputs(side="right")
+        assert left["input_ids"].shape == right["input_ids"].shape
+        assert left["attention_mask"][:, -1].all() and right["attention_mask"][:, 0].all()
+        assert not left["attention_mask"].all() and not right["attention_mask"].all()
+        with_images = [i for i, row in enumerate(left["input_ids"]) if (row == image).any()]
+        assert tuple(with_images) == PICTURED and len(PICTURED) < len(BATCH)
+        long = prompts.inputs((LONG,))["input_ids"]
+        assert int((long != image).sum()) >= LONG_TEXT
+        prompts.inputs()["attention_mask"].zero_()
+        assert torch.equal(prompts.inputs()["attention_mask"], left["attention_mask"])
+
+
+def test_differences():
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert difference(one, one) == 0
+    assert difference([one, one], [one, 3 * one]) == 2
+    assert difference(nan, nan) == float("inf")
+    assert difference(one, torch.ones(3)) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.model.language_model.layers[1].register_forward_hook(print), "layers.1._forward_hooks"),
+        (lambda m: setattr(m.model, "extra", 1), "model.extra"),
+        (lambda m: m.lm_head.weight.data.mul_(2), None),  # in secret: `restore` compares answers too
+        (lambda m: m.lm_head.weight.detach().mul_(1), "values of lm_head.weight"),
+        (lambda m: setattr(m.model.vision_tower, "forward", print), "vision_tower.forward"),
+        (lambda m: setattr(m.config.text_config, "hidden_act", "gelu"), "config"),
+        (lambda m: setattr(m.generation_config, "top_k", 3), "generation config"),
+    ],
+)
+def test_what_a_snapshot_sees(load, change, says):
+    model, _ = load()
+    before = anatomy(model)
+    assert not before.changes(anatomy(model))
+    change(model)
+    changes = before.changes(anatomy(model))
+    assert any(says in name for name in changes) if says else not changes
+
+
+# --- what is refused, and the command ---------------------------------------------------------------------------------
+
+
+def test_refusals(load):
+    model, processor = load()
+    with pytest.raises(ValueError, match="divprun"):
+        doctor.examine(model, processor, ["divprun"])
+    with pytest.raises(ValueError, match="training mode"):
+        doctor.examine(model.train(), processor, ["none"])
+    model.eval()
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad_token"):
+        doctor.examine(model, processor, ["none"])
+    with pytest.raises(TypeError, match="cannot patch"):
+        doctor.examine(torch.nn.Linear(1, 1), processor, ["none"])
+
+
+def test_an_empty_report_has_not_passed(load):
+    report = doctor.examine(*load(), [])
+    assert not report.passed
+
+
+def test_methods_on_the_command_line(tmp_path):
+    assert doctor.parse("none", 0.5) == [{"method": "none"}]
+    assert doctor.parse("divprune", 0.5) == [{"keep": 0.5, "method": "divprune"}]
+    assert doctor.parse("divprune:keep=9+fastv:layer=3", 4) == [
+        {"keep": 9, "method": "divprune"},
+        {"keep": 4, "method": "fastv", "layer": 3},
+    ]
+    assert doctor.parse(str(tmp_path), 0.5) == str(tmp_path)
+    with pytest.raises(ValueError, match="divprune"):
+        doctor.parse("divprun", 0.5)
+
+
+def test_the_command(folder, monkeypatch):
+    path = checkpoint("llava", folder)
+    runner = CliRunner()
+    done = runner.invoke(app, ["doctor", path, "-m", "uniform:keep=4", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    for text in (*CHECKS, "uniform(keep=4)", "16.0 -> 4.0", "0 failed", "12 checks passed"):
+        assert text in done.output
+    compress = Uniform.compress
+
+    def wrong(self, image):
+        kept = compress(self, image)
+        kept.features = kept.features * 1.00001
+        return kept
+
+    monkeypatch.setattr(Uniform, "compress", wrong)
+    done = runner.invoke(app, ["doctor", path, "-m", "uniform", "-m", "none", "--json", "--device", "cpu"])
+    assert done.exit_code == 1, done.output
+    read = json.loads(done.stdout)
+    assert read["passed"] is False and read["model"]["dtype"] == "float32" and read["noise"] > 0
+    (failure,) = (finding for finding in read["findings"] if finding["status"] == "fail")
+    assert failure["method"] == "uniform(keep=0.25)" and failure["check"] == "keep-all"
+    assert failure["measured"] > failure["tolerance"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bundled/nothing"], "no bundled checkpoint"),
+        (["bundled/tiny-llava", "-m", "fastv:layer"], "option=value"),
+        (["bundled/tiny-llava", "--dtype", "float33"], "float32, bfloat16"),
+    ],
+)
+def test_wrong_commands(arguments, says):
+    done = CliRunner().invoke(app, ["doctor", *arguments, "--device", "cpu"])
+    assert done.exit_code == 2, done.output
+    assert says in done.output

@@ -1,0 +1,160 @@
+"""`vlmslim doctor`: prove, on a checkpoint in hand, that a compression method does what it says and nothing else.
+
+    from vlmslim import doctor
+
+    report = doctor.examine(model, processor, ["divprune", {"method": "fastv", "keep": 64}])
+    assert report.passed, report
+
+prompts.py  made-up pictures and conversations
+runs.py     what is asked of the model again and again, and what the unpatched one answers
+watch.py    what a patch could leave behind, and which tensors are made
+checks.py   the checks
+report.py   findings, as a table and as JSON
+
+What each check is for, and how its tolerance is reasoned: docs/trust.md.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from vlmslim import bundled
+from vlmslim.compressor import Keep
+from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
+from vlmslim.doctor.prompts import Prompts
+from vlmslim.doctor.report import Finding, Report
+from vlmslim.doctor.runs import Baseline, Witness
+from vlmslim.efficiency.bench import parse_method
+from vlmslim.families import family_of
+from vlmslim.methods import method_class, method_names
+from vlmslim.slim import Method, patch
+
+__all__ = ["Finding", "Report", "examine", "load", "parse"]
+
+
+def examine(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    methods: Sequence[Method] | None = None,
+    *,
+    keep: Keep = 0.25,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
+) -> Report:
+    """Run every check on every method.
+
+    Args:
+        model: an unpatched LLaVA in evaluation mode, on any device and in any dtype. It is left as it was, if the
+            methods leave it so.
+        processor: its processor.
+        methods: what `vlmslim.patch` takes, each. By default every method that is there, at the budget `keep`; those
+            that this checkpoint cannot have are listed as not applicable, with the reason.
+        keep: visual tokens per image, a count or a share, of the default methods that have such an option.
+        on_finding: told of every finding as it is made.
+
+    Returns:
+        The findings.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for.
+        ValueError: the model is in training mode, or its tokenizer has no padding token.
+    """
+    family_of(model)
+    if model.training:
+        raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
+    prompts = Prompts(model, processor)
+    baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
+    report = Report.about(model, baseline.noise, FACTOR)
+    for given in method_names() if methods is None else methods:
+        name, options = label(given), {"keep": keep} if methods is None and takes_budget(given) else {}
+        before = look(model)
+        try:
+            slim = patch(model, given, **options)
+        except (ValueError, ImportError) as error:
+            if methods is not None:
+                raise
+            report.add(Finding(name, "patch", "n/a", note=str(error)), on_finding)
+            continue
+        with slim:
+            patient = Patient(slim, prompts, baseline, twin, before)
+            for check in CHECKS:
+                finding = _find(name, check, patient)
+                report.add(finding, on_finding)
+                if check == "budget":  # of the batch, once
+                    report.receipts[name] = slim.receipt.summary()
+                if check == "restore" and finding.status == "fail":  # go on from what the method has left
+                    baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
+                    patient.baseline = baseline
+    return report
+
+
+def parse(text: str, keep: Keep) -> str | list[dict]:
+    """Read a method as the command line writes it: `fastv:layer=3:keep=64`, stages joined by `+`, or a saved one.
+
+    Args:
+        text: of the command line.
+        keep: for stages that take a budget and do not say theirs.
+
+    Raises:
+        ValueError: unknown method, or an option without a value.
+    """
+    if Path(text).is_dir():
+        return text
+    stages = [parse_method(part) for part in text.split("+")]
+    return [({"keep": keep} if takes_budget(stage["method"]) else {}) | stage for stage in stages]
+
+
+def takes_budget(name: str) -> bool:
+    """Whether a method has the option `keep`."""
+    return "keep" in {f.name for f in fields(method_class(name)) if f.init}
+
+
+def load(
+    checkpoint: str, *, dtype: str = "float32", device: str | None = None, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A checkpoint and its processor, ready for `examine`.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: no such bundled one, or no such dtype.
+    """
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
+    path = bundled.resolve(checkpoint)
+    processor = AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+
+
+def _find(name: str, check: str, patient: Patient) -> Finding:
+    """Run one check. An exception is a finding too: the method failed at what the check does."""
+    try:
+        found = CHECKS[check](patient)
+    except NotApplicable as why:
+        return Finding(name, check, "n/a", note=str(why))
+    except Exception as error:
+        return Finding(name, check, "fail", note=f"{type(error).__name__}: {error}")
+    status = "pass" if found.passed else "fail"
+    return Finding(name, check, status, found.measured, found.tolerance, found.unit, found.note)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Another model of the same classes, which shares the weights: no memory, and it notices if they are changed."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def label(method: Method) -> str:
+    """A short name of what was given for a method."""
+    if isinstance(method, dict):
+        options = ", ".join(f"{key}={value!r}" for key, value in method.items() if key != "method")
+        return f"{method.get('method')}({options})"
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return " + ".join(map(label, method))
+    return str(method)

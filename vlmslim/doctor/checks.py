@@ -1,0 +1,273 @@
+"""The checks: each compares two things that must be alike, and says how far apart they are.
+
+The first line of a check's docstring is what it claims; `docs/trust.md` says which real fault each one is there for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from vlmslim.compressor import Compressor
+from vlmslim.decoder import compresses
+from vlmslim.doctor.prompts import LONG, PICTURED, Prompts
+from vlmslim.doctor.runs import (
+    STEPS,
+    Baseline,
+    Witness,
+    decode,
+    difference,
+    generate,
+    likelihood,
+    loss,
+    recompute,
+    shapes,
+    singles,
+    tails,
+)
+from vlmslim.doctor.watch import Snapshot, anatomy, surroundings
+from vlmslim.efficiency import DecoderShape, cache_bytes, kv_bytes, peak_memory
+from vlmslim.receipt import Prefill
+from vlmslim.slim import Slim
+
+FACTOR = 10  # how many times the noise of the unpatched model a patched one may differ from itself
+
+
+class NotApplicable(Exception):
+    """There is nothing to check; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """measured, tolerance : of what `unit` says; note : details, above all of a failure."""
+
+    measured: float
+    tolerance: float
+    unit: str
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance."""
+        return self.measured <= self.tolerance
+
+
+@dataclass
+class Patient:
+    """One model under one method.
+
+    slim     : the patch
+    prompts  : what the model is given
+    baseline : what the model does without the patch
+    twin     : what another model of the same classes does, which nobody patches
+    before   : the model, and what it shares with others, without the patch
+    """
+
+    slim: Slim
+    prompts: Prompts
+    baseline: Baseline
+    twin: Witness
+    before: tuple[Snapshot, Snapshot]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in question."""
+        return self.slim.model
+
+    @property
+    def early(self) -> bool:
+        """Whether the method works before the language model only: what it keeps does not hang on the last token."""
+        return not self.slim._decoder.pruners
+
+    @cached_property
+    def first(self) -> tuple[Tensor, Prefill]:
+        """The patched model's logits of the whole batch, decoded token by token, and the prefill behind them."""
+        logits = decode(self.model, self.prompts.inputs(), self.baseline.answer)
+        return logits, self.slim.receipt.last
+
+    @property
+    def decoded(self) -> Tensor:
+        """The logits of `first`."""
+        return self.first[0]
+
+    @property
+    def tolerance(self) -> float:
+        """In logits, where only rounding may differ."""
+        return FACTOR * self.baseline.noise
+
+
+def look(model: nn.Module) -> tuple[Snapshot, Snapshot]:
+    """The model, and what it shares with others."""
+    return anatomy(model), surroundings(model)
+
+
+def budget(patient: Patient) -> Outcome:
+    """It keeps as many visual tokens of every image as it was asked to."""
+    _, last = patient.first
+    images = [image for row in last.images for image in row]
+    if any(image.requested is None for image in images):
+        raise NotApplicable("the method decides itself how many tokens stay")
+    if patient.slim._decoder.before_llm:
+        kept, asked = [image.kept for image in images], [image.requested for image in images]
+    else:
+        kept, asked = last.visual[-1], [sum(image.requested for image in row) for row in last.images]
+    worst = max(zip(kept, asked, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
+    return Outcome(abs(worst[0] - worst[1]), 0, "tokens", f"{worst[0]} kept of {worst[1]} asked for")
+
+
+def batch(patient: Patient) -> Outcome:
+    """A batch of prompts is answered as each prompt by itself."""
+    alone = singles(patient.model, patient.prompts, patient.baseline.answer)
+    return _close(patient, difference(patient.decoded, alone))
+
+
+def padding(patient: Patient) -> Outcome:
+    """Rows padded on the left give the logits of rows padded on the right."""
+    left, right = (tails(patient.model, patient.prompts.inputs(side=side)) for side in ("left", "right"))
+    return _close(patient, difference(left, right))
+
+
+def cache(patient: Patient) -> Outcome:
+    """Decoding through the KV cache gives the logits of recomputing the whole sequence without one."""
+    if not patient.early:
+        raise NotApplicable("pruned between layers: in a longer sequence the last token, which decides, is another")
+    whole = recompute(patient.model, patient.prompts.inputs(), patient.baseline.answer)
+    return _close(patient, difference(patient.decoded, whole))
+
+
+def answer(patient: Patient) -> Outcome:
+    """The log-likelihood of a forced answer, fed at once or as labels, is that of its tokens one by one."""
+    model, prompts, tokens = patient.model, patient.prompts, patient.baseline.answer
+    steps = likelihood(patient.decoded, tokens)
+    apart = {"at once": difference(likelihood(decode(model, prompts.inputs(), tokens, stride=STEPS), tokens), steps)}
+    if patient.early:
+        apart["as labels"] = abs(loss(model, prompts.inputs(), tokens) - float(steps.mean()))
+    note = ", ".join(f"{name} {x:.2g}" for name, x in apart.items())
+    return Outcome(max(apart.values()), patient.tolerance, "nats", note)
+
+
+def kv(patient: Patient) -> Outcome:
+    """The KV cache takes the bytes that theory gives the tokens of the receipt, and the layers computed no others."""
+    model, receipt = patient.model, patient.slim.receipt
+    layers = model.model.language_model.layers
+    shape = DecoderShape.from_config(model.config)
+    held = theory = strange = 0
+    for row in PICTURED:  # one by one: theory knows no padding
+        computed = [0] * len(layers)
+        hooks = [layer.register_forward_pre_hook(_counter(computed, i)) for i, layer in enumerate(layers)]
+        try:
+            with torch.no_grad():
+                out = model(**patient.prompts.inputs((row,)), use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens = [receipt.last.text[0] + visual for (visual,) in receipt.last.visual]
+        held += cache_bytes(out.past_key_values)
+        theory += kv_bytes(shape, tokens, model.dtype)
+        strange += sum(abs(a - b) for a, b in zip(computed, tokens, strict=True))
+    note = f"{held / 2**20:.2f} MiB"
+    if strange:
+        note = f"the layers computed {strange} tokens more or less than the receipt says"
+    return Outcome(abs(held - theory) + strange * receipt.kv_bytes_per_token, 0, "bytes", note)
+
+
+def _counter(computed: list[int], layer: int) -> Callable:
+    def count(module, args):
+        computed[layer] += args[0].shape[1]
+
+    return count
+
+
+def memory(patient: Patient) -> Outcome:
+    """Its peak memory is not above the unpatched model's."""
+    ours, plain = peak_memory(patient.model, patient.prompts.inputs()), patient.baseline.peak
+    return Outcome(ours / plain, 1, "x", f"{ours / 2**20:.1f} MiB of {plain / 2**20:.1f} MiB")
+
+
+def attention(patient: Patient) -> Outcome:
+    """No full attention map is made, and the attention back end stays what it was."""
+    before, now = patient.baseline.backend, patient.model.config.get_text_config()._attn_implementation
+    if before == "eager":
+        raise NotApplicable("eager attention makes full maps by itself; load the model with sdpa")
+    inputs = patient.prompts.inputs((LONG,))
+    made = shapes(patient.model, inputs) - patient.baseline.shapes
+    lengths = {inputs["input_ids"].shape[1], *patient.slim.receipt.last.sequence}
+    maps = [str(shape) for shape in sorted(made) if len(shape) > 1 and shape[-1] == shape[-2] in lengths]
+    notes = [f"made {', '.join(maps[:3])}"] if maps else []
+    if now != before:
+        notes.append(f"the back end changed to {now}")
+    return Outcome(len(maps) + (now != before), 0, "maps", "; ".join(notes))
+
+
+def repeat(patient: Patient) -> Outcome:
+    """The same prompts twice give the same logits."""
+    again = decode(patient.model, patient.prompts.inputs(), patient.baseline.answer)
+    return Outcome(difference(patient.decoded, again), patient.baseline.wobble, "logits")
+
+
+def others(patient: Patient) -> Outcome:
+    """Another model in the process answers as before, and no shared class or function was replaced."""
+    changed = patient.before[1].changes(surroundings(patient.model))
+    apart = patient.twin.changed()
+    return _nothing(changed, "the other model's logits", apart, patient.twin.wobble)
+
+
+def restore(patient: Patient) -> Outcome:
+    """Taken off, the patch leaves the model as it was: attributes, hooks, weights, classes and answers."""
+    patient.slim.remove()
+    changed = [name for was, now in zip(patient.before, look(patient.model), strict=True) for name in was.changes(now)]
+    return _nothing(changed, "the logits", patient.baseline.changed(), patient.baseline.wobble)
+
+
+def keep_all(patient: Patient) -> Outcome:
+    """Asked to keep everything, it changes nothing: answers, logits and cache are those of the unpatched model."""
+    whole = [keeping_everything(stage) for stage in patient.slim.methods]
+    with Slim(patient.model, whole):
+        ours = generate(patient.model, patient.prompts.inputs())
+    apart = dict(zip(("answers", "logits", "cache"), map(difference, ours, patient.baseline.generated), strict=True))
+    note = ", ".join(f"{name} differ by {x:.3g}" for name, x in apart.items() if x > patient.baseline.wobble)
+    return Outcome(max(apart.values()), patient.baseline.wobble, "logits", note)
+
+
+def keeping_everything(stage: Compressor) -> Compressor:
+    """The same method at a budget of everything.
+
+    Raises:
+        NotApplicable: it has no option `keep`.
+    """
+    if type(stage).stages is Compressor.stages and not compresses(stage) and not stage.layers:
+        return stage  # it only counts
+    if not (is_dataclass(stage) and "keep" in {f.name for f in fields(stage) if f.init}):
+        raise NotApplicable(f"{type(stage).__name__} has no option `keep`")
+    return replace(stage, keep=1.0)
+
+
+def _close(patient: Patient, apart: float) -> Outcome:
+    return Outcome(apart, patient.tolerance, "logits")
+
+
+def _nothing(changed: list[str], what: str, apart: float, wobble: float) -> Outcome:
+    """Nothing may have changed, neither by name nor in what a model answers."""
+    if not apart <= wobble:
+        changed = [f"{what} by {apart:.3g}", *changed]
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return Outcome(len(changed), 0, "changes", f"changed: {', '.join(changed[:3])}{more}" if changed else "")
+
+
+#: In this order: `restore` takes the patch off, `keep-all` puts on one of its own.
+CHECKS: dict[str, Callable[[Patient], Outcome]] = {
+    "budget": budget,
+    "batch": batch,
+    "padding": padding,
+    "cache": cache,
+    "answer": answer,
+    "kv": kv,
+    "memory": memory,
+    "attention": attention,
+    "repeat": repeat,
+    "others": others,
+    "restore": restore,
+    "keep-all": keep_all,
+}
