@@ -25,7 +25,10 @@ KEYS = (
 SMALL = ("REF", "FORM", "SHEET", "PAGE")  # words before the code in small print
 LETTERS = CHARACTERS[:26]
 # Dense labels of a patch; 0 = none. `owner`: initial of the key or row that a character belongs to, or small print.
-LABELS = {"first": 1 + len(CHARACTERS), "second": 1 + len(CHARACTERS), "owner": 28, "place": 5, "column": 6}
+SMALL_PRINT = 1 + len(LETTERS)
+LABELS = {
+    "first": 1 + len(CHARACTERS), "second": 1 + len(CHARACTERS), "owner": 1 + SMALL_PRINT, "place": 5, "column": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def labels(page: Page) -> np.ndarray:
         if patch[0]:  # two small characters in one patch: the first one's role counts
             patch[1] = char
             continue
-        owner = 27 if mark.owner == "small" else 1 + LETTERS.index(mark.owner) if mark.owner else 0
+        owner = SMALL_PRINT if mark.owner == "small" else 1 + LETTERS.index(mark.owner) if mark.owner else 0
         patch[:] = char, 0, owner, mark.place, mark.column
     columns, rows = unpadded(page.image.size, page.crops)
     return out[rows, columns]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pages import CROP, LABELS, LETTERS, PATCH, PINPOINTS, SIDE, TASKS, Page, ask, labels, make_page
+from pages import CROP, LABELS, LETTERS, PATCH, PINPOINTS, SIDE, SMALL_PRINT, TASKS, Page, ask, labels, make_page
 from scenes import CHARACTERS, Question
 from train_common import (
     MEAN,
@@ -28,7 +28,7 @@ from train_common import (
     standardise_inputs,
     start,
 )
-from train_tiny_llava import CHAT_TEMPLATE, IMAGE, pack, pad_packed, whole_answers
+from train_tiny_llava import CHAT_TEMPLATE, IMAGE, load_weights, pack, pad_packed, whole_answers
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -155,7 +155,7 @@ def evidence(known: np.ndarray, question: Question, answer_tokens: int) -> torch
     seen = np.zeros((answer_tokens, len(known)), bool)
     if question.about:
         name, where = question.about
-        own = owner == (27 if name == "small" else 1 + LETTERS.index(name))
+        own = owner == (SMALL_PRINT if name == "small" else 1 + LETTERS.index(name))
         if where == "key":
             seen[:-1] = own & (place == 0)
         else:
@@ -184,6 +184,7 @@ def sample(seed: int, processor: LlavaNextProcessor, config: dict, split: str = 
         "image_sizes": crops["image_sizes"][0],
         "tasks": torch.tensor([TASKS.index(q.task) for q in asked]),
         "words": token_words(known, tokenizer),
+        "small": torch.from_numpy(known[:, list(LABELS).index("owner")] == SMALL_PRINT),
         "traced": traced(known),
         "evidence": [evidence(known, q, n) for q, n in zip(asked, lengths, strict=True)],
         **pack(tokenizer, asked, split == "train" and rng.random() < config["chat"], len(known)),
@@ -197,7 +198,8 @@ def collate(samples: list[dict], pad: int) -> dict:
     fill = [F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples]
     batch["pixel_values"] = torch.stack(fill)
     batch["image_sizes"] = torch.stack([s["image_sizes"] for s in samples])
-    batch["words"], batch["traced"] = (torch.cat([s[k] for s in samples]) for k in ("words", "traced"))
+    for name in ("words", "small", "traced"):
+        batch[name] = torch.cat([s[name] for s in samples])
     longest = max(len(s["words"]) for s in samples)
     seen = [F.pad(e, (0, longest - e.shape[1])) for s in samples for e in s["evidence"]]
     batch["evidence"] = torch.cat(seen)
@@ -205,15 +207,18 @@ def collate(samples: list[dict], pad: int) -> dict:
     return batch
 
 
-def alignment_loss(model: LlavaNextForConditionalGeneration, tokens: torch.Tensor, batch: dict) -> torch.Tensor:
+def alignment_loss(
+    model: LlavaNextForConditionalGeneration, tokens: torch.Tensor, batch: dict, small: float
+) -> torch.Tensor:
     """Cross-entropy of the character at each patch, its visual token read as if it were the decoder's output.
 
-    Patches with a character weigh as much together as those without, times three.
+    Patches with a character weigh as much together as those without, times three; in small print `small` times more.
     """
     words, blank = batch["words"], batch["blank"]
     scores = model.lm_head(F.rms_norm(tokens, tokens.shape[-1:])).float().log_softmax(-1)
     loss = -scores.gather(-1, words.clamp(min=0))
-    return loss[(words != -100) & (words != blank)].mean() + loss[words == blank].mean() / 3
+    shown = ((words != -100) & (words != blank)) * (1 + (small - 1) * batch["small"].float()[:, None])
+    return (loss * shown).sum() / shown.sum() + loss[words == blank].mean() / 3
 
 
 def tracing_loss(heads: torch.nn.Linear, read: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -276,6 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=Path(__file__).resolve().parent / "tiny_llava_next.yaml")
     parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava-next")
+    parser.add_argument("--start", type=Path, help="start from this run's weights, with a new schedule")
     parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
@@ -286,6 +292,8 @@ def main() -> None:
     student = Student(LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32))
     model = student.next
     prepare_projector(model, processor)
+    if args.start:
+        load_weights(student, args.start, adapter=False)
     student.to(accelerator.device)
     skip_muon = ("embed_tokens", "lm_head", "position_embedding", "heads")
     optimizers = Optimizers(dict(student.named_parameters()), config, skip_muon)
@@ -305,12 +313,12 @@ def main() -> None:
         reading = step < config["reading"]
         with accelerator.autocast():
             if reading:
-                parts = {"align": alignment_loss(model, student.features(batch), batch)}
+                parts = {"align": alignment_loss(model, student.features(batch), batch, config["small"])}
             else:
                 logits, target, tokens, read, attention = student(batch)
                 parts = {
                     "answer": F.cross_entropy(logits.float(), target),
-                    "align": alignment_loss(model, tokens, batch),
+                    "align": alignment_loss(model, tokens, batch, config["small"]),
                     "trace": tracing_loss(student.heads, read, batch),
                     "point": pointing_loss(attention, batch, model.config.image_token_id),
                 }
@@ -323,7 +331,7 @@ def main() -> None:
         if step == config["tower_steps"]:
             freeze_tower(model)
         if step % config["log_every"] == 0 or step == stop:
-            run.log(step=step, loss=float(loss), **{name: float(part) for name, part in parts.items()})
+            run.log(step=step, loss=loss.item(), **{name: part.item() for name, part in parts.items()})
         if step % config["eval_every"] == 0 or step == stop:
             run.log(step=step, **evaluate(student, held_out, accelerator, reading))
             run.save(step, student, optimizers)
