@@ -1,6 +1,8 @@
-"""A bench record as Markdown."""
+"""A bench record as Markdown, and both as files."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 _NOTES = """\
 Ratios in brackets are (over the unpatched model, over the ideal), medians over {repeats} rounds in which all
@@ -15,9 +17,9 @@ the theory."""
 _HEADERS = (
     "method",
     "equivalent tokens",
-    "prefill TFLOPs",
+    "prefill GFLOPs",
     "prefill ms",
-    "selection ms",
+    "selection ms (GFLOPs)",
     "TTFT ms",
     "decode tokens/s",
     "latency ms",
@@ -50,7 +52,18 @@ def markdown(record: dict) -> str:
             *_verdict(scenario),
             "",
         ]
-    return "\n".join(lines) + _NOTES.format(**work) + "\n"
+    return "\n".join([*lines, _NOTES.format(**work)]) + "\n"
+
+
+def write(record: dict, output: Path | None = None) -> str:
+    """The Markdown of a record; with a path, the record goes there as JSON and the Markdown beside it, atomically."""
+    text = markdown(record)
+    if output is not None:
+        from vlmslim.evaluation.store import write_atomically
+
+        write_atomically(output, json.dumps(record, indent=1) + "\n")
+        write_atomically(output.with_suffix(".md"), text)
+    return text
 
 
 def _cells(row: dict) -> list[str]:
@@ -62,9 +75,9 @@ def _cells(row: dict) -> list[str]:
     return [
         row["label"],
         f"{row['equivalent_tokens']:.1f}",
-        f"{row['flops']['language_model'] / 1e12:.3g}",
+        f"{row['flops']['language_model'] / 1e9:,.2f}",
         f"{row['prefill_ms']['median']:.1f} {ratios('prefill')}",
-        f"{row['selection_ms']['median']:.1f}",
+        f"{row['selection_ms']['median']:.2f} ({row['flops']['method'] / 1e9:.3f})",
         f"{row['ttft_ms']['median']:.1f} {ratios('ttft')}",
         f"{row['tokens_per_second']:.1f}",
         f"{row['latency_ms']['median']:.0f} ({row['latency_over_unpatched']['median']:.2f}x)",
@@ -76,7 +89,7 @@ def _cells(row: dict) -> list[str]:
 def _verdict(scenario: dict) -> Iterable[str]:
     """Which promises were not kept, if any."""
     missed = [
-        f"- {row['label']}: {name.replace('_', ' ')} is {target['value']:.3f}, wanted at most {target['at_most']:.2f}"
+        f"- {row['label']}: {name.replace('_', ' ')} is {target['value']:.3f}, wanted {target['wanted']}"
         for row in scenario["rows"]
         for name, target in row["targets"].items()
         if not target["met"]
@@ -87,13 +100,11 @@ def _verdict(scenario: dict) -> Iterable[str]:
 def _table(headers: Iterable[str], rows: list[list[str]]) -> list[str]:
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    line = [
-        "| "
-        + " | ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in zip(*columns, strict=True)
-    ]
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
-    return [line[0], rule, *line[1:]]
+    sides = ["<", *">" * (len(widths) - 1)]
+
+    def line(cells: Iterable[str]) -> str:
+        parts = zip(cells, sides, widths, strict=True)
+        return "| " + " | ".join(f"{cell:{side}{width}}" for cell, side, width in parts) + " |"
+
+    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(sides, widths, strict=True)]
+    return [line(headers), line(rule), *map(line, rows)]
