@@ -262,17 +262,20 @@ class Receipt:
 
 
 def headline(summary: dict) -> str:
-    """A `Receipt.summary()` in one line, also of a receipt that was read back from a file."""
+    """A `Receipt.summary()` in one line, also of a receipt that was read back from an old file."""
     s = summary
     if not s["images"]:
         return f"{s['method']}: no image seen yet"
-    low, high = s["kept_range"]
     asked = "the method's choice" if s["requested"] is None else f"{s['requested']:.1f} asked for"
+    if s.get("kept_range"):
+        low, high = s["kept_range"]
+        asked += f", {low} to {high} sent"
+    selection = f", {s['selection_ms']:.1f} ms of selection" if "selection_ms" in s else ""
     return (
         f"{s['method']}: {s['images']} images, {s['visual_tokens']:.1f} -> {s['kept']:.1f} visual tokens each "
-        f"({asked}, {low} to {high} sent); a prompt had {s['equivalent_tokens']:.1f} on average over the layers, "
-        f"{s['visual_tokens_per_layer'][-1]:.1f} in the last, {s['kv_bytes'] / 2**20:.2f} MiB of KV cache and "
-        f"{s['selection_ms']:.1f} ms of selection; {s['positions']} positions, {s['backend']}, {s['dtype']}"
+        f"({asked}); a prompt had {s['equivalent_tokens']:.1f} on average over the layers, "
+        f"{s['visual_tokens_per_layer'][-1]:.1f} in the last, {s['kv_bytes'] / 2**20:.2f} MiB of KV cache"
+        f"{selection}; {s['positions']} positions, {s['backend']}, {s['dtype']}"
     )
 
 
