@@ -98,6 +98,107 @@ def leaderboard(
 
 
 @app.command()
+def bench(
+    checkpoint: Annotated[str | None, typer.Argument(help="A path, a hub id, or bundled/NAME.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b or llava-onevision-7b: random weights."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated; options as fastv:layer=3.")] = "random,divprune,fastv",
+    budgets: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep per image, counts or shares. Default: 1/3, 2/9, 1/9.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    images: Annotated[int, typer.Option(min=1, help="Images in a prompt.")] = 1,
+    image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; decides the tiles of an anyres model.")] = None,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Words in a prompt.")] = 46,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every treatment is timed once in each.")] = 10,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of --shape, instead of all.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    attention: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
+    output: Annotated[Path | None, typer.Option(help="JSON file; the table goes beside it as .md.")] = None,
+) -> None:
+    """Measure FLOPs, time and memory of methods against the unpatched model and against the ideal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which measures memory on a CPU, is chatty
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from vlmslim.efficiency import bench
+    from vlmslim.efficiency.report import write
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    if output is not None and output.suffix != ".json":
+        _fail(f"--output {output}: give a file that ends in .json")
+    with Console(stderr=True).status("loading") as status:
+        try:
+            stages = [bench.parse_method(name) for name in methods.split(",")]
+            workload = bench.Workload(
+                batches=bench.parse_numbers(batch),
+                images=images,
+                image_size=bench.parse_size(image_size),
+                text_tokens=text_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
+            )
+            keeps = None if budgets is None else bench.parse_numbers(budgets)
+            name, model = bench.load(checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention)
+            record = bench.bench(model, stages, keeps, workload, name=name, say=status.update)
+        except (OSError, TypeError, ValueError) as error:  # a missing checkpoint, an unsupported one, a wrong option
+            _fail(error)
+    typer.echo(write(record, output), nl=False)
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(metavar="PRETRAINED", help="A path, a hub id, or bundled/NAME.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Such as fastv:layer=3:keep=64; stages with +; repeat it. Default: all."),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Visual tokens per image of methods given without keep.")] = 0.25,
+    dtype: Annotated[
+        str, typer.Option(help="float32 proves most; bfloat16 or float16 have wide tolerances.")
+    ] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    attention: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every finding, not only failures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Prove on a checkpoint that methods do what they say and nothing else. Exit status 1: a check failed."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which measures memory on a CPU, is chatty
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from vlmslim.doctor import examine, load, parse
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    budget = int(keep) if keep > 1 else keep
+    with Console(stderr=True).status("loading") as status:
+        try:
+            methods = None if method is None else [parse(text, budget) for text in method]
+            model, processor = load(checkpoint, dtype=dtype, device=device, attention=attention)
+            report = examine(
+                model,
+                processor,
+                methods,
+                keep=budget,
+                on_finding=lambda finding: status.update(f"{finding.method}: {finding.check}"),
+            )
+        except (OSError, TypeError, ValueError) as error:  # a missing checkpoint, an unsupported one, a wrong option
+            _fail(error)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(report.render(verbose))
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
 def methods() -> None:
     """List the compression methods with their options and defaults."""
     from dataclasses import MISSING, fields
