@@ -138,6 +138,15 @@ def test_the_knob_is_the_first_that_is_not_given():
     assert solve(model, stages, inputs, equivalent_tokens=3).stages[1]["layer"] == 2
 
 
+def test_values_that_another_stage_has_no_use_for_are_passed_over():
+    model = tiny("llava")
+    inputs = prompts(model)
+    stages = [{"method": "divprune"}, {"method": "fastv", "keep": 6, "layer": 2}]
+    assert solve(model, stages, inputs, equivalent_tokens=8).value == 10
+    with pytest.raises(BudgetError, match=r"divprune\+fastv cannot .* nearest is keep=6 with 6"):
+        solve(model, stages, inputs, equivalent_tokens=3)
+
+
 def test_method_objects():
     model = tiny("llava")
     inputs = prompts(model)

@@ -185,7 +185,7 @@ class Solving(FakeHarness):
     def solve(self, variant):
         self.solved.append(variant.label)
         if variant.label in self.impossible:
-            raise BudgetError(f"{variant.label} cannot")
+            raise BudgetError("it cannot")
         stages = ({**variant.stages[0], "keep": 40},)
         return Solution(stages, "keep", 40, variant.budget, 40.0, 4)
 
@@ -232,7 +232,7 @@ def test_a_solution_is_kept_for_later_calls(config):
 
 def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
     harness = Solving(impossible=SOLVED_ROWS)
-    with pytest.raises(ConfigError, match="random-equivalent_tokens=40 cannot\ndivprune-equivalent_tokens=40 cannot"):
+    with pytest.raises(ConfigError, match="random.*=40: it cannot\ndivprune.*=40: it cannot"):
         run(config(budgets=[64, COST]), harness=harness)
     assert harness.evaluated == []
 

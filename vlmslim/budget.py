@@ -16,6 +16,7 @@ tflops_ratio      : prefill FLOPs of the language model, over those of the unpat
 Both are read off the receipt of a prefill of sample prompts, so what a method decides itself, sample by sample, is in.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -120,7 +121,7 @@ class Solver:
             try:
                 return self._planned(stages(i))[currency]
             except ValueError:  # too little for another stage, as 4 tokens of which FastV is to keep 16
-                return 0.0
+                return -math.inf
 
         def measured(i: int) -> float:
             return spent(self._measure(stages(i)), self.shape)[currency]
@@ -264,7 +265,7 @@ def nearest(
         low, high = (guess + 1, high) if found < target else (low, guess - 1)
         below, above = low - 1, high + 1
         guess = (low + high) // 2
-        if len(seen) < 6 and below in seen and above in seen and seen[above] > seen[below]:
+        if len(seen) < 6 and -math.inf < seen.get(below, math.inf) < seen.get(above, -math.inf):
             slope = (above - below) / (seen[above] - seen[below])
             guess = min(max(round(below + (target - seen[below]) * slope), low), high)
     best = min(sorted(seen), key=lambda i: abs(seen[i] - target))

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vlmslim.budget import TOLERANCE, BudgetError, spent
+from vlmslim.budget import TOLERANCE, spent
 from vlmslim.efficiency import DecoderShape
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
@@ -138,9 +138,11 @@ class _Run:
                     self.display.say(f"solving {variant.label}")
                     try:
                         solution = self.harness.solve(variant)
-                    except BudgetError as error:
-                        failures.append(str(error))
+                    except ValueError as error:  # a budget that cannot be met, or options that do not fit the model
+                        failures.append(f"{variant.label}: {error}")
                         continue
+                    except Exception as error:
+                        raise CellError(f"{variant.label}: solving its budget failed: {error!r}") from error
                     found = {"asked": asked, "stages": list(solution.stages), "solved": solution.record()}
                     known[variant.label] = found
                     self.store.save_solutions({"config_hash": self.hash, "rows": known})
