@@ -1,8 +1,13 @@
 """The threshold that `calibrate` finds keeps what was asked for."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from doubles import watched
 from tiny import BOS, Picture, batch, tiny
 
@@ -40,3 +45,34 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrate(model, [], 1.5)
     with pytest.raises(ValueError, match="no crop"):
         calibrate(model, [], 0.5)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`scripts/calibrate_tokencorr.py`, run with arguments."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    module = importlib.import_module("calibrate_tokencorr")
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["calibrate_tokencorr.py", *arguments])
+        module.main()
+
+    return run
+
+
+def test_the_script_prints_a_line_for_a_configuration(script, capsys):
+    script("bundled/tiny-llava", "--share", "0.3", "--count", "4", "--device", "cpu", "beta=0.1", "merge=none")
+    comment, line = capsys.readouterr().out.splitlines()
+    assert comment.startswith("#") and "4 crops" in comment
+    (stage,) = yaml.safe_load(line)
+    assert stage.pop("method") == "tokencorr"
+    method = vlmslim.method("tokencorr", **stage)
+    assert (method.beta, method.merge) == (0.1, "none")
+    assert -1 < method.alpha < 1
+
+
+def test_the_script_says_what_it_takes(script, tmp_path):
+    with pytest.raises(SystemExit, match="NAME=VALUE with one of"):
+        script("bundled/tiny-llava", "--share", "0.3", "alpha=0.1")
+    with pytest.raises(SystemExit, match="no image files"):
+        script("bundled/tiny-llava", "--share", "0.3", "--device", "cpu", "--pictures", str(tmp_path))

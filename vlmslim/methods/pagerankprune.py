@@ -71,13 +71,12 @@ class PageRankPrune(Compressor):
             ValueError: the second is not beyond the first.
         """
         usual = (13, 21) if depth == 32 else (1 / 2, 11 / 14)
-        first, none = (
+        start, stop = (
             default if layer is None else layer for layer, default in zip((self.start, self.stop), usual, strict=True)
         )
-        if isinstance(first, float):
-            first = round(first * depth)
-        if isinstance(none, float):  # shares that differ do not fall on one layer, however few there are
-            none = max(round(none * depth), first + 1 if none > first / depth else 0)
+        first, none = (round(layer * depth) if isinstance(layer, float) else layer for layer in (start, stop))
+        if isinstance(stop, float) and stop * depth > (start * depth if isinstance(start, float) else start):
+            none = max(none, first + 1)  # in a shallow decoder, rounding must not make one layer of two shares
         if first >= none:
             raise ValueError(f"pruning from layer {first} to {none} of {depth}: give a stop beyond the start")
         return first, none
