@@ -19,6 +19,7 @@ def write_config(folder: Path, **changes) -> Path:
         "tasks": ["count", "text"],
         "budgets": [64, 16],
         "methods": ["divprune"],
+        "baselines": ["random"],
         "output": str(folder / "out"),
     } | changes
     path = folder / "config.yaml"
@@ -48,9 +49,9 @@ def receipt(kept: float, requested: float | None) -> dict:
 class FakeHarness:
     """Behaves like the module, and like the `Harness` in it."""
 
-    def __init__(self, fail_at=None, failure=None, without_effect=(), identity="weights-1", scores=None):
+    def __init__(self, fail_at=None, failure=None, without_effect=(), identity="weights-1", scores=None, questions=4):
         self.fail_at, self.failure, self.without_effect, self.identity = fail_at, failure, without_effect, identity
-        self.scores = scores or {}
+        self.scores, self.questions = scores or {}, questions
         self.evaluated, self.timed, self.loads = [], [], 0
 
     def Tasks(self, config):  # noqa: N802
@@ -67,21 +68,29 @@ class FakeHarness:
         if self.fail_at == (variant.label, task):
             raise self.failure
         self.evaluated.append((variant.label, task))
-        right = self.scores.get((variant.label, task), zlib.crc32(f"{variant.label} {task}".encode()) % 4 + 1)
+        right = self.scores.get(
+            (variant.label, task), zlib.crc32(f"{variant.label} {task}".encode()) % self.questions + 1
+        )
         samples = [
             {
                 "doc_id": i,
                 "target": "yes",
                 "arguments": [f"{task} {i}?"],
-                "resps": [["yes"]],
+                "resps": [["yes" if i < right else "no"]],
+                "filtered_resps": ["yes" if i < right else "no"],
                 "doc_hash": "x",
                 "acc": float(i < right),
             }
-            for i in range(4)
+            for i in range(self.questions)
         ]
         results = {
             "results": {
-                task: {"alias": task, "acc,none": right / 4, "acc_stderr,none": 0.05, "submission,none": "N/A"}
+                task: {
+                    "alias": task,
+                    "acc,none": right / self.questions,
+                    "acc_stderr,none": 0.05,
+                    "submission,none": "N/A",
+                }
             },
             "higher_is_better": {task: {"acc": True, "submission": True}},
         }

@@ -5,16 +5,21 @@ import io
 import json
 import math
 import statistics
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from evaluation_doubles import SHAPE, FakeHarness, write_config
 
 from vlmslim.efficiency import prefill_flops
 from vlmslim.evaluation.config import ConfigError, load_config
-from vlmslim.evaluation.leaderboard import Leaderboard, Row, Score, _add_ratios, _metric, _score, _stderr_of_mean
-from vlmslim.evaluation.render import FORMATS, cost_columns, render, score_columns
+from vlmslim.evaluation.leaderboard import Leaderboard, Row, _add_fronts, _add_ratios
+from vlmslim.evaluation.render import FORMATS, render
 from vlmslim.evaluation.run import run
+from vlmslim.evaluation.scores import Score, metric_of, score_of, source_of, stderr_of_mean
+from vlmslim.evaluation.significance import wilson
 from vlmslim.evaluation.store import Store
+from vlmslim.evaluation.tables import cost_columns, score_columns, tables
 
 SCORES = {
     ("none", "count"): 4,
@@ -50,12 +55,21 @@ def board(directory):
 def test_rows_are_grouped_by_budget_the_unpatched_model_on_top(board):
     expected = ["none", "random-64", "divprune-64", "fastv-64", "random-16", "divprune-16", "fastv-16"]
     assert [row.label for row in board.rows] == expected
-    assert [len(group) for group in board.groups()] == [1, 3, 3]
+    assert [len(group) for group in board.budgets()] == [1, 3, 3]
+
+
+def test_costs_are_budgets_too():
+    budgets = [{"equivalent_tokens": 16}, None, 0.1, {"equivalent_tokens": 64}, 64, {"equivalent_tokens": 16}]
+    rows = [Row("none", None), *(Row(f"m{i}", budget) for i, budget in enumerate(budgets))]
+    board = Leaderboard(rows, [], {}, {})
+    assert [[row.label for row in group] for group in board.budgets()][1:2] == [["m0", "m5"]]
+    assert rows[1].budget_name == "equivalent_tokens=16"
 
 
 def test_scores_and_the_average_relative_to_the_unpatched_model(board):
     rows = {row.label: row for row in board.rows}
-    assert rows["divprune-64"].scores["count"] == Score(0.75, 0.05, 4)
+    low, high = wilson(np.array(0.75), np.array(4.0))
+    assert rows["divprune-64"].scores["count"] == Score(0.75, 0.05, 4, round(float(low), 9), round(float(high), 9))
     assert rows["none"].relative == 1
     assert rows["divprune-64"].relative == (0.75 / 1 + 0.5 / 0.5) / 2
     assert rows["fastv-16"].relative == (0.5 / 1 + 0) / 2
@@ -74,16 +88,73 @@ def test_cost_is_computed_from_what_was_kept(board):
 def test_marks(board):
     assert board.places("count") == {
         "divprune-64": 1,
-        "random-64": 2,
-        "fastv-64": 2,  # ties share a place
+        "random-64": 2,  # on four questions, nothing is significant
+        "fastv-64": 2,
         "fastv-16": 1,
         "random-16": 2,
         "divprune-16": 2,
     }
     text = board.places("text")
-    assert (text["random-64"], text["divprune-64"]) == (1, 1)
-    assert "fastv-64" not in text  # two firsts leave no second
+    assert (text["random-64"], text["divprune-64"], text["fastv-64"]) == (1, 1, 2)
     assert "none" not in board.places(None)
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory):
+    """60 questions: divprune answers them as the unpatched model does, fastv gets a third, random a sixth."""
+    folder = tmp_path_factory.mktemp("decided")
+    right = {"none": 54, "divprune-16": 54, "fastv-16": 18, "random-16": 9, "uniform-16": 9}
+    scores = {(label, task): count for label, count in right.items() for task in ("count", "text")}
+    config = load_config(write_config(folder, methods=["divprune", "fastv"], budgets=[16]))
+    run(config, harness=FakeHarness(scores=scores, questions=60))
+    return Leaderboard.read(config.output)
+
+
+def test_significant_differences_decide_marks_and_ranks(decided):
+    rows = {row.label: row for row in decided.rows}
+    assert decided.places(None) == {"divprune-16": 1}
+    assert decided.places("text") == {"divprune-16": 1}
+    assert (rows["divprune-16"].rank, rows["fastv-16"].rank, rows["none"].rank) == (1, 2, None)
+    assert rows["random-16"].rank >= 2
+    assert decided.comparison.pair("fastv-16", "none", "text").difference == pytest.approx((18 - 54) / 60)
+    assert decided.comparison.pair("divprune-16", "none", None).p_adjusted == 1
+
+
+def test_flips_and_loyalty(decided):
+    rows = {row.label: row for row in decided.rows}
+    assert (rows["divprune-16"].loyalty, rows["divprune-16"].lost, rows["divprune-16"].won) == (1, 0, 0)
+    assert (rows["fastv-16"].lost, rows["fastv-16"].won) == (pytest.approx(36 / 60), 0)
+    assert rows["fastv-16"].loyalty == pytest.approx(1 - 36 / 60)
+    assert rows["none"].loyalty is None
+
+
+def test_the_pareto_front_spans_budgets():
+    values = {"none": (1.0, 144), "a-64": (0.9, 64), "b-64": (0.8, 64), "a-16": (0.95, 16)}
+    rows = [Row(label, None, relative=r, equivalent=e, flops_ratio=e / 144) for label, (r, e) in values.items()]
+    _add_fronts(rows)
+    assert {row.label for row in rows if row.pareto} == {"none", "a-16"}
+    assert rows[0].pareto == ["FLOPs", "equivalent tokens"]
+
+
+def test_groups_of_tasks_are_averaged_apart(decided):
+    rows = {row.label: row for row in decided.rows}
+    assert rows["fastv-16"].groups == {"general": pytest.approx(18 / 54)}
+    assert decided.groups == {"count": "general", "text": "general"}
+    rows = [Row("none", None), Row("a", 16)]
+    for row, scores in zip(rows, [(0.8, 0.5), (0.4, 0.5)], strict=True):
+        row.scores = {"scenes_text": Score(scores[0], None, 9), "gqa": Score(scores[1], None, 9)}
+    metrics = {"scenes_text": ("acc", True), "gqa": ("acc", True)}
+    _add_ratios(rows, list(metrics), metrics, {"scenes_text": "OCR", "gqa": "general"})
+    assert rows[1].groups == {"OCR": 0.5, "general": 1}
+    assert list(rows[1].groups) == ["OCR", "general"]
+
+
+def test_every_row_says_where_it_comes_from(board):
+    for row in board.rows:
+        assert row.provenance.keys() == {"config_hash", "seed", "versions", "git_commit", "hardware"}
+        assert len(row.provenance["config_hash"]) == 64 and row.provenance["seed"] == "0"
+        assert "torch=" in row.provenance["versions"] and "vlmslim=" in row.provenance["versions"]
+    assert board.rows[2].stages == [{"method": "divprune", "keep": 64}]
 
 
 def test_where_all_are_alike_nobody_is_marked():
@@ -94,7 +165,7 @@ def test_where_all_are_alike_nobody_is_marked():
 def test_a_task_the_unpatched_model_fails_is_left_out_of_the_average():
     rows = [Row("none", None, {"t": Score(0.5, None, 4), "u": Score(0.0, None, 4)})]
     rows.append(Row("a", 1, {"t": Score(0.4, None, 4), "u": Score(0.1, None, 4)}))
-    _add_ratios(rows, ["t", "u"], {"t": ("acc", True), "u": ("acc", True)})
+    _add_ratios(rows, ["t", "u"], {"t": ("acc", True), "u": ("acc", True)}, {"t": "OCR", "u": "OCR"})
     assert [row.relative for row in rows] == [1, 0.8]
 
 
@@ -107,7 +178,7 @@ def test_tokens_dropped_on_the_way_are_shown():
 def test_lower_may_be_better():
     rows = [Row("a", 1, {"loss": Score(2.0, None, 4)}), Row("b", 1, {"loss": Score(1.0, None, 4)})]
     board = Leaderboard(rows, ["loss"], {"loss": ("nll", False)}, {})
-    assert board.places("loss") == {"b": 1, "a": 2}
+    assert board.places("loss") == {"b": 1}
     assert board.scale("loss") == 1
 
 
@@ -120,34 +191,59 @@ def test_the_same_data_gives_the_same_bytes(directory):
 
 def test_markdown(board):
     text = render(board, "md")
-    tables = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("## ")[1:]]
-    for table in tables:
-        assert len(table) == 2 + len(board.rows)
-        assert len({line.count("|") for line in table}) == 1
-    assert "| **75.0 ± 5.0** |" in text
-    assert "*50.0 ± 5.0*" in text
+    parts = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("## ")[1:]]
+    assert [part.splitlines()[0] for part in text.split("## ")[1:]] == [table.title for table in tables(board)]
+    for lines, table in zip(parts, tables(board), strict=True):
+        assert len(lines) == 2 + len(table.rows)
+        assert len({line.count("|") for line in lines}) == 1
+    assert "| **75.0 ± 32.7** |" in text
+    assert "*50.0 ± " in text
     assert "multiply-add = 2" in text and "seed 0" in text and "all questions" in text
+    assert "McNemar" in text and "Holm" in text
+
+
+def test_the_tables(decided):
+    built = {table.title: {c.name: c.texts for c in table.columns} for table in tables(decided)}
+    against = built["Against the unpatched model"]
+    assert "none" not in against["method"]
+    at = against["method"].index("fastv-16")
+    assert against["count"][at] == "-60.0†" and against["p"][at] == "<0.001"
+    assert against["loyalty %"][against["method"].index("divprune-16")] == "100.0"
+    between = built["Between methods at 16"]
+    assert between["divprune-16"][between["row minus column"].index("divprune-16")] == "–"
+    assert between["divprune-16"][between["row minus column"].index("fastv-16")].startswith("-66.7")
+    assert between["fastv-16"][between["row minus column"].index("divprune-16")].startswith("+66.7")
+    assert "Task groups, % of unpatched" not in built  # there is only one
 
 
 def test_csv(board):
     rows = list(csv.DictReader(io.StringIO(render(board, "csv"))))
     assert [row["label"] for row in rows] == [row.label for row in board.rows]
-    assert float(rows[2]["count"]) == 0.75
+    assert float(rows[2]["count:value"]) == 0.75
     assert float(rows[2]["count:stderr"]) == 0.05
-    assert rows[0]["requested"] == ""
+    assert float(rows[2]["count:low"]) < 0.75 < float(rows[2]["count:high"])
+    assert rows[0]["requested"] == "" and rows[0]["count:p"] == ""
+    assert json.loads(rows[2]["stages"]) == [{"method": "divprune", "keep": 64}]
+    assert all(row["config_hash"] and row["versions"] and row["hardware"] for row in rows)
 
 
 def test_json(board):
     data = json.loads(render(board, "json"))
-    assert data["tasks"]["count"] == {"metric": "acc", "higher_is_better": True}
-    assert data["rows"][2]["scores"]["count"] == {"value": 0.75, "stderr": 0.05, "questions": 4}
+    assert data["tasks"]["count"] == {"metric": "acc", "higher_is_better": True, "group": "general"}
+    score = data["rows"][2]["scores"]["count"]
+    assert (score["value"], score["stderr"], score["questions"]) == (0.75, 0.05, 4)
     assert data["facts"]["versions"].keys() >= {"torch", "transformers", "lmms_eval", "vlmslim"}
+    families = {(pair["task"], pair["first"].split("-")[1]) for pair in data["pairs"]}
+    assert families == {(task, budget) for task in ("count", "text", None) for budget in ("64", "16")}
+    assert all(0 < pair["p"] <= pair["p_adjusted"] <= 1 for pair in data["pairs"])
+    assert len(data["stability"]) == 2 * (len(board.rows) - 1)
 
 
 def test_html(board):
     text = render(board, "html")
-    assert text.count("<tr>") == 2 * (1 + len(board.rows))
-    assert '<td class="place1">75.0 ± 5.0</td>' in text
+    assert text.count("<tr>") == sum(1 + len(table.rows) for table in tables(board))
+    assert '<td class="place1">75.0 ± 32.7</td>' in text
+    assert text.count("<circle") == len(board.rows)
     assert "**" not in text and "http" not in text
 
 
@@ -197,31 +293,62 @@ def test_answers_to_different_questions_are_not_compared(tmp_path):
         Leaderboard.read(config.output)
 
 
+def test_cells_of_another_configuration_are_refused(tmp_path):
+    config = load_config(write_config(tmp_path))
+    run(config, harness=FakeHarness())
+    store = Store(config.output)
+    cell, samples = store.cell("divprune-16", "text"), store.samples("divprune-16", "text")
+    for change in ({"config_hash": "another"}, {"stages": [{"method": "divprune", "keep": 17}]}):
+        store.save_cell("divprune-16", "text", cell | change, samples)
+        with pytest.raises(ConfigError, match="divprune-16 on text was made under another configuration"):
+            Leaderboard.read(config.output)
+
+
+def test_a_truncated_cell_is_no_result(tmp_path):
+    config = load_config(write_config(tmp_path))
+    run(config, harness=FakeHarness())
+    path = config.output / "cells" / "divprune-16" / "text.jsonl"
+    path.write_text(path.read_text()[:-20])
+    rows = {row.label: row for row in Leaderboard.read(config.output).rows}
+    assert rows["divprune-16"].scores.keys() == {"count"} and rows["divprune-16"].rank is None
+
+
 def test_the_metric_is_the_first_or_the_one_asked_for():
     results = {"acc,none": 0.5, "acc_stderr,none": 0.1, "f1,none": 0.4, "submission,none": None, "alias": "t"}
     directions = {"submission": True, "f1": True, "acc": True, "loss": False}
-    cells = {("none", "t"): {"lmms_eval": {"results": {"t": results}, "higher_is_better": {"t": directions}}}}
-    assert _metric(cells, "t", None) == ("f1", True)  # the task's own order; what gave no number is passed over
-    assert _metric(cells, "t", "acc") == ("acc", True)
+    cell = {"lmms_eval": {"results": {"t": results}, "higher_is_better": {"t": directions}}}
+    assert metric_of(cell, "t", None) == ("f1", True)  # the task's own order; what gave no number is passed over
+    assert metric_of(cell, "t", "acc") == ("acc", True)
     with pytest.raises(ConfigError, match="t reports no metric 'bleu'; it has acc, f1"):
-        _metric(cells, "t", "bleu")
+        metric_of(cell, "t", "bleu")
 
 
-def test_a_missing_standard_error_comes_from_the_samples_if_the_score_is_their_mean(tmp_path):
+def test_a_missing_standard_error_comes_from_the_samples_if_the_score_is_their_mean():
     samples = [{"acc": {"score": s}} for s in (1, 1, 0, 1)]
     expected = statistics.stdev([1, 1, 0, 1]) / 2
-    assert math.isclose(_stderr_of_mean(samples, "acc", 0.75), expected)
-    assert _stderr_of_mean([{"acc": s} for s in (True, True, False, True)], "acc", 0.75) == expected
-    assert _stderr_of_mean(samples, "acc", 75.0) is None  # points, or F1, or CIDEr
-    assert _stderr_of_mean(samples, "other", 0.75) is None
-    assert _stderr_of_mean(samples[:1], "acc", 1.0) is None
-    store = Store(tmp_path)
-    store.save_cell("none", "t", {}, samples)
-    cell = {"lmms_eval": {"results": {"t": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}}}
-    assert _score(store, "none", "t", "acc", cell) == Score(0.75, expected, 4)
-    cell = {"lmms_eval": {"results": {"t": {"acc,none": float("nan")}}}}
+    assert math.isclose(stderr_of_mean(samples, "acc", 0.75), expected)
+    assert stderr_of_mean([{"acc": s} for s in (True, True, False, True)], "acc", 0.75) == expected
+    assert stderr_of_mean(samples, "acc", 75.0) is None  # points, or F1, or CIDEr
+    assert stderr_of_mean(samples, "other", 0.75) is None
+    assert stderr_of_mean(samples[:1], "acc", 1.0) is None
+    cell = {"label": "none", "lmms_eval": {"results": {"t": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}}}
+    score = score_of(cell, "t", "acc", samples)
+    assert replace(score, low=None, high=None) == Score(0.75, expected, 4)
+    assert score.half_width == pytest.approx(1.959964 * expected)
+    cell["lmms_eval"]["results"]["t"] = {"acc,none": float("nan")}
     with pytest.raises(ConfigError, match="none on t: lmms-eval gave acc = nan"):
-        _score(store, "none", "t", "acc", cell)
+        score_of(cell, "t", "acc", samples)
+
+
+def test_tasks_of_one_data_set_share_its_pictures():
+    def source(**config):
+        return source_of({"lmms_eval": {"configs": {"t": config}}}, "t")
+
+    first = source(dataset_path="parquet", dataset_kwargs={"data_files": {"test": "/a/scenes/text.parquet"}})
+    assert first == source(dataset_path="parquet", dataset_kwargs={"data_files": ["/a/scenes/count.parquet"]})
+    assert first != source(dataset_path="parquet", dataset_kwargs={"data_files": {"test": "/a/pages/text.parquet"}})
+    assert source(dataset_path="lmms-lab/POPE") == "lmms-lab/POPE"
+    assert source() == "t"
 
 
 def test_units_follow_the_size(board):

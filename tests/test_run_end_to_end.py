@@ -70,6 +70,7 @@ def folder(tmp_path_factory):
         "tasks": ["micro"],
         "include_path": [str(tasks)],
         "budgets": [4],
+        "baselines": ["random"],
         "methods": ["divprune", "fastv", {"stages": STAGES}],
         "batch_size": 4,
         "limit": 6,

@@ -84,15 +84,26 @@ def run(
 def leaderboard(
     directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run, finished or not.")],
     format: Annotated[Format, typer.Option("--format", "-f", help="How to write it.")] = Format.md,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show published numbers of the same model, task, method and budget.")
+    ] = False,
+    published_tables: Annotated[
+        Path | None, typer.Option(help="Directory of published tables, instead of the checkout's assets/published.")
+    ] = None,
 ) -> None:
     """Rebuild the leaderboard from the results in DIRECTORY and print it."""
     _require_extra()
     from vlmslim.evaluation.config import ConfigError
     from vlmslim.evaluation.leaderboard import Leaderboard
+    from vlmslim.evaluation.published import DIRECTORY, Published, load_papers
     from vlmslim.evaluation.render import render
 
     try:
-        typer.echo(render(Leaderboard.read(directory), format.value), nl=False)
+        board = Leaderboard.read(directory)
+        theirs = None
+        if published or published_tables is not None:
+            theirs = Published.compare(board, load_papers(published_tables or DIRECTORY))
+        typer.echo(render(board, format.value, theirs), nl=False)
     except ConfigError as error:
         _fail(error)
 

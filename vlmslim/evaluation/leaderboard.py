@@ -1,33 +1,36 @@
 """The leaderboard: read from an output directory at any time; the same data gives the same bytes."""
 
-import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmslim.efficiency import DecoderShape, prefill_flops
+from vlmslim.evaluation.comparison import Comparison, TaskAnswers, compare
 from vlmslim.evaluation.config import ConfigError
-from vlmslim.evaluation.store import Store
+from vlmslim.evaluation.scores import Score, metric_of, score_of, source_of
+from vlmslim.evaluation.significance import pareto_front
+from vlmslim.evaluation.store import Store, digest
+from vlmslim.evaluation.task_groups import GROUPS, group_of
 
 UNPATCHED = "none"
-
-
-@dataclass(frozen=True)
-class Score:
-    """A task's score in its own unit."""
-
-    value: float
-    stderr: float | None
-    questions: int
+PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware")  # what every cell records
 
 
 @dataclass
 class Row:
     """One method at one budget. Tokens are per image, and per prompt where layers are averaged.
 
-    budget     : the `keep` asked for, which groups rows; None for the unpatched model
+    budget     : the `keep` or the cost asked for, which groups rows; None for the unpatched model
     scores     : task -> score; tasks that are not finished are missing
-    relative   : mean over tasks of the score over the unpatched model's; None until every task is finished
+    relative   : mean over tasks of the score over the unpatched model's, with its 95 % interval; None until every task
+                 is finished
+    groups     : group of tasks -> the same mean over its tasks
+    rank       : by `relative` within the budget; rows share a rank where no difference is significant
+    loyalty, lost, won : answers equal to the unpatched model's, and scores below and above its, as shares of the
+                 questions, averaged over tasks
+    pareto     : the costs at which no row has a better average for at most the same cost
+    stages     : the methods with their options
+    provenance : configuration hash, seed, versions, commit and hardware behind the row's cells
     requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
                  and averaged over its layers
     flops      : analytic prefill FLOPs of the language model
@@ -36,9 +39,17 @@ class Row:
     """
 
     label: str
-    budget: int | float | None
+    budget: int | float | dict | None
     scores: dict[str, Score] = field(default_factory=dict)
     relative: float | None = None
+    relative_low: float | None = None
+    relative_high: float | None = None
+    groups: dict[str, float] = field(default_factory=dict)
+    rank: int | None = None
+    loyalty: float | None = None
+    lost: float | None = None
+    won: float | None = None
+    pareto: list[str] = field(default_factory=list)
     requested: float | None = None
     kept: float | None = None
     last: float | None = None
@@ -50,20 +61,35 @@ class Row:
     prefill_ratio: float | None = None
     decode_ms: float | None = None
     decode_ratio: float | None = None
+    stages: list[dict] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def budget_name(self) -> str:
+        """The budget in a word: 64, 0.25, equivalent_tokens=64, or all."""
+        if self.budget is None:
+            return "all"
+        if isinstance(self.budget, dict):
+            return ", ".join(f"{name}={value}" for name, value in self.budget.items())
+        return str(self.budget)
 
 
 @dataclass
 class Leaderboard:
     """Rows, grouped by budget, the unpatched model first; largest budget next.
 
-    metrics : task -> (metric, whether higher is better)
-    facts   : what the numbers depend on: model, seed, limit, versions, hardware, ...
+    metrics    : task -> (metric, whether higher is better)
+    facts      : what the numbers depend on: model, seed, limit, versions, hardware, ...
+    comparison : intervals, paired tests and answer flips, question by question
+    groups     : task -> its group
     """
 
     rows: list[Row]
     tasks: list[str]
     metrics: dict[str, tuple[str, bool]]
     facts: dict
+    comparison: Comparison = field(default_factory=Comparison)
+    groups: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path | str) -> "Leaderboard":
@@ -86,49 +112,63 @@ class Leaderboard:
         if not cells:
             raise ConfigError(f"{directory} has no finished cell yet")
         tasks = [task["task"] for task in config["tasks"] if any(key[1] == task["task"] for key in cells)]
-        _check_questions(cells, tasks)
+        _check_cells(run, cells, tasks)
         wanted = {task["task"]: task["metric"] for task in config["tasks"]}
-        metrics = {task: _metric(cells, task, wanted[task]) for task in tasks}
+        first = {task: next(cell for (_, t), cell in cells.items() if t == task) for task in tasks}
+        metrics = {task: metric_of(first[task], task, wanted[task]) for task in tasks}
+        given = {task["task"]: task.get("group") for task in config["tasks"]}
+        groups = {task: given[task] or group_of(task) for task in tasks}
         shape = DecoderShape(**config["checkpoint"]["shape"])
         timing = store.timing or {}
-        rows = []
-        for entry in config["rows"]:
-            own = {task: cell for (label, task), cell in cells.items() if label == entry["label"]}
-            row = Row(entry["label"], entry["budget"])
-            row.scores = {t: _score(store, row.label, t, metrics[t][0], own[t]) for t in tasks if t in own}
-            _add_cost(row, [cell["receipt"] for cell in own.values()], shape)
-            _add_times(row, timing.get("times", {}))
-            rows.append(row)
-        _add_ratios(rows, tasks, metrics)
+        rows = [Row(entry["label"], entry["budget"], stages=entry["stages"]) for entry in config["rows"]]
         rows.sort(key=_group_order)
-        return cls(rows, tasks, metrics, _facts(run, cells, timing))
+        answers = []
+        for task in tasks:
+            samples = {row.label: store.samples(row.label, task) for row in rows if (row.label, task) in cells}
+            for row in rows:
+                if row.label in samples:
+                    row.scores[task] = score_of(cells[row.label, task], task, metrics[task][0], samples[row.label])
+            answers.append(TaskAnswers.collect(task, samples, *metrics[task], source_of(first[task], task)))
+        for row in rows:
+            own = [cell for (label, _), cell in cells.items() if label == row.label]
+            _add_cost(row, [cell["receipt"] for cell in own], shape)
+            _add_times(row, timing.get("times", {}))
+            row.stages = own[0]["stages"] if own else row.stages
+            row.provenance = _provenance(own)
+        _add_ratios(rows, tasks, metrics, groups)
+        board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups)
+        budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
+        board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
+        _add_comparison(rows, tasks, board.comparison)
+        _add_fronts(rows)
+        return board
 
-    def groups(self) -> list[list[Row]]:
-        """Rows of one budget each, in order."""
+    def budgets(self) -> list[list[Row]]:
+        """Rows of one budget each, in order; the unpatched model comes first, by itself."""
         groups: dict = {}
         for row in self.rows:
-            groups.setdefault(row.budget, []).append(row)
+            groups.setdefault((row.label == UNPATCHED, row.budget_name), []).append(row)
         return list(groups.values())
 
     def places(self, task: str | None) -> dict[str, int]:
-        """Label -> 1 (best) or 2 (second best) within its budget, by a task's score or (None) the average.
+        """Label -> 1 (best of its budget) or 2 (not significantly worse), by a task's score or (None) the average.
 
-        Ties share a place; two firsts leave no second, and where all are alike nobody is marked. The unpatched model
-        is out of the race.
+        Equal values share the first place. Where all are alike nobody is marked, and the unpatched model is out of the
+        race.
         """
         sign = 1 if task is None or self.metrics[task][1] else -1
         places = {}
-        for group in self.groups():
+        for group in self.budgets():
             values = {r.label: _value(r, task) for r in group if r.label != UNPATCHED and _value(r, task) is not None}
-            if len(values) < 2:
+            if len(set(values.values())) < 2:  # nothing tells them apart
                 continue
-            ranked = sorted(set(values.values()), key=lambda v: -sign * v)
-            if len(ranked) == 1:  # nothing tells them apart
-                continue
-            firsts = [label for label, v in values.items() if v == ranked[0]]
-            places |= dict.fromkeys(firsts, 1)
-            if len(firsts) == 1:
-                places |= {label: 2 for label, v in values.items() if v == ranked[1]}
+            best = max(values, key=lambda label: sign * values[label])
+            for label, value in values.items():
+                pair = self.comparison.pair(best, label, task)
+                if value == values[best]:
+                    places[label] = 1
+                elif pair is not None and not pair.significant:
+                    places[label] = 2
         return places
 
     def scale(self, task: str) -> int:
@@ -136,56 +176,20 @@ class Leaderboard:
         return 100 if all(row.scores[task].value <= 1 for row in self.rows if task in row.scores) else 1
 
 
-def _check_questions(cells: dict, tasks: list[str]) -> None:
+def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
+    """Refuse cells of another configuration, and cells that answered different questions."""
+    shared = digest(run["shared"])
+    stages = {  # a cost is solved later, on the model
+        row["label"]: None if isinstance(row["budget"], dict) else row["stages"] for row in run["config"]["rows"]
+    }
+    for (label, task), cell in cells.items():
+        if cell["config_hash"] != shared or stages[label] not in (None, cell["stages"]):
+            raise ConfigError(f"{label} on {task} was made under another configuration; start over with --fresh")
     for task in tasks:
         seen = {cell["questions"]: label for (label, t), cell in cells.items() if t == task}
         if len(seen) > 1:
             labels = " and ".join(seen.values())
             raise ConfigError(f"{labels} answered different questions of {task}; start over with --fresh")
-
-
-def _metric(cells: dict, task: str, wanted: str | None) -> tuple[str, bool]:
-    """The metric of a task, and whether higher is better."""
-    first = next(cell for (_, t), cell in cells.items() if t == task)["lmms_eval"]
-    higher = first["higher_is_better"].get(task, {})
-    reported = [key for key, value in first["results"][task].items() if "," in key and _is_number(value)]
-    names = [key.split(",")[0] for key in reported if "_stderr" not in key]
-    if wanted is not None and wanted not in names:
-        raise ConfigError(f"{task} reports no metric {wanted!r}; it has {', '.join(dict.fromkeys(names))}")
-    ordered = [name for name in higher if name in names] or names
-    if not ordered:
-        raise ConfigError(f"{task} reports no number; take it out, or use its validation split")
-    name = wanted or ordered[0]
-    return name, higher.get(name) is not False
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _score(store: Store, label: str, task: str, metric: str, cell: dict) -> Score:
-    results = cell["lmms_eval"]["results"][task]
-    key = next((k for k in results if k.split(",")[0] == metric), None)
-    value = results.get(key)
-    if not _is_number(value):
-        raise ConfigError(f"{label} on {task}: lmms-eval gave {metric} = {value!r}")
-    stderr = results.get(key.replace(metric, f"{metric}_stderr", 1))
-    samples = store.samples(label, task)
-    if not _is_number(stderr):
-        stderr = _stderr_of_mean(samples, metric, value)
-    return Score(float(value), None if stderr is None else float(stderr), len(samples))
-
-
-def _stderr_of_mean(samples: list[dict], metric: str, value: float) -> float | None:
-    """The standard error of a score that is the mean of its questions' scores; None for any other."""
-    scores = [sample.get(metric) for sample in samples]
-    scores = [score.get("score") if isinstance(score, dict) else score for score in scores]
-    scores = [float(s) for s in scores if isinstance(s, bool) or _is_number(s)]
-    if len(scores) < 2 or len(scores) != len(samples):
-        return None
-    if not math.isclose(statistics.fmean(scores), value, rel_tol=1e-6):
-        return None
-    return statistics.stdev(scores) / math.sqrt(len(scores))
 
 
 def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
@@ -214,7 +218,7 @@ def _add_times(row: Row, times: dict) -> None:
         setattr(row, name, times.get(row.label, {}).get(name))
 
 
-def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict) -> None:
+def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
     base = next((row for row in rows if row.label == UNPATCHED), None)
     if base is None:
         return
@@ -222,14 +226,49 @@ def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict) -> None:
         if row.flops and base.flops:
             row.flops_ratio = row.flops / base.flops
         if all(task in row.scores and task in base.scores for task in tasks):
-            ratios = [_ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks]
-            known = [ratio for ratio in ratios if ratio is not None]
-            row.relative = statistics.fmean(known) if known else None
+            ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
+            known = {task: ratio for task, ratio in ratios.items() if ratio is not None}
+            row.relative = statistics.fmean(known.values()) if known else None
+            for group in sorted(dict.fromkeys(groups[task] for task in known), key=_known_first):
+                row.groups[group] = statistics.fmean(r for task, r in known.items() if groups[task] == group)
+
+
+def _known_first(group: str) -> tuple[int, str]:
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
 
 
 def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
     above, below = (ours, theirs) if higher_is_better else (theirs, ours)
     return above / below if below else None  # a task on which the unpatched model gets nothing tells nothing
+
+
+def _add_comparison(rows: list[Row], tasks: list[str], comparison: Comparison) -> None:
+    """Replace the intervals of scores that are a mean of questions, and add what the questions tell about each row."""
+    for row in rows:
+        means = [t for t, score in row.scores.items() if score.is_close_to(comparison.means.get((row.label, t)))]
+        for task in means:
+            low, high = comparison.intervals[row.label, task]
+            row.scores[task] = replace(row.scores[task], low=low, high=high)
+        row.rank = comparison.ranks.get(row.label)
+        if row.relative is not None and means == tasks:
+            row.relative_low, row.relative_high = comparison.relative.get(row.label, (None, None))
+        known = [comparison.stability[row.label, task] for task in tasks if (row.label, task) in comparison.stability]
+        if len(known) == len(tasks):
+            row.loyalty = statistics.fmean(one.loyalty for one in known)
+            if all(one.lost is not None for one in known):
+                row.lost, row.won = (statistics.fmean(getattr(one, name) for one in known) for name in ("lost", "won"))
+
+
+def _add_fronts(rows: list[Row]) -> None:
+    """Mark the rows that no other row beats, at any budget."""
+    for name, attribute in (("FLOPs", "flops_ratio"), ("equivalent tokens", "equivalent")):
+        placed = [row for row in rows if row.relative is not None and getattr(row, attribute) is not None]
+        if not placed:
+            continue
+        front = pareto_front([getattr(row, attribute) for row in placed], [row.relative for row in placed])
+        for row, on_it in zip(placed, front, strict=True):
+            if on_it:
+                row.pareto.append(name)
 
 
 def _value(row: Row, task: str | None) -> float | None:
@@ -239,9 +278,20 @@ def _value(row: Row, task: str | None) -> float | None:
 
 
 def _group_order(row: Row) -> tuple:
-    """The unpatched model, then rows without a budget, then counts from the largest, then shares."""
+    """The unpatched model, then rows without a budget, then counts from the largest, shares, and costs."""
+    if isinstance(row.budget, dict):
+        return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
     return (0 if row.label == UNPATCHED else kind, -(row.budget or 0))
+
+
+def _provenance(cells: list[dict]) -> dict[str, str]:
+    """What stands behind the cells of a row; several values, if cells differ, are all named."""
+    return {name: "; ".join(sorted({_flat(cell[name]) for cell in cells})) for name in PROVENANCE if cells}
+
+
+def _flat(value) -> str:
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _facts(run: dict, cells: dict, timing: dict) -> dict:

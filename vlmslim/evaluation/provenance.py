@@ -15,7 +15,7 @@ _EDGE = 2**20  # of larger ones, the beginning and the end
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    others = ("torch", "transformers", "lmms_eval")
+    others = ("torch", "torchvision", "transformers", "tokenizers", "pillow", "lmms_eval")
     return {"vlmslim": vlmslim.__version__, **{name: version(name) for name in others}}
 
 

@@ -1,0 +1,154 @@
+"""Intervals, paired tests, ranks and fronts: numpy arrays in, numpy arrays out.
+
+Scores are [rows, questions]: what each row of a leaderboard got on the very same questions. Questions about one picture
+are not independent of each other, so the *units* that are resampled or swapped are pictures, not questions.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+_CHUNK = 2**23  # numbers drawn at a time
+
+
+def units_of(names: Sequence) -> np.ndarray:
+    """Number the units: questions [Q] with equal names get equal numbers, counted from 0."""
+    return np.unique(np.asarray([str(name) for name in names]), return_inverse=True)[1]
+
+
+def sums_by_unit(scores: np.ndarray, units: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Add up the scores [rows, Q] of each unit: [rows, units]."""
+    count = int(units.max()) + 1 if count is None else count
+    return np.stack([np.bincount(units, weights=row, minlength=count) for row in np.atleast_2d(scores)])
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+def wilson(share: np.ndarray, size: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's score interval of a share that was found among `size` independent questions (need not be whole).
+
+    Unlike share ± z standard errors it stays inside [0, 1], and has a width where all or none are right.
+    """
+    z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
+    centre = (share + z2 / (2 * size)) / (1 + z2 / size)
+    half = np.sqrt(z2 * (share * (1 - share) / size + z2 / (4 * size**2))) / (1 + z2 / size)
+    return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+
+
+def effective_size(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """How many independent questions the right/wrong scores [rows, Q] are worth: Q over the design effect [rows].
+
+    The design effect is the variance of the mean with units as a whole over the one with independent questions, and at
+    least 1. Where all questions are right or all wrong it cannot be estimated, and the number of units is taken.
+    """
+    scores = np.atleast_2d(np.asarray(scores, dtype=float))
+    questions = scores.shape[1]
+    sizes = np.bincount(units)
+    count = len(sizes)
+    mean = scores.mean(1, keepdims=True)
+    spread = (mean * (1 - mean))[:, 0]
+    if count == questions:
+        return np.full(len(scores), float(questions))
+    if count == 1:
+        return np.ones(len(scores))
+    between = ((sums_by_unit(scores, units) - mean * sizes) ** 2).sum(1) * count / (count - 1) / questions**2
+    alone = np.where(spread > 0, spread, 1.0) / (questions - 1)
+    effect = np.maximum(between / alone, 1.0)
+    return np.where(spread > 0, questions / effect, float(count))
+
+
+def resamples(strata: np.ndarray, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Draw units with replacement, within each stratum: how often each is drawn, [chunk, units] at a time."""
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    step = max(1, _CHUNK // len(strata))
+    for start in range(0, draws, step):
+        weights = np.zeros((min(step, draws - start), len(strata)))
+        for member in members:
+            weights[:, member] = rng.multinomial(len(member), np.full(len(member), 1 / len(member)), len(weights))
+        yield weights
+
+
+def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval of bootstrap draws [draws, ...]; draws that are not a number count for nothing."""
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+# ---------------------------------------------------------------------- paired tests
+
+
+def mcnemar(scores: np.ndarray) -> np.ndarray:
+    """Exact two-sided McNemar test between all rows of right/wrong scores [rows, Q]: p values [rows, rows].
+
+    Only questions on which two rows differ say anything; if the rows are alike, each of those is a fair coin.
+    """
+    right = np.asarray(scores, dtype=float)
+    only_first = np.rint(right @ (1 - right).T).astype(int)
+    differing = only_first + only_first.T
+    return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(only_first, only_first.T), differing, 0.5))
+
+
+def swap_test(sums: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+    """Paired permutation test between all rows of unit sums [rows, units]: two-sided p values [rows, rows].
+
+    If two rows are alike, the scores that they got on a unit can be swapped. All patterns of swaps are tried where
+    there are no more than `draws` of them; otherwise `draws` random ones, and the observed pattern is counted too.
+    """
+    sums = np.asarray(sums, dtype=float)
+    rows, units = sums.shape
+    total = sums.sum(1)
+    observed = np.abs(total[:, None] - total) * (1 - 1e-9) - 1e-12  # equal up to rounding is equal
+    exact = units < 63 and 2**units <= draws
+    count, reached = 0, np.zeros((rows, rows))
+    for signs in _all_signs(units) if exact else _random_signs(units, draws, seed):
+        swapped = sums @ signs
+        reached += (np.abs(swapped[:, None] - swapped[None]) >= observed[:, :, None]).sum(2)
+        count += signs.shape[1]
+    return reached / count if exact else (reached + 1) / (count + 1)
+
+
+def _all_signs(units: int) -> Iterator[np.ndarray]:
+    for start in range(0, 2**units, 1024):
+        patterns = np.arange(start, min(start + 1024, 2**units))
+        yield 1.0 - 2.0 * ((patterns[None] >> np.arange(units)[:, None]) & 1)
+
+
+def _random_signs(units: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    step = max(1, min(1024, _CHUNK // units))
+    for start in range(0, draws, step):
+        yield 1.0 - 2.0 * rng.integers(0, 2, (units, min(step, draws - start)), dtype=np.int8)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Adjust a family of p values [K] so that the chance of any false finding stays below the level.
+
+    Holm, "A simple sequentially rejective multiple test procedure", 1979. It holds however the tests depend on each
+    other, and these do: they share questions.
+    """
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+# ---------------------------------------------------------------------- order
+
+
+def ranks(better: np.ndarray) -> np.ndarray:
+    """Ranks with ties: 1 + the number of rows that are significantly better, from better[i, j]: i is than j."""
+    return 1 + np.asarray(better, dtype=bool).sum(0)
+
+
+def pareto_front(cost: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Which points nothing beats: no other costs at most and is worth at least as much, one of them strictly."""
+    cost, value = np.asarray(cost, dtype=float), np.asarray(value, dtype=float)
+    as_good = (cost[:, None] <= cost) & (value[:, None] >= value)
+    strictly = (cost[:, None] < cost) | (value[:, None] > value)
+    return ~(as_good & strictly).any(0)

@@ -1,0 +1,30 @@
+"""What a task asks for: text reading, fine detail, hallucination, or anything else.
+
+Pruning hurts these differently, and an average over a suite hides it. A `group` in the task's YAML entry overrides.
+"""
+
+OCR, DETAIL, HALLUCINATION, GENERAL = "OCR", "fine detail", "hallucination", "general"
+GROUPS = (OCR, DETAIL, HALLUCINATION, GENERAL)
+
+#: Beginnings of task names, up to an underscore or the end; the longest that fits decides.
+_PREFIXES = {
+    OCR: (
+        "scenes_text documents textvqa docvqa infovqa chartqa chartqapro charxiv ocrbench cc_ocr stvqa textcaps "
+        "multidocvqa dude slidevqa mmlongbench_doc mtvqa vcr_wiki synthdog websrc visualwebbench omnidocbench mdpbench "
+        "seedbench_2_plus"
+    ),
+    DETAIL: (
+        "scenes_detail scenes_count scenes_spatial vstar hrbench hrbench4k hrbench8k mme_realworld realworldqa "
+        "cv_bench countbench countbenchqa pixmo_count fsc147 refcoco refcoco+ refcocog screenspot mmvp embspatial "
+        "blink vlmsareblind xlrs"
+    ),
+    HALLUCINATION: "scenes_presence pope hallusion_bench amber_g coco_cap_chair",
+}
+_GROUP_OF = {prefix: group for group, prefixes in _PREFIXES.items() for prefix in prefixes.split()}
+
+
+def group_of(task: str) -> str:
+    """The group of a bundled or lmms-eval task, by its name; `general` for what is not known to be special."""
+    parts = task.lower().split("_")
+    beginnings = ("_".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((_GROUP_OF[name] for name in beginnings if name in _GROUP_OF), GENERAL)
