@@ -283,7 +283,7 @@ def test_what_a_cell_records(config):
     cell = Store(config().output).cell("divprune-16", "text")
     assert cell["stages"] == [{"method": "divprune", "keep": 16}]
     assert cell["seed"] == 0
-    assert {"vlmslim", "torch", "transformers", "lmms_eval"} == cell["versions"].keys()
+    assert {"vlmslim", "torch", "transformers", "pillow", "lmms_eval"} <= cell["versions"].keys()
     assert cell["hardware"] and cell["config_hash"] and cell["seconds"] >= 0
     assert "git_commit" in cell
     assert cell["receipt"]["kept"] == 16
