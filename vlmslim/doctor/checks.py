@@ -188,17 +188,22 @@ def memory(patient: Patient) -> Outcome:
 
 def attention(patient: Patient) -> Outcome:
     """No full attention map is made, and the attention back end stays what it was."""
-    before, now = patient.baseline.backend, patient.model.config.get_text_config()._attn_implementation
-    if before == "eager":
-        raise NotApplicable("eager attention makes full maps by itself; load the model with sdpa")
     inputs = patient.prompts.inputs((LONG,))
-    made = shapes(patient.model, inputs) - patient.baseline.shapes
-    lengths = {inputs["input_ids"].shape[1], *patient.slim.receipt.last.sequence}
-    maps = [str(shape) for shape in sorted(made) if len(shape) > 1 and shape[-1] == shape[-2] in lengths]
-    notes = [f"made {', '.join(maps[:3])}"] if maps else []
+    plain, length = patient.baseline.shapes, inputs["input_ids"].shape[1]
+    if _maps(plain, {length}):
+        raise NotApplicable("the unpatched model makes full maps itself; load it with a fused back end (sdpa) to see")
+    made = shapes(patient.model, inputs) - plain
+    maps = _maps(made, {length, *patient.slim.receipt.last.sequence})
+    notes = [f"made {', '.join(map(str, maps[:3]))}"] if maps else []
+    before, now = patient.baseline.backend, patient.model.config.get_text_config()._attn_implementation
     if now != before:
         notes.append(f"the back end changed to {now}")
     return Outcome(len(maps) + (now != before), 0, "maps", "; ".join(notes))
+
+
+def _maps(shapes: set[tuple[int, ...]], lengths: set[int]) -> list[tuple[int, ...]]:
+    """Those that end in one of `lengths` twice."""
+    return sorted(shape for shape in shapes if len(shape) > 1 and shape[-1] == shape[-2] and shape[-1] in lengths)
 
 
 def repeat(patient: Patient) -> Outcome:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from torch import nn
 
+import vlmslim
 from vlmslim.receipt import headline
 
 _MARKS = {"pass": "[green]✓[/]", "fail": "[bold red]✗[/]", "n/a": "[dim]–[/]"}
@@ -58,7 +59,7 @@ class Report:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "attention": model.config.get_text_config()._attn_implementation,
-            "versions": {name: version(name) for name in ("vlmslim", "torch", "transformers")},
+            "versions": {"vlmslim": vlmslim.__version__} | {name: version(name) for name in ("torch", "transformers")},
         }
         return cls(facts, noise, factor)
 
@@ -125,11 +126,11 @@ class Report:
 
     def _matrix(self, methods):
         from rich.markup import escape
-        from rich.table import Table
+        from rich.table import Column, Table
 
         checks = dict.fromkeys(finding.check for finding in self.findings if finding.check != "patch")
         marks = {(finding.method, finding.check): _MARKS[finding.status] for finding in self.findings}
-        table = Table("method", *checks, box=None, pad_edge=False)
+        table = Table("method", *(Column(check, overflow="fold") for check in checks), box=None, pad_edge=False)
         for method in methods:
             table.add_row(escape(method), *(marks.get((method, check), "[dim]–[/]") for check in checks))
         return table

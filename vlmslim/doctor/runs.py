@@ -136,6 +136,7 @@ class Baseline(Witness):
             difference(together, recompute(model, prompts.inputs(), answer)),
             difference(together, decode(model, prompts.inputs(), answer, stride=STEPS)),
             difference(tails(model, prompts.inputs()), tails(model, prompts.inputs(side="right"))),
+            abs(loss(model, prompts.inputs(), answer) - float(likelihood(together, answer).mean())),
             torch.finfo(model.dtype).eps * float(together.std()),
         )
         self.backend = model.config.get_text_config()._attn_implementation
