@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from conversations import IGNORED, Collator, Conversations, Scenes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -281,6 +281,7 @@ class Run:
     def __init__(self, out: Path, settings: Settings, accelerator: Accelerator):
         self.out, self.settings, self.accelerator = Path(out), settings, accelerator
         self.started, self.sums, self.skipped = time.time(), {}, 0
+        self.lines: list[dict] = []
         self.board = None
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -303,21 +304,21 @@ class Run:
 
     def log(self, step: int, **numbers: float) -> None:
         """Write one line. Every process has to call this."""
-        means = torch.tensor([total / times for total, times in self.sums.values()], device=self.accelerator.device)
-        means = self.accelerator.reduce(means, "mean").tolist()
-        skipped = self.accelerator.reduce(torch.tensor([self.skipped], device=self.accelerator.device), "sum")
-        line = {"step": step} | dict(zip(self.sums, means, strict=True)) | numbers
-        line |= {"skipped": int(skipped), "seconds": time.time() - self.started}
+        everyone = gather_object([(self.sums, self.skipped)])
         self.sums = {}
         if not self.accelerator.is_main_process:
             return
-        path = self.out / "log.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, line)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(line)
+        line = {"step": step}
+        for name in dict.fromkeys(name for sums, _ in everyone for name in sums):  # some may have seen no picture
+            totals, times = zip(*(sums[name] for sums, _ in everyone if name in sums), strict=True)
+            line[name] = sum(totals) / sum(times)
+        line |= numbers | {"skipped": sum(n for _, n in everyone), "seconds": time.time() - self.started}
+        self.lines.append(line)
+        with (self.out / "log.tmp").open("w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for line in self.lines for name in line))
+            writer.writeheader()
+            writer.writerows(self.lines)
+        (self.out / "log.tmp").replace(self.out / "log.csv")
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
         for name, value in line.items():
             if self.board and name != "step":
@@ -341,7 +342,6 @@ class Run:
         """Take up the last checkpoint, if there is one; returns the steps done."""
         path = self.out / "last.pt"
         if not path.exists():
-            (self.out / "log.csv").unlink(missing_ok=True)  # of a run that never came to a checkpoint
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = asdict(self.settings) | {"processes": self.accelerator.num_processes}
@@ -355,8 +355,9 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.accelerator.is_main_process and (self.out / "log.csv").exists():
-            _truncate(self.out / "log.csv", state["step"])
+        if (self.out / "log.csv").exists():
+            with (self.out / "log.csv").open(newline="") as file:  # lines behind the checkpoint will come again
+                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state["step"]]
         return state["step"]
 
 
@@ -367,7 +368,7 @@ def _prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
     if settings.train_decoder:
         for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):
             part.requires_grad_(True)
-    slim.trained.requires_grad_(True)
+    slim.trained.float().requires_grad_(True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tuned.train()
@@ -382,11 +383,3 @@ def _kept(slim: vlmslim.Slim) -> dict[str, float]:
     seen = slim.receipt.summary()
     slim.reset_receipt()
     return {"kept": seen["kept"], "equivalent_tokens": seen["equivalent_tokens"]} if seen["images"] else {}
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines of a log behind `step`: they will be written again."""
-    header, *lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if int(line.split(",")[0]) <= step]
-    path.with_suffix(".tmp").write_text("".join([header, *kept]))
-    path.with_suffix(".tmp").replace(path)

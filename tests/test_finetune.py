@@ -220,8 +220,9 @@ def test_an_interrupted_run_resumes_to_the_same_loss(tmp_path):
     settings = small(accumulate=2)
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "pieces", stop=2)
-    with (tmp_path / "pieces" / "log.csv").open("a") as file:  # steps behind the last checkpoint are done again
-        file.write("3" + ",9" * 7 + "\n")
+    log = tmp_path / "pieces" / "log.csv"  # a step behind the last checkpoint is done again
+    log.write_text(log.read_text() + log.read_text().splitlines()[-1].replace("2", "3", 1) + "\n")
+    assert list(log_of(tmp_path / "pieces")) == [1, 2, 3]
     slim = train(settings, tmp_path / "pieces")
     whole, pieces = log_of(tmp_path / "whole"), log_of(tmp_path / "pieces")
     assert list(whole) == list(pieces) == [1, 2, 3, 4]
@@ -290,19 +291,31 @@ def test_settings_are_checked(tmp_path):
         settings_from(tmp_path / "a.yaml")
 
 
+def test_the_warm_start_brings_the_projector_to_the_models_own():
+    from train_tokenflex import warm_start
+
+    settings, left = small(pictures=4, questions=1, method=dict(counts=[4, 16], probabilities=[0.5, 0.5])), []
+    model, processor, data = load(settings)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for steps in (2, 60):
+        with vlmslim.patch(model, "tokenflex", weights="random", keep=16, **settings.method) as slim:
+            left.append(warm_start(slim, processor, data, settings, pictures=3, steps=steps))
+    assert left[1] < 0.5 * left[0]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train_tokenflex.py"])
-def test_two_processes_on_the_cpu(script, tmp_path):
-    """`accelerate launch` with two processes: both train, on different pictures, and one result is written."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    settings = ["pictures=8", "questions=2", "steps=2", "batch=1", "workers=0", "device=cpu", "log_every=1"]
-    command = [*launch, str(SCRIPTS / script), "--out", str(tmp_path), *settings]
+@pytest.mark.parametrize(("how", "processes"), [("--cpu", 1), ("--multi_gpu", 2)])
+def test_accelerate_launch_with_two_processes_on_the_cpu(how, processes, tmp_path):
+    """With `--cpu` accelerate starts one process, whatever is asked; with `--multi_gpu` and this variable it is two."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", how, "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(SCRIPTS / "train_tokenflex.py"), "--out", str(tmp_path), "device=cpu", "workers=0", "log_every=1"]
+    command += ["pictures=8", "questions=2", "steps=2", "batch=1", "script={warm_start: 2}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(log_of(tmp_path)) == [1, 2]
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["processes"] == 2
-    model = load(Settings())[0]
-    with vlmslim.patch(model, tmp_path / "final", keep=16) as slim:
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["processes"] == processes
+    with vlmslim.patch(load(Settings())[0], tmp_path / "final", keep=16) as slim:
         assert set(slim.trained) == {"tokenflex"}
