@@ -287,3 +287,39 @@ def test_a_share_of_the_depth_means_what_the_engine_makes_of_it():
         stage = FastV(4, layer=share)
         planned = sum(stage.visual_tokens(16, DEPTH)) / DEPTH
         assert cost(model, inputs, stage)["equivalent_tokens"] == planned
+
+
+@pytest.mark.slow
+def test_a_run_at_equal_cost(tmp_path):
+    """The bundled checkpoint behind lmms-eval: every cell's own receipt says what the budget asked for."""
+    pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+    from vlmslim.evaluation.config import ConfigError, load_config
+    from vlmslim.evaluation.run import run
+    from vlmslim.evaluation.store import Store
+
+    config = {
+        "model": {"pretrained": "bundled/tiny-llava", "device": "cpu"},
+        "tasks": ["scenes_count"],
+        "budgets": [{"equivalent_tokens": 48}, {"tflops_ratio": 0.5}],
+        "methods": ["divprune", "fastv", "aim", "todre"],
+        "limit": 3,
+        "timing": None,
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    board = run(load_config(path))
+    rows = {row.label: row for row in board.rows}
+    for method in ("random", "divprune", "fastv", "aim", "todre"):
+        assert rows[f"{method}-equivalent_tokens=48"].equivalent == pytest.approx(48, rel=0.02)
+        assert rows[f"{method}-tflops_ratio=0.5"].flops_ratio == pytest.approx(0.5, rel=0.02)
+    cell = Store(tmp_path / "out").cell("fastv-equivalent_tokens=48", "scenes_count")
+    assert cell["stages"][0]["keep"] == cell["budget"]["value"] == 16
+    assert cell["budget"]["spent"] == cell["budget"]["achieved"] == 48
+    saved = (tmp_path / "out" / "leaderboard.json").read_bytes()
+    run(load_config(path))
+    assert (tmp_path / "out" / "leaderboard.json").read_bytes() == saved
+
+    path.write_text(json.dumps(config | {"budgets": [{"equivalent_tokens": 30}]}))
+    with pytest.raises(ConfigError, match="fastv cannot cost equivalent_tokens=30 .* nearest is keep=1 with 36.75"):
+        run(load_config(path))
