@@ -139,7 +139,7 @@ def _find(name: str, check: str, patient: Patient) -> Finding:
     except NotApplicable as why:
         return Finding(name, check, "n/a", note=str(why))
     except Exception as error:
-        return Finding(name, check, "fail", note=f"{type(error).__name__}: {error}")
+        return Finding(name, check, "fail", note=f"{type(error).__name__}: {error}".splitlines()[0])
     status = "pass" if found.passed else "fail"
     return Finding(name, check, status, found.measured, found.tolerance, found.unit, found.note)
 

@@ -182,6 +182,8 @@ def _counter(computed: list[int], layer: int) -> Callable:
 
 def memory(patient: Patient) -> Outcome:
     """Its peak memory is not above the unpatched model's."""
+    if not patient.slim.receipt.had_effect:
+        raise NotApplicable("no visual token was dropped, so there is nothing to save")
     ours, plain = peak_memory(patient.model, patient.prompts.inputs()), patient.baseline.peak
     return Outcome(ours / plain, 1, "x", f"{ours / 2**20:.1f} MiB of {plain / 2**20:.1f} MiB")
 

@@ -61,7 +61,8 @@ class Prompts:
                 [picture(seed + i, round(w * side), round(h * side)) for i, (w, h) in enumerate(sizes)]
             )
             self._texts.append(self._render(turns))
-        while len(processor.tokenizer(self._texts[LONG])["input_ids"]) < LONG_TEXT:
+        placeholders = len(self._pictures[LONG])
+        while len(processor.tokenizer(self._texts[LONG])["input_ids"]) < LONG_TEXT + placeholders:
             self._texts[LONG] = self._texts[LONG].replace("Which of", "Look at them closely. Which of", 1)
         self._encoded = cache(self._encode)
 
