@@ -144,11 +144,18 @@ def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def merge_step(x: Tensor, order: Tensor, mate: Tensor) -> Tensor:
     """Average every odd token with the even ones that `match` gave it: (..., n, d) -> (..., n - r, d).
 
-    The even ones left over come first, in their order. The sum is a product with 0 and 1 rather than a scatter, whose
-    order of summation is not fixed on a GPU.
+    The even ones left over come first, in their order.
     """
     even, odd = (x[..., i::2, :] for i in (0, 1))
     even = even.gather(-2, order[..., None].expand(*order.shape, x.shape[-1]))
     moved, left = even.split([mate.shape[-1], even.shape[-2] - mate.shape[-1]], dim=-2)
-    joins = (torch.arange(odd.shape[-2], device=x.device)[:, None] == mate[..., None, :]).to(x.dtype)  # (..., odd, r)
-    return torch.cat([left, (odd + joins @ moved) / (1 + joins.sum(-1, keepdim=True))], dim=-2)
+    if x.device.type == "cpu":
+        shape, m = odd.shape, odd.shape[-2]
+        first = torch.arange(0, mate[..., 0].numel() * m, m).view(*mate.shape[:-1], 1)  # place of each crop's first
+        into = (first + mate).flatten()
+        count = into.bincount(minlength=odd[..., 0].numel()).view(*shape[:-1], 1)
+        total = odd.reshape(-1, shape[-1]).index_add(0, into, moved.reshape(-1, shape[-1])).view(shape)
+    else:  # a product with 0 and 1: there, a scatter sums in no fixed order
+        joins = (torch.arange(odd.shape[-2], device=x.device)[:, None] == mate[..., None, :]).to(x.dtype)
+        total, count = odd + joins @ moved, joins.sum(-1, keepdim=True)
+    return torch.cat([left, total / (1 + count)], dim=-2)

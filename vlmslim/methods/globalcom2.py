@@ -144,7 +144,8 @@ class GlobalCom2(Compressor):
 def unlikeness(x: Tensor, group: Tensor) -> Tensor:
     """Minus the cosine between each token and the mean token of its group: (n, d) and (n,) integers >= -1 -> (n,)."""
     total = F.one_hot(group + 1).T.to(x) @ x  # scattered sums would not repeat to the last bit on a GPU
-    return -F.cosine_similarity(x, total[group + 1], dim=-1)
+    cosine = F.normalize(x, dim=-1) @ F.normalize(total, dim=-1).T  # with every group's mean: there are few
+    return -cosine.gather(1, group[:, None] + 1)[:, 0]
 
 
 def stretch(thumbnail: Tensor, height: int, width: int) -> Tensor:
