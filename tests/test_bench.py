@@ -104,6 +104,14 @@ def test_several_images_in_a_prompt():
     assert rows(record)["fastv-5"]["visual_tokens_per_layer"] == [32, 32, 10, 10]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu():
+    record = bench(tiny("llava").to("cuda"), [parse_method("fastv")], [5], QUICK)
+    row = rows(record)["fastv-5"]
+    assert row["kv_bytes"] == row["kv_theory_bytes"] and row["peak_bytes"] > 0
+    assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"]
+
+
 def test_a_missed_target_is_said_aloud(record):
     slow = json.loads(json.dumps(record))
     row = slow["scenarios"][0]["rows"][1]

@@ -3,6 +3,7 @@
 import ast
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -223,18 +224,8 @@ def _describe(model: nn.Module) -> dict:
     }
 
 
-class _Unpatched:
-    """Stands in for a patch where there is none."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_) -> None:
-        pass
-
-
-def _treated(model: nn.Module, stage: dict | None):
-    return _Unpatched() if stage is None else vlmslim.patch(model, [stage])
+def _treated(model: nn.Module, stage: dict | None) -> AbstractContextManager:
+    return nullcontext() if stage is None else vlmslim.patch(model, [stage])
 
 
 def _scenario(model: nn.Module, prompt: Prompt, treatments: dict, work: Workload, say: Callable) -> dict:
