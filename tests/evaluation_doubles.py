@@ -39,6 +39,7 @@ def receipt(kept: float, requested: float | None) -> dict:
         "equivalent_tokens": kept,
         "text_tokens": 20.0,
         "kv_bytes": (kept + 20) * 4 * 2 * 2 * 16 * 4,
+        "selection_ms": 0.5,
         "had_effect": kept < 144,
         "positions": "renumbered",
         "backend": "sdpa",

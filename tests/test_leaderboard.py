@@ -83,6 +83,9 @@ def test_cost_is_computed_from_what_was_kept(board):
     assert rows["divprune-16"].flops_ratio == prefill_flops(SHAPE, 36) / prefill_flops(SHAPE, 164)
     assert rows["divprune-16"].kv_bytes == 36 * 4 * 2 * 2 * 16 * 4
     assert rows["random-16"].prefill_ratio is not None
+    assert rows["random-16"].selection_ms == 0.5
+    assert rows["random-16"].positions == "renumbered"
+    assert "sdpa in float32" in render(board, "md")
 
 
 def test_marks(board):
@@ -200,6 +203,12 @@ def test_markdown(board):
     assert "*50.0 ± " in text
     assert "multiply-add = 2" in text and "seed 0" in text and "all questions" in text
     assert "McNemar" in text and "Holm" in text
+
+
+def test_a_missing_baseline_is_said(board):
+    assert "Not in this run: the baseline uniform, which a method has to beat." in render(board, "md")
+    board = Leaderboard([Row("a", 1, stages=[{"method": m}]) for m in ("random", "uniform")], [], {}, board.facts)
+    assert "Not in this run" not in render(board, "md")
 
 
 def test_the_tables(decided):

@@ -35,6 +35,8 @@ class Row:
                  and averaged over its layers
     flops      : analytic prefill FLOPs of the language model
     kv_bytes   : of the prompt's KV cache
+    selection_ms : measured time that a prompt of the evaluation spent in the methods; None in old receipts
+    positions  : what the language model saw, "renumbered" or "original"
     prefill_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
     """
 
@@ -57,6 +59,8 @@ class Row:
     flops: float | None = None
     flops_ratio: float | None = None
     kv_bytes: float | None = None
+    selection_ms: float | None = None
+    positions: str | None = None
     prefill_ms: float | None = None
     prefill_ratio: float | None = None
     decode_ms: float | None = None
@@ -209,6 +213,9 @@ def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
     row.last = per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images
     row.equivalent = per_prompt([r["equivalent_tokens"] for r in receipts])
     row.kv_bytes = per_prompt([r["kv_bytes"] for r in receipts])
+    if all("selection_ms" in r for r in receipts):
+        row.selection_ms = per_prompt([r["selection_ms"] for r in receipts])
+    row.positions = ", ".join(sorted({r["positions"] for r in receipts}))
     lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
     row.flops = per_prompt([prefill_flops(shape, length) for length in lengths])
 
@@ -312,6 +319,7 @@ def _facts(run: dict, cells: dict, timing: dict) -> dict:
         "git_commits": distinct("git_commit"),
         "config_hashes": distinct("config_hash"),
         "hardware": distinct("hardware"),
+        "backends": sorted({f"{r['backend']} in {r['dtype']}" for r in receipts}),
         "timing": timing.get("settings", {}).get("timing"),
         "cells": f"{len(cells)} of {len(config['rows']) * len(config['tasks'])}",
     }

@@ -8,6 +8,7 @@ from vlmslim.evaluation.scores import Score
 from vlmslim.evaluation.task_groups import GROUPS
 
 NOTHING = "–"
+BASELINES = ("random", "uniform")
 STAR = "†"  # not an asterisk, which Markdown would read
 
 
@@ -75,6 +76,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         Column(f"prefill {name}", [_with_ratio(r.flops, r.flops_ratio, 1 / unit, 2) for r in rows]),
         Column("prefill ms", [_with_ratio(r.prefill_ms, r.prefill_ratio, 1, 1) for r in rows]),
         Column("decode ms/token", [_with_ratio(r.decode_ms, r.decode_ratio, 1, 2) for r in rows]),
+        Column("selection ms", [number(r.selection_ms, 1, 2) for r in rows]),
         Column(f"KV cache {bytes_name}", [number(r.kv_bytes, 1 / bytes_, 1) for r in rows]),
         Column("Pareto front", ["both" if len(r.pareto) == 2 else ", ".join(r.pareto) or NOTHING for r in rows]),
     ]
@@ -223,13 +225,18 @@ def notes(board: Leaderboard) -> list[str]:
         lines.append(
             f"Prefill: time to first token, image encoding and compression included. Medians of {t['prompts']} prompts "
             f"x {t['repeats']} repetitions at batch 1 and {t['new_tokens']} new tokens, all rows in turn in one "
-            "process; in brackets the median ratio to the unpatched model. KV cache: of a prompt, after prefill."
+            "process; in brackets the median ratio to the unpatched model. Selection: the method's own part of a "
+            "prompt in the evaluation, at its batch size. KV cache: of a prompt, after prefill."
         )
+    used = {stage["method"] for row in board.rows for stage in row.stages}
+    if missing := [name for name in BASELINES if name not in used]:
+        lines.append(f"Not in this run: the baseline {' and '.join(missing)}, which a method has to beat.")
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     commits, configs = (", ".join(map(_short, facts[name])) for name in ("git_commits", "config_hashes"))
     checkpoint = f" ({_short(facts['checkpoint'])})" if facts["checkpoint"] else ""
     lines.append(
         f"{facts['model']}{checkpoint}; seed {facts['seed']}; {versions}; {'; '.join(facts['hardware'])}; "
+        f"{'; '.join(facts['backends'])}; "
         f"commit {commits}; config {configs}; cells {facts['cells']}."
     )
     return lines
