@@ -244,6 +244,13 @@ def test_wrong_requests(method, options, message):
         solve(model, method, prompts(model), **options)
 
 
+def test_options_go_with_a_name():
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="options go with a method's name only; .'layer'. came with"):
+        solve(model, FastV(4), prompts(model), equivalent_tokens=7, layer=1)
+    assert Solver(model, prompts(model)).solve("divprune", equivalent_tokens=7).value == 7
+
+
 def test_prompts_must_bring_images_one_at_a_time():
     model = tiny("llava")
     with pytest.raises(ValueError, match="no sample prompt brings an image"):

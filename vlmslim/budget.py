@@ -82,7 +82,11 @@ def solve(model: nn.Module, method: str | Part | Sequence, prompts: Iterable[Map
         BudgetError: the nearest that the method can do is off by more than 2 %.
     """
     target = {name: options.pop(name) for name in CURRENCIES if name in options}
-    return Solver(model, prompts).solve({"method": method} | options if isinstance(method, str) else method, **target)
+    if isinstance(method, str):
+        method = {"method": method} | options
+    elif options:
+        raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method!r}")
+    return Solver(model, prompts).solve(method, **target)
 
 
 class Solver:
@@ -107,10 +111,10 @@ class Solver:
             raise ValueError("no sample prompt brings an image, so nothing can be solved; give prompts with images")
         self.text = text / len(self.sizes)
 
-    def solve(self, method: Part | Sequence[Part | str], **target: float) -> Solution:
-        """As `solve`; a method by name is a dictionary here."""
+    def solve(self, method: str | Part | Sequence[str | Part], **target: float) -> Solution:
+        """As `solve`; options of a method stand in its dictionary."""
         currency, wanted = check_target(target)
-        parts = list(method) if isinstance(method, Sequence) else [method]
+        parts = [method] if isinstance(method, str | dict | Compressor) else list(method)
         place, knob = free_knob(parts)
         values = self._values(parts[place], knob)
 
