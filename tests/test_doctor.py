@@ -71,6 +71,17 @@ class Plain(Compressor):
 
 
 @dataclass
+class Fixed(Compressor):
+    """Between layers, without a budget, and with layers that only the model tells."""
+
+    def setup(self, model):
+        self.layers = (len(model.model.language_model.layers) - 1,)
+
+    def retain(self, tokens):
+        return tokens.mask & (tokens.image != 1)
+
+
+@dataclass
 class Late(Compressor):
     """Between layers: the first tokens of each image."""
 
@@ -88,14 +99,15 @@ class Late(Compressor):
 def test_honest_methods_pass(load, family):
     model, processor = load(family)
     report = doctor.examine(
-        model, processor, [Plain(), Late(), "none", "divprune", [{"method": "uniform", "keep": 0.5}, Late()]]
+        model, processor, [Plain(), Late(), Fixed(), "none", "divprune", [{"method": "uniform", "keep": 0.5}, Late()]]
     )
     assert report.passed and not report.failures, str(report)
     given = {(finding.method, finding.check): finding.status for finding in report.findings}
-    assert len(given) == 5 * len(CHECKS)
+    assert len(given) == 6 * len(CHECKS)
     skipped = {key for key, status in given.items() if status == "n/a"}
     late, both = "Late(keep=0.25)", "uniform(keep=0.5) + Late(keep=0.25)"
-    assert skipped == {(late, "cache"), (both, "cache"), ("none", "memory")}
+    fixed = {("Fixed()", check) for check in ("budget", "cache", "keep-all")}
+    assert skipped == {(late, "cache"), (both, "cache"), ("none", "memory")} | fixed
     assert report.receipts["Plain(keep=0.25)"]["kept"] < report.receipts["none"]["kept"]
     assert report.receipts["none"]["prompts"] == len(BATCH)
 
@@ -170,11 +182,11 @@ def test_a_ranking_that_depends_on_the_neighbours(failed):
 def test_an_image_that_is_assumed_at_a_fixed_place(failed):
     """Trap 5: places count from the start of the row, padding included."""
 
-    class Fixed(Late):
+    class Absolute(Late):
         def score(self, tokens):
             return torch.rand(4096, generator=torch.Generator().manual_seed(0))[tokens.origin]
 
-    found = failed(Fixed())
+    found = failed(Absolute())
     assert {"batch", "padding"} == set(found)
 
 

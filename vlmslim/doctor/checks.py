@@ -244,10 +244,11 @@ def keeping_everything(stage: Compressor) -> Compressor:
     Raises:
         NotApplicable: it has no option `keep`.
     """
-    if type(stage).stages is Compressor.stages and not compresses(stage) and not stage.layers:
+    cls = type(stage)
+    if not compresses(stage) and cls.retain is Compressor.retain and cls.stages is Compressor.stages:
         return stage  # it only counts
     if not (is_dataclass(stage) and "keep" in {f.name for f in fields(stage) if f.init}):
-        raise NotApplicable(f"{type(stage).__name__} has no option `keep`")
+        raise NotApplicable(f"{cls.__name__} has no option `keep`")
     return replace(stage, keep=1.0)
 
 
