@@ -1,6 +1,7 @@
 """`vlmslim bench`: what its record says, how it is shown, and what it refuses."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -102,6 +103,13 @@ def test_several_images_in_a_prompt():
         tiny("llava"), [parse_method("fastv")], [5], Workload(images=2, text_tokens=9, new_tokens=2, repeats=1)
     )
     assert rows(record)["fastv-5"]["visual_tokens_per_layer"] == [32, 32, 10, 10]
+
+
+def test_processor_time_is_said_to_be_one(record):
+    quick = bench(tiny("llava"), [], [1], replace(QUICK, cpu_time=True))
+    assert "processor time" in markdown(quick) and "processor time" not in markdown(record)
+    row = rows(quick)["unpatched"]
+    assert 0 < row["prefill_ms"]["median"] < row["ttft_ms"]["median"] < row["latency_ms"]["median"]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -375,6 +376,15 @@ def test_a_timing_splits_the_prefill():
     timing = time_generation(tiny("llava"), batch(tiny("llava"), [ROW], padding="none"), 3)
     assert 0 < timing.language_model_ms < timing.prefill_ms < timing.total_ms
     assert timing.total_ms == pytest.approx(timing.prefill_ms + 2 * timing.decode_ms)
+
+
+def test_what_is_timed_from_where_to_where():
+    """A clock that ticks when it is read: the call, the prompt, into and out of the language model, two tokens."""
+    model = tiny("llava")
+    inputs = batch(model, [ROW], padding="none")
+    assert time_generation(model, inputs, 2, count().__next__) == Timing(4000, 1000, None, 1000, 5000)
+    with vlmslim.patch(model, "fastv", keep=4):
+        assert time_generation(model, inputs, 2, count().__next__) == Timing(4000, 1000, None, 1000, 5000)
 
 
 def test_summary():

@@ -125,6 +125,7 @@ def bench(
     text_tokens: Annotated[int, typer.Option(min=2, help="Words in a prompt.")] = 46,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every treatment is timed once in each.")] = 10,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor time, for a CPU shared with others.")] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of --shape, instead of all.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
@@ -154,6 +155,7 @@ def bench(
                 text_tokens=text_tokens,
                 new_tokens=new_tokens,
                 repeats=repeats,
+                cpu_time=cpu_time,
             )
             keeps = None if budgets is None else bench.parse_numbers(budgets)
             name, model = bench.load(checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention)

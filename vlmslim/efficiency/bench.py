@@ -2,6 +2,7 @@
 
 import ast
 import platform
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from vlmslim.efficiency.memory import cache_bytes, peak_memory
 from vlmslim.efficiency.parts import count_flops
 from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
-from vlmslim.efficiency.timing import Spread, Timing, interleave, time_generation
+from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_generation
 from vlmslim.evaluation import provenance
 from vlmslim.methods import method, method_class
 
@@ -43,6 +44,8 @@ class Workload:
     text_tokens : words of a prompt
     new_tokens  : tokens generated, always exactly so many
     repeats     : recorded rounds; one more goes before them
+    cpu_time    : count processor seconds instead of the wall clock's, for a CPU that is shared with other programs;
+                  selection keeps to the wall clock
     """
 
     batches: tuple[int, ...] = (1,)
@@ -51,6 +54,12 @@ class Workload:
     text_tokens: int = 46
     new_tokens: int = 32
     repeats: int = 10
+    cpu_time: bool = False
+
+    @property
+    def clock(self) -> Clock:
+        """Reads seconds."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
 
 def parse_method(text: str) -> dict:
@@ -235,8 +244,8 @@ def _scenario(model: nn.Module, prompt: Prompt, treatments: dict, work: Workload
         say(f"batch {prompt.batch}: FLOPs and memory of {label}")
         facts[label] = _survey(model, prompt, stage, work.new_tokens)
     bounds = {tuple(map(round, fact["visual_tokens_per_layer"])) for fact in facts.values()}
-    actions = {label: partial(_run, model, prompt, stage, work.new_tokens) for label, stage in treatments.items()}
-    actions |= {bound: partial(_run_ideal, model, prompt, bound, work.new_tokens) for bound in sorted(bounds)}
+    actions = {label: partial(_run, model, prompt, stage, work) for label, stage in treatments.items()}
+    actions |= {bound: partial(_run_ideal, model, prompt, bound, work) for bound in sorted(bounds)}
     say(f"batch {prompt.batch}: timing {len(actions)} treatments in turn, {work.repeats} rounds")
     times = interleave(actions, work.repeats)
     rows = []
@@ -290,15 +299,15 @@ def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: in
     }
 
 
-def _run(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: int) -> tuple[Timing, float]:
+def _run(model: nn.Module, prompt: Prompt, stage: dict | None, work: Workload) -> tuple[Timing, float]:
     with _treated(model, stage) as slim:
-        timing = time_generation(model, prompt.inputs(), new_tokens)
+        timing = time_generation(model, prompt.inputs(), work.new_tokens, work.clock)
         return timing, 0.0 if slim is None else slim.receipt.selection_ms
 
 
-def _run_ideal(model: nn.Module, prompt: Prompt, visual: tuple[int, ...], new_tokens: int) -> tuple[Timing, float]:
+def _run_ideal(model: nn.Module, prompt: Prompt, visual: tuple[int, ...], work: Workload) -> tuple[Timing, float]:
     with ideal(model, prompt, visual) as inputs:
-        return time_generation(model, inputs, new_tokens), 0.0
+        return time_generation(model, inputs, work.new_tokens, work.clock), 0.0
 
 
 def _ratio(own: list[Timing], reference: list[Timing], field: str) -> dict:

@@ -14,6 +14,8 @@ adds image encoding, which no method here makes cheaper. Decoding and latency ar
 tokens. Peak memory is what a generation allocates on top of the weights. KV is read off the cache; ✓ where it equals
 the theory."""
 
+_CPU_TIME = " Times but that of selection are processor time: the machine was shared with other programs."
+
 _HEADERS = (
     "method",
     "equivalent tokens",
@@ -52,7 +54,7 @@ def markdown(record: dict) -> str:
             *_verdict(scenario),
             "",
         ]
-    return "\n".join([*lines, _NOTES.format(**work)]) + "\n"
+    return "\n".join([*lines, _NOTES.format(**work) + (_CPU_TIME if work["cpu_time"] else "")]) + "\n"
 
 
 def write(record: dict, output: Path | None = None) -> str:

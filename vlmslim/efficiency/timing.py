@@ -13,6 +13,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 T = TypeVar("T")
+Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Spread:
 class _Clock(BaseStreamer):
     """Notes when `generate()` hands out tokens. It copies them to the host first, so the device has finished."""
 
-    def __init__(self):
-        self.ticks = []
+    def __init__(self, clock: Clock):
+        self.clock, self.ticks = clock, []
 
     def put(self, value) -> None:
-        self.ticks.append(time.perf_counter())
+        self.ticks.append(self.clock())
 
     def end(self) -> None:
         pass
@@ -69,8 +70,8 @@ class _Span:
     On a GPU two events are recorded, which costs no synchronisation and so disturbs nothing.
     """
 
-    def __init__(self, module: nn.Module, cuda: bool):
-        self.module, self.cuda, self.marks = module, cuda, []
+    def __init__(self, module: nn.Module, cuda: bool, clock: Clock):
+        self.module, self.cuda, self.clock, self.marks = module, cuda, clock, []
 
     def __enter__(self) -> "_Span":
         self.handles = [  # before the patch's hooks on the way in, behind them on the way out
@@ -90,7 +91,7 @@ class _Span:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
-            self.marks.append(time.perf_counter())
+            self.marks.append(self.clock())
 
     @property
     def milliseconds(self) -> float:
@@ -99,27 +100,35 @@ class _Span:
         return first.elapsed_time(last) if self.cuda else 1000 * (last - first)
 
 
-def time_generation(model: nn.Module, inputs: dict, new_tokens: int) -> Timing:
+def time_generation(model: nn.Module, inputs: dict, new_tokens: int, clock: Clock = time.perf_counter) -> Timing:
     """Time one greedy generation of exactly `new_tokens` tokens.
 
     The length is fixed, so a worse model that would stop earlier does not look faster.
 
+    Args:
+        model: a LLaVA, patched or not.
+        inputs: of `generate()`.
+        new_tokens: tokens to generate, at least 2.
+        clock: `time.process_time` counts processor seconds, which other programs on a busy CPU do not disturb.
+
     Raises:
-        ValueError: fewer than 2 tokens, of which no decoding time can be had.
+        ValueError: fewer than 2 tokens, of which no decoding time can be had; or processor time of a GPU.
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens={new_tokens}: at least 2 are needed to tell prefill from decoding")
     cuda = model.device.type == "cuda"
+    if cuda and clock is not time.perf_counter:
+        raise ValueError("the work of a GPU takes no processor time; use the wall clock")
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
         torch.cuda.synchronize(model.device)
-    clock = _Clock()
-    with torch.inference_mode(), _Span(model.model.language_model, cuda) as span:
-        start = time.perf_counter()
+    out = _Clock(clock)
+    with torch.inference_mode(), _Span(model.model.language_model, cuda, clock) as span:
+        start = clock()
         model.generate(
-            **inputs, streamer=clock, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+            **inputs, streamer=out, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
         )
-    first, last = clock.ticks[1], clock.ticks[new_tokens]  # tick 0 is the prompt
+    first, last = out.ticks[1], out.ticks[new_tokens]  # tick 0 is the prompt
     peak = torch.cuda.max_memory_allocated(model.device) if cuda else None
     decode_ms = 1000 * (last - first) / (new_tokens - 1)
     return Timing(1000 * (first - start), decode_ms, peak, span.milliseconds, 1000 * (last - start))
