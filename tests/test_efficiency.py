@@ -293,6 +293,8 @@ def test_prompts_have_the_size_they_say(family):
     assert inputs["input_ids"].shape == (2, 9 + prompt.visual_tokens)
     assert (inputs["input_ids"] == prompt.image_token).sum() == 2 * prompt.visual_tokens
     assert not torch.equal(*inputs["input_ids"])
+    many = Prompt.make(model, batch=2, text_tokens=2000)  # placeholders are no words
+    assert (many.inputs()["input_ids"] == prompt.image_token).sum() == 2 * many.visual_tokens
     assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
     assert prompt.crops == (3 if family == "next" else 1)  # OneVision tiles lone images only
     with pytest.raises(ValueError, match="at least 2"):

@@ -76,9 +76,9 @@ class Prompt:
         pixels["pixel_values"] = (noise if "image_sizes" in pixels else noise[:, 0]).to(device, model.dtype)
         with torch.inference_mode():
             encoded = model.model.get_image_features(**pixels).pooler_output
-        words = torch.randint(
-            3, min(1000, config.text_config.vocab_size // 2), (batch, text_tokens), generator=generator
-        )
+        special = {config.image_token_id, getattr(config, "video_token_id", None)}
+        ids = torch.tensor([i for i in range(3, config.text_config.vocab_size) if i not in special])
+        words = ids[torch.randint(len(ids), (batch, text_tokens), generator=generator)]
         before, after = words.to(device).split([text_tokens // 2, text_tokens - text_tokens // 2], dim=1)
         return cls(before, after, pixels, batch, images, len(encoded[0]), crops, config.image_token_id)
 
