@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("options", nargs="*", help="of TokenCorr, NAME=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     chosen = options(args.options)
     path = bundled.resolve(args.model)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=args.dtype).to(args.device).eval()

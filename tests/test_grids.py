@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
+from vlmslim.methods.uniform import even_cells
 from vlmslim.selection import grid_cells, largest_remainder, share_out
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)
@@ -105,3 +106,17 @@ def test_uniform_leaves_no_region_out(side, data):
     at = torch.stack([torch.arange(n) // side, torch.arange(n) % side], 1)
     reach = (at[:, None] - at[index][None]).abs().amax(-1).amin(1).max()
     assert reach <= 2 * (n / k) ** 0.5
+
+
+@given(st.sets(st.integers(0, 12), min_size=1), st.sets(st.integers(0, 12), min_size=1), st.booleans(), st.data())
+@repeatable
+def test_cells_are_filled_where_rows_are_left_out(rows, columns, cls, data):
+    """A thumbnail, with or without CLS in front, and a mosaic that was shrunk; newlines end its rows."""
+    tokens = [[0, -1, -1]] * cls + [[0, r, c] for r in range(3) for c in range(3)]
+    for r in sorted(rows):
+        tokens += [[1, r, c] for c in sorted(columns)] + [[-1, -1, -1]]
+    k = data.draw(st.integers(1, len(tokens)))
+    cell = even_cells(torch.tensor(tokens), k)
+    sizes = cell[cell >= 0].bincount(minlength=k)
+    assert len(sizes) == k
+    assert (sizes > 0).all()

@@ -203,7 +203,7 @@ class TokenCorr(Compressor):
 
     def _ranked(self, grid: Tensor, views: list[View], tiles: tuple[int, int], k: int) -> Tensor:
         """The k tokens that are kept when the sampling stops at k, ascending."""
-        rest = grid[:, 0] >= 0  # tokens that no view decides about come first: a thumbnail to be kept whole
+        rest = grid[:, 1] >= 0  # patches that no view decides about come first: a thumbnail to be kept whole
         for view in views:
             rest[view.at] = False
         first = rest.nonzero()[:, 0]

@@ -42,24 +42,25 @@ def even_cells(mosaic: Tensor, k: int) -> Tensor:
     """Cells of near-equal size over all components of an image.
 
     Args:
-        mosaic: (n, 3) component, row and column of every token, -1 at newlines (`ImageTokens.mosaic`).
+        mosaic: (n, 3) component, row and column of every token (`ImageTokens.mosaic`).
         k: number of cells.
 
     Returns:
-        (n,) long: the cell of every token, 0 .. k-1; -1 at newlines. A budget that exceeds the tokens on grids turns
-        newlines into cells of their own, first ones first.
+        (n,) long: the cell of every token, 0 .. k-1; -1 at tokens without a place, such as newlines. A budget that
+        exceeds the tokens on grids turns those into cells of their own, first ones first.
     """
     component, row, column = mosaic.unbind(1)
     cell = torch.full_like(component, -1)
-    newline = (component < 0).nonzero()[:, 0]
-    extra = max(0, k - (len(component) - len(newline)))
+    placeless = (row < 0).nonzero()[:, 0]
+    extra = max(0, k - (len(component) - len(placeless)))
+    component = component.masked_fill(row < 0, -1)
     parts = [(component == c).nonzero()[:, 0] for c in component[component >= 0].unique().tolist()]
     first = 0
     for index, share in zip(parts, share_out(k - extra, [len(p) for p in parts]), strict=True):
         if share:
-            top, left = row[index].min(), column[index].min()
-            r, c = row[index] - top, column[index] - left
+            # ranks, not coordinates: a mosaic that was shrunk to fewer tokens leaves rows and columns out
+            r, c = (x[index].unique(return_inverse=True)[1] for x in (row, column))
             cell[index] = first + grid_cells(int(r.max()) + 1, int(c.max()) + 1, share)[r, c]
             first += share
-    cell[newline[:extra]] = first + torch.arange(extra)
+    cell[placeless[:extra]] = first + torch.arange(extra)
     return cell
