@@ -102,8 +102,8 @@ def test_other_attention_back_ends(family, implementation):
             wanted[name_of(rule)] = greedy(model, inputs)[1]
     model.set_attn_implementation({"text_config": implementation})
     mask = inputs["attention_mask"].bool()
-    # From the second length on torch.compile makes a kernel for all lengths, which on a CPU may not build; one for
-    # each length does.
+    # For a second length torch.compile makes a kernel for all lengths, whose C++ for decoding does not compile on a
+    # CPU (PyTorch 2.15, patched or not). A kernel for each length does.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=device == "cuda"):
         try:
             model(**inputs)
