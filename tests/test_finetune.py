@@ -14,12 +14,13 @@ from PIL import Image
 
 import vlmslim
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("yaml")
 
 from conversations import IGNORED, Collator, Conversations, Item, RecordError, Scenes  # noqa: E402
-from finetune import Settings, answer_loss, finetune, load, schedule, settings_from  # noqa: E402
+from finetune import Settings, Tuned, answer_loss, finetune, load, schedule, settings_from  # noqa: E402
 
 FEW = dict(counts=[4, 9], probabilities=[0.5, 0.5])
 
@@ -289,6 +290,23 @@ def test_settings_are_checked(tmp_path):
     (tmp_path / "a.yaml").write_text("stepz: 3\n")
     with pytest.raises(ValueError, match="no setting stepz"):
         settings_from(tmp_path / "a.yaml")
+
+
+def test_the_bundled_projector_reads_pictures_better_than_its_training_free_control():
+    """On scenes that nothing was trained on, at every count it was trained for and at two between them."""
+    slim = vlmslim.from_pretrained("bundled/tiny-tokenflex", dtype=torch.float32)
+    model, processor = slim.model, slim.processor
+    slim.remove()
+    data = Scenes(6, questions=4, first=9_000_000)
+    batch = Collator(processor)([data[i] for i in range(len(data))])
+    inputs = {k: v for k, v in batch.items() if k not in ("skipped", "where")}
+    for keep in (16, 25, 36, 49, 64):
+        loss = {}
+        for weights in ("bundled/tiny-tokenflex", "pool"):
+            with vlmslim.patch(model, "tokenflex", weights=weights, keep=keep) as slim, torch.no_grad():
+                loss[weights] = Tuned(slim)(**inputs).loss.item()
+        assert loss["bundled/tiny-tokenflex"] < 0.8 * loss["pool"], keep
+    assert sum(p.stat().st_size for p in (ROOT / "vlmslim" / "bundled" / "tiny-tokenflex").iterdir()) < 1e6
 
 
 def test_the_warm_start_brings_the_projector_to_the_models_own():
