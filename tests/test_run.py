@@ -237,15 +237,26 @@ def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
     assert harness.evaluated == []
 
 
+class Listening(Display):
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_every_finished_row_says_what_it_did(config):
+    display = Listening()
+    run(config(), harness=FakeHarness(), display=display)
+    rows = [text for text in display.said if ", as on " in text]
+    assert [text.split(",")[0] for text in rows] == ROWS
+    assert "144.0 -> 64.0 visual tokens" in next(text for text in rows if text.startswith("divprune-64"))
+
+
 def test_a_task_that_costs_otherwise_than_the_sample_is_named(config):
-    said = []
-
-    class Listening(Display):
-        def say(self, text):
-            said.append(text)
-
-    run(config(budgets=[COST]), harness=Solving(cost=50.0), display=Listening())
-    assert "divprune-equivalent_tokens=40 costs 50 on text: its questions differ from the sample's" in said
+    display = Listening()
+    run(config(budgets=[COST]), harness=Solving(cost=50.0), display=display)
+    assert "divprune-equivalent_tokens=40 costs 50 on text: its questions differ from the sample's" in display.said
     assert Store(config().output).cell("divprune-equivalent_tokens=40", "text")["budget"]["spent"] == 50.0
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,7 @@ from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Varian
 from vlmslim.evaluation.leaderboard import Leaderboard
 from vlmslim.evaluation.render import write_all
 from vlmslim.evaluation.store import Store, digest
+from vlmslim.receipt import headline
 
 
 class CellError(RuntimeError):
@@ -116,10 +118,13 @@ class _Run:
         todo = [(v, t.task) for v in self.variants for t in self.tasks if not self._is_finished(v, t.task)]
         total = len(self.variants) * len(self.tasks)
         self.display.cells(total, total - len(todo))
-        for variant, task in todo:
-            self.display.cell(variant.label, task)
-            self._evaluate(variant, task)
-            self.display.finished()
+        for variant, cells in groupby(todo, key=lambda cell: cell[0]):
+            for _, task in cells:
+                self.display.cell(variant.label, task)
+                self._evaluate(variant, task)
+                self.display.finished()
+            receipt = self.store.cell(variant.label, task)["receipt"]
+            self.display.say(f"{variant.label}, as on {task}: {headline(receipt)}")
         self._time()
         board = Leaderboard.read(self.store.directory)
         write_all(board, self.store.directory)
