@@ -305,7 +305,7 @@ def test_the_bundled_projector_reads_pictures_better_than_its_training_free_cont
         for weights in ("bundled/tiny-tokenflex", "pool"):
             with vlmslim.patch(model, "tokenflex", weights=weights, keep=keep) as slim, torch.no_grad():
                 loss[weights] = Tuned(slim)(**inputs).loss.item()
-        assert loss["bundled/tiny-tokenflex"] < 0.8 * loss["pool"], keep
+        assert loss["bundled/tiny-tokenflex"] < 0.9 * loss["pool"], keep
     assert sum(p.stat().st_size for p in (ROOT / "vlmslim" / "bundled" / "tiny-tokenflex").iterdir()) < 1e6
 
 
