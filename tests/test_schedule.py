@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from doubles import PairMean
 from tiny import LONG_ROWS, SEVERAL, batch, close, greedy, tiny
 
 import vlmslim
@@ -78,6 +79,6 @@ def test_layers_must_ascend_and_tokens_be_the_images_own():
     model = tiny("llava")
     with pytest.raises(ValueError, match="ascend"):
         vlmslim.patch(model, "schedule", layer=[0.25, 0.3], counts=[4, 2])
-    stages = [vlmslim.method("pool", keep=4), Schedule((2,), (2,), "random")]
+    stages = [PairMean(), Schedule((2,), (2,), "random")]
     with vlmslim.patch(model, stages), pytest.raises(ValueError, match="merged"), torch.no_grad():
         model(**batch(model, SEVERAL))

@@ -75,7 +75,7 @@ class Maps:
             mean: divide by "all" visual tokens, or by the "visible", those that may look at a token.
 
         Raises:
-            ValueError: an image is not a grid of side x side patches, or its tokens were merged on the way.
+            ValueError: an image is not a grid of side x side patches, or tokens were merged on the way.
         """
         n, visual = side * side, tokens.image > 0
         odd = {len(image.features) for row in tokens.images for image in row} - {n}
@@ -83,8 +83,8 @@ class Maps:
             raise ValueError(f"images have {n} visual tokens in this model, and here is one of {odd.pop()}")
         if (visual & (tokens.slot < 0)).any():
             raise ValueError(
-                "the patch of each visual token is needed, and a method before the language model merged some; put one "
-                "there that selects, such as divprune"
+                "the patch of each visual token is needed, and a method before the language model merged some without "
+                "saying where they stand; put one there that selects, such as divprune"
             )
         held = [len(row) for row in tokens.entered]
         real = torch.arange(max(held), device=visual.device) < torch.tensor(held, device=visual.device)[:, None]
