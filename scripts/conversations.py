@@ -128,19 +128,27 @@ class Conversations(Dataset):
 
 
 class Scenes(Dataset):
-    """The bundled training set, made as it is read: picture `i` is scene `first + i` of the generator's training split.
+    """The bundled generator's scenes, made as they are read: picture `i` is scene `first + i`.
 
     Args:
         count: pictures.
         questions: about each picture, each a conversation of its own.
         first: number of the first scene; those from 1,000,000 on trained the bundled tiny LLaVA itself.
         mixture: how often each task is asked, by name.
+        split: "train", or "test" for the pictures, styles and codes that are held out.
     """
 
     MIXTURE = {"presence": 2, "colour": 2, "count": 2, "spatial": 2, "detail": 3, "text": 2, "choice": 2}
 
-    def __init__(self, count: int, questions: int = 8, first: int = 5_000_000, mixture: dict | None = None):
-        self.count, self.questions, self.first = count, questions, first
+    def __init__(
+        self,
+        count: int,
+        questions: int = 8,
+        first: int = 5_000_000,
+        mixture: dict | None = None,
+        split: str = "train",
+    ):
+        self.count, self.questions, self.first, self.split = count, questions, first, split
         self.mixture = mixture or self.MIXTURE
 
     def __len__(self) -> int:
@@ -150,7 +158,7 @@ class Scenes(Dataset):
         from scenes import ask, make_scene
 
         number = self.first + index
-        scene, rng = make_scene(number, "train"), np.random.default_rng([number, 3])
+        scene, rng = make_scene(number, self.split), np.random.default_rng([number, 3])
         weights = np.array(list(self.mixture.values()), float)
         asked = {}
         for attempt, task in enumerate(rng.choice(list(self.mixture), 20 * self.questions, p=weights / weights.sum())):
