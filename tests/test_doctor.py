@@ -75,10 +75,10 @@ class Fixed(Compressor):
     """Between layers, without a budget, and with layers that only the model tells."""
 
     def setup(self, model):
-        self.layers = (len(model.model.language_model.layers) - 1,)
+        self.layers = (len(model.model.language_model.layers) // 2,)
 
     def retain(self, tokens):
-        return tokens.mask & (tokens.image != 1)
+        return tokens.mask & (tokens.image == 0)
 
 
 @dataclass

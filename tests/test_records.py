@@ -1,5 +1,7 @@
 """What a method is shown: the records of images and of decoder layers, against unpatched models."""
 
+import weakref
+
 import torch
 from doubles import Both, First
 from tiny import BOS, IMAGE, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, merged_embeddings, tiny, visual
@@ -99,3 +101,15 @@ def test_the_grid_of_a_video_locates_every_token():
         r, c = int(row[token]), int(column[token])
         block = projected[frame[token], 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean((0, 1))
         close(image.features[token], block, 1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_of_the_tower_do_not_outlive_the_encoder(family):
+    """They are many times the size of what the language model reads, and forward() lets go of them unpatched."""
+    model = tiny(family)
+    first, alive = [], []
+    model.model.vision_tower.register_forward_hook(lambda m, a, out: first.append(weakref.ref(out.hidden_states[0])))
+    with vlmslim.patch(model, "uniform", keep=5):
+        model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: alive.append(first[0]()))
+        model(**batch(model, LONG_ROWS))
+    assert len(first) == 1 and alive == [None]

@@ -30,12 +30,30 @@ def compresses(stage: Compressor) -> bool:
 
 
 @dataclass
+class Encoded:
+    """The images of an encoder output, without the tower's hidden states, which need not outlive the encoder.
+
+    images : in the order of the prompts
+    copies : how many rows in succession share them
+    """
+
+    images: list[ImageTokens]
+    copies: int
+
+    @classmethod
+    def of(cls, output) -> "Encoded":
+        """Of an encoder output; raises ValueError as `recorded` does."""
+        images = recorded(output)
+        return cls(images, len(output.pooler_output) // len(images))
+
+
+@dataclass
 class Call:
     """One forward of the model, while it runs."""
 
     input_ids: Tensor | None
     embeds: Tensor | None
-    encoded: dict[str, object]  # encoder outputs, by kind
+    encoded: dict[str, Encoded]  # by kind
     past: Plan | None
     length: int = 0  # of the caller's sequence in this forward
     seen: int = 0  # of the caller's sequence behind the cache
@@ -119,7 +137,7 @@ class DecoderHooks:
     def on_encoded(self, kind: str, output) -> None:
         """Images were encoded; if that happened inside `forward`, they belong to it."""
         if self.call is not None:
-            self.call.encoded[kind] = output
+            self.call.encoded[kind] = Encoded.of(output)
 
     # -- the model ---------------------------------------------------------------------------------------------
 
@@ -134,6 +152,7 @@ class DecoderHooks:
             self.encoders[kind].recognise(out)
         if not (self.before_llm or self.pruners):  # what was encoded elsewhere cannot be counted, and need not be
             encoded = {kind: out for kind, out in encoded.items() if is_recorded(out)}
+        encoded = {kind: Encoded.of(out) for kind, out in encoded.items()}
         self.call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), encoded, past)
         return (), kwargs
 
@@ -327,21 +346,19 @@ class DecoderHooks:
             Both on the CPU: placeholders are counted on the host anyway.
         """
         found, text = [], mask.cpu()
-        for kind, output in call.encoded.items():
+        for kind, encoded in call.encoded.items():
             at = placeholders(self.core, kind, call.input_ids, call.embeds).cpu()
             text = text & ~at
             counts = at.sum(1).tolist()
             per_row = at.nonzero(as_tuple=True)[1].split(counts)
-            images = recorded(output)
-            copies = len(output.pooler_output) // len(images)
-            start = 0
+            images, start = encoded.images, 0
             for row, count in enumerate(counts):
                 number, place = start, 0
                 while place < count:
                     n = len(images[number].features)
                     found.append((row, per_row[row][place : place + n], images[number]))
                     number, place = number + 1, place + n
-                if row % copies == copies - 1:
+                if row % encoded.copies == encoded.copies - 1:
                     start = number
         return sorted(found, key=lambda item: (item[0], int(item[1][0]))), text
 

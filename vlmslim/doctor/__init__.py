@@ -53,7 +53,7 @@ def examine(
         processor: its processor.
         methods: what `vlmslim.patch` takes, each. By default every method that is there, at the budget `keep`; those
             that this checkpoint cannot have are listed as not applicable, with the reason.
-        keep: visual tokens per image, a count or a share, of the default methods that have such an option.
+        keep: visual tokens per image, a count or a share, of methods given by name alone that have such an option.
         on_finding: told of every finding as it is made.
 
     Returns:
@@ -70,7 +70,8 @@ def examine(
     baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
     report = Report.about(model, baseline.noise, FACTOR)
     for given in method_names() if methods is None else methods:
-        name, options = label(given), {"keep": keep} if methods is None and takes_budget(given) else {}
+        bare = isinstance(given, str) and given in method_names()
+        name, options = label(given), {"keep": keep} if bare and takes_budget(given) else {}
         before = look(model)
         try:
             slim = patch(model, given, **options)
@@ -87,8 +88,9 @@ def examine(
                 if check == "budget":  # of the batch, once
                     report.receipts[name] = slim.receipt.summary()
                 if check == "restore" and finding.status == "fail":  # go on from what the method has left
-                    baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
-                    patient.baseline = baseline
+                    patient.baseline = Baseline(model, prompts)
+        if patient.baseline is not baseline:  # the next one, too
+            baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
     return report
 
 
