@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
 import vlmslim
@@ -19,7 +20,7 @@ from finetune import Answers  # noqa: E402
 
 from vlmslim.methods.atp import Decision, Modules  # noqa: E402
 
-FEW = ["steps=3", "batch=1", "questions=2", "pictures=3", "workers=0", "device=cpu", "precision=no", "save_every=1"]
+FEW = ["steps=3", "batch=1", "questions=2", "pictures=3", "workers=0", "device=cpu", 'precision="no"', "save_every=1"]
 FEW += ["log_every=1"]
 
 
@@ -52,9 +53,10 @@ def test_training_runs_and_resumes_to_the_same_loss(tmp_path, monkeypatch):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert all(0 < float(line[k]) <= 144 for line in whole for k in ("soft", "hard", "after_1", "after_3", "after_6"))
     slim = vlmslim.from_pretrained(tmp_path / "whole" / "final")
-    ids = slim.processor("USER: <image>\nIs there a cat? ASSISTANT:", return_tensors="pt")["input_ids"]
+    prompt = "USER: <image>\nIs there a cat? ASSISTANT:"
+    inputs = slim.processor(text=prompt, images=Image.new("RGB", (192, 192), (200, 80, 10)), return_tensors="pt")
     with torch.no_grad():
-        slim.model(input_ids=ids, pixel_values=torch.rand(1, 3, 192, 192))
+        slim.model(**inputs)
     layers = slim.receipt.summary()["visual_tokens_per_layer"]
     assert layers[:2] == [144, 144] and layers == sorted(layers, reverse=True) and slim.receipt.summary()["had_effect"]
 

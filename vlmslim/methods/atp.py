@@ -180,8 +180,8 @@ class ATP(Compressor):
     - Several nested grids in place of one, so that the sampling rate can vary; `strides=(2,)` is the literal form.
     - Thresholds see full score maps laid out on the patch grid, zeros where a token is gone.
     - At least `at_least` tokens of an image stay.
-    Defined for images on a single grid of patches (LLaVA-1.5); LLaVA-NeXT and OneVision are refused. After a method that
-    works before the language model, a token stands on the patch whose slot it has taken.
+    Defined for images on a single grid of patches (LLaVA-1.5); LLaVA-NeXT and OneVision are refused. After a method
+    that works before the language model, a token stands on the patch whose slot it has taken.
 
     weights    : folder of trained modules, or "bundled/tiny-atp-36"; "random" to train from scratch
     after      : decoder layers, from 0, that the modules follow; shares of the depth are rounded down. The paper's
