@@ -70,7 +70,9 @@ class TokenCorr(Compressor):
 
     There is no release. Where the paper's public material leaves things open this follows the project's reading:
     `beta` is a share, keys are compared with all heads side by side, redundant patches may still be sampled, and
-    what is dropped is merged by normalised weights. Padding is left out before anything is counted.
+    what is dropped is merged by normalised weights. Padding is left out before anything is counted. A dropped patch is
+    merged once (`merge="assign"`): with "knn" the same few patches are mixed into many kept ones, which a model that
+    was not fine-tuned for it cannot read (docs/methods.md has figures).
 
     `alpha` depends on the tower; `vlmslim.calibration.calibrate` finds it, and so does
     `scripts/calibrate_tokencorr.py`. With the wanted `keep` of an image instead, the sampling goes on from the least
@@ -87,8 +89,8 @@ class TokenCorr(Compressor):
     low, deep  : tower layers, a number or a share of the depth; deep=None is the layer whose output is used
     iqr        : a deep outlier lies more than this many interquartile ranges above the third quartile
     sampling   : "topk" (deterministic) or "multinomial", the paper's draw: without replacement, from `seed` and pixels
-    merge      : "knn": a kept patch takes in its `neighbours` most similar dropped ones; "assign": a dropped patch
-                 goes to its most similar kept one; "none"
+    merge      : "assign": a dropped patch goes to its most similar kept one; "knn": a kept patch takes in its
+                 `neighbours` most similar dropped ones; "none"
     thumbnail  : "keep" it whole as the paper does, "compress" it like a crop, or "auto": keep it, unless it is the
                  only view or `keep` is set
     newline    : as for GlobalCom2
@@ -102,7 +104,7 @@ class TokenCorr(Compressor):
     deep: int | float | None = None
     iqr: float = 1.5
     sampling: str = "topk"
-    merge: str = "knn"
+    merge: str = "assign"
     neighbours: int = 32
     thumbnail: str = "auto"
     newline: str = "rows"
