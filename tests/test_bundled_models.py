@@ -9,7 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAVA, CLIP = ROOT / "vlmslim" / "bundled" / "tiny-llava", ROOT / "vlmslim" / "bundled" / "tiny-clip"
+BUNDLED = ROOT / "vlmslim" / "bundled"
+LLAVA, NEXT, CLIP = BUNDLED / "tiny-llava", BUNDLED / "tiny-llava-next", BUNDLED / "tiny-clip"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def scene():
 def test_budget_and_dtype():
     from safetensors import safe_open
 
-    files = [LLAVA / "model.safetensors", CLIP / "open_clip_model.safetensors"]
-    assert sum(f.stat().st_size for f in files) < 30 * 2**20
+    files = [LLAVA / "model.safetensors", NEXT / "model.safetensors", CLIP / "open_clip_model.safetensors"]
+    assert sum(f.stat().st_size for f in files) < 45 * 2**20
     for file in files:
         with safe_open(file, "pt") as weights:
             assert {weights.get_slice(k).get_dtype() for k in weights.keys()} == {"F16"}  # noqa: SIM118
@@ -122,3 +123,85 @@ def test_packed_questions_equal_single_prompts(llava, scene):
     prompt = f"USER: <image>\n{questions[0].text} ASSISTANT: {questions[0].answer}</s>"
     ids = processor(images=scene.image, text=prompt, return_tensors="pt")["input_ids"][0]
     assert torch.equal(ids, train.pack(processor.tokenizer, questions[:1], chat=False)["ids"])
+
+
+@pytest.fixture(scope="module")
+def anyres():
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(NEXT, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(NEXT)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Held-out pages of every shape with a question each."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import pages
+
+    out = {}
+    for seed in range(200):
+        page = pages.make_page(seed, "test")
+        question = pages.ask(page, "keyvalue", np.random.default_rng(0))
+        if question:
+            out.setdefault(page.crops, []).append((page, question))
+    assert len(out) == 4
+    return [pair for pairs in out.values() for pair in pairs[:4]]
+
+
+def test_anyres_layout(anyres):
+    model, processor = anyres
+    config = model.config
+    assert config.model_type == "llava_next" and config.vision_config.image_size == 144
+    assert config.vision_feature_layer == -2 and config.vision_feature_select_strategy == "default"
+    assert processor.image_processor.image_grid_pinpoints == config.image_grid_pinpoints
+    assert type(processor).__name__ == "LlavaNextProcessor" and processor.tokenizer.padding_side == "left"
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert "auto_map" not in json.loads((NEXT / "config.json").read_text())
+
+
+def test_anyres_placeholders_are_as_many_as_features(anyres, asked):
+    model, processor = anyres
+    for page, question in asked:
+        inputs = processor(images=page.image, text=f"USER: <image>\n{question.text} ASSISTANT:", return_tensors="pt")
+        assert inputs["pixel_values"].shape[1:] == (1 + page.crops[0] * page.crops[1], 3, 144, 144)
+        with torch.no_grad():
+            out = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        assert len(out[0]) == int((inputs["input_ids"] == processor.image_token_id).sum())
+
+
+def test_training_sees_the_visual_tokens_of_the_processor(anyres, asked):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    train = pytest.importorskip("train_tiny_llava_next")
+    _, processor = anyres
+    for page, question in asked:
+        known = train.visual_labels(page)
+        prompt = f"USER: <image>\n{question.text} ASSISTANT: {question.answer}</s>"
+        ids = processor(images=page.image, text=prompt, return_tensors="pt")["input_ids"][0]
+        assert torch.equal(ids, train.pack(processor.tokenizer, [question], False, len(known))["ids"])
+        seen = train.evidence(known, question, len(question.answer) + 2)
+        first = list(train.LABELS).index("first")
+        read = [known[row.argmax(), first] for row in seen[1:-1].numpy()]
+        assert "".join(train.CHARACTERS[c - 1] for c in read) == question.answer
+
+
+def answers(model, processor, asked):
+    texts = []
+    for page, question in asked:
+        inputs = processor(images=page.image, text=f"USER: <image>\n{question.text} ASSISTANT:", return_tensors="pt")
+        out = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        texts += [t.strip() for t in processor.batch_decode(out, skip_special_tokens=True)]
+    return texts
+
+
+def test_anyres_reads_and_the_patched_model_too(anyres, asked):
+    import vlmslim
+
+    model, processor = anyres
+    right = [q.answer for _, q in asked]
+    plain = answers(model, processor, asked)
+    assert sum(a == b for a, b in zip(plain, right, strict=True)) >= len(right) // 4  # a blind model has none
+    with vlmslim.patch(model, "none"):
+        assert answers(model, processor, asked) == plain
+    with vlmslim.patch(model, "divprune", keep=0.5):
+        assert all(answers(model, processor, asked))

@@ -18,9 +18,17 @@ from vlmslim import bundled  # noqa: E402
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.tasks.scenes.utils import normalise, score  # noqa: E402
 
-SCENES = Path(vlmslim.tasks.path()) / "scenes"
-NAMES = ["presence", "colour", "count", "spatial", "detail", "text", "choice"]
-NAMES = [f"scenes_{name}" for name in NAMES]
+GROUPS = {
+    "scenes": ["presence", "colour", "count", "spatial", "detail", "text", "choice"],
+    "documents": ["keyvalue", "table", "smallprint", "presence"],
+}
+GROUPS = {group: [f"{group}_{name}" for name in names] for group, names in GROUPS.items()}
+NAMES = [name for names in GROUPS.values() for name in names]
+MODELS = {"scenes": "bundled/tiny-llava", "documents": "bundled/tiny-llava-next"}
+
+
+def task_file(name: str) -> Path:
+    return Path(vlmslim.tasks.path()) / name.partition("_")[0] / f"{name}.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +36,24 @@ def manager() -> TaskManager:
     return TaskManager("ERROR", include_path=vlmslim.tasks.path(), include_defaults=False)
 
 
-def test_every_task_and_the_group_are_found(manager):
-    assert manager.all_groups == ["scenes"]
+def test_every_task_and_group_is_found(manager):
+    assert sorted(manager.all_groups) == sorted(GROUPS)
     assert sorted(manager.all_subtasks) == sorted(NAMES)
-    assert load_yaml_config(SCENES / "scenes.yaml", mode="simple")["task"] == NAMES
+    for group, names in GROUPS.items():
+        assert load_yaml_config(task_file(group), mode="simple")["task"] == names
 
 
 def test_no_name_collides_with_a_task_of_lmms_eval():
     import lmms_eval.tasks
 
-    own = {path.stem for path in Path(lmms_eval.tasks.__file__).parent.rglob("*scenes*.yaml")}
-    assert not own & {"scenes", *NAMES}
+    own = {path.stem for path in Path(lmms_eval.tasks.__file__).parent.rglob("*.yaml")}
+    assert not own & {*GROUPS, *NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_paths_do_not_depend_on_the_working_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = load_yaml_config(SCENES / f"{name}.yaml", mode="full")["dataset_kwargs"]["data_files"]
+    files = load_yaml_config(task_file(name), mode="full")["dataset_kwargs"]["data_files"]
     assert Path(files["test"]).is_absolute() and Path(files["test"]).is_file()
 
 
@@ -72,13 +81,14 @@ def test_the_questions_load_and_their_answers_score(name, manager, tmp_path, mon
         assert len(task.instances) == 3
 
 
-def test_unpatched_the_bundled_model_answers_as_the_stock_class(manager, tmp_path, monkeypatch):
+@pytest.mark.parametrize("group", GROUPS)
+def test_unpatched_the_bundled_model_answers_as_the_stock_class(group, manager, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names = NAMES[:-1]  # stock classes cannot score choices: lmms-eval 0.7 makes text of their log-likelihoods
-    path = bundled.resolve("bundled/tiny-llava")
-    expected = stock_answers(monkeypatch, path, names, manager, limit=4)
-    _, answers = run_lmms_eval(VlmSlim("bundled/tiny-llava", batch_size=8), names, manager, limit=4)
+    # stock classes cannot score choices: lmms-eval 0.7 makes text of their log-likelihoods
+    names = [name for name in GROUPS[group] if name != "scenes_choice"]
+    expected = stock_answers(monkeypatch, bundled.resolve(MODELS[group]), names, manager, limit=4)
+    _, answers = run_lmms_eval(VlmSlim(MODELS[group], batch_size=8), names, manager, limit=4)
     assert answers == expected
 
 

@@ -1,4 +1,4 @@
-"""Both training scripts end to end on a micro config: they run, export, and resume to the same loss."""
+"""The training scripts end to end on micro configs: they run, export, and resume to the same loss."""
 
 import json
 import subprocess
@@ -62,6 +62,50 @@ def test_train_resume_and_export(tmp_path):
     model = LlavaForConditionalGeneration.from_pretrained(exported)
     assert model.config.image_seq_length == 144
     assert AutoProcessor.from_pretrained(exported).tokenizer.padding_side == "left"
+
+
+@pytest.mark.slow
+def test_train_resume_and_export_the_anyres_model(tmp_path):
+    script = ("train_tiny_llava_next.py", "reading=1", "tower_steps=3", "eval_pages=2", "turns=3")
+    run(*script, "--out", tmp_path / "a")
+    run(*script, "--out", tmp_path / "b", "--stop", 3)
+    run(*script, "--out", tmp_path / "b")
+    assert len(losses(tmp_path / "a")) == 4
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
+
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+    sys.path.insert(0, str(SCRIPTS))
+    from pages import PINPOINTS
+
+    exported = tmp_path / "a" / "tiny-llava-next"
+    model = LlavaNextForConditionalGeneration.from_pretrained(exported)
+    assert model.config.image_grid_pinpoints == PINPOINTS
+    processor = AutoProcessor.from_pretrained(exported)
+    assert type(processor).__name__ == "LlavaNextProcessor" and processor.tokenizer.padding_side == "left"
+    # the tower moved while it was trained, and is stored exactly once it was frozen
+    saved = torch.load(tmp_path / "a" / "last.pt", weights_only=True)["model"]
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+    tower = model.get_parameter(name)
+    assert torch.equal(tower, saved[f"next.{name}"])
+    start = LlavaForConditionalGeneration.from_pretrained(SCRIPTS.parent / "vlmslim" / "bundled" / "tiny-llava")
+    assert not torch.equal(tower, start.get_parameter(name))
+
+
+def test_the_projector_computes_the_same_when_its_inputs_are_standardised():
+    import torch
+
+    sys.path.insert(0, str(SCRIPTS))
+    from train_common import standardise_inputs
+
+    torch.manual_seed(0)
+    projector = torch.nn.Module()
+    projector.linear_1 = torch.nn.Linear(4, 3)
+    features = torch.randn(50, 4) * torch.tensor([1.0, 5.0, 0.2, 2.0]) + 3
+    before = projector.linear_1(features)
+    standardise_inputs(projector, features, fresh=False)
+    assert torch.allclose(projector.linear_1(features), before, atol=1e-4)
 
 
 @pytest.mark.slow
