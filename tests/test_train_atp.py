@@ -4,6 +4,7 @@ import csv
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -17,6 +18,8 @@ pytest.importorskip("yaml")
 
 import train_atp  # noqa: E402
 from finetune import Answers  # noqa: E402
+from kept_by_question import kept  # noqa: E402
+from make_benchmark import BENCHMARKS  # noqa: E402
 
 from vlmslim.methods.atp import Decision, Modules  # noqa: E402
 
@@ -59,6 +62,16 @@ def test_training_runs_and_resumes_to_the_same_loss(tmp_path, monkeypatch):
         slim.model(**inputs)
     layers = slim.receipt.summary()["visual_tokens_per_layer"]
     assert layers[:2] == [144, 144] and layers == sorted(layers, reverse=True) and slim.receipt.summary()["had_effect"]
+
+
+@pytest.mark.parametrize("target", [36, 16])
+def test_bundled_modules_meet_their_target(target):
+    """On held-out questions, to within 10 %, with counts that differ between questions and layers."""
+    slim = vlmslim.from_pretrained(f"bundled/tiny-atp-{target}")
+    rows = pq.read_table(BENCHMARKS["scenes"].file("count")).to_pylist()[:24]
+    counts = kept(slim, rows, batch=12)[:, [2, 4, 7]]
+    assert abs(counts.mean() - target) <= 0.1 * target
+    assert counts.mean(1).std() > 0.2 and (counts[:, 0] > counts[:, 2]).all()
 
 
 def test_the_temperature_rises_geometrically():
