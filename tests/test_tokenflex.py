@@ -313,3 +313,17 @@ def test_gradients_reach_every_weight_at_every_count(count):
         for name, p in slim.trained.named_parameters():
             assert p.grad is not None and p.grad.abs().max() > 0, name
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    found = []
+    for checkpointing in (False, True):
+        model = tiny("llava").requires_grad_(False).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with flex(model, counts=[9], probabilities=[1.0]) as slim:
+            slim.trained.train()
+            model(**batch(model, ROWS), use_cache=False).logits[:, -1].logsumexp(-1).sum().backward()
+            found.append([p.grad for p in slim.trained.parameters()])
+    for plain, again in zip(*found, strict=True):
+        close(plain, again, 1e-5)
