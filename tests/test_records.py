@@ -7,6 +7,7 @@ from doubles import Both, First
 from tiny import BOS, IMAGE, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, merged_embeddings, tiny, visual
 
 import vlmslim
+from vlmslim.families import encoder_layers
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def test_hidden_states_of_the_tower_do_not_outlive_the_encoder(family):
     """They are many times the size of what the language model reads, and forward() lets go of them unpatched."""
     model = tiny(family)
     first, alive = [], []
-    model.model.vision_tower.register_forward_hook(lambda m, a, out: first.append(weakref.ref(out.hidden_states[0])))
+    encoder_layers(model.model)[0].register_forward_hook(lambda m, a, out: first.append(weakref.ref(out)))
     with vlmslim.patch(model, "uniform", keep=5):
         model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: alive.append(first[0]()))
         model(**batch(model, LONG_ROWS))

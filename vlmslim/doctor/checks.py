@@ -33,6 +33,7 @@ from vlmslim.receipt import Prefill
 from vlmslim.slim import Slim
 
 FACTOR = 10  # how many times the noise of the unpatched model a patched one may differ from itself
+SLACK = 2**18  # bytes of peak memory: seen on models of a MiB only
 
 
 class NotApplicable(Exception):
@@ -181,11 +182,11 @@ def _counter(computed: list[int], layer: int) -> Callable:
 
 
 def memory(patient: Patient) -> Outcome:
-    """Its peak memory is not above the unpatched model's."""
+    """Its peak memory is not above the unpatched model's, but for a quarter of a MiB of index tensors."""
     if not patient.slim.receipt.had_effect:
         raise NotApplicable("no visual token was dropped, so there is nothing to save")
     ours, plain = peak_memory(patient.model, patient.prompts.inputs()), patient.baseline.peak
-    return Outcome(ours / plain, 1, "x", f"{ours / 2**20:.1f} MiB of {plain / 2**20:.1f} MiB")
+    return Outcome(ours / plain, 1 + SLACK / plain, "x", f"{ours / 2**20:.1f} MiB of {plain / 2**20:.1f} MiB")
 
 
 def attention(patient: Patient) -> Outcome:
