@@ -460,7 +460,8 @@ def test_methods_on_the_command_line(tmp_path):
         {"keep": 9, "method": "divprune"},
         {"keep": 4, "method": "fastv", "layer": 3},
     ]
-    assert doctor.parse(str(tmp_path), 0.5) == str(tmp_path)
+    for saved in (str(tmp_path), "bundled/tiny-atp-16"):
+        assert doctor.parse(saved, 0.5) == saved
     with pytest.raises(ValueError, match="divprune"):
         doctor.parse("divprun", 0.5)
 

@@ -104,7 +104,7 @@ def parse(text: str, keep: Keep) -> str | list[dict]:
     Raises:
         ValueError: unknown method, or an option without a value.
     """
-    if Path(text).is_dir():
+    if "/" in text.split(":")[0] or Path(text).is_dir():  # a folder, bundled/NAME, or a repository on the hub
         return text
     stages = [parse_method(part) for part in text.split("+")]
     return [({"keep": keep} if takes_budget(stage["method"]) else {}) | stage for stage in stages]
