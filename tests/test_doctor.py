@@ -133,6 +133,15 @@ def test_the_model_and_the_processor_are_left_alone(load):
 
 
 @pytest.mark.slow
+def test_trained_methods_pass():
+    saved = ["bundled/tiny-atp-16", "bundled/tiny-tokenflex"]
+    report = doctor.examine(*doctor.load("bundled/tiny-llava", device="cpu"), saved)
+    assert report.passed, str(report)
+    skipped = {finding.method for finding in report.findings if finding.check == "keep-all" and finding.status == "n/a"}
+    assert len(skipped) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_judged_by_its_own_noise(load, dtype):
     model, processor = load(dtype=dtype)

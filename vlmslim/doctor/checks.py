@@ -29,6 +29,7 @@ from vlmslim.doctor.runs import (
 )
 from vlmslim.doctor.watch import Snapshot, anatomy, surroundings
 from vlmslim.efficiency import DecoderShape, cache_bytes, kv_bytes, peak_memory
+from vlmslim.methods import name_of
 from vlmslim.receipt import Prefill
 from vlmslim.slim import Slim
 
@@ -231,6 +232,9 @@ def restore(patient: Patient) -> Outcome:
 
 def keep_all(patient: Patient) -> Outcome:
     """Asked to keep everything, it changes nothing: answers, logits and cache are those of the unpatched model."""
+    before = patient.slim._decoder.before_llm
+    if before is not None and name_of(before) in patient.slim.trained:
+        raise NotApplicable(f"{type(before).__name__} is trained to make tokens of its own, however many")
     whole = [keeping_everything(stage) for stage in patient.slim.methods]
     with Slim(patient.model, whole):
         ours = generate(patient.model, patient.prompts.inputs())
