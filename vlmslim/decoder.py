@@ -237,7 +237,8 @@ class DecoderHooks:
         if past:
             call.shift = past.shift.to(device)
             position = position - call.shift
-            grown = {id(m): torch.cat([m.to(device), mask[:, past.length : call.seen]], dim=1) for m in past.masks}
+            unique = {id(m): m.to(device) for m in past.masks}  # neighbouring layers share one
+            grown = {key: torch.cat([m, mask[:, past.length : call.seen]], dim=1) for key, m in unique.items()}
             call.before = [grown[id(m)] for m in past.masks]
         else:
             call.before = [mask[:, : call.seen]] * len(self.lm.layers)
@@ -374,7 +375,8 @@ class DecoderHooks:
             return output
         if call.encoded and cache is not None:
             pairs = list(zip(call.before, call.segments, strict=True))
-            made = {(id(b), id(s)): torch.cat([b, s.mask], dim=1) for b, s in pairs}
+            unique = {(id(b), id(s)): (b, s) for b, s in pairs}  # neighbouring layers share one
+            made = {key: torch.cat([b, s.mask], dim=1) for key, (b, s) in unique.items()}
             shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
             padded = bool(call.past and call.past.padded) or any(s.padded for _, s in pairs)
             masks = [made[id(b), id(s)] for b, s in pairs]

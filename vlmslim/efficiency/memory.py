@@ -1,5 +1,9 @@
 """What a generation takes in memory: the peak, on a GPU and on a CPU, and what a KV cache really holds."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +22,24 @@ def peak_memory(model: nn.Module, inputs: dict, new_tokens: int = 2) -> int:
     included: on a GPU its peak counter is reset first, on a CPU the profiler records every allocation and release.
     A CPU library's private scratch memory is not seen. The pass is slow on a CPU: don't time it.
     """
+    with _no_collection():
+        return _peak(model, inputs, new_tokens)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from freeing tensors in reference cycles at moments of its own choosing."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _peak(model: nn.Module, inputs: dict, new_tokens: int) -> int:
     device = model.device
     options = dict(do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
     if device.type == "cuda":
