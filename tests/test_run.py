@@ -1,13 +1,14 @@
 """`vlmslim run` on a stand-in for lmms-eval: order, resuming, refusing to mix, failing loudly."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from evaluation_doubles import FakeHarness, write_config
-from filelock import FileLock
 
 from vlmslim.budget import BudgetError, Solution
 from vlmslim.evaluation.config import ConfigError, load_config
@@ -279,8 +280,13 @@ def test_what_counts_as_an_effect(config):
 
 def test_two_runs_do_not_write_to_one_directory(config):
     config().output.mkdir(parents=True)
-    with FileLock(config().output / ".lock"), pytest.raises(ConfigError, match="another run is writing"):
-        run(config(), harness=FakeHarness())
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(config().output / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()  # it holds the lock now
+        with pytest.raises(ConfigError, match="another run is writing"):
+            run(config(), harness=FakeHarness())
+        other.communicate(b"\n")
 
 
 def test_several_processes_are_refused(config, monkeypatch):
