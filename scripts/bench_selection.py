@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from vlmslim.attention import DecoderAttention, cls_attention, cls_logits, received_attention
 from vlmslim.evaluation import provenance
-from vlmslim.evaluation.store import write_atomically
 from vlmslim.methods.atp import strongest
 from vlmslim.methods.bipartitemerge import merge_tokens
 from vlmslim.methods.divprune import farthest_points
@@ -40,6 +39,7 @@ from vlmslim.methods.tokenflex import pool_square
 from vlmslim.methods.uniform import even_cells
 from vlmslim.outliers import beyond_quartiles, local_outlier_factor
 from vlmslim.selection import rank_within_groups
+from vlmslim.writing import write_atomically
 
 BUDGETS = {576: (192, 128, 64), 2880: (640, 320, 160)}
 QUICK = {60: (20, 7)}

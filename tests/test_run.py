@@ -1,6 +1,7 @@
 """`vlmslim run` on a stand-in for lmms-eval: order, resuming, refusing to mix, failing loudly."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from vlmslim.budget import BudgetError, Solution
 from vlmslim.evaluation.config import ConfigError, load_config
 from vlmslim.evaluation.run import CellError, Display, check_effect, run
 from vlmslim.evaluation.store import Store
+from vlmslim.writing import write_atomically
 
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
 
@@ -83,8 +85,6 @@ def test_damaged_cells_are_done_again(config, damage):
 
 
 def test_no_file_is_ever_half_written(config, monkeypatch):
-    import vlmslim.evaluation.store as store
-
     run(config(), harness=FakeHarness())
     path = config().output / "run.json"
     before = path.read_text()
@@ -92,9 +92,9 @@ def test_no_file_is_ever_half_written(config, monkeypatch):
     def crash(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(store.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="disk full"):
-        store.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == before
     assert not list(path.parent.glob(".*.part"))
 

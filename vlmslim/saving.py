@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from vlmslim import bundled
 from vlmslim.compressor import Compressor
 from vlmslim.families import encoder_layers
 from vlmslim.methods import method_names, name_of
+from vlmslim.writing import atomically, write_atomically
 
 if TYPE_CHECKING:
     from vlmslim.slim import Slim
@@ -140,7 +140,9 @@ def save(slim: "Slim", folder: str | os.PathLike, with_base: bool = False, proce
     sealed = None
     if slim.trained:
         state = {k: v.detach().cpu().contiguous() for k, v in slim.trained.state_dict().items()}
-        _atomically(folder / WEIGHTS, lambda path: save_file(state, path, {"format": "pt"}))
+        with atomically(folder / WEIGHTS) as part:
+            save_file(state, part, {"format": "pt"})
+            part.chmod(0o644)
         sealed = _sha256(folder / WEIGHTS)
     else:
         (folder / WEIGHTS).unlink(missing_ok=True)
@@ -153,7 +155,7 @@ def save(slim: "Slim", folder: str | os.PathLike, with_base: bool = False, proce
         "base": _base(slim.model) | {"included": with_base},
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    _atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))  # last: makes it complete
+    write_atomically(folder / CONFIG, text)  # last: makes it complete
 
 
 def load_part(weights: str, name: str, module: nn.Module, model: nn.Module) -> None:
@@ -274,13 +276,6 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"vlmslim": vlmslim.__version__, **{name: version(name) for name in ("torch", "transformers")}}
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    fresh = path.with_name(path.name + ".tmp")
-    write(fresh)
-    fresh.chmod(0o644)
-    fresh.replace(path)
 
 
 def _sha256(path: Path) -> str:

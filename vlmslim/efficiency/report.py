@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlmslim.writing import markdown_table, write_atomically
+
 _NOTES = """\
 Ratios in brackets are (over the unpatched model, over the ideal), medians over {repeats} rounds in which all
 treatments and ideals take turns; ± is the interquartile range of the ratio to the ideal. The ideal is the same model
@@ -49,7 +51,7 @@ def markdown(record: dict) -> str:
             f"{scenario['visual_tokens']} visual and {scenario['text_tokens']} text tokens a prompt, "
             f"{scenario['crops']} crops",
             "",
-            *_table(_HEADERS, [_cells(row) for row in scenario["rows"]]),
+            markdown_table(_HEADERS, map(_cells, scenario["rows"])),
             "",
             *_verdict(scenario),
             "",
@@ -61,8 +63,6 @@ def write(record: dict, output: Path | None = None) -> str:
     """The Markdown of a record; with a path, the record goes there as JSON and the Markdown beside it, atomically."""
     text = markdown(record)
     if output is not None:
-        from vlmslim.evaluation.store import write_atomically
-
         write_atomically(output, json.dumps(record, indent=1) + "\n")
         write_atomically(output.with_suffix(".md"), text)
     return text
@@ -97,16 +97,3 @@ def _verdict(scenario: dict) -> Iterable[str]:
         if not target["met"]
     ]
     return ["Targets missed:", "", *missed] if missed else ["All targets met."]
-
-
-def _table(headers: Iterable[str], rows: list[list[str]]) -> list[str]:
-    columns = list(zip(headers, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    sides = ["<", *">" * (len(widths) - 1)]
-
-    def line(cells: Iterable[str]) -> str:
-        parts = zip(cells, sides, widths, strict=True)
-        return "| " + " | ".join(f"{cell:{side}{width}}" for cell, side, width in parts) + " |"
-
-    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(sides, widths, strict=True)]
-    return [line(headers), line(rule), *map(line, rows)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlmslim.evaluation.leaderboard import PROVENANCE, UNPATCHED, Leaderboard, Row
 from vlmslim.evaluation.published import Line, Published
-from vlmslim.evaluation.store import write_atomically
 from vlmslim.evaluation.tables import Table, notes, tables
+from vlmslim.writing import markdown_table, write_atomically
 
 FORMATS = ("md", "csv", "json", "html")
 
@@ -36,22 +36,14 @@ def write_all(board: Leaderboard, directory: Path) -> None:
         write_atomically(Path(directory) / f"leaderboard.{format}", render(board, format))
 
 
-def markdown_table(table: Table) -> str:
+def _titled(table: Table) -> str:
     """A table with its title; best values are bold, those that tie with them slanted."""
     marks = {1: "**{}**", 2: "*{}*"}
     cells = [
         [marks.get(c.places.get(r.label), "{}").format(text) for r, text in zip(table.rows, c.texts, strict=True)]
         for c in table.columns
     ]
-    widths = [max(len(c.name), *map(len, texts)) for c, texts in zip(table.columns, cells, strict=True)]
-    pad = [str.ljust] + [str.rjust] * (len(table.columns) - 1)
-
-    def line(texts) -> str:
-        return "| " + " | ".join(p(t, w) for p, t, w in zip(pad, texts, widths, strict=True)) + " |"
-
-    rule = [("-" * w if p is str.ljust else "-" * (w - 1) + ":") for p, w in zip(pad, widths, strict=True)]
-    lines = [line([c.name for c in table.columns]), line(rule), *map(line, zip(*cells, strict=True))]
-    return f"## {table.title}\n\n" + "\n".join(lines)
+    return f"## {table.title}\n\n" + markdown_table([c.name for c in table.columns], zip(*cells, strict=True))
 
 
 def _with_published(board: Leaderboard, published: Published | None) -> tuple[list[Table], list[str]]:
@@ -65,7 +57,7 @@ def _with_published(board: Leaderboard, published: Published | None) -> tuple[li
 
 def _markdown(board: Leaderboard, published: Published | None) -> str:
     built, remarks = _with_published(board, published)
-    return "\n\n".join([f"# {board.facts['model']}", *map(markdown_table, built), *remarks]) + "\n"
+    return "\n\n".join([f"# {board.facts['model']}", *map(_titled, built), *remarks]) + "\n"
 
 
 def _csv(board: Leaderboard, published: Published | None) -> str:

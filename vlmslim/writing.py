@@ -1,0 +1,41 @@
+"""Files that are whole or absent, and tables in Markdown."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it takes the place of `path` when the block ends well, and goes when it does not.
+
+    So a reader, or the next run after a crash, never sees half a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file `atomically`."""
+    with atomically(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose columns line up in the source too: the first to the left, the others to the right."""
+    lines = [headers, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pad = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    rule = ["-" * w if p is str.ljust else "-" * (w - 1) + ":" for p, w in zip(pad, widths, strict=True)]
+    lines.insert(1, rule)
+    return "\n".join(
+        "| " + " | ".join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)) + " |" for line in lines
+    )
