@@ -17,7 +17,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTok
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
-from vlmslim.methods.recoverable import Recoverable, cls_attention, clusters, share_of, text_similarity
+from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
 from vlmslim.selection import largest_remainder
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -82,7 +82,7 @@ def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
 def test_attention_of_one_wide_head(seed, p, heads):
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, 2, heads, p + 1, 4, generator=generator)
-    got = cls_attention(q, k)
+    got = joint_cls_attention(q, k)
     for c in range(2):
         wide = lambda t, i, c=c: [v for h in range(heads) for v in t[c, h, i].tolist()]  # noqa: E731
         logits = [

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from vlmslim.clip import hf_clip_text
-from vlmslim.methods.recoverable import Recoverable, cls_attention, clusters, share_of, text_similarity, top
+from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity, top
 from vlmslim.outliers import count_outliers, local_outlier_factor
 
 PRESETS = {"main": "released", "alt": "released_alt"}
@@ -88,7 +88,7 @@ def check_text_tower(arrays: dict[str, np.ndarray]) -> None:
 def check_compression(arrays: dict[str, np.ndarray]) -> None:
     given = {name: torch.from_numpy(arrays[name])[0] for name in ("hidden", "q_cls", "k", "last_hidden", "text_embed")}
     x, keys = given["hidden"][1:], given["k"][1:]
-    attention = cls_attention(given["q_cls"][None, None], given["k"][None, None])[0]
+    attention = joint_cls_attention(given["q_cls"][None, None], given["k"][None, None])[0]
     np.testing.assert_allclose(attention.numpy(), arrays["cls_attn"][0], rtol=1e-5, atol=1e-7)
     patches = given["last_hidden"][1:] @ torch.from_numpy(arrays["visual_projection"]).T
     similarity = text_similarity(patches, given["text_embed"])

@@ -231,7 +231,7 @@ class Recoverable(Compressor):
             last = layer(hidden, attention_mask=None)  # what leaves the tower's last layer
             last = last[0] if isinstance(last, tuple) else last
             patches = self._clip.project(last[:, 1:], self.patch_norm)
-        return cls_attention(q, k), text_similarity(patches, text), k[:, :, 1:].transpose(1, 2).flatten(2).float()
+        return joint_cls_attention(q, k), text_similarity(patches, text), k[:, :, 1:].transpose(1, 2).flatten(2).float()
 
     def recover(
         self, x: Tensor, attention: Tensor, similarity: Tensor, keys: Tensor, budget: int | None = None
@@ -295,7 +295,7 @@ class Recoverable(Compressor):
 
 
 @full_precision
-def cls_attention(q: Tensor, k: Tensor) -> Tensor:
+def joint_cls_attention(q: Tensor, k: Tensor) -> Tensor:
     """What CLS pays to each patch, by one softmax over the full width: heads are not kept apart, as in the release.
 
     Args:
