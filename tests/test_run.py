@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from evaluation_doubles import FakeHarness, write_config
+from tiny import tiny
 
+import vlmslim
 from vlmslim.budget import BudgetError, Solution
 from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.leaderboard import Leaderboard
 from vlmslim.evaluation.run import CellError, Display, check_effect, run
 from vlmslim.evaluation.store import Store
 from vlmslim.writing import write_atomically
 
+OURS = {"label", "task", "samples_sha256"}  # what the store adds to a record
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
 
 
@@ -167,11 +173,174 @@ def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
     run(config(), harness=FakeHarness())
     store = Store(config().output)
     cell, samples = store.cell("random-16", "text"), store.samples("random-16", "text")
-    cell = {k: v for k, v in cell.items() if k not in ("label", "task", "samples_sha256")}
+    cell = {k: v for k, v in cell.items() if k not in OURS}
     store.save_cell("random-16", "text", cell | {"config_hash": "0" * 64}, samples)
     with pytest.raises(ConfigError, match="cell random-16 / text of another run .configuration 000000000000, now "):
         run(config(), harness=FakeHarness())
 
+
+# ---------------------------------------------------------------------- trained methods
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains a TokenFLEX anew, into the same folder, and says how a configuration names it."""
+
+    def trained(seed: int, **options) -> dict:
+        with vlmslim.patch(tiny("llava"), "tokenflex", keep=4, weights=f"random:{seed}") as slim:
+            slim.save_pretrained(tmp_path / "flex")
+        return {"method": "tokenflex", "keep": 64, "weights": str(tmp_path / "flex"), "label": "flex"} | options
+
+    return trained
+
+
+def seal(entry) -> str:
+    return json.loads((Path(entry["weights"]) / "vlmslim.json").read_text())["sha256"]
+
+
+def test_cells_say_with_which_weights_they_were_made(config, trained):
+    entry = trained(seed=1)
+    board = run(config(methods=["divprune", entry]), harness=FakeHarness())
+    store = Store(config().output)
+    assert store.cell("flex", "text")["weights"] == {entry["weights"]: seal(entry)}
+    assert "weights" not in store.cell("divprune-64", "text")
+    rows = {row.label: row for row in board.rows}
+    assert rows["flex"].provenance["weights"] == f"{entry['weights']}={seal(entry)}"
+    assert "weights" not in rows["divprune-64"].provenance
+    again = FakeHarness()
+    run(config(methods=["divprune", trained(seed=1)]), harness=again)
+    assert (again.evaluated, again.loads) == ([], 0)  # the same training
+
+
+@pytest.mark.parametrize("change", ["trained anew", "deleted"])
+def test_weights_that_changed_under_their_path_are_refused(config, trained, change):
+    entry = trained(seed=1)
+    before = seal(entry)
+    run(config(methods=[entry]), harness=FakeHarness())
+    if change == "deleted":
+        shutil.rmtree(entry["weights"])
+    else:
+        trained(seed=2)
+    now = "none that can be read" if change == "deleted" else seal(entry)[:12]
+    harness = FakeHarness()
+    with pytest.raises(ConfigError) as error:
+        run(config(methods=[entry]), harness=harness)
+    assert str(error.value) == (
+        f"the weights of flex changed in the middle of the run: {config().output} holds its cell count, made when "
+        f"{entry['weights']} held {before[:12]}; it holds {now} now, and numbers must not be mixed. "
+        "Give the new ones another 'label', use another --output directory, or start over with --fresh"
+    )
+    assert harness.loads == 0
+
+
+def test_new_weights_under_a_new_label(config, trained):
+    run(config(methods=[trained(seed=1)]), harness=FakeHarness())
+    harness = FakeHarness()
+    run(config(methods=[trained(seed=2, label="flex-2")]), harness=harness)
+    assert {label for label, _ in harness.evaluated} == {"flex-2"}
+
+
+def test_weights_in_a_later_stage_count_too(config, trained):
+    entry = trained(seed=1)
+    stages = [{"method": "tokenflex", "keep": 64, "weights": entry["weights"]}, {"method": "fastv", "keep": 16}]
+    methods = [{"stages": stages, "label": "both"}]
+    run(config(methods=methods), harness=FakeHarness())
+    trained(seed=2)
+    with pytest.raises(ConfigError, match="the weights of both changed"):
+        run(config(methods=methods), harness=FakeHarness())
+
+
+def test_a_cell_that_does_not_say_its_weights_is_done_again(config, trained):
+    """Cells of before weights were recorded. Other rows keep theirs."""
+    settings = config(methods=["divprune", trained(seed=1)])
+    run(settings, harness=FakeHarness())
+    store = Store(config().output)
+    for task in ("count", "text"):
+        cell, samples = store.cell("flex", task), store.samples("flex", task)
+        store.save_cell("flex", task, {k: v for k, v in cell.items() if k not in OURS | {"weights"}}, samples)
+    assert Leaderboard.read(config().output)  # an old directory can be read
+    broken = FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, harness=broken)
+    with pytest.raises(ConfigError, match="cells of flex were made with different weights"):
+        Leaderboard.read(config().output)
+    harness, display = FakeHarness(), Listening()
+    run(settings, harness=harness, display=display)
+    assert broken.evaluated + harness.evaluated == [("flex", "count"), ("flex", "text")]
+    assert "flex on text is done again: its cell does not say with which weights" in display.said
+    assert "weights" in store.cell("flex", "text")
+
+
+def test_weights_that_are_words_need_no_record(config):
+    run(config(methods=[{"method": "tokenflex", "weights": "pool"}]), harness=FakeHarness())
+    assert "weights" not in Store(config().output).cell("tokenflex-64-weights=pool", "text")
+
+
+def test_other_weights_are_timed_again(config, trained):
+    settings = config(methods=["divprune", trained(seed=1)])
+    run(settings, harness=FakeHarness())
+    shutil.rmtree(config().output / "cells" / "flex")
+    trained(seed=2)
+    harness = FakeHarness()
+    run(settings, harness=harness)
+    assert [label for label, _ in harness.evaluated] == ["flex", "flex"]
+    assert "flex" in harness.timed and "none" in harness.timed
+
+
+def test_weights_that_are_replaced_during_the_run_stop_it(config, trained):
+    class Impatient(FakeHarness):
+        def evaluate(self, variant, task):
+            if (variant.label, task) == ("flex", "text"):
+                trained(seed=2)
+            return super().evaluate(variant, task)
+
+    with pytest.raises(CellError, match="weights of flex were replaced meanwhile"):
+        run(config(methods=[trained(seed=1)]), harness=Impatient())
+    assert Store(config().output).cell("flex", "text") is None
+
+
+def test_a_cost_is_solved_anew_for_other_weights(config, trained):
+    settings = config(methods=[trained(seed=1, keep=None, budgets=[COST])])
+    run(settings, harness=Solving())
+    shutil.rmtree(config().output / "cells" / "flex")
+    trained(seed=2)
+    harness = Solving()
+    run(settings, harness=harness)
+    assert harness.solved == ["flex"]
+
+
+def test_a_clip_of_ones_own_counts_as_weights(config, tmp_path):
+    (tmp_path / "clip").mkdir()
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.write_bytes(b"first")
+    (tmp_path / "clip" / "config.json").write_text("{}")
+    methods = [{"method": "recoverable", "keep": 64, "clip": str(tmp_path / "clip"), "label": "mine"}]
+    run(config(methods=methods), harness=FakeHarness())
+    weights.write_bytes(b"other")
+    with pytest.raises(ConfigError, match="the weights of mine changed"):
+        run(config(methods=methods), harness=FakeHarness())
+
+
+def test_a_saved_patch_as_the_checkpoint_brings_its_weights(config, trained):
+    """The base lies elsewhere, so its hash is not that of the trained part: that one is in the row."""
+    folder = trained(seed=1)["weights"]
+    settings = config(model={"pretrained": folder}, methods=["tokenflex"], budgets=[64])
+    stages = {variant.label: variant.stages for variant in settings.variants()}
+    assert stages["tokenflex-64"] == ({"method": "tokenflex", "keep": 64, "weights": folder},)
+    run(settings, harness=FakeHarness())
+    trained(seed=2)
+    with pytest.raises(ConfigError, match="the weights of tokenflex-64 changed"):
+        run(settings, harness=FakeHarness())
+
+
+def test_weights_that_cannot_be_read_are_a_clear_error(config, trained):
+    entry = trained(seed=1)
+    (Path(entry["weights"]) / "vlmslim.json").write_text("{}")
+    with pytest.raises(ConfigError, match="flex: .*vlmslim.json is no configuration of vlmslim"):
+        run(config(methods=[entry]), harness=FakeHarness())
+
+
+# ---------------------------------------------------------------------- costs
 
 COST = {"equivalent_tokens": 40}
 

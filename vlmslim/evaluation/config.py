@@ -259,14 +259,22 @@ class RunConfig(_Strict):
         return given
 
     def _seeded(self, stage: dict, unsolved: str | None = None) -> dict:
-        """The stage checked, and given the run's seed if its method draws random numbers."""
+        """The stage checked; with the run's seed if its method draws random numbers, and with the checkpoint's weights.
+
+        Those are the weights that come with `pretrained` where that is a saved patch, as for the lmms-eval model.
+        """
         from vlmslim.methods import method
+        from vlmslim.saving import read
 
         stage = dict(stage)
         name = stage.pop("method")
         if "seed" in _options(name):
             stage.setdefault("seed", self.seed)
         try:
+            if "weights" in _options(name) and not stage.get("weights"):
+                saved = read(self.model.pretrained, self.model.revision)
+                if saved is not None and name in saved.trained:
+                    stage["weights"] = str(saved.folder) if self.model.revision else self.model.pretrained
             method(name, **stage | ({} if unsolved is None else {unsolved: 1}))
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -13,7 +13,8 @@ from vlmslim.evaluation.store import Store, digest
 from vlmslim.evaluation.task_groups import GROUPS, group_of
 
 UNPATCHED = "none"
-PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware")  # what every cell records
+#: What every cell records; weights only those of trained methods.
+PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware", "weights")
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Row:
                  questions, averaged over tasks
     pareto     : the costs at which no row has a better average for at most the same cost
     stages     : the methods with their options
-    provenance : configuration hash, seed, versions, commit and hardware behind the row's cells
+    provenance : configuration hash, seed, versions, commit, hardware and weights behind the row's cells
     requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
                  and averaged over its layers
     flops      : analytic prefill FLOPs of the language model
@@ -181,7 +182,7 @@ class Leaderboard:
 
 
 def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
-    """Refuse cells of another configuration, and cells that answered different questions."""
+    """Refuse cells of another configuration or of two trainings, and cells that answered different questions."""
     shared = digest(run["shared"])
     stages = {  # a cost is solved later, on the model
         row["label"]: None if isinstance(row["budget"], dict) else row["stages"] for row in run["config"]["rows"]
@@ -189,6 +190,10 @@ def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
     for (label, task), cell in cells.items():
         if cell["config_hash"] != shared or stages[label] not in (None, cell["stages"]):
             raise ConfigError(f"{label} on {task} was made under another configuration; start over with --fresh")
+    weights: dict[str, dict | None] = {}
+    for (label, _), cell in cells.items():
+        if weights.setdefault(label, cell.get("weights")) != cell.get("weights"):
+            raise ConfigError(f"the cells of {label} were made with different weights; call vlmslim run again")
     for task in tasks:
         seen = {cell["questions"]: label for (label, t), cell in cells.items() if t == task}
         if len(seen) > 1:
@@ -294,7 +299,8 @@ def _group_order(row: Row) -> tuple:
 
 def _provenance(cells: list[dict]) -> dict[str, str]:
     """What stands behind the cells of a row; several values, if cells differ, are all named."""
-    return {name: "; ".join(sorted({_flat(cell[name]) for cell in cells})) for name in PROVENANCE if cells}
+    known = {name: sorted({_flat(cell[name]) for cell in cells if name in cell}) for name in PROVENANCE}
+    return {name: "; ".join(values) for name, values in known.items() if values}
 
 
 def _flat(value) -> str:

@@ -1,13 +1,16 @@
-"""Where numbers come from: library versions, git commit, hardware, and the identity of a checkpoint."""
+"""Where numbers come from: library versions, git commit, hardware, and the identity of checkpoints and weights."""
 
 import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import vlmslim
+from vlmslim import bundled
+from vlmslim.saving import seals
 
 _WHOLE = 64 * 2**20  # files up to this size are hashed whole
 _EDGE = 2**20  # of larger ones, the beginning and the end
@@ -71,3 +74,23 @@ def fingerprint(checkpoint: str) -> str | None:
                     file.seek(-_EDGE, os.SEEK_END)
                     seal.update(file.read())
     return seal.hexdigest()
+
+
+def weights(stages: Iterable[dict]) -> dict[str, str | None]:
+    """What stages load beside the checkpoint, by the name they give it: a hash, or None where nothing can be read.
+
+    Of trained weights that is the hash that their folder vouches for, and that loading checks; of a local CLIP, its
+    `fingerprint`. Words ("random", "pool") are no files, and names on the hub are read there.
+
+    Raises:
+        ValueError: a folder that no method could load either.
+    """
+    found = {}
+    for stage in stages:
+        if name := stage.get("weights"):
+            seal = next(iter(seals([stage])), None)
+            if seal is not None or "/" in name:
+                found[name] = seal
+        if (name := stage.get("clip")) and (seal := fingerprint(bundled.resolve(name))):
+            found[name] = seal
+    return found

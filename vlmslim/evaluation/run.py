@@ -19,6 +19,8 @@ from vlmslim.evaluation.render import write_all
 from vlmslim.evaluation.store import Store, digest
 from vlmslim.receipt import headline
 
+WAY_OUT = "use another --output directory, or start over with --fresh"
+
 
 class CellError(RuntimeError):
     """A cell that could not be evaluated; the message names it. Finished cells stay."""
@@ -83,6 +85,7 @@ class _Run:
     def __init__(self, config: RunConfig, store: Store, display: Display, harness):
         self.config, self.store, self.display, self._module = config, store, display, harness
         self.variants = config.variants()
+        self.weights = {variant.label: _weights(variant) for variant in self.variants}
         self.tasks: list[TaskConfig] = harness.Tasks(config).leaves
         self.record = {
             "seed": config.seed,
@@ -114,12 +117,13 @@ class _Run:
         return self._loaded
 
     def complete(self) -> Leaderboard:
+        kept = {(v.label, t.task): self._kept(v, t.task) for v in self.variants for t in self.tasks}
         self.variants = self._solved()
-        todo = [(v, t.task) for v in self.variants for t in self.tasks if not self._is_finished(v, t.task)]
-        total = len(self.variants) * len(self.tasks)
-        self.display.cells(total, total - len(todo))
-        for variant, cells in groupby(todo, key=lambda cell: cell[0]):
-            for _, task in cells:
+        cells = [(variant, task.task) for variant in self.variants for task in self.tasks]
+        todo = [(v, task) for v, task in cells if not self._is_finished(v, kept[v.label, task])]
+        self.display.cells(len(cells), len(cells) - len(todo))
+        for variant, own in groupby(todo, key=lambda cell: cell[0]):
+            for _, task in own:
                 self.display.cell(variant.label, task)
                 self._evaluate(variant, task)
                 self.display.finished()
@@ -137,7 +141,7 @@ class _Run:
         rows, failures = [], []
         for variant in self.variants:
             if variant.unsolved:
-                asked = {"stages": list(variant.stages), "budget": variant.budget}
+                asked = {"stages": list(variant.stages), "budget": variant.budget, **self._vouched(variant)}
                 found = known.get(variant.label)
                 if found is None or found["asked"] != json.loads(json.dumps(asked)):
                     self.display.say(f"solving {variant.label}")
@@ -157,22 +161,49 @@ class _Run:
             raise ConfigError("\n".join(failures))
         return rows
 
-    def _is_finished(self, variant: Variant, task: str) -> bool:
+    def _vouched(self, variant: Variant) -> dict:
+        """The record of a row's weights; empty for a method without any."""
+        return {"weights": self.weights[variant.label]} if self.weights[variant.label] else {}
+
+    def _kept(self, variant: Variant, task: str) -> dict | None:
+        """The cell that is there; None if it is to be done, for the first time or again.
+
+        A cell of a trained method from before weights were recorded is done again: it cannot say whose numbers it
+        holds, and to refuse it would leave --fresh alone, which throws away the other rows too.
+        """
         cell = self.store.cell(variant.label, task)
         if cell is None:
-            return False
-        way_out = "use another --output directory, or start over with --fresh"
+            return None
         if cell["config_hash"] != self.hash:
             raise ConfigError(
                 f"{self.store.directory} holds a cell {variant.label} / {task} of another run (configuration "
-                f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {way_out}"
+                f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {WAY_OUT}"
             )
+        now = self.weights[variant.label]
+        if now and "weights" not in cell:
+            self.display.say(f"{variant.label} on {task} is done again: its cell does not say with which weights")
+            return None
+        for name, before in cell.get("weights", {}).items():
+            same_place = any(name in stage.values() for stage in variant.stages)  # else the stages differ
+            if same_place and now.get(name) != before:
+                holds = now[name][:12] if now.get(name) else "none that can be read"
+                raise ConfigError(
+                    f"the weights of {variant.label} changed in the middle of the run: {self.store.directory} holds "
+                    f"its cell {task}, made when {name} held {before[:12]}; it holds {holds} now, and numbers must not "
+                    f"be mixed. Give the new ones another 'label', {WAY_OUT}"
+                )
+        return cell
+
+    def _is_finished(self, variant: Variant, cell: dict | None) -> bool:
+        """Whether a cell is there, and of the method as it is now."""
+        if cell is None:
+            return False
         now = json.loads(json.dumps(variant.stages))
         if cell["stages"] != now:
             raise ConfigError(
-                f"{variant.label} was changed in the middle of the run: {self.store.directory} holds its cell {task}, "
-                f"made with\n  {_options(cell['stages'])}\nand now it is\n  {_options(now)}\n"
-                f"Give the changed method another 'label', {way_out}"
+                f"{variant.label} was changed in the middle of the run: {self.store.directory} holds its cell "
+                f"{cell['task']}, made with\n  {_options(cell['stages'])}\nand now it is\n  {_options(now)}\n"
+                f"Give the changed method another 'label', {WAY_OUT}"
             )
         return True
 
@@ -184,8 +215,10 @@ class _Run:
             check_effect(variant, cell.receipt)
         except Exception as error:
             raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
+        self._check_weights(variant)
         record = {
             "stages": list(variant.stages),
+            **self._vouched(variant),
             "config_hash": self.hash,
             **self.record,
             "seconds": round(time.perf_counter() - started, 3),
@@ -196,6 +229,11 @@ class _Run:
         if variant.solved is not None:
             record["budget"] = variant.solved | {"spent": self._spent(variant, task, cell.receipt)}
         self.store.save_cell(variant.label, task, record, cell.samples)
+
+    def _check_weights(self, variant: Variant) -> None:
+        """Refuse numbers of weights that were replaced while they were in use."""
+        if _weights(variant) != self.weights[variant.label]:
+            raise CellError(f"the weights of {variant.label} were replaced meanwhile; run again when training is over")
 
     def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
         """What a task really cost; said aloud where that is not what the sample prompts cost."""
@@ -212,7 +250,7 @@ class _Run:
         settings = {
             "config_hash": self.hash,
             "timing": self.config.timing.model_dump(),
-            "rows": [[v.label, list(v.stages)] for v in self.variants],
+            "rows": [[v.label, list(v.stages), *self._vouched(v).values()] for v in self.variants],
         }
         before = self.store.timing
         if before is not None and before["settings"] == settings:
@@ -224,7 +262,17 @@ class _Run:
         rounds = len(self.variants) * (timing.repeats + 1)
         with self.display.bar(total=rounds, desc="timing") as bar:
             times = self.harness.time(self.variants, lambda: bar.update(1))
+        for variant in self.variants:
+            self._check_weights(variant)
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
+
+
+def _weights(variant: Variant) -> dict[str, str | None]:
+    """The hashes of what a row loads beside the checkpoint, by name."""
+    try:
+        return provenance.weights(variant.stages)
+    except ValueError as error:
+        raise ConfigError(f"{variant.label}: {error}") from error
 
 
 def _options(stages: list[dict]) -> str:
