@@ -275,34 +275,30 @@ class DecoderHooks:
         images = [image for _, _, image in found]
         results: list[Compressed | None] = [None] * len(found)
         if images and (self.before_llm or self.pruners):
-            finite = torch.stack([image.features.detach().isfinite().all() for image in images]).tolist()
+            edges = torch.stack([torch.stack(image.features.detach().aminmax()) for image in images])  # NaN is one
+            finite = edges.isfinite().all(1).tolist()
             if not all(finite):
                 raise ValueError(
                     f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
                     "check the picture and the dtype of the vision tower"
                 )
+        counts = text.sum(1).tolist()
         if images and self.before_llm:
-            for row, _, image in found:
-                image.prompt = None if call.input_ids is None else call.input_ids[row][text[row].to(embeds.device)]
+            if call.input_ids is not None:
+                prompts = call.input_ids[text.to(call.input_ids.device)].split(counts)
+                for row, _, image in found:
+                    image.prompt = prompts[row]
             with call.timed(images[0].features.device):
                 results = self.before_llm.compress_images(images)
-            embeds = embeds.clone()
-        keep = segment.mask.clone()
         call.images = [[] for _ in embeds]
         call.features = [[] for _ in embeds]
         call.slot = torch.full_like(segment.image, -1)
-        for (row, columns, image), result in zip(found, results, strict=True):
-            n = len(columns)
-            columns = columns.to(embeds.device)
-            k = n if result is None else self._place(embeds, keep, row, columns, result)
-            call.features[row].append(image)
-            if result is None or result.index is not None:
-                call.slot[row, columns] = torch.arange(n, device=columns.device)
-            call.images[row].append(Image(n, self._requested(n), k))
-            segment.image[row, columns] = len(call.images[row])
+        keep = segment.mask.clone()
+        if found:
+            embeds = self._place(call, embeds, keep, found, results)
         selection = segment.select(keep)
         visual = [sum(row) for row in call.entered]
-        call.text = text.sum(1).tolist()
+        call.text = counts
         call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
         if selection.counts != [t + v for t, v in zip(call.text, visual, strict=True)]:
             raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
@@ -324,17 +320,56 @@ class DecoderHooks:
         stages = [self.before_llm] if self.before_llm else [self.pruners[i] for i in sorted(self.pruners)]
         return stages[-1].requested(n) if stages else n
 
-    def _place(self, embeds: Tensor, keep: Tensor, row: int, columns: Tensor, result: Compressed) -> int:
-        """Write an image's kept tokens into their slots; returns how many."""
-        n, k = len(columns), len(result.features)
+    def _place(self, call: Call, embeds: Tensor, keep: Tensor, found: list, results: list) -> Tensor:
+        """Write the kept tokens of all images into their slots, and note who is where.
+
+        Args:
+            call: gets `images`, `features` and `slot`.
+            embeds: (B, L, d).
+            keep: (B, L), cleared at dropped visual tokens.
+            found: as `_locate` gives them, at least one.
+            results: what became of each; None where nothing did.
+
+        Returns:
+            (B, L, d), a copy where something was written.
+        """
+        sizes, numbers, slots, tokens, known = [], [], [], [], []
+        place = torch.cat([row * embeds.shape[1] + columns for row, columns, _ in found]).to(embeds.device)
+        for (row, columns, image), result in zip(found, results, strict=True):
+            start, n = sum(sizes), len(columns)
+            own = place[start : start + n]  # in the flattened batch
+            if result is None or result.index is not None:
+                known.append((own, n))
+            if result is not None:
+                k = self._checked(result, n)
+                own = own[:k] if result.index is None else own[result.index.to(own.device)]
+                slots.append(own)
+                tokens.append(result.features.to(embeds))
+            sizes.append(n)
+            call.images[row].append(Image(n, self._requested(n), len(own)))
+            call.features[row].append(image)
+            numbers.append(len(call.images[row]))
+        number = torch.tensor(numbers).repeat_interleave(torch.tensor(sizes))
+        call.segments[0].image.view(-1)[place] = number.to(place.device)
+        if known:
+            count = torch.cat([torch.arange(n, device=place.device) for _, n in known])
+            call.slot.view(-1)[torch.cat([own for own, _ in known])] = count
+        if not slots:
+            return embeds
+        slots = torch.cat(slots)
+        keep.view(-1)[place] = False
+        keep.view(-1)[slots] = True
+        embeds = embeds.clone(memory_format=torch.contiguous_format)
+        embeds.view(-1, embeds.shape[-1])[slots] = torch.cat(tokens)
+        return embeds
+
+    def _checked(self, result: Compressed, n: int) -> int:
+        """How many tokens an image of `n` kept; refuses what cannot be."""
+        k = len(result.features)
         if k > n:
             raise ValueError(f"{self.before_llm} made {k} tokens out of an image of {n}")
         if result.index is None and self.positions == "original" and k < n:
             raise ValueError(f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'")
-        slots = columns[:k] if result.index is None else columns[result.index.to(columns.device)]
-        embeds[row, slots] = result.features.to(embeds)
-        keep[row, columns] = False
-        keep[row, slots] = True
         return k
 
     def _locate(self, call: Call, mask: Tensor) -> tuple[list[tuple[int, Tensor, ImageTokens]], Tensor]:

@@ -60,9 +60,9 @@ class Segment:
         mask, origin = self.mask.to(hidden.device), self.origin.to(hidden.device)
         kept = torch.zeros(len(mask), length, dtype=torch.long, device=hidden.device)
         kept.scatter_add_(1, origin, mask.long())  # padded slots add nothing
-        source = kept.cumsum(1) - 1 + size - mask.sum(1, keepdim=True)
-        empty = kept.cumsum(1) == 0
-        return take(hidden, source.clamp(min=0)).masked_fill(empty[..., None], 0)
+        number = kept.cumsum(1)  # of kept tokens so far
+        source = number - 1 + size - mask.sum(1, keepdim=True)
+        return take(hidden, source.clamp(min=0)).masked_fill_((number == 0)[..., None], 0)
 
 
 @dataclass

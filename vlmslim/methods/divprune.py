@@ -62,14 +62,16 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     Returns:
         (..., k) indices in the order of selection; the first j of them are the selection for k = j.
     """
-    x = F.normalize(x, dim=-1)
-    distance = 1 - x @ x.transpose(-1, -2)  # (..., n, n)
-    distance.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
-    pick = distance.amin(-1).argmax(-1, keepdim=True)  # (..., 1)
-    picks, nearest = [pick], torch.full_like(x[..., 0], float("inf"))
+    n = x.shape[-2]
+    unit = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
+    # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
+    distance = torch.stack([1 - one @ one.T for one in unit])
+    diagonal, every = distance.diagonal(dim1=1, dim2=2), torch.arange(len(unit), device=x.device)
+    diagonal.fill_(float("inf"))
+    picks = [distance.amin(2).argmax(1)]
+    diagonal.fill_(float("-inf"))  # once picked, a token is nobody's farthest
+    nearest = distance[every, picks[0]]
     for _ in range(k - 1):
-        row = distance.gather(-2, pick[..., None].expand(*pick.shape, x.shape[-2]))[..., 0, :]
-        nearest = torch.minimum(nearest, row).scatter(-1, pick, float("-inf"))
-        pick = nearest.argmax(-1, keepdim=True)
-        picks.append(pick)
-    return torch.cat(picks, dim=-1)
+        picks.append(nearest.argmax(1))
+        torch.minimum(nearest, distance[every, picks[-1]], out=nearest)
+    return torch.stack(picks, dim=-1).view(*x.shape[:-2], k)

@@ -140,19 +140,20 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
     every = torch.arange(len(x), device=x.device)
     # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
     gram = torch.stack([one @ one.T for one in x]) if n <= GRAM_LIMIT else None
+    if gram is not None:
+        gram.diagonal(dim1=1, dim2=2).fill_(float("inf"))
 
-    def similarity(pick: Tensor) -> Tensor:
+    def similarity(pick: Tensor) -> Tensor:  # infinite to itself, which survives both folds
         if gram is not None:
             return gram[every, pick]
-        return torch.stack([one @ one.index_select(0, p)[0] for one, p in zip(x, pick.split(1), strict=True)])
+        row = torch.stack([one @ one.index_select(0, p)[0] for one, p in zip(x, pick.split(1), strict=True)])
+        return row.scatter_(1, pick[:, None], float("inf"))
 
-    pick = pivot.reshape(-1).to(x.device)
-    picks, closeness = [pick], similarity(pick)
+    picks = [pivot.reshape(-1).to(x.device)]
+    closeness = similarity(picks[0])
     for _ in range(k - 1):
-        closeness = closeness.scatter(1, pick[:, None], float("inf"))  # survives both folds
-        pick = closeness.argmin(1)
-        picks.append(pick)
-        closeness = fold(closeness, similarity(pick))
+        picks.append(closeness.argmin(1))
+        fold(closeness, similarity(picks[-1]), out=closeness)
     return torch.stack(picks, dim=-1).reshape(*pivot.shape, k)
 
 
