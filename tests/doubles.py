@@ -6,12 +6,11 @@ Each one says what it would keep (`chosen`, `left`) in a way that `expect` can a
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import pytest
 import torch
-from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, family_of, keep_only, reference, visual
+from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, keep_only, reference, visual
 from torch import Tensor
 
-from vlmslim import Compressed, Compressor, method, patch
+from vlmslim import Compressed, Compressor, method
 from vlmslim.methods import method_class, method_names
 
 
@@ -206,14 +205,18 @@ def expected_lengths(ref: Reference, depth: int = DEPTH) -> list[int]:
     return [int(ref.alive(layer).sum()) for layer in range(depth)]
 
 
+def options_of(name: str) -> set[str]:
+    """The options of a registered method."""
+    return {f.name for f in fields(method_class(name))}
+
+
+#: the methods that run on any tiny model at any budget: recoverable needs a CLIP beside it, which its own tests bring
+BUDGETED = [name for name in method_names() if "keep" in options_of(name) and "clip" not in options_of(name)]
+
+
 def registered(name: str, keep: int | float, **options) -> Compressor:
-    """A registered method at a budget; skips the test where the method has none to set."""
-    known = {f.name for f in fields(method_class(name))}
-    if "keep" not in known:
-        pytest.skip(f"{name} has no budget to set")
-    if "clip" in known:
-        pytest.skip(f"{name} needs a CLIP checkpoint: test_{name}.py brings one")
-    if "weights" in known:
+    """One of `BUDGETED` at a budget."""
+    if "weights" in options_of(name):
         options["weights"] = "random"
     if name == "tokenflex":  # counts are squares, of every crop; nothing but its control gives the model's own tokens
         keep, options["weights"] = (1.0, "pool") if keep == 1.0 else (0.25, "random")
@@ -227,7 +230,7 @@ def keeping_everything(name: str) -> Compressor:
 
 def every_method() -> list:
     """What to run "under any method" with: rules of every kind, and the registered methods at a budget."""
-    return [Both(), Stairs(), [Strided(), Halve()], *method_names()]
+    return [Both(), Stairs(), [Strided(), Halve()], "none", *BUDGETED]
 
 
 def build(given, keep: int | float = 5):
@@ -248,13 +251,3 @@ def watched(cls: type[Compressor], **options) -> tuple[Compressor, list]:
             return results
 
     return Watched(**options), seen
-
-
-def patch_or_skip(model, compressor):
-    """Patch; skips where the method needs a CLS token and says that the tower has none."""
-    try:
-        return patch(model, compressor)
-    except ValueError as error:
-        if family_of(model) in ("siglip", "onevision") and "CLS" in str(error):
-            pytest.skip(str(error))
-        raise

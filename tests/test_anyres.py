@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
-from doubles import keeping_everything, patch_or_skip, registered, watched
+from doubles import BUDGETED, keeping_everything, registered, watched
 from PIL import Image
 from tiny import BOS, IMAGE, SIDE, close, tiny, words
 from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
@@ -13,8 +13,7 @@ import vlmslim
 from vlmslim import Compressor
 from vlmslim.methods import method_class
 
-ELSEWHERE = {"none", "recoverable", "atp", "tokenflex"}  # those are tested with their CLIP or their weights
-METHODS = [name for name in vlmslim.method_names() if name not in ELSEWHERE]
+METHODS = [name for name in BUDGETED if name != "tokenflex"]  # it keeps as many of every crop: see test_tokenflex
 SIZES = [(30, 30), (96, 96), (40, 96), (96, 50), (64, 60)]  # height, width
 PINPOINTS = [[SIDE * i, SIDE * j] for i in (1, 2, 3) for j in (1, 2, 3)]
 
@@ -116,7 +115,7 @@ def test_every_method_on_every_size(family, name):
     """In a batch as alone, with what was asked for, and nothing changed if everything is kept."""
     model = anyres(family)
     method = registered(name, 7)
-    patch_or_skip(model, method).remove()
+    vlmslim.patch(model, method).remove()
     summary = check_a_batch_is_its_rows(model, ROWS, method, inputs_of)
     if name != "fastv":
         assert summary["kept"] == summary["requested"] == 7
@@ -124,7 +123,7 @@ def test_every_method_on_every_size(family, name):
 
 
 @pytest.mark.parametrize("family", ["next", "onevision"])
-@pytest.mark.parametrize("name", [name for name in METHODS if "keep" in method_class(name).__dataclass_fields__])
+@pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
 def test_every_budget_is_met_on_every_size(family, name):
     model = anyres(family)

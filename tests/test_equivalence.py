@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from doubles import (
+    BUDGETED,
     RULES,
     Both,
     BothOriginal,
@@ -21,7 +22,6 @@ from doubles import (
     keeping_everything,
     name_of,
     pair_mean,
-    patch_or_skip,
 )
 from tiny import (
     BOS,
@@ -50,7 +50,7 @@ from tiny import (
 import vlmslim
 
 PADDINGS = ["left", "right", "none"]
-METHODS = vlmslim.method_names()
+METHODS = ["none", *BUDGETED]
 
 
 # --- keeping everything ----------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_keeping_everything_is_bit_identical_in_forward(family, backend, method,
     model = tiny(family, backend)
     inputs = batch(model, EQUAL if padding == "none" else LONG_ROWS, padding)
     want = model(**inputs, output_hidden_states=True)
-    with patch_or_skip(model, Everything() if method == "everything" else keeping_everything(method)):
+    with vlmslim.patch(model, Everything() if method == "everything" else keeping_everything(method)):
         got = model(**inputs, output_hidden_states=True)
     assert torch.equal(want.logits, got.logits)
     same_cache(want.past_key_values, got.past_key_values)
@@ -78,7 +78,7 @@ def test_keeping_everything_is_bit_identical_in_generate(family, backend, method
     model = tiny(family, backend)
     inputs = batch(model, EQUAL if padding == "none" else LONG_ROWS, padding)
     want, want_logits = greedy(model, inputs)
-    with patch_or_skip(model, Everything() if method == "everything" else keeping_everything(method)):
+    with vlmslim.patch(model, Everything() if method == "everything" else keeping_everything(method)):
         got, got_logits = greedy(model, inputs)
     assert torch.equal(want.sequences, got.sequences)
     assert torch.equal(want_logits, got_logits)
@@ -91,7 +91,7 @@ def test_text_only_prompts_are_bit_identical_under_any_method(family, backend, m
     model = tiny(family, backend)
     inputs = batch(model, [[BOS, *words(0, 5)], [BOS, *words(1, 9)]])
     want, (out, logits) = model(**inputs).logits, greedy(model, inputs)
-    with patch_or_skip(model, build(method)):
+    with vlmslim.patch(model, build(method)):
         assert torch.equal(model(**inputs).logits, want)
         got, got_logits = greedy(model, inputs)
     assert torch.equal(got.sequences, out.sequences)
@@ -278,7 +278,7 @@ def test_unusual_configurations(change):
     for i, ref in enumerate(references):
         close(out[i], ref.full_logits())
     for name in METHODS:
-        with patch_or_skip(model, build(name)) as slim:
+        with vlmslim.patch(model, build(name)) as slim:
             assert torch.isfinite(model(**inputs).logits).all()
         if name in ("random", "uniform", "pool", "divprune"):
             assert slim.receipt.summary()["kept"] == 5

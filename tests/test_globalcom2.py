@@ -16,6 +16,9 @@ import vlmslim
 from vlmslim.methods import globalcom2 as core
 from vlmslim.methods.globalcom2 import GlobalCom2
 
+FAMILIES = ["llava", "siglip", "next", "onevision"]
+MODES = [*((family, "corrected") for family in FAMILIES), ("next", "released")]  # the release is for LLaVA-NeXT only
+
 # --- the functions, by plain loops ------------------------------------------------------------------------------------
 
 
@@ -223,18 +226,14 @@ def test_every_budget_is_met(family, keep):
     assert receipt["kept"] == receipt["requested"]
 
 
-@pytest.mark.parametrize("mode", ["corrected", "released"])
+@pytest.mark.parametrize(("family", "mode"), MODES)
 def test_keeping_everything_changes_nothing(family, mode):
-    if mode == "released" and family != "next":
-        pytest.skip("the release works for LLaVA-NeXT only")
     model = tiny(family)
     check_changes_nothing(model, batch(model, ROWS), GlobalCom2(keep=1.0, mode=mode))
 
 
-@pytest.mark.parametrize("mode", ["corrected", "released"])
+@pytest.mark.parametrize(("family", "mode"), MODES)
 def test_a_batch_is_its_rows(family, backend, mode):
-    if mode == "released" and family != "next":
-        pytest.skip("the release works for LLaVA-NeXT only")
     # OneVision lays several images of a prompt out differently, so those are rows of their own
     check_a_batch_is_its_rows(tiny(family, backend), LONG_ROWS, GlobalCom2(keep=0.3, mode=mode))
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from doubles import patch_or_skip, registered
+from doubles import BUDGETED, options_of, registered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -33,7 +33,6 @@ from vlmslim.compressor import resolve_keep
 from vlmslim.methods import method_class
 
 METHODS = vlmslim.method_names()
-PRUNING = [name for name in METHODS if name != "none"]
 FIRST = ["random", "uniform", "pool", "fastv", "divprune"]  # the methods whose count is exactly what was asked for
 SELECTING = ["random", "uniform", "divprune"]
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)
@@ -54,9 +53,8 @@ def test_the_first_methods_are_there():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_description_is_complete(name):
     """`str` of a method is its row in a table: every option is in it."""
-    options = {} if name == "none" or "keep" not in {f.name for f in fields(method_class(name))} else {"keep": 0.25}
-    if "weights" in {f.name for f in fields(method_class(name))}:
-        options["weights"] = "random"
+    options = {"keep": 0.25, "weights": "random"}
+    options = {option: value for option, value in options.items() if option in options_of(name)}
     method = vlmslim.method(name, **options)
     for f in fields(method):
         if f.repr:
@@ -142,12 +140,12 @@ def test_known_roundings():
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("name", BUDGETED)
 @torch.no_grad()
 def test_a_batch_is_its_rows(family, name):
     model = tiny(family)
     rows = [*LONG_ROWS, SEVERAL[0]]
-    with patch_or_skip(model, registered(name, 5)) as slim:
+    with vlmslim.patch(model, registered(name, 5)) as slim:
         out, logits = greedy(model, batch(model, rows))
         assert slim.receipt.summary()["had_effect"]
         padded = model(**batch(model, rows, "right")).logits
@@ -159,14 +157,14 @@ def test_a_batch_is_its_rows(family, name):
                 close(model(**single).logits[0], padded[i][:length], 5e-4)
 
 
-@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("name", BUDGETED)
 @torch.no_grad()
 def test_methods_are_deterministic_and_leave_the_random_state(family, name):
     model = tiny(family)
     inputs = batch(model, LONG_ROWS)
     found = []
     for seed in (1, 2):
-        with patch_or_skip(model, registered(name, 5)):
+        with vlmslim.patch(model, registered(name, 5)):
             torch.manual_seed(seed)
             np.random.seed(seed)
             state = torch.get_rng_state()
@@ -246,12 +244,12 @@ def test_videos_are_compressed(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("name", BUDGETED)
 @torch.no_grad()
 def test_half_precision_runs(family, name, dtype):
     model = tiny(family, dtype=dtype)
     inputs = batch(model, LONG_ROWS)
-    with patch_or_skip(model, registered(name, 5)) as slim:
+    with vlmslim.patch(model, registered(name, 5)) as slim:
         logits = greedy(model, inputs)[1]
     assert torch.isfinite(logits[:, :, 2:90]).all()
     assert slim.receipt.summary()["had_effect"]

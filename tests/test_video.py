@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
-from doubles import keeping_everything, registered, watched
+from doubles import BUDGETED, keeping_everything, registered, watched
 from PIL import Image, ImageDraw
 from tiny import BOS, IMAGE, SIDE, VIDEO, Clip, Picture, batch, clip_tokens, tiny, words
 from transformers import LlavaOnevisionVideoProcessor
@@ -20,8 +20,7 @@ from vlmslim.methods.bipartitemerge import BipartiteMerge
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.todre import Diversify
 
-ELSEWHERE = {"none", "recoverable", "atp", "tokenflex"}  # refused here, or tested with their weights
-METHODS = [name for name in vlmslim.method_names() if name not in ELSEWHERE]
+METHODS = [name for name in BUDGETED if name != "tokenflex"]  # it keeps as many of every frame: see test_tokenflex
 BY_COUNT = ["random", "uniform", "pool", "divprune", "bipartitemerge", "globalcom2", "tokencorr"]
 PROCESSOR = LlavaOnevisionVideoProcessor(size={"height": SIDE, "width": SIDE})
 
