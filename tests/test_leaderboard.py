@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from evaluation_doubles import SHAPE, FakeHarness, write_config
 
+from vlmslim.budget import Solution
 from vlmslim.efficiency import prefill_flops
 from vlmslim.evaluation.config import ConfigError, load_config
 from vlmslim.evaluation.leaderboard import Leaderboard, Row, _add_fronts, _add_ratios
@@ -174,8 +175,82 @@ def test_a_task_the_unpatched_model_fails_is_left_out_of_the_average():
 
 def test_tokens_dropped_on_the_way_are_shown():
     rows = [Row("fastv", 16, kept=144.0, last=16.0), Row("divprune", 16, kept=16.0, last=16.0)]
-    columns = {c.name: c.texts for c in cost_columns(Leaderboard(rows, [], {}, {}))}
-    assert columns["tokens kept"] == ["144.0 → 16.0", "16.0"]
+    assert cost_texts(rows)["tokens kept"] == ["144.0 → 16.0", "16.0"]
+
+
+def cost_texts(rows: list[Row]) -> dict[str, list[str]]:
+    return {column.name: column.texts for column in cost_columns(Leaderboard(rows, [], {}, {}))}
+
+
+def test_the_range_of_kept_tokens_is_shown_where_images_differ():
+    rows = [
+        Row("tokencorr", None, kept=47.5, last=47.5, kept_low=12, kept_high=98),
+        Row("anyres", 0.5, kept=288.0, last=20.0, kept_low=144, kept_high=12240),
+        Row("divprune", 16, kept=16.0, last=16.0, kept_low=16, kept_high=16),
+        Row("old", 16, kept=16.0, last=16.0),
+    ]
+    assert cost_texts(rows)["tokens kept"] == ["47.5 (12–98)", "288.0 (144–12240) → 20.0", "16.0", "16.0"]
+
+
+def test_what_a_cost_came_to_stands_beside_it():
+    solved = {"knob": "keep", "value": 11, "target": {"equivalent_tokens": 64}, "achieved": 63.9, "prompts": 16}
+    share = solved | {"value": 0.11213, "target": {"tflops_ratio": 0.15}}
+    rows = [
+        Row("none", None),
+        Row("fastv", {"equivalent_tokens": 64}, solved=solved, spent=63.97, spent_low=63.97, spent_high=63.97),
+        Row("aim", {"tflops_ratio": 0.15}, solved=share, spent=0.1532, spent_low=0.1488, spent_high=0.1571),
+    ]
+    texts = cost_texts(rows)
+    assert texts["solved"] == ["–", "keep=11", "keep=0.11213"]
+    assert texts["spent"] == ["–", "64.0", "0.153 (0.149–0.157)"]
+    assert list(texts).index("spent") == list(texts).index("budget") + 2
+    assert "solved" not in cost_texts(rows[:1])
+
+
+class Costly(FakeHarness):
+    """Solves every cost by keep=40; on the second task that costs more than on the sample."""
+
+    def solve(self, variant):
+        return Solution(({**variant.stages[0], "keep": 40},), "keep", 40, variant.budget, 40.0, 4)
+
+    def evaluate(self, variant, task):
+        kept = {"count": 40.0, "text": 44.0}[task]
+        return super().evaluate(replace(variant, budget=kept) if isinstance(variant.budget, dict) else variant, task)
+
+
+def test_costs_from_the_run_to_every_format(tmp_path):
+    config = load_config(write_config(tmp_path, budgets=[16, {"equivalent_tokens": 40}]))
+    board = run(config, harness=Costly())
+    row = next(row for row in board.rows if row.label.startswith("divprune-equivalent"))
+    assert row.solved["knob"] == "keep" and row.solved["achieved"] == 40
+    assert (row.spent, row.spent_low, row.spent_high) == (42, 40, 44)
+    markdown = render(board, "md")
+    assert "| keep=40 | 42.0 (40.0–44.0) |" in " ".join(markdown.split())
+    assert "solved on 4 sample prompts" in markdown
+    assert "<td>keep=40</td><td>42.0 (40.0–44.0)</td>" in render(board, "html")
+    lines = {line["label"]: line for line in csv.DictReader(io.StringIO(render(board, "csv")))}
+    assert (lines[row.label]["solved"], lines[row.label]["spent"]) == ("keep=40", "42.0")
+    assert (lines["divprune-16"]["solved"], lines["divprune-16"]["spent"]) == ("", "")
+    (read,) = (r for r in json.loads(render(board, "json"))["rows"] if r["label"] == row.label)
+    assert read["solved"]["target"] == {"equivalent_tokens": 40} and read["spent_high"] == 44
+
+
+def test_ranges_come_from_the_receipts_of_all_tasks(tmp_path):
+    class Ranged(FakeHarness):
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            return replace(cell, receipt=cell.receipt | {"kept_range": {"count": [3, 20], "text": [5, 30]}[task]})
+
+    config = load_config(write_config(tmp_path))
+    row = run(config, harness=Ranged()).rows[1]
+    assert (row.kept_low, row.kept_high) == (3, 30)
+
+
+def test_a_directory_from_before_ranges_and_costs_were_kept(directory):
+    """Its receipts hold no ranges, and its cells neither budgets nor weights."""
+    for row in Leaderboard.read(directory).rows:
+        assert (row.kept_low, row.solved, row.spent) == (None, None, None)
+    assert "spent" not in render(Leaderboard.read(directory), "md")
 
 
 def test_lower_may_be_better():

@@ -34,6 +34,9 @@ class Row:
     provenance : configuration hash, seed, versions, commit, hardware and weights behind the row's cells
     requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
                  and averaged over its layers
+    kept_low, kept_high : fewest and most that an image sent; None in old receipts
+    solved     : of a budget that is a cost: the option that was solved, its value, and what the sample prompts cost
+    spent, spent_low, spent_high : what the tasks then really cost in that currency: mean, least and most over tasks
     flops      : analytic prefill FLOPs of the language model
     kv_bytes   : of the prompt's KV cache
     selection_ms : measured time that a prompt of the evaluation spent in the methods; None in old receipts
@@ -55,8 +58,14 @@ class Row:
     pareto: list[str] = field(default_factory=list)
     requested: float | None = None
     kept: float | None = None
+    kept_low: int | None = None
+    kept_high: int | None = None
     last: float | None = None
     equivalent: float | None = None
+    solved: dict | None = None
+    spent: float | None = None
+    spent_low: float | None = None
+    spent_high: float | None = None
     flops: float | None = None
     flops_ratio: float | None = None
     kv_bytes: float | None = None
@@ -137,6 +146,7 @@ class Leaderboard:
         for row in rows:
             own = [cell for (label, _), cell in cells.items() if label == row.label]
             _add_cost(row, [cell["receipt"] for cell in own], shape)
+            _add_solution(row, [cell["budget"] for cell in own if "budget" in cell])
             _add_times(row, timing.get("times", {}))
             row.stages = own[0]["stages"] if own else row.stages
             row.provenance = _provenance(own)
@@ -215,6 +225,9 @@ def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
         return sum(v * r["prompts"] for v, r in zip(values, receipts, strict=True)) / prompts
 
     row.requested, row.kept = per_image("requested"), per_image("kept")
+    ranges = [r.get("kept_range") for r in receipts if r["images"]]
+    if None not in ranges:
+        row.kept_low, row.kept_high = min(low for low, _ in ranges), max(high for _, high in ranges)
     row.last = per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images
     row.equivalent = per_prompt([r["equivalent_tokens"] for r in receipts])
     row.kv_bytes = per_prompt([r["kv_bytes"] for r in receipts])
@@ -223,6 +236,14 @@ def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
     row.positions = ", ".join(sorted({r["positions"] for r in receipts}))
     lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
     row.flops = per_prompt([prefill_flops(shape, length) for length in lengths])
+
+
+def _add_solution(row: Row, budgets: list[dict]) -> None:
+    """What a cost came to, from the records of the row's cells."""
+    if budgets:
+        spent = [budget["spent"] for budget in budgets]
+        row.solved = {name: value for name, value in budgets[0].items() if name != "spent"}
+        row.spent, row.spent_low, row.spent_high = statistics.fmean(spent), min(spent), max(spent)
 
 
 def _add_times(row: Row, times: dict) -> None:

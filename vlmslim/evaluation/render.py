@@ -64,7 +64,7 @@ def _csv(board: Leaderboard, published: Published | None) -> str:
     """One line per row of the leaderboard, in full precision; or per published number."""
     if published is not None:
         return _lines_of([asdict(line) for line in published.lines], list(Line.__dataclass_fields__))
-    nested = ("scores", "groups", "stages", "provenance", "budget", "pareto")
+    nested = ("scores", "groups", "stages", "provenance", "budget", "pareto", "solved")
     plain = [name for name in Row.__dataclass_fields__ if name not in nested]
     parts = ("value", "stderr", "questions", "low", "high")
     lines = []
@@ -77,6 +77,7 @@ def _csv(board: Leaderboard, published: Published | None) -> str:
             line[f"{task}:p"] = None if pair is None else pair.p_adjusted
         line |= {f"group:{name}": row.groups.get(name) for name in sorted(set(board.groups.values()))}
         line |= {name: getattr(row, name) for name in plain} | {"pareto": "; ".join(row.pareto)}
+        line["solved"] = None if row.solved is None else f"{row.solved['knob']}={row.solved['value']}"
         lines.append(line | {name: row.provenance.get(name) for name in PROVENANCE})
     return _lines_of(lines, list(lines[0]))
 

@@ -62,7 +62,7 @@ def score_columns(board: Leaderboard) -> list[Column]:
 
 
 def cost_columns(board: Leaderboard) -> list[Column]:
-    """Method, budget, visual tokens, FLOPs, measured times, KV-cache bytes, and the Pareto front."""
+    """Method, budget and what a cost came to, visual tokens, FLOPs, times, KV-cache bytes, and the Pareto front."""
     rows = board.rows
     tera = max((row.flops or 0) for row in rows) >= 1e11
     unit, name = (1e12, "TFLOPs") if tera else (1e9, "GFLOPs")
@@ -70,6 +70,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
     bytes_, bytes_name = (2**20, "MiB") if mebi else (2**10, "KiB")
     return [
         *name_columns(rows),
+        *_solved_columns(rows),
         Column("tokens asked", [number(r.requested, 1, 1) for r in rows]),
         Column("tokens kept", [_kept_text(r) for r in rows]),
         Column("equivalent tokens", [number(r.equivalent, 1, 1) for r in rows]),
@@ -80,6 +81,20 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         Column(f"KV cache {bytes_name}", [number(r.kv_bytes, 1 / bytes_, 1) for r in rows]),
         Column("Pareto front", ["both" if len(r.pareto) == 2 else ", ".join(r.pareto) or NOTHING for r in rows]),
     ]
+
+
+def _solved_columns(rows: list[Row]) -> list[Column]:
+    """Beside budgets that are costs: the option that was solved, and what was spent; nothing where no budget is one."""
+    if all(row.solved is None for row in rows):
+        return []
+    solved = [NOTHING if row.solved is None else f"{row.solved['knob']}={row.solved['value']:g}" for row in rows]
+    return [Column("solved", solved), Column("spent", [_spent_text(row) for row in rows])]
+
+
+def _spent_text(row: Row) -> str:
+    """What a cost really was; shares of the FLOPs are less than one."""
+    digits = 3 if row.solved and "tflops_ratio" in row.solved["target"] else 1
+    return _with_range(*(number(value, 1, digits) for value in (row.spent, row.spent_low, row.spent_high)))
 
 
 def against_unpatched(board: Leaderboard) -> Table | None:
@@ -190,7 +205,13 @@ def _with_ratio(value: float | None, ratio: float | None, scale: float, digits: 
 def _kept_text(row: Row) -> str:
     """Tokens that enter the language model, and those left in its last layer if some are dropped on the way."""
     entering, leaving = number(row.kept, 1, 1), number(row.last, 1, 1)
-    return entering if entering == leaving else f"{entering} → {leaving}"
+    ranged = _with_range(entering, number(row.kept_low, 1, 0), number(row.kept_high, 1, 0))
+    return ranged if entering == leaving else f"{ranged} → {leaving}"
+
+
+def _with_range(mean: str, low: str, high: str) -> str:
+    """A mean, with the range behind it unless that is a single number."""
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def _short(hash: str) -> str:
@@ -214,9 +235,10 @@ def notes(board: Leaderboard) -> list[str]:
         "At each budget the best is **bold**, and what is not significantly worse is *italic*. Rank: by the average, "
         "1 + the number of methods that are significantly better; methods that nothing separates share a rank.",
         *_tests_note(board),
-        f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model → in its last "
-        "layer. Equivalent: of a prompt, averaged over the decoder layers. Prefill FLOPs: language model alone, "
-        "multiply-add = 2, three-matrix MLP, attention in full; the vision tower adds "
+        *_solved_note(board),
+        f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model (least–most where "
+        "images differ) → in its last layer. Equivalent: of a prompt, averaged over the decoder layers. Prefill FLOPs: "
+        "language model alone, multiply-add = 2, three-matrix MLP, attention in full; the vision tower adds "
         f"{facts['tower_flops'] / 1e9:.2f} GFLOPs a crop. Pareto front: no row, at any budget, has a better average "
         "for at most as many FLOPs, or equivalent tokens.",
     ]
@@ -263,6 +285,17 @@ def _tests_note(board: Leaderboard) -> list[str]:
     present = dict.fromkeys(board.groups.values())
     members = [f"{name}: {', '.join(t for t in board.tasks if board.groups[t] == name)}" for name in present]
     return [*lines, f"Groups. {'; '.join(members)}."] if len(members) > 1 else lines
+
+
+def _solved_note(board: Leaderboard) -> list[str]:
+    """What solving a budget means."""
+    prompts = sorted({row.solved["prompts"] for row in board.rows if row.solved is not None})
+    if not prompts:
+        return []
+    return [
+        f"Budgets that are a cost: an option was solved on {' or '.join(map(str, prompts))} sample prompts; spent is "
+        "what the tasks then cost in the budget's currency, their mean (least–most of a task)."
+    ]
 
 
 def _is_mean(board: Leaderboard, task: str) -> bool:
