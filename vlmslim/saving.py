@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vlmslim
-from vlmslim import bundled
+from vlmslim import backbone, bundled
 from vlmslim.compressor import Compressor
-from vlmslim.families import encoder_layers
 from vlmslim.methods import method_names, name_of
 from vlmslim.writing import atomically, write_atomically
 
@@ -36,7 +35,7 @@ class Saved:
 
     folder  : where it is
     methods : one dictionary a method: its name under "method", and its options
-    base    : the checkpoint under it: name, commit, shape, and whether it is included
+    base    : the checkpoint under it, as `backbone.describe` does, and whether it is included
     trained : names of the trained parts
     """
 
@@ -152,7 +151,7 @@ def save(slim: "Slim", folder: str | os.PathLike, with_base: bool = False, proce
         "methods": methods,
         "trained": list(slim.trained),
         "sha256": sealed,
-        "base": _base(slim.model) | {"included": with_base},
+        "base": backbone.describe(slim.model, signed=bool(slim.trained)) | {"included": with_base},
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / CONFIG, text)  # last: makes it complete
@@ -190,7 +189,7 @@ def load_part(weights: str, name: str, module: nn.Module, model: nn.Module) -> N
         saved = read(weights)
         if saved is None:
             raise ValueError(f"weights={weights!r}: there is no {CONFIG}; give a folder that save_pretrained wrote")
-        _check_base(saved, model)
+        backbone.check(f"{saved.folder} ({name})", saved.base, model)
         _fill(module, saved.tensors(name), saved.folder)
         module.to(model.dtype)
     device = next(model.model.language_model.parameters()).device
@@ -203,40 +202,6 @@ def _fill(module: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> No
     if wrong:
         raise ValueError(f"{folder}: the weights were made with other options of the method; {', '.join(wrong)} differ")
     module.load_state_dict(state)
-
-
-def shape_of(model: nn.Module) -> dict:
-    """What a trained part depends on in a checkpoint: its family and the sizes of its tower and language model."""
-    core, text, vision = model.model, model.config.get_text_config(), model.config.vision_config
-    return {
-        "model_type": model.config.model_type,
-        "tower_width": vision.hidden_size,
-        "tower_layers": len(encoder_layers(core)),
-        "tower_grid": vision.image_size // vision.patch_size,
-        "tower_feature_layer": model.config.vision_feature_layer,
-        "hidden_size": text.hidden_size,
-        "layers": len(core.language_model.layers),
-        "heads": text.num_attention_heads,
-        "kv_heads": text.num_key_value_heads,
-        "vocabulary": text.vocab_size,
-    }
-
-
-def _check_base(saved: Saved, model: nn.Module) -> None:
-    ours, theirs = shape_of(model), saved.base["shape"]
-    differs = [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
-    if differs:
-        raise ValueError(
-            f"{saved.folder} was trained for another backbone ({saved.base['name'] or 'without a name'}): "
-            + "; ".join(differs)
-        )
-
-
-def _base(model: nn.Module) -> dict:
-    name = getattr(model, "name_or_path", "") or ""
-    if name and Path(name).is_dir():
-        name = bundled.name_of(name) or str(Path(name).resolve())
-    return {"name": name, "commit": getattr(model.config, "_commit_hash", None), "shape": shape_of(model)}
 
 
 def _describe(whole: Compressor, trained) -> dict:
