@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from lmms_fixtures import FAMILIES, checkpoint
@@ -19,11 +20,11 @@ from vlmslim.cli import app
 from vlmslim.compressor import resolve_keep
 from vlmslim.decoder import DecoderHooks
 from vlmslim.doctor.checks import CHECKS
-from vlmslim.doctor.prompts import BATCH, LONG, LONG_TEXT, PICTURED, Prompts
+from vlmslim.doctor.prompts import LONG, LONG_TEXT, VIDEO, Prompts
 from vlmslim.doctor.runs import difference
 from vlmslim.doctor.watch import anatomy, surroundings
 from vlmslim.methods.uniform import Uniform
-from vlmslim.plan import Segment, Selection
+from vlmslim.plan import Layout, Selection
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +46,8 @@ def load(folder):
 def failed(load):
     """The checks that a method fails, with their notes."""
 
-    def failed(method, **options) -> dict[str, str]:
-        report = doctor.examine(*load(**options), [method])
+    def failed(method, *family, **options) -> dict[str, str]:
+        report = doctor.examine(*load(*family, **options), [method])
         assert [finding.check for finding in report.findings] == list(CHECKS)
         return {finding.check: finding.note for finding in report.failures}
 
@@ -107,9 +108,10 @@ def test_honest_methods_pass(load, family):
     skipped = {key for key, status in given.items() if status == "n/a"}
     late, both = "Late(keep=0.25)", "uniform(keep=0.5) + Late(keep=0.25)"
     fixed = {("Fixed()", check) for check in ("budget", "cache", "keep-all")}
-    assert skipped == {(late, "cache"), (both, "cache"), ("none", "memory")} | fixed
+    pictures_only = set() if family == "onevision" else {(method, "video") for method, _ in given}
+    assert skipped == {(late, "cache"), (both, "cache"), ("none", "memory")} | fixed | pictures_only
     assert report.receipts["Plain(keep=0.25)"]["kept"] < report.receipts["none"]["kept"]
-    assert report.receipts["none"]["prompts"] == len(BATCH)
+    assert report.receipts["none"]["prompts"] == (4 if family == "onevision" else 3)
 
 
 @pytest.mark.slow
@@ -231,14 +233,13 @@ def test_masking_instead_of_removing(failed, monkeypatch):
 
     def mask_only(self, keep):
         keep = keep & self.mask
-        counts, before = keep.sum(1).tolist(), self.mask.sum(1).tolist()
-        if counts == before:
-            return Selection(self, None, counts, before)
-        every = torch.arange(keep.shape[1]).expand_as(keep)
-        segment = Segment(keep, self.image * keep, self.position, self.origin, False, True)
-        return Selection(segment, every, counts, before)
+        if (keep == self.mask).all():
+            return None
+        every = np.broadcast_to(np.arange(keep.shape[1]), keep.shape)
+        layout = Layout(keep, self.image * keep, self.position, self.origin, False)
+        return Selection(layout, every, every, keep.sum(1).tolist())
 
-    monkeypatch.setattr(Segment, "select", mask_only)
+    monkeypatch.setattr(Layout, "select", mask_only)
     found = failed(Plain())
     assert "tokens more or less than the receipt says" in found["kv"]
 
@@ -391,20 +392,127 @@ def test_an_effect_on_the_next_method_is_not_blamed_on_it(load):
     assert report.failures and all("Edited" in finding.method for finding in report.failures)
 
 
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+def of_videos(base):
+    """A faulty method, as `Plain` for pictures: the fault shows in videos only."""
+
+    class OfVideos(base):
+        def compress(self, image):
+            return super().compress(image) if image.video else Plain.compress(self, image)
+
+    return OfVideos()
+
+
+class Rescaling(Plain):
+    def compress(self, image):
+        kept = super().compress(image)
+        kept.features = kept.features * (1 + 1e-5)
+        return kept
+
+
+class Short(Plain):
+    def compress(self, image):
+        return image.pick(self.index(len(image.features))[: 1 if self.keep < 1 else None])
+
+
+class Drifting(Plain):
+    """It remembers, so that no prompt is answered twice alike."""
+
+    calls: ClassVar = [0]
+
+    def compress(self, image):
+        self.calls[0] += 1
+        kept = super().compress(image)
+        kept.features = kept.features * (1 + 0.01 * self.calls[0])
+        return kept
+
+
+def test_faults_that_only_a_video_shows(load):
+    expected = {Rescaling: {"keep-all"}, Short: {"budget"}, Drifting: {"batch", "padding", "cache", "repeat"}}
+    for fault, checks in expected.items():
+        label = str(of_videos(fault))
+        assert checks <= {f.check for f in doctor.examine(*load("onevision"), [of_videos(fault)]).failures}, label
+    report = doctor.examine(*load("next"), [of_videos(fault) for fault in expected])
+    assert not report.failures, str(report)
+
+
+def test_positions_of_a_video_that_go_wrong_in_decoding(failed, monkeypatch):
+    """Trap 7, in rows with a video."""
+    describe = DecoderHooks._describe
+
+    def wrong(self, call, embeds, cache, mask, position):
+        describe(self, call, embeds, cache, mask, position)
+        if call.past and len(call.past.shift) > 3:
+            shift = call.past.shift.clone()
+            shift[:3] = 0
+            call.segments[0].position = call.segments[0].position + shift
+
+    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    assert {"cache", "answer"} <= set(failed(Plain(), "onevision"))
+
+
+@dataclass
+class Pictures(Plain):
+    """It raises an error for videos."""
+
+    error: Exception = None
+
+    def compress(self, image):
+        if image.video:
+            raise self.error
+        return super().compress(image)
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
+def test_a_method_that_takes_no_videos_says_so(load, kind):
+    """That is not applicable, with its reason; pictures are examined all the same."""
+    why = "this method ranks by CLS attention, which a pooled video frame has not"
+    report = doctor.examine(*load("onevision"), [Pictures(error=kind(why)), "none"])
+    assert not report.failures, str(report)
+    first, *others = report.findings[: len(CHECKS)]
+    assert (first.check, first.status, first.note) == ("video", "n/a", why)
+    assert {finding.status for finding in others} == {"pass"}
+    assert [receipt["prompts"] for receipt in report.receipts.values()] == [3, 4]
+
+
+@pytest.mark.parametrize("error", [IndexError("index 9 is out of bounds"), ValueError("shapes do not match")])
+def test_a_method_that_crashes_on_videos_fails_there_only(failed, error):
+    assert failed(Pictures(error=error), "onevision") == {"video": f"{type(error).__name__}: {error}"}
+
+
+def test_a_checkpoint_without_videos_gives_the_reason(load):
+    (first, *_) = doctor.examine(*load("llava"), ["none"]).findings
+    assert (first.check, first.status) == ("video", "n/a")
+    assert first.note == "LlavaForConditionalGeneration takes no videos"
+    model, processor = load("onevision")
+    processor.video_processor = None
+    report = doctor.examine(model, processor, ["none"])
+    assert report.findings[0].note == "LlavaOnevisionProcessor was loaded without a video processor"
+    assert report.passed
+
+
 # --- the instruments --------------------------------------------------------------------------------------------------
 
 
 def test_prompts(load):
     for family in FAMILIES:
         model, processor = load(family)
-        prompts = Prompts(model, processor)
+        videos = family == "onevision"
+        prompts = Prompts(model, processor, videos)
         image = model.config.image_token_id
+        media = torch.tensor([image, getattr(model.config, "video_token_id", image)])
         left, right = prompts.inputs(), prompts.inputs(side="right")
         assert left["input_ids"].shape == right["input_ids"].shape
         assert left["attention_mask"][:, -1].all() and right["attention_mask"][:, 0].all()
         assert not left["attention_mask"].all() and not right["attention_mask"].all()
-        with_images = [i for i, row in enumerate(left["input_ids"]) if (row == image).any()]
-        assert tuple(with_images) == PICTURED and len(PICTURED) < len(BATCH)
+        shown = [prompts.batch[i] for i, row in enumerate(left["input_ids"]) if torch.isin(row, media).any()]
+        assert tuple(shown) == prompts.pictured and len(prompts.pictured) < len(prompts.batch)
+        assert ("pixel_values_videos" in left) == videos == (VIDEO in prompts.batch)
+        if videos:
+            frames = left["pixel_values_videos"][0]
+            assert len(frames) == 3 and all((a - b).abs().max() > 0.1 for a, b in zip(frames, frames[1:], strict=False))
         long = prompts.inputs((LONG,))["input_ids"]
         assert int((long != image).sum()) >= LONG_TEXT
         prompts.inputs()["attention_mask"].zero_()

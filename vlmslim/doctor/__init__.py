@@ -5,7 +5,7 @@
     report = doctor.examine(model, processor, ["divprune", {"method": "fastv", "keep": 64}])
     assert report.passed, report
 
-prompts.py  made-up pictures and conversations
+prompts.py  made-up pictures, a video, and conversations
 runs.py     what is asked of the model again and again, and what the unpatched one answers
 watch.py    what a patch could leave behind, and which tensors are made
 checks.py   the checks
@@ -16,7 +16,7 @@ What each check is for, and how its tolerance is reasoned: docs/trust.md.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -26,13 +26,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from vlmslim import bundled
 from vlmslim.compressor import Keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
-from vlmslim.doctor.prompts import Prompts
+from vlmslim.doctor.prompts import Prompts, why_no_video
 from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import Baseline, Witness
+from vlmslim.doctor.watch import Snapshot
 from vlmslim.efficiency.bench import parse_method
 from vlmslim.families import family_of
 from vlmslim.methods import method_class, method_names
-from vlmslim.slim import Method, patch
+from vlmslim.slim import Method, Slim, patch
 
 __all__ = ["Finding", "Report", "examine", "load", "parse"]
 
@@ -66,9 +67,9 @@ def examine(
     family_of(model)
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
-    prompts = Prompts(model, processor)
-    baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
-    report = Report.about(model, baseline.noise, FACTOR)
+    videos = why_no_video(model, processor) is None
+    standards = _standards(model, processor, videos)
+    report = Report.about(model, standards[videos].baseline.noise, FACTOR)
     for given in method_names() if methods is None else methods:
         bare = isinstance(given, str) and given in method_names()
         name, options = label(given), {"keep": keep} if bare and takes_budget(given) else {}
@@ -81,16 +82,20 @@ def examine(
             report.add(Finding(name, "patch", "n/a", note=str(error)), on_finding)
             continue
         with slim:
-            patient = Patient(slim, prompts, baseline, twin, before)
+            standard = standards[videos]
+            patient = standard.patient(slim, before)
             for check in CHECKS:
                 finding = _find(name, check, patient)
                 report.add(finding, on_finding)
+                if check == "video" and finding.status != "pass":
+                    standard = standards[False]
+                    patient = standard.patient(slim, before)
                 if check == "budget":  # of the batch, once
                     report.receipts[name] = slim.receipt.summary()
                 if check == "restore" and finding.status == "fail":  # go on from what the method has left
-                    patient.baseline = Baseline(model, prompts)
-        if patient.baseline is not baseline:  # the next one, too
-            baseline, twin = Baseline(model, prompts), Witness(_twin(model), prompts)
+                    patient.baseline = Baseline(model, patient.prompts)
+        if patient.baseline is not standard.baseline:  # the next one, too
+            standards = _standards(model, processor, videos)
     return report
 
 
@@ -144,6 +149,27 @@ def _find(name: str, check: str, patient: Patient) -> Finding:
         return Finding(name, check, "fail", note=f"{type(error).__name__}: {error}".splitlines()[0])
     status = "pass" if found.passed else "fail"
     return Finding(name, check, status, found.measured, found.tolerance, found.unit, found.note)
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """What patched models are held against, on one set of prompts."""
+
+    prompts: Prompts
+    baseline: Baseline
+    twin: Witness
+
+    def patient(self, slim: Slim, before: tuple[Snapshot, Snapshot]) -> Patient:
+        return Patient(slim, self.prompts, self.baseline, self.twin, before)
+
+
+def _standards(model: nn.Module, processor: ProcessorMixin, videos: bool) -> dict[bool, _Standard]:
+    """One standard without a video, and one with, for checkpoints that take videos. The model is not patched now."""
+    found = {}
+    for with_video in {False, videos}:
+        prompts = Prompts(model, processor, with_video)
+        found[with_video] = _Standard(prompts, Baseline(model, prompts), Witness(_twin(model), prompts))
+    return found
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 The first line of a check's docstring is what it claims; `docs/trust.md` says which real fault each one is there for.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor
 from vlmslim.decoder import compresses
-from vlmslim.doctor.prompts import LONG, PICTURED, Prompts
+from vlmslim.doctor.prompts import LONG, VIDEO, Prompts, why_no_video
 from vlmslim.doctor.runs import (
     STEPS,
     Baseline,
@@ -105,6 +106,22 @@ def look(model: nn.Module) -> tuple[Snapshot, Snapshot]:
     return anatomy(model), surroundings(model)
 
 
+def video(patient: Patient) -> Outcome:
+    """It takes a video, which is then among the prompts of all other checks; or it says that it takes none."""
+    if not patient.prompts.videos:
+        raise NotApplicable(why_no_video(patient.model, patient.prompts.processor))
+    try:
+        ours = tails(patient.model, patient.prompts.inputs((VIDEO,)))
+    except (ValueError, NotImplementedError) as error:
+        if re.search(r"\b(video|frame)s?\b", str(error), re.IGNORECASE):
+            raise NotApplicable(str(error)) from error
+        raise  # it crashed, or does not say that videos are the reason
+    ((seen,),) = patient.slim.receipt.last.images
+    patient.slim.reset_receipt()
+    wrong = sum(int((~x.isfinite()).sum()) for x in ours)
+    return Outcome(wrong, 0, "logits", f"{seen.tokens} -> {seen.kept} visual tokens")
+
+
 def budget(patient: Patient) -> Outcome:
     """It keeps as many visual tokens of every image as it was asked to."""
     _, last = patient.first
@@ -156,7 +173,7 @@ def kv(patient: Patient) -> Outcome:
     layers = model.model.language_model.layers
     shape = DecoderShape.from_config(model.config)
     held = theory = strange = 0
-    for row in PICTURED:  # one by one: theory knows no padding
+    for row in patient.prompts.pictured:  # one by one: theory knows no padding
         computed = [0] * len(layers)
         hooks = [layer.register_forward_pre_hook(_counter(computed, i)) for i, layer in enumerate(layers)]
         try:
@@ -269,8 +286,9 @@ def _nothing(changed: list[str], what: str, apart: float, wobble: float) -> Outc
     return Outcome(len(changed), 0, "changes", f"changed: {', '.join(changed[:3])}{more}" if changed else "")
 
 
-#: In this order: `restore` takes the patch off, `keep-all` puts on one of its own.
+#: In this order: `video` decides what the others are given, `restore` takes the patch off, `keep-all` puts on its own.
 CHECKS: dict[str, Callable[[Patient], Outcome]] = {
+    "video": video,
     "budget": budget,
     "batch": batch,
     "padding": padding,

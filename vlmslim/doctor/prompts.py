@@ -1,31 +1,37 @@
-"""The prompts of an examination: made-up pictures of several sizes in conversations of several lengths."""
+"""The prompts of an examination: made-up pictures and a video in conversations of several lengths."""
 
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
 
+from vlmslim.families import family_of
+
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says: pictures, each (width, height) in sides of the vision tower's image, and a text."""
+    """What the user says: pictures, each (width, height) in sides of the vision tower's image, a video, and a text."""
 
     text: str
     pictures: tuple[tuple[float, float], ...] = ()
+    frames: int = 0
 
 
-#: A wide picture; pictures in two turns, one tall and one deep in the prompt; no picture; two pictures and much text.
+#: A wide picture; pictures in two turns, one tall and one deep in the prompt; no picture; two pictures and much text;
+#: a video.
 ROWS: tuple[tuple[Turn, ...], ...] = (
     (Turn("What is in the middle?", ((1.5, 1.0),)),),
     (Turn("Describe this picture in a few words.", ((0.6, 1.4),)), Turn("And what is new in this one?", ((1.0, 1.0),))),
     (Turn("Name three colours."),),
     (Turn("Which of the two pictures is the brighter one?", ((1.0, 0.5), (0.9, 0.9))),),
+    (Turn("Name a season."), Turn("What moves in this video, and where to?", frames=3)),
 )
-BATCH, PICTURED, LONG = (0, 1, 2), (0, 1), 3
+LONG, VIDEO = 3, 4
 LONG_TEXT = 160  # tokens: more than the 128 rows of attention that a method may look at in one go
 
 
@@ -39,27 +45,53 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
 
 
+def video(seed: int, frames: int, width: int, height: int) -> np.ndarray:
+    """A window that moves over a wide picture: (frames, height, width, 3) uint8."""
+    step = width // 4
+    wide = np.asarray(picture(seed, width + (frames - 1) * step, height))
+    return np.stack([wide[:, i * step : i * step + width] for i in range(frames)])
+
+
+def why_no_video(model: nn.Module, processor: ProcessorMixin) -> str | None:
+    """Why a checkpoint takes no videos; None if it does."""
+    if not family_of(model).video:
+        return f"{type(model).__name__} takes no videos"
+    if getattr(processor, "video_processor", None) is None:
+        return f"{type(processor).__name__} was loaded without a video processor"
+    return None
+
+
 class Prompts:
     """`ROWS` as inputs of a model, on its device and in its dtype.
+
+    batch    : rows that are prefilled together
+    pictured : those of them with a picture or a video
+
+    Args:
+        model: on whose device the inputs are.
+        processor: makes them.
+        videos: whether one is among them; the checkpoint has to take videos then.
 
     Raises:
         ValueError: the tokenizer has no padding token.
     """
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin):
+    def __init__(self, model: nn.Module, processor: ProcessorMixin, videos: bool = False):
         if processor.tokenizer.pad_token is None:
             raise ValueError(
                 "the tokenizer has no padding token; set processor.tokenizer.pad_token = processor.tokenizer.eos_token"
             )
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.videos = model, processor, videos
+        self.batch, self.pictured = ((0, 1, 2, VIDEO), (0, 1, VIDEO)) if videos else ((0, 1, 2), (0, 1))
         side = model.config.vision_config.image_size
-        self._texts, self._pictures = [], []
-        for turns in ROWS:
+        self._texts, self._pictures, self._videos = [], [], []
+        for turns in ROWS if videos else ROWS[:VIDEO]:
             sizes = [size for turn in turns for size in turn.pictures]
             seed = sum(map(len, self._pictures))
             self._pictures.append(
                 [picture(seed + i, round(w * side), round(h * side)) for i, (w, h) in enumerate(sizes)]
             )
+            self._videos.append([video(7, turn.frames, side, 3 * side // 4) for turn in turns if turn.frames])
             self._texts.append(self._render(turns))
         placeholders = len(self._pictures[LONG])
         while len(processor.tokenizer(self._texts[LONG])["input_ids"]) < LONG_TEXT + placeholders:
@@ -70,21 +102,28 @@ class Prompts:
         """The prompt as the checkpoint's chat template writes it, or as LLaVA-1.5's does."""
         messages = []
         for turn in turns:
-            parts = [*({"type": "image"} for _ in turn.pictures), {"type": "text", "text": turn.text}]
+            media = [{"type": "image"}] * len(turn.pictures) + [{"type": "video"}] * bool(turn.frames)
+            parts = [*media, {"type": "text", "text": turn.text}]
             messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": _part("A quiet scene.")}]
         if getattr(self.processor, "chat_template", None):
             return self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        image = self.processor.image_token
-        said = (f"USER: {len(turn.pictures) * (image + chr(10))}{turn.text} ASSISTANT:" for turn in turns)
-        return " A quiet scene. ".join(said)
+        return " A quiet scene. ".join(map(self._said, turns))
 
-    def inputs(self, rows: tuple[int, ...] = BATCH, side: str = "left") -> dict[str, Tensor]:
-        """Inputs of `rows`, padded on `side`; copies, which a method that edits in place does not spoil for others."""
-        return {name: x.clone() for name, x in self._encoded(rows, side).items()}
+    def _said(self, turn: Turn) -> str:
+        """A turn in the words of LLaVA-1.5."""
+        media = [self.processor.image_token] * len(turn.pictures)
+        if turn.frames:
+            media.append(self.processor.video_token)
+        return "USER: " + "\n".join([*media, turn.text]) + " ASSISTANT:"
+
+    def inputs(self, rows: tuple[int, ...] = (), side: str = "left") -> dict[str, Tensor]:
+        """Inputs of `rows`, by default the batch, padded on `side`: copies, which a method may edit in place."""
+        return {name: x.clone() for name, x in self._encoded(rows or self.batch, side).items()}
 
     def _encode(self, rows: tuple[int, ...], side: str) -> dict[str, Tensor]:
         images = [self._pictures[i] for i in rows if self._pictures[i]]
-        media = {"images": images} if images else {}
+        videos = [video for i in rows for video in self._videos[i]]
+        media = {name: found for name, found in (("images", images), ("videos", videos)) if found}
         text = [self._texts[i] for i in rows]
         encoded = self.processor(text=text, **media, padding=True, padding_side=side, return_tensors="pt")
         return dict(encoded.to(self.model.device, self.model.dtype))

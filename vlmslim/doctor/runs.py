@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vlmslim.doctor.prompts import BATCH, LONG, Prompts
+from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.doctor.watch import Watch
 from vlmslim.efficiency import peak_memory
 
@@ -86,7 +86,7 @@ def difference(ours: Tensor | Iterable[Tensor], theirs: Tensor | Iterable[Tensor
 
 def singles(model: nn.Module, prompts: Prompts, answer: Tensor) -> Tensor:
     """`decode` of every row by itself."""
-    rows = [decode(model, prompts.inputs((i,)), answer[i : i + 1]) for i in BATCH]
+    rows = [decode(model, prompts.inputs((row,)), answer[i : i + 1]) for i, row in enumerate(prompts.batch)]
     return torch.cat(rows)
 
 
