@@ -104,7 +104,7 @@ class ImageTokens:
     tiles    : (rows, columns) of the anyres mosaic; (0, 0) without one
     size     : (height, width) of the picture that was cut into tiles; (0, 0) where none was
     video    : whether the crops are the frames of a video
-    prompt   : (t,)         ids of the text tokens of the same prompt; None when the caller gave embeddings
+    prompt   : (t,)         ids of the text tokens of the same prompt, on the CPU; None when the caller gave embeddings
     """
 
     features: Tensor

@@ -11,6 +11,7 @@ import inspect
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
@@ -19,7 +20,7 @@ from vlmslim.attention import soft_mask, take
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.families import placeholders
-from vlmslim.plan import Plan, Segment
+from vlmslim.plan import Layout, Plan, Segment, joined, upload
 from vlmslim.receipt import Image, Prefill, Receipt, Span
 
 
@@ -69,7 +70,7 @@ class Call:
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # attention masks made
     rope: tuple[Tensor, Tensor] | None = None
     features: list[list[ImageTokens]] = field(default_factory=list)  # per row, the images themselves
-    slot: Tensor | None = None  # (B, L) place of each visual token in its image
+    slot: np.ndarray | None = None  # (B, L) place of each visual token in its image
     weights: list[Tensor | None] = field(default_factory=list)  # per layer, of each key, while a method trains
     previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
     spans: list[Span] = field(default_factory=list)  # visits to the methods
@@ -88,6 +89,17 @@ class Call:
     def altered(self) -> bool:
         """Whether some layer sees, or has seen, something else than the caller sent."""
         return self.past is not None or not self.segments[-1].whole
+
+
+def _check_finite(images: list[ImageTokens]) -> None:
+    """Refuse images of which nothing sensible can be chosen."""
+    extremes = torch.stack([torch.stack(image.features.detach().aminmax()) for image in images])  # NaN is an extreme
+    finite = extremes.isfinite().all(1).tolist()
+    if not all(finite):
+        raise ValueError(
+            f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
+            "check the picture and the dtype of the vision tower"
+        )
 
 
 class DecoderHooks:
@@ -213,7 +225,7 @@ class DecoderHooks:
             segment = call.segments[0]
             changed["position_ids"] = segment.position
             if call.encoded or call.padded:
-                changed["attention_mask"] = torch.cat([call.before[0], segment.mask], dim=1)
+                changed["attention_mask"] = joined(call.before[0], segment.mask)
         return args, kwargs | changed
 
     def _describe(self, call: Call, embeds: Tensor, cache, mask: Tensor | None, position: Tensor | None) -> None:
@@ -242,9 +254,7 @@ class DecoderHooks:
             call.before = [grown[id(m)] for m in past.masks]
         else:
             call.before = [mask[:, : call.seen]] * len(self.lm.layers)
-        origin = torch.arange(call.length, device=device).expand(batch, -1)
-        segment = Segment(mask[:, call.seen :], torch.zeros_like(origin), position, origin, padded=call.padded)
-        call.segments = [segment] * len(self.lm.layers)
+        call.segments = [Segment(mask[:, call.seen :], position, call.padded)] * len(self.lm.layers)
         call.weights = [None] * len(self.lm.layers)
 
     def _check(self, cache) -> None:
@@ -271,132 +281,106 @@ class DecoderHooks:
     def _compress(self, call: Call, embeds: Tensor) -> Tensor:
         """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
         segment = call.segments[0]
-        found, text = self._locate(call, segment.mask)
+        layout = segment.layout = Layout.of(segment.mask, segment.position)
+        ids = None if call.input_ids is None else call.input_ids.cpu()
+        found, text = self._locate(call, layout.mask, ids)
         images = [image for _, _, image in found]
         results: list[Compressed | None] = [None] * len(found)
         if images and (self.before_llm or self.pruners):
-            edges = torch.stack([torch.stack(image.features.detach().aminmax()) for image in images])  # NaN is one
-            finite = edges.isfinite().all(1).tolist()
-            if not all(finite):
-                raise ValueError(
-                    f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
-                    "check the picture and the dtype of the vision tower"
-                )
-        counts = text.sum(1).tolist()
+            _check_finite(images)
         if images and self.before_llm:
-            if call.input_ids is not None:
-                prompts = call.input_ids[text.to(call.input_ids.device)].split(counts)
-                for row, _, image in found:
-                    image.prompt = prompts[row]
+            for row, _, image in found:
+                image.prompt = None if ids is None else ids[row][torch.from_numpy(text[row])]
             with call.timed(images[0].features.device):
                 results = self.before_llm.compress_images(images)
-        call.images = [[] for _ in embeds]
-        call.features = [[] for _ in embeds]
-        call.slot = torch.full_like(segment.image, -1)
-        keep = segment.mask.clone()
-        if found:
-            embeds = self._place(call, embeds, keep, found, results)
-        selection = segment.select(keep)
-        visual = [sum(row) for row in call.entered]
-        call.text = counts
+        self._note(call, layout, found, results)
+        call.text = text.sum(1).tolist()
+        call.visual = [[sum(row) for row in call.entered]] * len(self.lm.layers)
         call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
-        if selection.counts != [t + v for t, v in zip(call.text, visual, strict=True)]:
+        return self._close_gaps(call, embeds, found, results) if images and self.before_llm else embeds
+
+    def _close_gaps(self, call: Call, embeds: Tensor, found: list, results: list[Compressed]) -> Tensor:
+        """Put kept tokens into their slots and drop the slots of the others: (B, L, d) -> (B, S, d)."""
+        layout, device = call.segments[0].layout, embeds.device
+        rows, columns = self._slots(found, results)
+        keep = layout.image == 0
+        keep[rows, columns] = True
+        if keep.sum() != (layout.image == 0).sum() + len(rows):
             raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
-        call.visual = [visual] * len(self.lm.layers)
-        if selection.index is None:
-            return embeds
-        compressed = selection.segment
-        if self.positions == "renumbered":
-            dropped = (segment.mask & ~keep).long().cumsum(1)
-            compressed.position = (segment.position - dropped).gather(1, selection.index)
-            call.shift = dropped[:, -1:] + (0 if call.shift is None else call.shift)
+        dropped = (layout.mask & ~keep).cumsum(1)
+        renumbered = self.positions == "renumbered"
+        selection = (layout.shifted(dropped) if renumbered else layout).select(keep)
+        if selection is None:
+            embeds = embeds.clone()
         else:
-            call.gapped = True
-        call.segments = [compressed] * len(self.lm.layers)
-        return take(embeds, selection.index)
+            index, shift = upload(device, selection.index, dropped[:, -1:])
+            embeds, columns = take(embeds, index), selection.target[rows, columns]
+            call.segments = [Segment.of(selection.layout, device)] * len(self.lm.layers)
+            call.gapped = not renumbered
+            if renumbered:
+                call.shift = shift if call.shift is None else call.shift + shift
+        embeds[tuple(upload(device, rows, columns))] = torch.cat([result.features.to(embeds) for result in results])
+        return embeds
+
+    def _note(self, call: Call, layout: Layout, found: list, results: list[Compressed | None]) -> None:
+        """Write down which image each visual token belongs to, and how many of its tokens enter."""
+        call.images = [[] for _ in layout.mask]
+        call.features = [[] for _ in layout.mask]
+        call.slot = np.full(layout.mask.shape, -1)
+        for (row, columns, image), result in zip(found, results, strict=True):
+            n = len(columns)
+            k = n if result is None else len(result.features)
+            if k > n:
+                raise ValueError(f"{self.before_llm} made {k} tokens out of an image of {n}")
+            call.images[row].append(Image(n, self._requested(n), k))
+            call.features[row].append(image)
+            layout.image[row, columns] = len(call.images[row])
+            if result is None or result.index is not None:
+                call.slot[row, columns] = np.arange(n)
+
+    def _slots(self, found: list, results: list[Compressed]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of the caller's sequence that the kept tokens of all images take. Waits for the device."""
+        told = [result.index for result in results if result.index is not None]
+        told = iter(torch.cat(told).cpu().split([len(index) for index in told]) if told else ())
+        rows, slots = [], []
+        for (row, columns, _), result in zip(found, results, strict=True):
+            k = len(result.features)
+            if result.index is None and self.positions == "original" and k < len(columns):
+                raise ValueError(
+                    f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'"
+                )
+            slots.append(columns[:k] if result.index is None else columns[next(told).numpy()])
+            rows.append(np.full(k, row))
+        return np.concatenate(rows), np.concatenate(slots)
 
     def _requested(self, n: int) -> int | None:
         """What was asked of an image of `n` tokens at the entrance, or failing that between layers."""
         stages = [self.before_llm] if self.before_llm else [self.pruners[i] for i in sorted(self.pruners)]
         return stages[-1].requested(n) if stages else n
 
-    def _place(self, call: Call, embeds: Tensor, keep: Tensor, found: list, results: list) -> Tensor:
-        """Write the kept tokens of all images into their slots, and note who is where.
-
-        Args:
-            call: gets `images`, `features` and `slot`.
-            embeds: (B, L, d).
-            keep: (B, L), cleared at dropped visual tokens.
-            found: as `_locate` gives them, at least one.
-            results: what became of each; None where nothing did.
-
-        Returns:
-            (B, L, d), a copy where something was written.
-        """
-        sizes, numbers, slots, tokens, known = [], [], [], [], []
-        place = torch.cat([row * embeds.shape[1] + columns for row, columns, _ in found]).to(embeds.device)
-        for (row, columns, image), result in zip(found, results, strict=True):
-            start, n = sum(sizes), len(columns)
-            own = place[start : start + n]  # in the flattened batch
-            if result is None or result.index is not None:
-                known.append((own, n))
-            if result is not None:
-                k = self._checked(result, n)
-                own = own[:k] if result.index is None else own[result.index.to(own.device)]
-                slots.append(own)
-                tokens.append(result.features.to(embeds))
-            sizes.append(n)
-            call.images[row].append(Image(n, self._requested(n), len(own)))
-            call.features[row].append(image)
-            numbers.append(len(call.images[row]))
-        number = torch.tensor(numbers).repeat_interleave(torch.tensor(sizes))
-        call.segments[0].image.view(-1)[place] = number.to(place.device)
-        if known:
-            count = torch.cat([torch.arange(n, device=place.device) for _, n in known])
-            call.slot.view(-1)[torch.cat([own for own, _ in known])] = count
-        if not slots:
-            return embeds
-        slots = torch.cat(slots)
-        keep.view(-1)[place] = False
-        keep.view(-1)[slots] = True
-        embeds = embeds.clone(memory_format=torch.contiguous_format)
-        embeds.view(-1, embeds.shape[-1])[slots] = torch.cat(tokens)
-        return embeds
-
-    def _checked(self, result: Compressed, n: int) -> int:
-        """How many tokens an image of `n` kept; refuses what cannot be."""
-        k = len(result.features)
-        if k > n:
-            raise ValueError(f"{self.before_llm} made {k} tokens out of an image of {n}")
-        if result.index is None and self.positions == "original" and k < n:
-            raise ValueError(f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'")
-        return k
-
-    def _locate(self, call: Call, mask: Tensor) -> tuple[list[tuple[int, Tensor, ImageTokens]], Tensor]:
+    def _locate(self, call: Call, mask: np.ndarray, ids: Tensor | None) -> tuple[list, np.ndarray]:
         """Find the images in the prompts.
 
         `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
 
         Returns:
             (row, columns, image) for every image, by row and place in the prompt, and (B, L) bool, the text tokens.
-            Both on the CPU: placeholders are counted on the host anyway.
         """
-        found, text = [], mask.cpu()
+        found, text = [], mask
         for kind, encoded in call.encoded.items():
-            at = placeholders(self.core, kind, call.input_ids, call.embeds).cpu()
+            at = placeholders(self.core, kind, ids, call.embeds).cpu().numpy()
             text = text & ~at
-            counts = at.sum(1).tolist()
-            per_row = at.nonzero(as_tuple=True)[1].split(counts)
             images, start = encoded.images, 0
-            for row, count in enumerate(counts):
+            for row, there in enumerate(at):
+                (columns,) = there.nonzero()
                 number, place = start, 0
-                while place < count:
+                while place < len(columns):
                     n = len(images[number].features)
-                    found.append((row, per_row[row][place : place + n], images[number]))
+                    found.append((row, columns[place : place + n], images[number]))
                     number, place = number + 1, place + n
                 if row % encoded.copies == encoded.copies - 1:
                     start = number
-        return sorted(found, key=lambda item: (item[0], int(item[1][0]))), text
+        return sorted(found, key=lambda item: (item[0], item[1][0])), text
 
     def _leave_lm(self, lm, args, output):
         call, cache = self.call, output.past_key_values
@@ -411,7 +395,7 @@ class DecoderHooks:
         if call.encoded and cache is not None:
             pairs = list(zip(call.before, call.segments, strict=True))
             unique = {(id(b), id(s)): (b, s) for b, s in pairs}  # neighbouring layers share one
-            made = {key: torch.cat([b, s.mask], dim=1) for key, (b, s) in unique.items()}
+            made = {key: joined(b, s.mask) for key, (b, s) in unique.items()}
             shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
             padded = bool(call.past and call.past.padded) or any(s.padded for _, s in pairs)
             masks = [made[id(b), id(s)] for b, s in pairs]
@@ -451,17 +435,19 @@ class DecoderHooks:
     def _prune(self, i: int, call: Call, hidden: Tensor) -> Tensor:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
-        number = torch.arange(1, old.mask.shape[1] + 1, device=old.mask.device)
+        layout, device = old.layout, old.mask.device
+        slot = np.where(layout.image > 0, np.take_along_axis(call.slot, layout.origin, axis=1), -1)
+        image, origin, slot, last = upload(device, layout.image, layout.origin, slot, layout.last)
         tokens = LayerInput(
             layer=i,
             hidden=hidden,
             mask=old.mask,
-            image=old.image,
-            origin=old.origin,
-            last=(old.mask * number).argmax(1),
+            image=image,
+            origin=origin,
+            last=last,
             entered=call.entered,
             images=call.features,
-            slot=call.slot.gather(1, old.origin).masked_fill(old.image == 0, -1),
+            slot=slot,
             weight=call.weights[i],
             previous=call.previous,
         )
@@ -472,20 +458,21 @@ class DecoderHooks:
                     keep = self.pruners[i].retain(tokens)
         call.previous = None
         if weight is not None:
-            weight = weight.to(old.mask.device).masked_fill(old.image == 0, 1)
+            weight = weight.to(device).masked_fill(image == 0, 1)
             weight = weight if call.weights[i] is None else call.weights[i] * weight
             call.weights[i:] = [weight] * (len(call.weights) - i)
             return hidden
-        selection = old.select(keep.to(old.mask.device) | (old.image == 0))
-        if selection.index is None:
+        selection = layout.select(keep.cpu().numpy() | (layout.image == 0))
+        if selection is None:
             return hidden
-        call.segments[i:] = [selection.segment] * (len(call.segments) - i)
+        call.segments[i:] = [Segment.of(selection.layout, device)] * (len(call.segments) - i)
         visual = [count - text for count, text in zip(selection.counts, call.text, strict=True)]
         call.visual[i:] = [visual] * (len(call.visual) - i)
         call.gapped, call.rope = True, None
+        (index,) = upload(device, selection.index)
         if call.weights[i] is not None:
-            call.weights[i:] = [call.weights[i].gather(1, selection.index)] * (len(call.weights) - i)
-        return take(hidden, selection.index.to(hidden.device))
+            call.weights[i:] = [call.weights[i].gather(1, index)] * (len(call.weights) - i)
+        return take(hidden, index.to(hidden.device))
 
     def _mask(self, i: int, call: Call, hidden: Tensor, kwargs: dict) -> Tensor | None:
         """The attention mask of the run of layers that layer `i` belongs to, made once per forward."""
@@ -494,7 +481,7 @@ class DecoderHooks:
             return None  # the back end did without a mask at the entrance, and nothing here needs one
         key = id(before), id(segment)
         if key not in call.masks:
-            mask = torch.cat([before, segment.mask], dim=1).to(hidden.device)
+            mask = joined(before, segment.mask).to(hidden.device)
             cache = kwargs.get("past_key_values")
             call.masks[key] = create_causal_mask(self.lm.config, hidden, mask, cache, layer_idx=i)
         made = call.masks[key]
