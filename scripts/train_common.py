@@ -1,9 +1,10 @@
 """What the training scripts share: config, optimizers, schedule, seeded and resumable loader, log, export."""
 
+import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,57 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from vlmslim.writing import atomically
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-def read_config(path: str | Path, overrides: list[str]) -> dict:
-    """Read a YAML config; `overrides` are KEY=VALUE for its top-level keys."""
-    config = yaml.safe_load(Path(path).read_text())
-    for override in overrides:
-        key, _, value = override.partition("=")
+def command_line(description: str, config: str, result: str) -> argparse.ArgumentParser:
+    """The command line of a training script: `--config FILE --out DIR [--stop STEP] [KEY=VALUE ...]`.
+
+    `config` is the name of the configuration beside the scripts that is used by default, `result` what lies in DIR at
+    the end. Parse with `parse_intermixed_args`.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name(config))
+    parser.add_argument("--out", type=Path, required=True, help=f"run folder; {result}")
+    parser.add_argument("--stop", type=int, help="stop after this step (a later call goes on)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="instead of the configuration's value")
+    return parser
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
+    """Read a YAML config and `override` its values."""
+    return override(yaml.safe_load(Path(path).read_text()) or {}, overrides)
+
+
+def override(config: dict, overrides: Sequence[str]) -> dict:
+    """The config with other values: KEY=VALUE, or KEY.OPTION=VALUE for one option of a key that has several.
+
+    Raises:
+        ValueError: there is no such key, or no value.
+    """
+    config = dict(config)
+    for given in overrides:
+        names, equals, text = given.partition("=")
+        key, dot, option = names.partition(".")
+        if not equals:
+            raise ValueError(f"{given!r} sets nothing: use KEY=VALUE")
         if key not in config:
-            raise ValueError(f"{path} has no key {key!r}; it has {', '.join(config)}")
-        config[key] = yaml.safe_load(value)
+            raise ValueError(f"no setting {key!r}; there are {', '.join(config)}")
+        if dot and not isinstance(config[key], dict):
+            raise ValueError(f"{key} has no options: use {key}=VALUE")
+        config[key] = {**config[key], option: _value(text)} if dot else _value(text)
     return config
+
+
+def _value(text: str):
+    """What YAML reads, and numbers such as 5e-4, which it takes for words."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def start(config: dict) -> Accelerator:
@@ -88,10 +128,10 @@ class Seeds(Dataset):
         return self.make(self.first + index)
 
 
-def loader(make: Callable[[int], dict], config: dict, step: int, collate: Callable) -> DataLoader:
-    """Batches of step `step` up to the last one, in order, rendered in worker processes."""
-    batch = config["batch"]
-    data = Seeds(make, config["first_scene"] + step * batch, config["first_scene"] + config["steps"] * batch)
+def loader(make: Callable[[int], dict], config: dict, step: int, stop: int, collate: Callable) -> DataLoader:
+    """Batches of the steps `step` up to `stop` - 1, in order, rendered in worker processes."""
+    first, batch = config["first_scene"], config["batch"]
+    data = Seeds(make, first + step * batch, first + max(step, stop) * batch)
     workers = config["workers"]
     return DataLoader(data, batch, collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None)
 
@@ -127,8 +167,8 @@ class Optimizers:
 class Run:
     """A training run's folder: log.jsonl, and a checkpoint that replaces the last one atomically."""
 
-    def __init__(self, folder: str | Path, config: dict):
-        self.folder, self.config = Path(folder), config
+    def __init__(self, folder: str | Path, config: dict, model: torch.nn.Module, optimizers: Optimizers):
+        self.folder, self.config, self.model, self.optimizers = Path(folder), config, model, optimizers
         self.folder.mkdir(parents=True, exist_ok=True)
         self.started, self.before = time.time(), 0.0
 
@@ -145,15 +185,31 @@ class Run:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def save(self, step: int, model: torch.nn.Module, optimizers: Optimizers) -> None:
+    def report(
+        self,
+        step: int,
+        stop: int,
+        losses: dict[str, torch.Tensor],
+        evaluate: Callable[[], dict[str, float]],
+        export: Callable[[], None],
+    ) -> None:
+        """After `step` steps: log the losses, evaluate, checkpoint and export, each when it is due and after `stop`."""
+        if step % self.config["log_every"] == 0 or step == stop:
+            self.log(step=step, **{name: loss.item() for name, loss in losses.items()})
+        if step % self.config["eval_every"] == 0 or step == stop:
+            self.log(step=step, **evaluate())
+            self.save(step)
+            export()
+
+    def save(self, step: int) -> None:
         """Checkpoint after `step` steps."""
         state = {"step": step, "seconds": self.seconds, "config": self.config,
-                 "model": dict(model.named_parameters()),
-                 "optimizers": [o.state_dict() for o in optimizers.all]}  # fmt: skip
-        torch.save(state, self.folder / "last.tmp")
-        (self.folder / "last.tmp").replace(self.folder / "last.pt")
+                 "model": dict(self.model.named_parameters()),
+                 "optimizers": [o.state_dict() for o in self.optimizers.all]}  # fmt: skip
+        with atomically(self.folder / "last.pt") as part:
+            torch.save(state, part)
 
-    def resume(self, model: torch.nn.Module, optimizers: Optimizers) -> int:
+    def resume(self) -> int:
         """Load the last checkpoint if there is one; returns the number of steps done."""
         path = self.folder / "last.pt"
         if not path.exists():
@@ -162,11 +218,11 @@ class Run:
         differs = [k for k, v in self.config.items() if k not in ("workers", "device") and state["config"].get(k) != v]
         if differs:
             raise ValueError(f"{path} was trained with other values of {', '.join(differs)}: use another --out")
-        own = dict(model.named_parameters())
+        own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in state["model"].items():
                 own[name].copy_(value)
-        for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers.all, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.before = state["seconds"]
         return state["step"]

@@ -9,9 +9,8 @@ command again.
     python scripts/train_tiny_clip.py --out runs/tiny-clip [KEY=VALUE ...]
 """
 
-import argparse
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from scenes import GRID, LABELS, caption, make_scene
 from torch import nn
-from train_common import MEAN, STD, Optimizers, Run, loader, normalise, pixels, read_config, start
-
-HERE = Path(__file__).resolve().parent
+from train_common import MEAN, STD, Optimizers, Run, command_line, loader, normalise, pixels, read_config, start
 
 
 @lru_cache
@@ -94,11 +91,13 @@ def load_weights(trainee: Trainee, run: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, device: torch.device, n: int = 128) -> dict:
+def evaluate(trainee: Trainee, accelerator: Accelerator, n: int = 128) -> dict:
     """On held-out scenes: accuracy of each dense label where it is not empty, and picture-to-caption retrieval."""
     batch = collate([sample(10**6 + i, "test") for i in range(n)])
+    device = accelerator.device
     trainee.eval()
-    image, text, dense = trainee(normalise(batch["image"].to(device)), batch["text"].to(device))
+    with accelerator.autocast():
+        image, text, dense = trainee(normalise(batch["image"].to(device)), batch["text"].to(device))
     trainee.train()
     out = {"retrieval": float(((image @ text.T).argmax(-1) == torch.arange(n, device=device)).float().mean())}
     for i, (name, group) in enumerate(zip(LABELS, dense[..., :-2].split(list(LABELS.values()), -1), strict=True)):
@@ -125,9 +124,11 @@ def train(trainee: Trainee, config: dict, out: Path, export_to: Path, stop: int,
     by_adamw = ("embedding", "heads", "visual.proj", "projection")
     optimizers = Optimizers(dict(trainee.named_parameters()), config, by_adamw)
     clip_loss = open_clip.loss.ClipLoss()
-    run = Run(out, config)
-    step = run.resume(trainee, optimizers)
-    for batch in loader(sample, config, step, collate) if step < stop else ():
+    run = Run(out, config, trainee, optimizers)
+    step = run.resume()
+    test = partial(evaluate, trainee, accelerator)
+    write = partial(export, trainee.clip, config["model"], export_to)
+    for batch in loader(sample, config, step, stop, collate):
         batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with accelerator.autocast():
             image, text, dense = trainee(normalise(batch["image"]), batch["text"])
@@ -138,25 +139,13 @@ def train(trainee: Trainee, config: dict, out: Path, export_to: Path, stop: int,
         nn.utils.clip_grad_norm_(trainee.parameters(), 2.0)
         optimizers.step(step)
         step += 1
-        if step % config["log_every"] == 0 or step == stop:
-            run.log(step=step, loss=float(loss), dense=float(local), contrast=float(contrast))
-        if step % config["eval_every"] == 0 or step == stop:
-            with accelerator.autocast():
-                run.log(step=step, **evaluate(trainee, accelerator.device))
-            run.save(step, trainee, optimizers)
-            export(trainee.clip, config["model"], export_to)
-        if step == stop:
-            break
+        run.report(step, stop, {"loss": loss, "dense": local, "contrast": contrast}, test, write)
 
 
 def main() -> None:
     """Train both stages, evaluate, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=HERE / "tiny_clip.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-clip")
+    parser = command_line(__doc__, "tiny_clip.yaml", "the export is OUT/tiny-clip; --stop counts the first stage")
     parser.add_argument("--start", type=Path, help="start from this run folder's weights, with a new schedule")
-    parser.add_argument("--stop", type=int, help="stop after this step of the first stage (a later call resumes)")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
     config = read_config(args.config, args.overrides)
     second = config | config.pop("second_stage")

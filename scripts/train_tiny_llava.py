@@ -10,7 +10,6 @@ generator knows all that). Resumable: run it again.
     python scripts/train_tiny_llava.py --clip runs/tiny-clip/tiny-clip --out runs/tiny-llava [KEY=VALUE ...]
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from train_common import (
     STD,
     Optimizers,
     Run,
+    command_line,
     export,
     loader,
     normalise,
@@ -46,7 +46,6 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-HERE = Path(__file__).resolve().parent
 IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
 # LLaVA-1.5's format; the message's content is a string (which may hold <image>) or a list of parts.
 CHAT_TEMPLATE = (
@@ -361,14 +360,10 @@ def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelera
 
 def main() -> None:
     """Train, evaluate, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=HERE / "tiny_llava.yaml")
+    parser = command_line(__doc__, "tiny_llava.yaml", "the export is OUT/tiny-llava")
     parser.add_argument("--clip", type=Path, required=True, help="open_clip folder of the tiny CLIP")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava")
     parser.add_argument("--start", type=Path, help="start from this run's tokenizer and weights, with a new schedule")
     parser.add_argument("--adapter", action="store_true", help="of --start take only projector and word embeddings")
-    parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
     config = read_config(args.config, args.overrides)
     accelerator = start(config)
@@ -381,43 +376,35 @@ def main() -> None:
     if args.start:
         load_weights(model, args.start, args.adapter)
     optimizers = Optimizers(dict(model.named_parameters()), config, ("embed_tokens", "lm_head"))
-    run = Run(args.out, config)
-    step = run.resume(model, optimizers)
+    run = Run(args.out, config, model, optimizers)
+    step = run.resume()
     make = partial(sample, tokenizer=tokenizer, config=config)
     join = partial(collate, pad=tokenizer.pad_token_id)
     held_out = [make(10**7 + i, split="test") for i in range(config["eval_scenes"])]
     held_out = [join(held_out[i : i + 16]) for i in range(0, len(held_out), 16)]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}", flush=True)
     stop = min(args.stop or config["steps"], config["steps"])
-    for batch in loader(make, config, step, join) if step < stop else ():
+    test = partial(evaluate, model, held_out, accelerator)
+    write = partial(export, model, processor, args.out / "tiny-llava")
+    for batch in loader(make, config, step, stop, join):
         batch = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
         with accelerator.autocast():
             logits, target, out = answer_logits(model, batch)
             align = alignment_loss(model, out.image_hidden_states, batch["words"])
-        layout = layout_loss(out.image_hidden_states, batch["centre"])
-        point = pointing_loss(out.attentions[len(out.attentions) // 2], batch, model.config.image_token_id)
-        answer = F.cross_entropy(logits.float(), target)
-        loss = answer + config["align"] * align + config["point"] * point + config["layout"] * layout
+        parts = {
+            "answer": F.cross_entropy(logits.float(), target),
+            "align": align,
+            "point": pointing_loss(out.attentions[len(out.attentions) // 2], batch, model.config.image_token_id),
+            "layout": layout_loss(out.image_hidden_states, batch["centre"]),
+        }
+        weights = {"answer": 1, **config}
+        loss = sum(weights[name] * part for name, part in parts.items())
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(step)
         step += 1
-        if step % config["log_every"] == 0 or step == stop:
-            run.log(
-                step=step,
-                loss=float(loss),
-                answer=float(answer),
-                align=float(align),
-                point=float(point),
-                layout=float(layout),
-            )
-        if step % config["eval_every"] == 0 or step == stop:
-            run.log(step=step, **evaluate(model, held_out, accelerator))
-            run.save(step, model, optimizers)
-            export(model, processor, args.out / "tiny-llava")
-        if step == stop:
-            break
-    export(model, processor, args.out / "tiny-llava")
+        run.report(step, stop, {"loss": loss, **parts}, test, write)
+    write()
 
 
 if __name__ == "__main__":

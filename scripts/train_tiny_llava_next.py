@@ -8,7 +8,6 @@ from one middle layer), and where each answer token is read (that layer's attent
     python scripts/train_tiny_llava_next.py --out runs/tiny-llava-next [KEY=VALUE ...]
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from train_common import (
     STD,
     Optimizers,
     Run,
+    command_line,
     export,
     loader,
     read_config,
@@ -278,12 +278,8 @@ def freeze_tower(model: LlavaNextForConditionalGeneration) -> None:
 
 def main() -> None:
     """Train, evaluate, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=Path(__file__).resolve().parent / "tiny_llava_next.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the export is OUT/tiny-llava-next")
+    parser = command_line(__doc__, "tiny_llava_next.yaml", "the export is OUT/tiny-llava-next")
     parser.add_argument("--start", type=Path, help="start from this run's weights, with a new schedule")
-    parser.add_argument("--stop", type=int, help="stop after this step (a later call resumes)")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for the config's top-level keys")
     args = parser.parse_intermixed_args()
     config = read_config(args.config, args.overrides)
     accelerator = start(config)
@@ -297,8 +293,8 @@ def main() -> None:
     student.to(accelerator.device)
     skip_muon = ("embed_tokens", "lm_head", "position_embedding", "heads")
     optimizers = Optimizers(dict(student.named_parameters()), config, skip_muon)
-    run = Run(args.out, config)
-    step = run.resume(student, optimizers)
+    run = Run(args.out, config, student, optimizers)
+    step = run.resume()
     make = partial(sample, processor=processor, config=config)
     blank = processor.tokenizer.encode(" ", add_special_tokens=False)[-1]
     join = partial(collate, pad=processor.tokenizer.pad_token_id)
@@ -308,7 +304,8 @@ def main() -> None:
     stop = min(args.stop or config["steps"], config["steps"])
     if step >= config["tower_steps"]:
         freeze_tower(model)
-    for batch in loader(make, config, step, join) if step < stop else ():
+    write = partial(export, model, processor, args.out / "tiny-llava-next")
+    for batch in loader(make, config, step, stop, join):
         batch = {k: v.to(accelerator.device) for k, v in batch.items()} | {"blank": blank}
         reading = step < config["reading"]
         with accelerator.autocast():
@@ -330,15 +327,9 @@ def main() -> None:
         step += 1
         if step == config["tower_steps"]:
             freeze_tower(model)
-        if step % config["log_every"] == 0 or step == stop:
-            run.log(step=step, loss=loss.item(), **{name: part.item() for name, part in parts.items()})
-        if step % config["eval_every"] == 0 or step == stop:
-            run.log(step=step, **evaluate(student, held_out, accelerator, reading))
-            run.save(step, student, optimizers)
-            export(model, processor, args.out / "tiny-llava-next")
-        if step == stop:
-            break
-    export(model, processor, args.out / "tiny-llava-next")
+        test = partial(evaluate, student, held_out, accelerator, reading)
+        run.report(step, stop, {"loss": loss, **parts}, test, write)
+    write()
 
 
 if __name__ == "__main__":

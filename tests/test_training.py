@@ -36,8 +36,22 @@ def test_unknown_key_is_refused():
     sys.path.insert(0, str(SCRIPTS))
     from train_common import read_config
 
-    with pytest.raises(ValueError, match="no key 'stepz'"):
+    with pytest.raises(ValueError, match="no setting 'stepz'"):
         read_config(SCRIPTS / "tiny_clip.yaml", ["stepz=3"])
+
+
+def test_settings_are_replaced_whole_or_by_the_option():
+    sys.path.insert(0, str(SCRIPTS))
+    from train_common import override
+
+    given = {"lr": 1.0, "method": {"keep": 4, "pool": "resize"}}
+    changed = override(given, ["lr=5e-4", "method.keep=9", "method.weights=random:3"])
+    assert changed == {"lr": 5e-4, "method": {"keep": 9, "pool": "resize", "weights": "random:3"}}
+    assert override(given, ["method={keep: 1}"])["method"] == {"keep": 1}
+    assert given == {"lr": 1.0, "method": {"keep": 4, "pool": "resize"}}
+    for wrong, says in (("lr", "'lr' sets nothing"), ("lr.a=1", "lr has no options"), ("rl=1", "no setting 'rl'")):
+        with pytest.raises(ValueError, match=says):
+            override(given, [wrong])
 
 
 @pytest.mark.slow
