@@ -5,8 +5,10 @@ An item is one picture (or none) with one or more conversations about it, each a
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +27,12 @@ class RecordError(ValueError):
 
 @dataclass
 class Item:
-    """One picture with the conversations about it. `problem` says why there is nothing to train on, if so."""
+    """One picture, or none, with the conversations about it; `skipped` records were left out for it."""
 
     where: str
-    picture: Image.Image | None = None
-    rows: tuple[list[dict], ...] = ()
-    problem: str = ""
+    picture: Image.Image | None
+    rows: tuple[list[dict], ...]
+    skipped: int = 0
 
 
 class Conversations(Dataset):
@@ -41,7 +43,8 @@ class Conversations(Dataset):
     Args:
         file: `.json` (one list) or `.jsonl` (one record a line).
         images: the folder that `image` is relative to.
-        on_error: "raise" stops at the first bad record; "skip" leaves bad records out and counts them.
+        on_error: "raise" stops at the first bad record; "skip" leaves bad records out and counts them. In the place of
+            a picture that turns out to be unreadable comes the next record.
 
     Attributes:
         skipped: (record, reason) of what was left out while reading.
@@ -57,8 +60,8 @@ class Conversations(Dataset):
         self.file, self.images, self.on_error = Path(file), Path(images), on_error
         self.records: list[dict] = []
         self.skipped: list[tuple[str, str]] = []
-        for where, record in self._read():
-            problem = record if isinstance(record, str) else self._problem(record)
+        for where, record, problem in self._read():
+            problem = problem or self._problem(record)
             if not problem:
                 self.records.append(record)
             elif on_error == "raise":
@@ -68,8 +71,8 @@ class Conversations(Dataset):
         if not self.records:
             raise RecordError(f"{self.file}: none of its {len(self.skipped)} records can be trained on")
 
-    def _read(self):
-        """(where, record) of each record; where it cannot be parsed, the reason in the record's place."""
+    def _read(self) -> Iterator[tuple[str, Any, str]]:
+        """(where, record, problem) of each record; the problem is why it cannot be parsed, if so."""
         text = self.file.read_text(encoding="utf-8")
         if self.file.suffix != ".jsonl":
             try:
@@ -78,15 +81,16 @@ class Conversations(Dataset):
                 raise RecordError(f"{self.file}: not readable as JSON: {error}") from error
             if not isinstance(records, list):
                 raise RecordError(f"{self.file}: a list of records was expected; one record a line is called .jsonl")
-            yield from ((self._where(i, record), record) for i, record in enumerate(records))
+            yield from ((self._where(i, record), record, "") for i, record in enumerate(records))
             return
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
+                record, problem = None, ""
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    record = f"not readable as JSON: {error}"
-                yield self._where(number - 1, record, f"line {number}"), record
+                    problem = f"not readable as JSON: {error}"
+                yield self._where(number - 1, record, f"line {number}"), record, problem
 
     def _where(self, index: int, record, place: str = "") -> str:
         name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
@@ -95,8 +99,9 @@ class Conversations(Dataset):
     def _problem(self, record) -> str:
         """What is wrong with a record; nothing if it is fine."""
         turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
-            return "'conversations' is not a list of turns with 'from' and 'value'"
+        whole = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+        if not whole or not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
+            return "'conversations' is not a list of turns with 'from' and 'value', both text"
         if len(turns) < 2 or [t["from"] for t in turns] != ["human", "gpt"] * (len(turns) // 2):
             return "turns must alternate, 'human' first and 'gpt' last"
         picture = record.get("image")
@@ -113,18 +118,25 @@ class Conversations(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Item:
+        for skipped in range(len(self)):
+            try:
+                return replace(self._item((index + skipped) % len(self)), skipped=skipped)
+            except RecordError:
+                if self.on_error == "raise":
+                    raise
+        raise RecordError(f"{self.file}: none of the pictures in {self.images} can be read")
+
+    def _item(self, index: int) -> Item:
         record = self.records[index]
         where = f"{self.file.name} (id {record.get('id', index)!r})"
         if record.get("image") is None:
-            return Item(where, rows=(record["conversations"],))
+            return Item(where, None, (record["conversations"],))
         try:
             with Image.open(self.images / record["image"]) as picture:
                 return Item(where, picture.convert("RGB"), (record["conversations"],))
-        except OSError as error:
-            problem = f"the picture {self.images / record['image']} cannot be read: {error}"
-            if self.on_error == "raise":
-                raise RecordError(f"{where}: {problem}") from error
-            return Item(where, problem=problem)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's formats have it
+            path = self.images / record["image"]
+            raise RecordError(f"{where}: the picture {path} cannot be read: {error}") from error
 
 
 class Scenes(Dataset):
@@ -181,7 +193,7 @@ class Collator:
         labels  : (B, L)  the answers' tokens, their end-of-sequence token included; -100 elsewhere
         copies  : int     rows that share a picture, in turn
         where   : list    the record of each row
-        skipped : int     items left out because of their picture
+        skipped : int     records left out because of their picture
     Rows are padded on the right.
 
     Raises:
@@ -196,17 +208,16 @@ class Collator:
             raise ValueError("labels need the places of tokens in the text: load the fast version of this tokenizer")
 
     def __call__(self, items: list[Item]) -> dict:
-        """One batch; without "input_ids" if no picture of it could be read."""
-        good = [item for item in items if not item.problem]
-        batch = {"skipped": len(items) - len(good), "where": [item.where for item in good for _ in item.rows]}
-        if not good:
-            return batch
-        pictures = [self._picture(item.picture) for item in good if item.picture is not None]
-        sizes = iter([size for size, _ in pictures])
-        ids, labels, copies = [], [], {len(item.rows) for item in good}
+        """One batch."""
+        copies = {len(item.rows) for item in items}
         if len(copies) > 1:
             raise ValueError("all pictures of a batch need equally many conversations")
-        for item in good:
+        batch = {"skipped": sum(item.skipped for item in items), "copies": copies.pop()}
+        batch["where"] = [item.where for item in items for _ in item.rows]
+        pictures = [self._picture(item.picture) for item in items if item.picture is not None]
+        sizes = iter([size for size, _ in pictures])
+        ids, labels = [], []
+        for item in items:
             size = next(sizes) if item.picture is not None else 0
             for row in item.rows:
                 tokens, targets = self._row(row, size, item.where)
@@ -216,7 +227,6 @@ class Collator:
         batch["input_ids"] = pad_sequence(ids, True, self.tokenizer.eos_token_id if pad is None else pad)
         batch["labels"] = pad_sequence(labels, True, IGNORED)
         batch["attention_mask"] = pad_sequence([torch.ones_like(x) for x in ids], True, 0)
-        batch["copies"] = copies.pop()
         if pictures:
             crops = max(p["pixel_values"].shape[1] if p["pixel_values"].ndim == 5 else 1 for _, p in pictures)
             batch["pixel_values"] = torch.cat([_padded(p["pixel_values"], crops) for _, p in pictures])

@@ -9,97 +9,89 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from conversations import IGNORED, Collator, Conversations, Scenes
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from train_common import read_config
+from train_common import command_line, override, read_config
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import vlmslim
 from vlmslim import bundled
+from vlmslim.writing import atomically
+
+#: YAML reads a bare `no` as false
+Precision = Annotated[Literal["bf16", "fp16", "no"], BeforeValidator(lambda given: "no" if given is False else given)]
 
 
-@dataclass
+@checked
 class Settings:
     """A run. A batch is `batch` pictures in each process; a step takes `accumulate` batches of every process."""
 
     model: str = "bundled/tiny-llava"
-    dtype: str = "float32"  # of the frozen backbone; bfloat16 halves its memory on a GPU. Trained parts are float32
+    dtype: str = "float32"  # of what is frozen; bfloat16 halves its memory on a GPU. What is trained is float32
     attn_implementation: str = "sdpa"
     data: str = "scenes"  # the bundled training set, or a .json / .jsonl of conversations
     images: str = "."  # folder of the conversations' pictures
-    on_error: str = "raise"  # or "skip": leave bad records out and count them
-    pictures: int = 2400  # of the bundled training set
-    questions: int = 8  # about each picture of the bundled training set
-    steps: int = 300  # 0: as many as `epochs` take
-    epochs: float = 1.0
-    batch: int = 8
-    accumulate: int = 1
-    lr: float = 1e-3
+    on_error: Literal["raise", "skip"] = "raise"  # "skip" leaves bad records out and counts them
+    pictures: PositiveInt = 2400  # of the bundled training set
+    questions: PositiveInt = 8  # about each picture of the bundled training set
+    steps: NonNegativeInt = 300  # 0: as many as `epochs` take
+    epochs: PositiveFloat = 1.0
+    batch: PositiveInt = 8
+    accumulate: PositiveInt = 1
+    lr: PositiveFloat = 1e-3
     warmup: float = 0.03  # share of the steps
     decay: float = 0.0
-    clip: float = 1.0
-    precision: str = "bf16"  # or "fp16", "no"
+    clip: PositiveFloat = 1.0
+    precision: Precision = "bf16"
     seed: int = 0
     train_decoder: bool = False  # train the language model and the projector as well
     gradient_checkpointing: bool = False
-    device: str = "auto"  # "cpu" forces the CPU
-    workers: int = 1
-    log_every: int = 10
-    save_every: int = 100
+    device: Literal["auto", "cpu"] = "auto"  # "cpu" forces the CPU
+    workers: NonNegativeInt = 1
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 100
     method: dict = field(default_factory=dict)  # options of the method
     script: dict = field(default_factory=dict)  # options of the method's own training script
 
     #: what may differ between a run and its continuation
-    FREE = ("workers", "device", "log_every", "save_every", "images")
+    FREE: ClassVar = ("workers", "device", "log_every", "save_every", "images")
 
 
-def parse(description: str, config: Path) -> tuple[Settings, argparse.Namespace]:
+def parse(description: str, config: str) -> tuple[Settings, argparse.Namespace]:
     """Read the command line: `--config FILE --out DIR [--stop STEP] [--train-decoder] [KEY=VALUE ...]`.
 
     Returns:
         The settings, and the arguments `out` and `stop`.
 
     Raises:
-        ValueError: a key that is no setting.
+        ValueError: a key that is no setting, or a value that does not suit it.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=config)
-    parser.add_argument("--out", type=Path, required=True, help="run folder; the trained part ends up in OUT/final")
-    parser.add_argument("--stop", type=int, help="stop after this step (a later call goes on)")
+    parser = command_line(description, config, "the trained part ends up in OUT/final")
     parser.add_argument("--train-decoder", action="store_true", help="train the language model and projector as well")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="instead of the configuration's")
     args = parser.parse_intermixed_args()
-    known = asdict(Settings())
-    given = [override for override in args.overrides if override.partition("=")[0] not in known]
-    if given:
-        raise ValueError(f"no setting {given[0].partition('=')[0]!r}; there are {', '.join(known)}")
     settings = settings_from(args.config, args.overrides)
     settings.train_decoder |= args.train_decoder
     return settings, args
 
 
-def settings_from(config: Path, overrides: list[str] = ()) -> Settings:
-    """Settings of a YAML file; `overrides` are KEY=VALUE, and `method.KEY=VALUE` for the method's options."""
-    import yaml
-
-    values = asdict(Settings()) | read_config(config, [])
-    for override in overrides:
-        key, _, value = override.partition("=")
-        values[key] = yaml.safe_load(value)
-    unknown = values.keys() - {f.name for f in fields(Settings)}
-    if unknown:
-        known = ", ".join(asdict(Settings()))
-        raise ValueError(f"{config}: no setting {', '.join(sorted(unknown))}; there are {known}")
-    return Settings(**values)
+def settings_from(config: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a YAML file; `overrides` are KEY=VALUE, and `method.KEY=VALUE` for one of the method's options."""
+    defaults, given = asdict(Settings()), read_config(config)
+    if unknown := given.keys() - defaults.keys():
+        raise ValueError(f"{config}: no setting {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
+    return Settings(**override(defaults | given, overrides))
 
 
 def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin, Dataset]:
@@ -154,8 +146,10 @@ class Tuned(nn.Module):
         answer = labels[:, 1:] != IGNORED
         logits, targets = self.model.lm_head(hidden[answer]).float(), labels[:, 1:][answer]
         loss = F.cross_entropy(logits, targets)
-        # Zero, but it reaches every trained parameter even if the batch shows no picture, as DDP wants it.
-        loss = loss + sum(p.sum() * 0.0 for p in self.trained.parameters())
+        # Zero, but it reaches every parameter that is trained and that the batch may not need, as DDP wants it: a batch
+        # without pictures needs no projector, and a method may have one of its own.
+        optional = (*self.trained.parameters(), *core.multi_modal_projector.parameters())
+        loss = loss + sum(p.sum() * 0.0 for p in optional if p.requires_grad)
         return Answers(loss, logits, targets, answer.nonzero()[:, 0])
 
 
@@ -178,6 +172,8 @@ def finetune(
     stop: int | None = None,
 ) -> int:
     """Train `slim.trained`, write `out/log.csv`, checkpoints and at the end `out/final`; returns the steps done.
+
+    With `train_decoder`, `out/final` holds the tuned checkpoint as well.
 
     Args:
         slim: the patched model.
@@ -206,7 +202,8 @@ def finetune(
     optimizer = torch.optim.AdamW(named.values(), lr=settings.lr, weight_decay=settings.decay, betas=(0.9, 0.98))
     tuned, optimizer = accelerator.prepare(tuned, optimizer)
     run = Run(out, settings, accelerator)
-    first, last = run.resume(named, optimizer), min(stop or steps, steps)
+    first = run.resume(named, optimizer)
+    last = max(first, steps if stop is None else min(stop, steps))
     micro = Batches(len(data), settings, accelerator, first * accumulate, last * accumulate)
     loader = iter(DataLoader(data, batch_sampler=micro, collate_fn=Collator(processor), num_workers=settings.workers))
     for step in range(first, last):
@@ -218,8 +215,6 @@ def finetune(
         for _ in range(accumulate):
             batch = next(loader)
             run.count(skipped=batch["skipped"])
-            if "input_ids" not in batch:
-                raise ValueError(f"no record of a whole batch could be read, the last of {batch['skipped']}")
             inputs = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             with accelerator.accumulate(tuned):
                 answers = tuned(**{k: v for k, v in inputs.items() if k not in ("skipped", "where")})
@@ -238,7 +233,7 @@ def finetune(
         if (step + 1) % settings.save_every == 0 or step + 1 == last:
             run.save(step + 1, named, optimizer)
     if last == steps and accelerator.is_main_process:
-        slim.save_pretrained(out / "final")
+        slim.save_pretrained(out / "final", with_base=settings.train_decoder, processor=processor)
     accelerator.wait_for_everyone()
     return last
 
@@ -280,7 +275,8 @@ class Run:
 
     def __init__(self, out: Path, settings: Settings, accelerator: Accelerator):
         self.out, self.settings, self.accelerator = Path(out), settings, accelerator
-        self.started, self.sums, self.skipped = time.time(), {}, 0
+        self.started, self.before = time.time(), 0.0  # seconds of earlier calls
+        self.sums, self.skipped = {}, 0
         self.lines: list[dict] = []
         self.board = None
         if accelerator.is_main_process:
@@ -312,13 +308,12 @@ class Run:
         for name in dict.fromkeys(name for sums, _ in everyone for name in sums):  # some may have seen no picture
             totals, times = zip(*(sums[name] for sums, _ in everyone if name in sums), strict=True)
             line[name] = sum(totals) / sum(times)
-        line |= numbers | {"skipped": sum(n for _, n in everyone), "seconds": time.time() - self.started}
+        line |= numbers | {"skipped": sum(n for _, n in everyone), "seconds": self.before + time.time() - self.started}
         self.lines.append(line)
-        with (self.out / "log.tmp").open("w", newline="") as file:
+        with atomically(self.out / "log.csv") as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(name for line in self.lines for name in line))
             writer.writeheader()
             writer.writerows(self.lines)
-        (self.out / "log.tmp").replace(self.out / "log.csv")
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
         for name, value in line.items():
             if self.board and name != "step":
@@ -335,8 +330,8 @@ class Run:
         state["parameters"] = {name: p.detach() for name, p in named.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        torch.save(state, self.out / "last.tmp")
-        (self.out / "last.tmp").replace(self.out / "last.pt")
+        with atomically(self.out / "last.pt") as part:
+            torch.save(state, part)
 
     def resume(self, named: dict[str, nn.Parameter], optimizer) -> int:
         """Take up the last checkpoint, if there is one; returns the steps done."""
@@ -355,19 +350,21 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if (self.out / "log.csv").exists():
+        if self.accelerator.is_main_process and (self.out / "log.csv").exists():
             with (self.out / "log.csv").open(newline="") as file:  # lines behind the checkpoint will come again
                 self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state["step"]]
+            if self.lines:
+                self.before, self.skipped = float(self.lines[-1]["seconds"]), int(self.lines[-1]["skipped"])
         return state["step"]
 
 
 def _prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
-    """Freeze what is not trained."""
+    """Freeze what is not trained; what is trained becomes fp32."""
     model, tuned = slim.model, Tuned(slim)
     model.requires_grad_(False)
     if settings.train_decoder:
         for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):
-            part.requires_grad_(True)
+            part.float().requires_grad_(True)
     slim.trained.float().requires_grad_(True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -7,11 +7,11 @@ accelerate launch --num_processes 8 scripts/train_atp.py --config my.yaml --out 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune import Answers, Loss, finetune, load, parse
 
 import vlmslim
+from vlmslim.compressor import check_choices
 from vlmslim.methods.atp import Modules, depth_loss, mean_tokens, target_loss
 
 
@@ -24,6 +24,8 @@ class Budget:
     depth_weight   : lambda_atp
     target_weight  : lambda_target, per token
     temperature    : T of the soft masks, at the first step and at the last; geometric in between
+    counted        : what the losses count: the "soft" masks, or what the rule of inference keeps, "hard", with the
+                     gradient of the soft masks
     """
 
     target: float
@@ -31,10 +33,10 @@ class Budget:
     depth_weight: float = 0.05
     target_weight: float = 0.2
     temperature: tuple[float, float] = (10.0, 60.0)
+    counted: str = "soft"
 
     def __post_init__(self):
-        if self.average not in ("modules", "layers"):
-            raise ValueError(f"average={self.average!r}: use 'modules' or 'layers'")
+        check_choices(self, average=("modules", "layers"), counted=("soft", "hard"))
 
     def anneal(self, modules: Modules, steps: int) -> Callable[[int], None]:
         """What sets the temperature before each step."""
@@ -54,10 +56,13 @@ class Budget:
                 return answers.loss, {}
             soft, hard = modules.counts("soft"), modules.counts("hard").float()
             modules.decisions = []
-            kept, really = (mean_tokens(counts, modules.layers, modules.patches, over) for counts in (soft, hard))
-            away = target_loss(kept, self.target)
-            deep = depth_loss(soft, modules.layers, modules.patches)
-            numbers = {"away": away, "deep": deep, "soft": kept.mean(), "hard": really.mean()}
+            counted = soft if self.counted == "soft" else hard + soft - soft.detach()
+            average, masked, really = (
+                mean_tokens(counts, modules.layers, modules.patches, over) for counts in (counted, soft, hard)
+            )
+            away = target_loss(average, self.target)
+            deep = depth_loss(counted, modules.layers, modules.patches)
+            numbers = {"away": away, "deep": deep, "soft": masked.mean(), "hard": really.mean()}
             numbers["spread"] = really.std(correction=0)
             numbers |= {f"after_{layer}": hard[:, i].mean() for i, layer in enumerate(modules.layers)}
             return answers.loss + self.depth_weight * deep + self.target_weight * away, numbers
@@ -67,7 +72,7 @@ class Budget:
 
 def main() -> None:
     """Train; a run that was interrupted goes on."""
-    settings, args = parse(__doc__, Path(__file__).with_name("atp.yaml"))
+    settings, args = parse(__doc__, "atp.yaml")
     if not settings.steps:
         raise ValueError("the temperature rises over a known number of steps: give steps=...")
     model, processor, data = load(settings)

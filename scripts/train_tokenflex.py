@@ -8,10 +8,9 @@ a regression onto the model's own projector, pooled. Then every micro-batch draw
     accelerate launch --num_processes 8 scripts/train_tokenflex.py --config my.yaml --out runs/tokenflex-7b
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from conversations import Collator
 from finetune import Settings, finetune, load, parse
 from torch.utils.data import Dataset
@@ -30,7 +29,7 @@ def warm_start(
     once: the language model is not run. Counts are drawn as in training.
     """
     core, method, projector = slim.model.model, slim.methods[0], slim.trained["tokenflex"]
-    device = torch.device("cuda" if torch.cuda.is_available() and settings.device != "cpu" else "cpu")
+    device = PartialState(cpu=settings.device == "cpu").device  # each process has its own
     core.vision_tower.to(device), core.multi_modal_projector.to(device), projector.to(device)
     tower, handle = (
         [],
@@ -65,7 +64,7 @@ def warm_start(
 
 def main() -> None:
     """Train; a run that was interrupted goes on."""
-    settings, args = parse(__doc__, Path(__file__).with_name("tokenflex.yaml"))
+    settings, args = parse(__doc__, "tokenflex.yaml")
     model, processor, data = load(settings)
     options = {"weights": f"random:{settings.seed}", "keep": max(settings.method.get("counts", [256]))}
     slim = vlmslim.patch(model, "tokenflex", **options | settings.method)

@@ -17,7 +17,7 @@ import vlmslim
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-pytest.importorskip("yaml")
+pytest.importorskip("pydantic")
 
 from conversations import IGNORED, Collator, Conversations, Item, RecordError, Scenes  # noqa: E402
 from finetune import Settings, Tuned, answer_loss, finetune, load, schedule, settings_from  # noqa: E402
@@ -85,6 +85,7 @@ BAD = {
     ),
     "turns out of order": ({**GOOD, "conversations": [gpt("x"), human("<image>")]}, "alternate"),
     "no turns": ({"id": "a1", "image": "a.png"}, "'conversations' is not a list"),
+    "turns without text": ({**GOOD, "conversations": [human("<image> What?"), gpt(None)]}, "both text"),
     "two pictures": ({**GOOD, "image": ["a.png", "b.png"]}, "one path was expected"),
 }
 
@@ -117,6 +118,9 @@ def test_a_broken_line_is_named_or_skipped(tmp_path):
     file.write_text("{}\n{}")
     with pytest.raises(RecordError, match="none of its 2 records"):
         Conversations(file, tmp_path, "skip")
+    file.write_text('"only words"')
+    with pytest.raises(RecordError, match="line 1: 'conversations' is not a list"):
+        Conversations(file, tmp_path)
 
 
 def test_a_picture_that_cannot_be_read_is_named_or_counted(tmp_path):
@@ -125,10 +129,12 @@ def test_a_picture_that_cannot_be_read_is_named_or_counted(tmp_path):
     with pytest.raises(RecordError, match="id 'a1'.*a.png cannot be read"):
         Conversations(file, tmp_path)[0]
     data = Conversations(file, tmp_path, "skip")
-    processor = load(Settings())[1]
-    batch = Collator(processor)([data[0], data[1]])
-    assert batch["skipped"] == 1 and len(batch["input_ids"]) == 1 and "b2" in batch["where"][0]
-    assert Collator(processor)([data[0]]) == {"skipped": 1, "where": []}
+    assert data[0].rows == data[1].rows == (LATE["conversations"],)  # the next one is in its place
+    batch = Collator(load(Settings())[1])([data[0], data[1]])
+    assert batch["skipped"] == 1 and len(batch["input_ids"]) == 2 and all("b2" in where for where in batch["where"])
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    with pytest.raises(RecordError, match="data.json: none of the pictures"):
+        data[0]
 
 
 def test_scenes_follow_from_their_number():
@@ -228,6 +234,9 @@ def test_an_interrupted_run_resumes_to_the_same_loss(tmp_path):
     whole, pieces = log_of(tmp_path / "whole"), log_of(tmp_path / "pieces")
     assert list(whole) == list(pieces) == [1, 2, 3, 4]
     assert whole == pieces
+    with log.open(newline="") as file:
+        seconds = [float(line["seconds"]) for line in csv.DictReader(file)]
+    assert seconds == sorted(seconds)  # go on as well
     model = load(settings)[0]
     with vlmslim.patch(model, tmp_path / "whole" / "final") as again:
         for key, value in again.trained.state_dict().items():
@@ -262,13 +271,28 @@ def test_accumulated_batches_are_those_of_single_ones(tmp_path):
 
 
 def test_batches_without_pictures_and_bad_losses(tmp_path):
-    data = [Item("record seven", rows=([human("Say yes."), gpt("yes")],))]
+    data = [Item("record seven", None, ([human("Say yes."), gpt("yes")],))]
     train(small(steps=1, batch=1), tmp_path / "text", data=data)
     assert list(log_of(tmp_path / "text")) == [1]
     infinite = lambda answers, batch, step: (answers.loss * float("inf"), {})  # noqa: E731
     with pytest.raises(RuntimeError, match="step 0.*record seven"):
         train(small(steps=1, batch=1), tmp_path / "nan", data=data, loss=infinite)
     assert not (tmp_path / "nan" / "final").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tuned_decoder_is_trained_in_fp32_and_saved_with_the_patch(dtype, tmp_path):
+    settings = small(train_decoder=True, dtype=dtype, steps=1, batch=1, lr=0.01)
+    model, processor, data = load(settings)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with vlmslim.patch(model, "divprune", keep=9) as slim:
+        finetune(slim, processor, data, settings, tmp_path)
+    trained = {k: v for k, v in model.state_dict().items() if "vision_tower" not in k}
+    assert all(v.dtype == torch.float32 and not torch.equal(v, before[k].float()) for k, v in trained.items())
+    tower = {k: v for k, v in model.state_dict().items() if "vision_tower" in k}
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in tower.items())
+    again = vlmslim.from_pretrained(tmp_path / "final").model
+    assert all(torch.equal(v, trained.get(k, before[k]).to(v.dtype)) for k, v in again.state_dict().items())
 
 
 def test_a_method_with_nothing_to_train(tmp_path):
@@ -287,6 +311,18 @@ def test_the_schedule_warms_up_and_falls():
 def test_settings_are_checked(tmp_path):
     (tmp_path / "a.yaml").write_text("steps: 3\nmethod: {counts: [4]}\n")
     assert settings_from(tmp_path / "a.yaml", ["lr=0.1"]).lr == 0.1
+    assert settings_from(tmp_path / "a.yaml", ["method.pool=mean", "precision=no", "lr=5e-4"]) == Settings(
+        steps=3, method={"counts": [4], "pool": "mean"}, precision="no", lr=5e-4
+    )
+    for wrong, says in (
+        ("stepz=3", "no setting 'stepz'"),
+        ("steps", "'steps' sets nothing"),
+        ("steps=many", "steps\n.*integer"),
+        ("batch=0", "batch\n.*greater than 0"),
+        ("precision=fp8", "precision\n.*'bf16', 'fp16' or 'no'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            settings_from(tmp_path / "a.yaml", [wrong])
     (tmp_path / "a.yaml").write_text("stepz: 3\n")
     with pytest.raises(ValueError, match="no setting stepz"):
         settings_from(tmp_path / "a.yaml")
@@ -323,17 +359,25 @@ def test_the_warm_start_brings_the_projector_to_the_models_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "processes"), [("--cpu", 1), ("--multi_gpu", 2)])
-def test_accelerate_launch_with_two_processes_on_the_cpu(how, processes, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "how", "processes", "options"),
+    [
+        ("train_tokenflex.py", "--cpu", 1, ["script.warm_start=2"]),
+        ("train_tokenflex.py", "--multi_gpu", 2, ["script.warm_start=2", "--train-decoder"]),
+        ("train_atp.py", "--cpu", 1, []),
+        ("train_atp.py", "--multi_gpu", 2, []),
+    ],
+)
+def test_accelerate_launch_with_two_processes_on_the_cpu(script, how, processes, options, tmp_path):
     """With `--cpu` accelerate starts one process, whatever is asked; with `--multi_gpu` and this variable it is two."""
     command = [sys.executable, "-m", "accelerate.commands.launch", how, "--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(SCRIPTS / "train_tokenflex.py"), "--out", str(tmp_path), "device=cpu", "workers=0", "log_every=1"]
-    command += ["pictures=8", "questions=2", "steps=2", "batch=1", "script={warm_start: 2}"]
+    command += [str(SCRIPTS / script), "--out", str(tmp_path), "device=cpu", "workers=0", "log_every=1", *options]
+    command += ["pictures=8", "questions=2", "steps=2", "batch=1"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(log_of(tmp_path)) == [1, 2]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["processes"] == processes
-    with vlmslim.patch(load(Settings())[0], tmp_path / "final", keep=16) as slim:
-        assert set(slim.trained) == {"tokenflex"}
+    slim = vlmslim.from_pretrained(tmp_path / "final")
+    assert [f"train_{name}.py" for name in slim.trained] == [script]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import vlmslim
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-pytest.importorskip("yaml")
+pytest.importorskip("pydantic")
 
 import train_atp  # noqa: E402
 from finetune import Answers  # noqa: E402
