@@ -1,5 +1,6 @@
 """The papers' tables: that they are well-formed, and that only what is really comparable is set against ours."""
 
+import copy
 import csv
 import io
 import json
@@ -15,6 +16,7 @@ from vlmslim.evaluation.leaderboard import Leaderboard
 from vlmslim.evaluation.published import DIRECTORY, Paper, Published, load_papers
 from vlmslim.evaluation.render import FORMATS, render
 from vlmslim.evaluation.run import run
+from vlmslim.evaluation.scores import Score
 from vlmslim.methods import method, method_names
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
@@ -193,6 +195,15 @@ def test_a_share_and_a_count_that_come_to_the_same_match(llava):
     assert [line.label for line in match(llava, row={"keep": 56})] == ["divprune-0.098"]
     assert match(llava, row={"keep": 57}) == []
     assert [line.label for line in match(llava, row={"keep": 1 / 9})] == ["divprune-64"]
+
+
+def test_a_score_of_nothing_is_shown_in_the_papers_unit(llava):
+    board = copy.deepcopy(llava)
+    row = next(row for row in board.rows if row.label == "divprune-64")
+    row.scores["gqa"] = Score(0.0, None, 90, 0.0, 0.04)
+    table = Published.compare(board, [Paper.model_validate(changed())]).table(board)
+    texts = {column.name: column.texts for column in table.columns}
+    assert texts["here"] == ["0.0 ± 2.0"]  # per cent
 
 
 def test_what_differs_is_not_matched(llava):

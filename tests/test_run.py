@@ -169,6 +169,17 @@ def test_one_label_cannot_mean_two_methods(config):
     )
 
 
+def test_a_refused_run_changes_nothing(config):
+    entry = {"method": "fastv", "keep": 16, "label": "mine"}
+    before = run(config(methods=[entry]), harness=FakeHarness())
+    written = (config().output / "run.json").read_bytes()
+    for refused in ({"methods": [entry | {"layer": 3}]}, {"methods": [entry], "seed": 1}):
+        with pytest.raises(ConfigError):
+            run(config(**refused), harness=FakeHarness())
+    assert (config().output / "run.json").read_bytes() == written
+    assert Leaderboard.read(config().output) == before
+
+
 def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
     run(config(), harness=FakeHarness())
     store = Store(config().output)
@@ -281,9 +292,13 @@ def test_other_weights_are_timed_again(config, trained):
     run(settings, harness=FakeHarness())
     shutil.rmtree(config().output / "cells" / "flex")
     trained(seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, harness=FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt()))
+    rows = {row.label: row for row in Leaderboard.read(config().output).rows}
+    assert rows["flex"].prefill_ms is None and rows["divprune-64"].prefill_ms is not None  # not the old one's time
     harness = FakeHarness()
     run(settings, harness=harness)
-    assert [label for label, _ in harness.evaluated] == ["flex", "flex"]
+    assert [label for label, _ in harness.evaluated] == ["flex"]
     assert "flex" in harness.timed and "none" in harness.timed
 
 
@@ -483,6 +498,13 @@ def test_fresh_spares_other_files(config):
     assert (config().output / "notes.txt").read_text() == "mine"
 
 
+def test_a_fresh_run_leaves_no_old_leaderboard_behind(config):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(KeyboardInterrupt):
+        run(config(), fresh=True, harness=FakeHarness(fail_at=("none", "text"), failure=KeyboardInterrupt()))
+    assert not list(config().output.glob("leaderboard.*"))
+
+
 def test_cells_without_a_run_are_not_trusted(config):
     run(config(), harness=FakeHarness())
     (config().output / "run.json").unlink()
@@ -505,7 +527,7 @@ def test_questions_are_told_apart_by_what_is_asked():
     assert _questions([sample]) != _questions([sample | {"arguments": ["how many now?"]}])
 
 
-def test_provenance(tmp_path):
+def test_provenance(tmp_path, monkeypatch):
     from vlmslim.evaluation import provenance
 
     assert provenance.fingerprint("org/on-the-hub") is None
@@ -516,6 +538,14 @@ def test_provenance(tmp_path):
     assert provenance.fingerprint(str(tmp_path)) == first
     (tmp_path / "model.safetensors").write_bytes(b"13")
     assert provenance.fingerprint(str(tmp_path)) != first
+    monkeypatch.setattr(provenance, "_WHOLE", 2**20)  # a large file, of which the middle alone is trained
+    weights = bytearray(5 * 2**20 + 7)
+    seen = set()
+    for change in (slice(0, 1), slice(2 * 2**20 + 2**19, 3 * 2**20 + 2**19), slice(-1, None)):
+        weights[change] = b"1" * len(weights[change])
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        seen.add(provenance.fingerprint(str(tmp_path)))
+    assert len(seen) == 3
     assert "threads" in provenance.hardware("cpu")
 
 

@@ -173,6 +173,16 @@ def test_unknown_tasks_name_the_nearest(folder):
         run(load_config(folder / "typo.yaml", output=folder / "typo"))
 
 
+def test_unknown_metrics_are_told_before_anything_is_evaluated(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["tasks"] = [{"task": "micro_words", "metric": "lenght"}]
+    (folder / "metric.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(
+        ConfigError, match="micro_words reports no metric 'lenght'. Did you mean 'length'. It has length, acc"
+    ):
+        run(load_config(folder / "metric.yaml", output=folder / "metric"))
+
+
 @pytest.fixture(scope="module")
 def exported(folder, whole):
     config = load_config(folder / "config.yaml")

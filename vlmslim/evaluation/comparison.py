@@ -159,11 +159,6 @@ class Stability:
     lost: float | None
     won: float | None
 
-    @property
-    def flips(self) -> float | None:
-        """Questions whose score changed either way."""
-        return None if self.lost is None else self.lost + self.won
-
 
 @dataclass
 class Comparison:

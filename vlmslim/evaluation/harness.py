@@ -19,6 +19,7 @@ from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
 from vlmslim.saving import located
+from vlmslim.writing import write_atomically
 
 BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent
 #: lmms-eval's own default on the command line; the Python API would leave reasoning tags alone.
@@ -40,7 +41,7 @@ class Tasks:
     """The tasks of a configuration, by name; nothing is downloaded.
 
     Raises:
-        ConfigError: a task does not exist; the message names the nearest.
+        ConfigError: a task does not exist, or does not report the metric asked for; the message names the nearest.
     """
 
     def __init__(self, config: RunConfig):
@@ -57,6 +58,13 @@ class Tasks:
             for name in self._leaves(task.task):
                 leaves.setdefault(name, task.model_copy(update={"task": name}))
         self.leaves = list(leaves.values())
+        for leaf in self.leaves:  # now, not when everything is evaluated
+            known = self.metrics(leaf.task)
+            if leaf.metric is not None and known and leaf.metric not in known:
+                hint = did_you_mean(leaf.metric, known)
+                raise ConfigError(
+                    f"tasks: {leaf.task} reports no metric {leaf.metric!r}.{hint} It has {', '.join(known)}"
+                )
 
     def _leaves(self, name: str) -> list[str]:
         """The tasks inside a group or a tag; a task by itself."""
@@ -249,7 +257,7 @@ def export(config: RunConfig, tasks: Tasks, directory: Path) -> list[Path]:
                 "output_path": str(directory / "results" / path.stem),
                 "verbosity": "DEBUG",  # at any other level lmms-eval ends with exit status 0 after a failure
             } | ({} if config.limit is None else {"limit": config.limit})
-            path.write_text(yaml.safe_dump(plain, sort_keys=False, width=1000), encoding="utf-8")
+            write_atomically(path, yaml.safe_dump(plain, sort_keys=False, width=1000))
             paths.append(path)
     return paths
 

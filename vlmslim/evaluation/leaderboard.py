@@ -147,8 +147,9 @@ class Leaderboard:
             own = [cell for (label, _), cell in cells.items() if label == row.label]
             _add_cost(row, [cell["receipt"] for cell in own], shape)
             _add_solution(row, [cell["budget"] for cell in own if "budget" in cell])
-            _add_times(row, timing.get("times", {}))
             row.stages = own[0]["stages"] if own else row.stages
+            if _is_timed(row, own, run, timing):
+                _add_times(row, timing["times"][row.label])
             row.provenance = _provenance(own)
         _add_ratios(rows, tasks, metrics, groups)
         board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups)
@@ -246,9 +247,17 @@ def _add_solution(row: Row, budgets: list[dict]) -> None:
         row.spent, row.spent_low, row.spent_high = statistics.fmean(spent), min(spent), max(spent)
 
 
+def _is_timed(row: Row, cells: list[dict], run: dict, timing: dict) -> bool:
+    """Whether there are times of this very row: of another method, or other weights, of its label they say nothing."""
+    settings = timing.get("settings", {})
+    weights = [cell["weights"] for cell in cells[:1] if "weights" in cell]
+    timed = [row.label, row.stages, *weights] in settings.get("rows", [])
+    return timed and settings["config_hash"] == digest(run["shared"])
+
+
 def _add_times(row: Row, times: dict) -> None:
     for name in ("prefill_ms", "prefill_ratio", "decode_ms", "decode_ratio"):
-        setattr(row, name, times.get(row.label, {}).get(name))
+        setattr(row, name, times[name])
 
 
 def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
@@ -335,10 +344,11 @@ def _facts(run: dict, cells: dict, timing: dict) -> dict:
         return sorted({str(cell[name]) for cell in cells.values()})
 
     receipts = [cell["receipt"] for cell in cells.values()]
+    images = sum(r["images"] for r in receipts)
     return {
         "model": config["model"],
         "checkpoint": config["checkpoint"]["identity"],
-        "visual_tokens": statistics.fmean(r["visual_tokens"] for r in receipts),
+        "visual_tokens": sum(r["visual_tokens"] * r["images"] for r in receipts) / max(images, 1),
         "tower_flops": config["checkpoint"]["tower_flops"],
         "seed": config["seed"],
         "limit": config["limit"],

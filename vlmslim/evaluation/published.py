@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import vlmslim
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard, Row
-from vlmslim.evaluation.tables import NOTHING, Column, Table, number, score_text
+from vlmslim.evaluation.tables import Column, Table, number, score_text
 
 #: Beside the package in a checkout; not part of an installed one.
 DIRECTORY = Path(vlmslim.__file__).resolve().parent.parent / "assets" / "published"
@@ -140,6 +140,7 @@ def load_papers(directory: Path | str = DIRECTORY) -> list[Paper]:
 class Line:
     """A published number and ours, in the paper's unit.
 
+    unit       : of both numbers, as the paper's benchmark has it
     *_relative : over the unpruned model of the same table, and of our run
     """
 
@@ -149,6 +150,7 @@ class Line:
     theirs: float
     ours: float
     difference: float
+    unit: str
     theirs_relative: float | None
     ours_relative: float | None
     arxiv: str
@@ -240,6 +242,7 @@ def _lines(board: Leaderboard, paper: Paper, table: PublishedTable, published: P
                 theirs=theirs,
                 ours=round(ours, 9),
                 difference=round(ours - theirs, 9),
+                unit=benchmark.unit,
                 theirs_relative=theirs / original if original else None,
                 ours_relative=row.scores[task].value / unpatched if unpatched else None,
                 arxiv=paper.arxiv,
@@ -295,5 +298,4 @@ def _digits(line: Line) -> int:
 
 def _ours(board: Leaderboard, row: Row, line: Line) -> str:
     """Our score with its interval, in the paper's unit."""
-    score = row.scores[line.task]
-    return score_text(score, 100 if line.ours != score.value else 1) if score else NOTHING
+    return score_text(row.scores[line.task], _scale(board, line.task, line.unit))

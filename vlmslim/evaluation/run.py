@@ -95,17 +95,16 @@ class _Run:
         }
         checkpoint = harness.describe_checkpoint(config)
         self.shape = DecoderShape(**checkpoint["shape"])
-        self.hash = store.open_run(
-            shared=config.shared() | {"checkpoint": checkpoint["identity"], "versions": self.record["versions"]},
-            config={
-                "model": config.model.pretrained,
-                "checkpoint": checkpoint,
-                "limit": config.limit,
-                "seed": config.seed,
-                "tasks": [task.model_dump() for task in self.tasks],
-                "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
-            },
-        )
+        self.shared = config.shared() | {"checkpoint": checkpoint["identity"], "versions": self.record["versions"]}
+        self.described = {
+            "model": config.model.pretrained,
+            "checkpoint": checkpoint,
+            "limit": config.limit,
+            "seed": config.seed,
+            "tasks": [task.model_dump() for task in self.tasks],
+            "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
+        }
+        self.hash = store.check_run(self.shared)
         self._loaded = None
 
     @property
@@ -121,6 +120,7 @@ class _Run:
         self.variants = self._solved()
         cells = [(variant, task.task) for variant in self.variants for task in self.tasks]
         todo = [(v, task) for v, task in cells if not self._is_finished(v, kept[v.label, task])]
+        self.store.save_run(self.shared, self.described)  # what was refused so far has changed nothing
         self.display.cells(len(cells), len(cells) - len(todo))
         for variant, own in groupby(todo, key=lambda cell: cell[0]):
             for _, task in own:

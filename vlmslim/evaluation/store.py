@@ -17,6 +17,14 @@ from pathlib import Path
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.writing import write_atomically
 
+#: Files beside the cells that `clear` deletes.
+RESULTS = (
+    "run.json",
+    "solutions.json",
+    "timing.json",
+    *(f"leaderboard.{end}" for end in ("md", "csv", "json", "html")),
+)
+
 
 def digest(value) -> str:
     """A hash of anything JSON-able, independent of the order of keys."""
@@ -48,15 +56,14 @@ class Store:
 
     @property
     def run(self) -> dict | None:
-        """What `open_run` wrote; None in a directory without a run."""
+        """What `save_run` wrote; None in a directory without a run."""
         return _unsealed(self.directory / "run.json")
 
-    def open_run(self, shared: dict, config: dict) -> str:
-        """Start or continue a run.
+    def check_run(self, shared: dict) -> str:
+        """Whether results may be added to those that are there; nothing is written.
 
         Args:
             shared: everything that changes the numbers of all cells; a run goes on only with the very same.
-            config: the configuration as a whole; methods and tasks may be added from run to run.
 
         Returns:
             The hash of `shared`, which every cell carries.
@@ -73,13 +80,17 @@ class Store:
                 + "\n".join(f"  {line}" for line in differences)
                 + "\nUse another --output directory, restore the configuration, or start over with --fresh"
             )
-        write_atomically(self.directory / "run.json", _sealed({"shared": shared, "config": config}))
         return digest(shared)
+
+    def save_run(self, shared: dict, config: dict) -> None:
+        """Write what every cell shares, and the configuration; methods and tasks may be added from run to run."""
+        write_atomically(self.directory / "run.json", _sealed({"shared": shared, "config": config}))
 
     def clear(self) -> None:
         """Delete the results, and nothing else that may lie in the directory."""
-        shutil.rmtree(self.directory / "cells", ignore_errors=True)
-        for name in ("run.json", "solutions.json", "timing.json"):
+        if (self.directory / "cells").is_dir():
+            shutil.rmtree(self.directory / "cells")
+        for name in RESULTS:
             (self.directory / name).unlink(missing_ok=True)
 
     def save_solutions(self, record: dict) -> None:
