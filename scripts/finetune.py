@@ -194,7 +194,7 @@ def finetune(
         cpu=settings.device == "cpu",
         gradient_accumulation_steps=settings.accumulate,
     )
-    tuned, accumulate = _prepared(slim, settings), settings.accumulate
+    tuned, accumulate = prepared(slim, settings), settings.accumulate
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(f"{slim} has nothing to train; set train_decoder to train the language model under it")
@@ -358,8 +358,8 @@ class Run:
         return state["step"]
 
 
-def _prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
-    """Freeze what is not trained; what is trained becomes fp32."""
+def prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
+    """The patched model ready to train: what is not trained is frozen, what is trained is fp32."""
     model, tuned = slim.model, Tuned(slim)
     model.requires_grad_(False)
     if settings.train_decoder:

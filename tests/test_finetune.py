@@ -20,7 +20,7 @@ sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("pydantic")
 
 from conversations import IGNORED, Collator, Conversations, Item, RecordError, Scenes  # noqa: E402
-from finetune import Settings, Tuned, answer_loss, finetune, load, schedule, settings_from  # noqa: E402
+from finetune import Settings, Tuned, answer_loss, finetune, load, prepared, schedule, settings_from  # noqa: E402
 
 FEW = dict(counts=[4, 9], probabilities=[0.5, 0.5])
 
@@ -293,6 +293,19 @@ def test_a_tuned_decoder_is_trained_in_fp32_and_saved_with_the_patch(dtype, tmp_
     assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in tower.items())
     again = vlmslim.from_pretrained(tmp_path / "final").model
     assert all(torch.equal(v, trained.get(k, before[k]).to(v.dtype)) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["picture", "text alone"])
+def test_every_trained_parameter_gets_a_gradient(shown):
+    """Zero where a batch does not need it: several processes wait for each other's gradients of everything."""
+    model, processor, _ = load(small())
+    turns = [human("<image>What is it?" if shown else "Say yes."), gpt("yes")]
+    inputs = Collator(processor)([Item("it", Image.new("RGB", (50, 50)) if shown else None, (turns,))])
+    with vlmslim.patch(model, "tokenflex", weights="random", keep=9, **FEW) as slim:
+        tuned = prepared(slim, small(train_decoder=True))
+        tuned(**{k: v for k, v in inputs.items() if k not in ("skipped", "where")}).loss.backward()
+    without = [name for name, p in tuned.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without and any(p.requires_grad for p in model.parameters())
 
 
 def test_a_method_with_nothing_to_train(tmp_path):
