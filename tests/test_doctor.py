@@ -3,6 +3,7 @@
 The faults are those of released tools, by their number in test_traps.py where they have one.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -177,6 +178,15 @@ def test_a_budget_that_is_not_met(failed):
 
     found = failed(Twice())
     assert list(found) == ["budget"] and "kept of 4 asked for" in found["budget"]
+
+
+def test_a_budget_that_a_later_stage_does_not_meet(failed):
+    class Lax(Late):
+        def retain(self, tokens):
+            return tokens.top(self.score(tokens), min(2 * self.keep, 1.0))
+
+    found = failed([Plain(keep=0.5), Lax()])
+    assert found == {"budget": "8 kept of 4 asked for"}
 
 
 def test_a_ranking_that_depends_on_the_neighbours(failed):
@@ -558,6 +568,10 @@ def test_refusals(load):
     with pytest.raises(ValueError, match="training mode"):
         doctor.examine(model.train(), processor, ["none"])
     model.eval()
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="logits in torch.float32 are not all finite.*another dtype"):
+        doctor.examine(broken, processor, ["none"])  # differences to it are no numbers: everything would pass
     processor.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="pad_token"):
         doctor.examine(model, processor, ["none"])

@@ -62,7 +62,8 @@ def examine(
 
     Raises:
         TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for.
-        ValueError: the model is in training mode, or its tokenizer has no padding token.
+        ValueError: the model is in training mode, answers with numbers that are not finite, or its tokenizer has no
+            padding token.
     """
     family_of(model)
     if model.training:

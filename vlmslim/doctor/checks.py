@@ -123,17 +123,21 @@ def video(patient: Patient) -> Outcome:
 
 
 def budget(patient: Patient) -> Outcome:
-    """It keeps as many visual tokens of every image as it was asked to."""
+    """It keeps as many visual tokens of every image as it was asked to, at the entrance and in the last layer."""
     _, last = patient.first
-    images = [image for row in last.images for image in row]
-    if any(image.requested is None for image in images):
+    before, pruners = patient.slim._decoder.before_llm, patient.slim._decoder.pruners
+    pairs = []
+    if before or not pruners:
+        pairs += [(image.kept, image.requested) for row in last.images for image in row]
+    if pruners:
+        final = pruners[max(pruners)]
+        asked = [[final.requested(image.kept) for image in row] for row in last.images]
+        pairs += [(n, sum(row)) for n, row in zip(last.visual[-1], asked, strict=True) if row and None not in row]
+    pairs = [pair for pair in pairs if pair[1] is not None]
+    if not pairs:
         raise NotApplicable("the method decides itself how many tokens stay")
-    if patient.slim._decoder.before_llm:
-        kept, asked = [image.kept for image in images], [image.requested for image in images]
-    else:
-        kept, asked = last.visual[-1], [sum(image.requested for image in row) for row in last.images]
-    worst = max(zip(kept, asked, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
-    return Outcome(abs(worst[0] - worst[1]), 0, "tokens", f"{worst[0]} kept of {worst[1]} asked for")
+    kept, wanted = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+    return Outcome(abs(kept - wanted), 0, "tokens", f"{kept} kept of {wanted} asked for")
 
 
 def batch(patient: Patient) -> Outcome:

@@ -1,5 +1,6 @@
 """What is asked of a model again and again, patched or not, and what the unpatched one answers."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -125,6 +126,9 @@ class Baseline(Witness):
     backend : its attention implementation
     peak    : peak bytes of a short generation
     shapes  : shapes of all tensors that are made in the prefill of the long row
+
+    Raises:
+        ValueError: the model answers with numbers that are not finite, and then nothing could be told from it.
     """
 
     def __init__(self, model: nn.Module, prompts: Prompts):
@@ -139,6 +143,11 @@ class Baseline(Witness):
             abs(loss(model, prompts.inputs(), answer) - float(likelihood(together, answer).mean())),
             torch.finfo(model.dtype).eps * float(together.std()),
         )
+        if not math.isfinite(self.noise + self.wobble):
+            raise ValueError(
+                f"the unpatched model's logits in {model.dtype} are not all finite, so there is nothing to hold a "
+                "method against; use another dtype, or a checkpoint that is whole"
+            )
         self.backend = model.config.get_text_config()._attn_implementation
         self.peak = peak_memory(model, prompts.inputs())
         self.shapes = shapes(model, prompts.inputs((LONG,)))
