@@ -621,6 +621,24 @@ def test_the_command(folder, monkeypatch):
     assert failure["measured"] > failure["tolerance"] == 0
 
 
+@pytest.mark.slow
+def test_a_saved_patch_is_examined_on_its_checkpoint():
+    done = CliRunner().invoke(app, ["doctor", "bundled/tiny-tokenflex", "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    read = json.loads(done.stdout)
+    assert {finding["method"] for finding in read["findings"]} == {"bundled/tiny-tokenflex"}
+    assert read["model"]["checkpoint"].endswith("tiny-llava")
+
+
+def test_a_package_that_a_method_lacks_is_told(folder, monkeypatch):
+    def lacking(self, model):
+        raise ImportError("recoverable needs open_clip: pip install open_clip_torch")
+
+    monkeypatch.setattr(Uniform, "setup", lacking)
+    done = CliRunner().invoke(app, ["doctor", checkpoint("llava", folder), "-m", "uniform", "--device", "cpu"])
+    assert done.exit_code == 2 and "pip install open_clip_torch" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -170,7 +170,7 @@ def doctor(
     checkpoint: Annotated[str, typer.Argument(metavar="PRETRAINED", help="A path, a hub id, or bundled/NAME.")],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Such as fastv:layer=3:keep=64; stages with +; repeat it. Default: all."),
+        typer.Option("--method", "-m", help="Such as fastv:layer=3:keep=64; stages with +; repeat it. Default: saved or all."),
     ] = None,
     keep: Annotated[float, typer.Option(help="Visual tokens per image of methods given without keep.")] = 0.25,
     dtype: Annotated[
@@ -187,13 +187,15 @@ def doctor(
     from transformers.utils import logging
 
     from vlmslim.doctor import examine, load, parse
+    from vlmslim.saving import read
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     budget = int(keep) if keep > 1 else keep
     with Console(stderr=True).status("loading") as status:
         try:
-            methods = None if method is None else [parse(text, budget) for text in method]
+            saved = [checkpoint] if method is None and read(checkpoint) is not None else None
+            methods = saved if method is None else [parse(text, budget) for text in method]
             model, processor = load(checkpoint, dtype=dtype, device=device, attention=attention)
             report = examine(
                 model,
@@ -202,7 +204,7 @@ def doctor(
                 keep=budget,
                 on_finding=lambda finding: status.update(f"{finding.method}: {finding.check}"),
             )
-        except (OSError, TypeError, ValueError) as error:  # a missing checkpoint, an unsupported one, a wrong option
+        except (ImportError, OSError, TypeError, ValueError) as error:  # no such checkpoint, method, option or package
             _fail(error)
     if as_json:
         typer.echo(report.to_json())

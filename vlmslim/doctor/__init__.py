@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from vlmslim import bundled
 from vlmslim.compressor import Keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.prompts import Prompts, why_no_video
@@ -33,6 +32,7 @@ from vlmslim.doctor.watch import Snapshot
 from vlmslim.efficiency.bench import parse_method
 from vlmslim.families import family_of
 from vlmslim.methods import method_class, method_names
+from vlmslim.saving import located
 from vlmslim.slim import Method, Slim, patch
 
 __all__ = ["Finding", "Report", "examine", "load", "parse"]
@@ -124,7 +124,7 @@ def takes_budget(name: str) -> bool:
 def load(
     checkpoint: str, *, dtype: str = "float32", device: str | None = None, attention: str = "sdpa"
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A checkpoint and its processor, ready for `examine`.
+    """A checkpoint and its processor, ready for `examine`; of a saved patch, the checkpoint under it.
 
     Raises:
         OSError: there is no such checkpoint.
@@ -132,9 +132,10 @@ def load(
     """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
-    path = bundled.resolve(checkpoint)
-    processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    path, commit, _ = located(checkpoint, None, None, None, {})
+    hub = {"revision": commit or "main"}
+    processor = AutoProcessor.from_pretrained(path, **hub)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, **hub)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
