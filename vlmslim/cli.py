@@ -170,7 +170,9 @@ def doctor(
     checkpoint: Annotated[str, typer.Argument(metavar="PRETRAINED", help="A path, a hub id, or bundled/NAME.")],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Such as fastv:layer=3:keep=64; stages with +; repeat it. Default: saved or all."),
+        typer.Option(
+            "--method", "-m", help="As fastv:layer=3:keep=64; stages with +; repeat it. Default: the saved one, or all."
+        ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Visual tokens per image of methods given without keep.")] = 0.25,
     dtype: Annotated[
