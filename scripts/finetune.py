@@ -47,7 +47,7 @@ class Settings:
     pictures: PositiveInt = 2400  # of the bundled training set
     questions: PositiveInt = 8  # about each picture of the bundled training set
     steps: NonNegativeInt = 300  # 0: as many as `epochs` take
-    epochs: PositiveFloat = 1.0
+    epochs: PositiveFloat = 1.0  # over the data, where steps is 0
     batch: PositiveInt = 8
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-3
@@ -91,7 +91,10 @@ def settings_from(config: Path, overrides: Sequence[str] = ()) -> Settings:
     defaults, given = asdict(Settings()), read_config(config)
     if unknown := given.keys() - defaults.keys():
         raise ValueError(f"{config}: no setting {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-    return Settings(**override(defaults | given, overrides))
+    settings = Settings(**override(defaults | given, overrides))
+    if settings.steps and "epochs" in {*given, *(text.partition("=")[0] for text in overrides)}:
+        raise ValueError(f"steps={settings.steps} leaves epochs without effect: give steps=0 with them")
+    return settings
 
 
 def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin, Dataset]:

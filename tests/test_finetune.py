@@ -327,11 +327,13 @@ def test_settings_are_checked(tmp_path):
     assert settings_from(tmp_path / "a.yaml", ["method.pool=mean", "precision=no", "lr=5e-4"]) == Settings(
         steps=3, method={"counts": [4], "pool": "mean"}, precision="no", lr=5e-4
     )
+    assert settings_from(tmp_path / "a.yaml", ["steps=0", "epochs=2"]).epochs == 2
     for wrong, says in (
         ("stepz=3", "no setting 'stepz'"),
         ("steps", "'steps' sets nothing"),
         ("steps=many", "steps\n.*integer"),
         ("batch=0", "batch\n.*greater than 0"),
+        ("epochs=2", "steps=3 leaves epochs without effect"),
         ("precision=fp8", "precision\n.*'bf16', 'fp16' or 'no'"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -101,7 +101,7 @@ def test_the_loss_is_the_sum_of_equation_14(average, away):
 
 
 def test_a_budget_says_what_it_averages():
-    with pytest.raises(ValueError, match="'modules' or 'layers'"):
+    with pytest.raises(ValueError, match="average='everything': use one of 'modules', 'layers'"):
         train_atp.Budget(target=2, average="everything")
     with pytest.raises(TypeError, match="target"):
         train_atp.Budget()
