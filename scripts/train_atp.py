@@ -24,8 +24,6 @@ class Budget:
     depth_weight   : lambda_atp
     target_weight  : lambda_target, per token
     temperature    : T of the soft masks, at the first step and at the last; geometric in between
-    counted        : what the losses count: the "soft" masks, or what the rule of inference keeps, "hard", with the
-                     gradient of the soft masks
     """
 
     target: float
@@ -33,10 +31,9 @@ class Budget:
     depth_weight: float = 0.05
     target_weight: float = 0.2
     temperature: tuple[float, float] = (10.0, 60.0)
-    counted: str = "soft"
 
     def __post_init__(self):
-        check_choices(self, average=("modules", "layers"), counted=("soft", "hard"))
+        check_choices(self, average=("modules", "layers"))
 
     def anneal(self, modules: Modules, steps: int) -> Callable[[int], None]:
         """What sets the temperature before each step."""
@@ -56,13 +53,10 @@ class Budget:
                 return answers.loss, {}
             soft, hard = modules.counts("soft"), modules.counts("hard").float()
             modules.decisions = []
-            counted = soft if self.counted == "soft" else hard + soft - soft.detach()
-            average, masked, really = (
-                mean_tokens(counts, modules.layers, modules.patches, over) for counts in (counted, soft, hard)
-            )
-            away = target_loss(average, self.target)
-            deep = depth_loss(counted, modules.layers, modules.patches)
-            numbers = {"away": away, "deep": deep, "soft": masked.mean(), "hard": really.mean()}
+            kept, really = (mean_tokens(counts, modules.layers, modules.patches, over) for counts in (soft, hard))
+            away = target_loss(kept, self.target)
+            deep = depth_loss(soft, modules.layers, modules.patches)
+            numbers = {"away": away, "deep": deep, "soft": kept.mean(), "hard": really.mean()}
             numbers["spread"] = really.std(correction=0)
             numbers |= {f"after_{layer}": hard[:, i].mean() for i, layer in enumerate(modules.layers)}
             return answers.loss + self.depth_weight * deep + self.target_weight * away, numbers
