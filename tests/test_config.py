@@ -215,6 +215,7 @@ def test_what_makes_runs_comparable(load):
         ({"methods": [{"method": "none", "budget": {"tflops_ratio": 0.1}}]}, "none: nothing is left to solve"),
         ("just words", "a configuration is a mapping"),
         ("model: [", "not readable as YAML"),
+        ({"tasks": ["count", {"task": "count", "metric": "acc"}]}, "tasks: listed twice: count"),
         ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
     ],
 )

@@ -183,6 +183,15 @@ def test_unknown_metrics_are_told_before_anything_is_evaluated(folder):
         run(load_config(folder / "metric.yaml", output=folder / "metric"))
 
 
+def test_the_own_entry_of_a_task_says_more_than_its_groups(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["tasks"] = [{"task": "micro", "group": "OCR"}, {"task": "micro_words", "metric": "acc"}]
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    leaves = {leaf.task: leaf for leaf in harness.Tasks(load_config(folder / "own.yaml")).leaves}
+    assert list(leaves) == ["micro_words", "micro_choice"]
+    assert (leaves["micro_words"].metric, leaves["micro_choice"].group) == ("acc", "OCR")
+
+
 @pytest.fixture(scope="module")
 def exported(folder, whole):
     config = load_config(folder / "config.yaml")

@@ -30,6 +30,7 @@ from pydantic import (
     StrictInt,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -191,6 +192,14 @@ class RunConfig(_Strict):
     output: Path
     include_path: list[Path] = []
     timing: TimingConfig | None = TimingConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks):
+        names = [task.task for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"listed twice: {', '.join(twice)}")
+        return tasks
 
     def variants(self) -> list["Variant"]:
         """Every method at every budget: the unpatched model first, then the baselines, then the methods.

@@ -56,6 +56,8 @@ class Tasks:
         leaves: dict[str, TaskConfig] = {}
         for task in config.tasks:
             for name in self._leaves(task.task):
+                if name == task.task:  # its own entry says more than its group's
+                    leaves[name] = task
                 leaves.setdefault(name, task.model_copy(update={"task": name}))
         self.leaves = list(leaves.values())
         for leaf in self.leaves:  # now, not when everything is evaluated
