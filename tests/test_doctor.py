@@ -4,6 +4,7 @@ The faults are those of released tools, by their number in test_traps.py where t
 """
 
 import copy
+import io
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lmms_fixtures import FAMILIES, checkpoint
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
@@ -582,6 +584,17 @@ def test_refusals(load):
 def test_an_empty_report_has_not_passed(load):
     report = doctor.examine(*load(), [])
     assert not report.passed
+
+
+def test_a_narrow_terminal_shows_every_method_and_check():
+    names = ["bipartitemerge", "divprune(keep=128) + fastv(keep=64)"]
+    report = doctor.Report({"checkpoint": "x", "dtype": "float32", "device": "cpu", "attention": "sdpa"}, 1e-5, 10)
+    report.findings = [doctor.Finding(name, check, "pass") for name in names for check in CHECKS]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.render())
+    rows = [line for line in console.export_text().splitlines() if "✓" in line]
+    assert [line.count("✓") for line in rows] == [len(CHECKS)] * 2
+    assert all(line.startswith(name) for line, name in zip(rows, names, strict=True))
 
 
 def test_methods_on_the_command_line(tmp_path):

@@ -130,7 +130,11 @@ class Report:
 
         checks = dict.fromkeys(finding.check for finding in self.findings if finding.check != "patch")
         marks = {(finding.method, finding.check): _MARKS[finding.status] for finding in self.findings}
-        table = Table("method", *(Column(check, overflow="fold") for check in checks), box=None, pad_edge=False)
+        columns = [
+            Column("method", no_wrap=True),
+            *(Column(check, overflow="fold") for check in checks),
+        ]
+        table = Table(*columns, box=None, pad_edge=False)
         for method in methods:
             table.add_row(escape(method), *(marks.get((method, check), "[dim]–[/]") for check in checks))
         return table
