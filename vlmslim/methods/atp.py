@@ -85,13 +85,17 @@ def target_loss(average: Tensor, target: float) -> Tensor:
 
 
 class Heads(nn.Linear):
-    """Two logits that at first lie at -2 and 0, so that most tokens stay."""
+    """Two logits that at first lie at -2 and 3: most tokens stay for their content, almost none for their place alone.
+
+    A sampling threshold that starts between two grids keeps one of them for good, wanted or not: once the soft masks
+    are steep, it has no gradient.
+    """
 
     def reset_parameters(self) -> None:
         """As a linear layer, but for the bias."""
         super().reset_parameters()
         with torch.no_grad():
-            self.bias.copy_(torch.tensor([-2.0, 0.0]))
+            self.bias.copy_(torch.tensor([-2.0, 3.0]))
 
 
 class Thresholds(nn.Module):
