@@ -14,8 +14,9 @@ from evaluation_doubles import SHAPE, FakeHarness, write_config
 from vlmslim.budget import Solution
 from vlmslim.efficiency import prefill_flops
 from vlmslim.evaluation.config import ConfigError, load_config
-from vlmslim.evaluation.leaderboard import Leaderboard, Row, _add_fronts, _add_ratios
+from vlmslim.evaluation.leaderboard import Leaderboard, _add_fronts, _add_ratios
 from vlmslim.evaluation.render import FORMATS, render
+from vlmslim.evaluation.rows import Row
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.scores import Score, metric_of, score_of, source_of, stderr_of_mean
 from vlmslim.evaluation.significance import wilson

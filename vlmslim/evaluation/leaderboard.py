@@ -4,88 +4,16 @@ import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlmslim.efficiency import DecoderShape, prefill_flops
+from vlmslim.efficiency import DecoderShape
 from vlmslim.evaluation.comparison import Comparison, TaskAnswers, compare
 from vlmslim.evaluation.config import ConfigError
-from vlmslim.evaluation.scores import Score, metric_of, score_of, source_of
+from vlmslim.evaluation.rows import Row
+from vlmslim.evaluation.scores import metric_of, score_of, source_of
 from vlmslim.evaluation.significance import pareto_front
 from vlmslim.evaluation.store import Store, digest
 from vlmslim.evaluation.task_groups import GROUPS, group_of
 
 UNPATCHED = "none"
-#: What every cell records; weights only those of trained methods.
-PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware", "weights")
-
-
-@dataclass
-class Row:
-    """One method at one budget. Tokens are per image, and per prompt where layers are averaged.
-
-    budget     : the `keep` or the cost asked for, which groups rows; None for the unpatched model
-    scores     : task -> score; tasks that are not finished are missing
-    relative   : mean over tasks of the score over the unpatched model's, with its 95 % interval; None until every task
-                 is finished
-    groups     : group of tasks -> the same mean over its tasks
-    rank       : by `relative` within the budget; rows share a rank where no difference is significant
-    loyalty, lost, won : answers equal to the unpatched model's, and scores below and above its, as shares of the
-                 questions, averaged over tasks
-    pareto     : the costs at which no row has a better average for at most the same cost
-    stages     : the methods with their options
-    provenance : configuration hash, seed, versions, commit, hardware and weights behind the row's cells
-    requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
-                 and averaged over its layers
-    kept_low, kept_high : fewest and most that an image sent; None in old receipts
-    solved     : of a budget that is a cost: the option that was solved, its value, and what the sample prompts cost
-    spent, spent_low, spent_high : what the tasks then really cost in that currency: mean, least and most over tasks
-    flops      : analytic prefill FLOPs of the language model
-    kv_bytes   : of the prompt's KV cache
-    selection_ms : measured time that a prompt of the evaluation spent in the methods; None in old receipts
-    positions  : what the language model saw, "renumbered" or "original"
-    prefill_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
-    """
-
-    label: str
-    budget: int | float | dict | None
-    scores: dict[str, Score] = field(default_factory=dict)
-    relative: float | None = None
-    relative_low: float | None = None
-    relative_high: float | None = None
-    groups: dict[str, float] = field(default_factory=dict)
-    rank: int | None = None
-    loyalty: float | None = None
-    lost: float | None = None
-    won: float | None = None
-    pareto: list[str] = field(default_factory=list)
-    requested: float | None = None
-    kept: float | None = None
-    kept_low: int | None = None
-    kept_high: int | None = None
-    last: float | None = None
-    equivalent: float | None = None
-    solved: dict | None = None
-    spent: float | None = None
-    spent_low: float | None = None
-    spent_high: float | None = None
-    flops: float | None = None
-    flops_ratio: float | None = None
-    kv_bytes: float | None = None
-    selection_ms: float | None = None
-    positions: str | None = None
-    prefill_ms: float | None = None
-    prefill_ratio: float | None = None
-    decode_ms: float | None = None
-    decode_ratio: float | None = None
-    stages: list[dict] = field(default_factory=list)
-    provenance: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def budget_name(self) -> str:
-        """The budget in a word: 64, 0.25, equivalent_tokens=64, or all."""
-        if self.budget is None:
-            return "all"
-        if isinstance(self.budget, dict):
-            return ", ".join(f"{name}={value}" for name, value in self.budget.items())
-        return str(self.budget)
 
 
 @dataclass
@@ -133,8 +61,10 @@ class Leaderboard:
         given = {task["task"]: task.get("group") for task in config["tasks"]}
         groups = {task: given[task] or group_of(task) for task in tasks}
         shape = DecoderShape(**config["checkpoint"]["shape"])
-        timing = store.timing or {}
-        rows = [Row(entry["label"], entry["budget"], stages=entry["stages"]) for entry in config["rows"]]
+        timing = store.timing
+        timing = timing if timing and timing["settings"]["config_hash"] == digest(run["shared"]) else {}
+        own = {label: [cell for (owner, _), cell in cells.items() if owner == label] for label, _ in cells}
+        rows = [Row.read(entry, own.get(entry["label"], []), shape, timing) for entry in config["rows"]]
         rows.sort(key=_group_order)
         answers = []
         for task in tasks:
@@ -143,14 +73,6 @@ class Leaderboard:
                 if row.label in samples:
                     row.scores[task] = score_of(cells[row.label, task], task, metrics[task][0], samples[row.label])
             answers.append(TaskAnswers.collect(task, samples, *metrics[task], source_of(first[task], task)))
-        for row in rows:
-            own = [cell for (label, _), cell in cells.items() if label == row.label]
-            _add_cost(row, [cell["receipt"] for cell in own], shape)
-            _add_solution(row, [cell["budget"] for cell in own if "budget" in cell])
-            row.stages = own[0]["stages"] if own else row.stages
-            if _is_timed(row, own, run, timing):
-                _add_times(row, timing["times"][row.label])
-            row.provenance = _provenance(own)
         _add_ratios(rows, tasks, metrics, groups)
         board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups)
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
@@ -210,54 +132,6 @@ def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
         if len(seen) > 1:
             labels = " and ".join(seen.values())
             raise ConfigError(f"{labels} answered different questions of {task}; start over with --fresh")
-
-
-def _add_cost(row: Row, receipts: list[dict], shape: DecoderShape) -> None:
-    """Tokens, FLOPs and bytes, averaged over the images or prompts of all tasks."""
-    images, prompts = sum(r["images"] for r in receipts), sum(r["prompts"] for r in receipts)
-    if not images or not prompts:
-        return
-
-    def per_image(key: str) -> float | None:
-        known = [r for r in receipts if r[key] is not None and r["images"]]
-        return sum(r[key] * r["images"] for r in known) / sum(r["images"] for r in known) if known else None
-
-    def per_prompt(values: list[float]) -> float:
-        return sum(v * r["prompts"] for v, r in zip(values, receipts, strict=True)) / prompts
-
-    row.requested, row.kept = per_image("requested"), per_image("kept")
-    ranges = [r.get("kept_range") for r in receipts if r["images"]]
-    if None not in ranges:
-        row.kept_low, row.kept_high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    row.last = per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images
-    row.equivalent = per_prompt([r["equivalent_tokens"] for r in receipts])
-    row.kv_bytes = per_prompt([r["kv_bytes"] for r in receipts])
-    if all("selection_ms" in r for r in receipts):
-        row.selection_ms = per_prompt([r["selection_ms"] for r in receipts])
-    row.positions = ", ".join(sorted({r["positions"] for r in receipts}))
-    lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
-    row.flops = per_prompt([prefill_flops(shape, length) for length in lengths])
-
-
-def _add_solution(row: Row, budgets: list[dict]) -> None:
-    """What a cost came to, from the records of the row's cells."""
-    if budgets:
-        spent = [budget["spent"] for budget in budgets]
-        row.solved = {name: value for name, value in budgets[0].items() if name != "spent"}
-        row.spent, row.spent_low, row.spent_high = statistics.fmean(spent), min(spent), max(spent)
-
-
-def _is_timed(row: Row, cells: list[dict], run: dict, timing: dict) -> bool:
-    """Whether there are times of this very row: of another method, or other weights, of its label they say nothing."""
-    settings = timing.get("settings", {})
-    weights = [cell["weights"] for cell in cells[:1] if "weights" in cell]
-    timed = [row.label, row.stages, *weights] in settings.get("rows", [])
-    return timed and settings["config_hash"] == digest(run["shared"])
-
-
-def _add_times(row: Row, times: dict) -> None:
-    for name in ("prefill_ms", "prefill_ratio", "decode_ms", "decode_ratio"):
-        setattr(row, name, times[name])
 
 
 def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
@@ -325,16 +199,6 @@ def _group_order(row: Row) -> tuple:
         return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
     return (0 if row.label == UNPATCHED else kind, -(row.budget or 0))
-
-
-def _provenance(cells: list[dict]) -> dict[str, str]:
-    """What stands behind the cells of a row; several values, if cells differ, are all named."""
-    known = {name: sorted({_flat(cell[name]) for cell in cells if name in cell}) for name in PROVENANCE}
-    return {name: "; ".join(values) for name, values in known.items() if values}
-
-
-def _flat(value) -> str:
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _facts(run: dict, cells: dict, timing: dict) -> dict:

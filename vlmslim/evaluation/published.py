@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import vlmslim
 from vlmslim.evaluation.config import ConfigError
-from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard, Row
+from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard
+from vlmslim.evaluation.rows import Row
 from vlmslim.evaluation.tables import Column, Table, number, score_text
 
 #: Beside the package in a checkout; not part of an installed one.

@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from vlmslim.evaluation.leaderboard import PROVENANCE, UNPATCHED, Leaderboard, Row
+from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard
 from vlmslim.evaluation.published import Line, Published
+from vlmslim.evaluation.rows import PROVENANCE, Row
 from vlmslim.evaluation.tables import Table, notes, tables
 from vlmslim.writing import markdown_table, write_atomically
 

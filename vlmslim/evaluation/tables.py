@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from vlmslim.evaluation.comparison import LEVEL, RESAMPLES, SWAPS, Pair
-from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard, Row
+from vlmslim.evaluation.leaderboard import UNPATCHED, Leaderboard
+from vlmslim.evaluation.rows import Row
 from vlmslim.evaluation.scores import Score
 from vlmslim.evaluation.task_groups import GROUPS
 
