@@ -132,7 +132,7 @@ def test_a_picture_that_cannot_be_read_is_named_or_counted(tmp_path):
     assert data[0].rows == data[1].rows == (LATE["conversations"],)  # the next one is in its place
     batch = Collator(load(Settings())[1])([data[0], data[1]])
     assert batch["skipped"] == 1 and len(batch["input_ids"]) == 2 and all("b2" in where for where in batch["where"])
-    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    (tmp_path / "b.png").write_bytes(b"no picture either")  # not a cut one: a library may tell Pillow to accept those
     with pytest.raises(RecordError, match="data.json: none of the pictures"):
         data[0]
 
