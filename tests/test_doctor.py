@@ -247,7 +247,7 @@ def test_masking_instead_of_removing(failed, monkeypatch):
         keep = keep & self.mask
         if (keep == self.mask).all():
             return None
-        every = np.broadcast_to(np.arange(keep.shape[1]), keep.shape)
+        every = np.tile(np.arange(keep.shape[1]), (len(keep), 1))
         layout = Layout(keep, self.image * keep, self.position, self.origin, False)
         return Selection(layout, every, every, keep.sum(1).tolist())
 
