@@ -4,7 +4,20 @@ from functools import partial
 
 import pytest
 import torch
-from doubles import Blind, Both, BothOriginal, First, Halve, Ragged, Stairs, Strided, StridedOriginal, expect, name_of
+from doubles import (
+    Blind,
+    Both,
+    BothOriginal,
+    Everything,
+    First,
+    Halve,
+    Ragged,
+    Stairs,
+    Strided,
+    StridedOriginal,
+    expect,
+    name_of,
+)
 from tiny import (
     BOS,
     DEPTH,
@@ -60,27 +73,38 @@ WAYS = {
 }
 
 
+def beams_lose_images(model, row) -> bool:
+    """Whether this transformers, unpatched, gives beams the wrong images of a prompt with several, as 5.17 does."""
+    options = dict(max_new_tokens=6, do_sample=False, num_beams=3)
+    inputs, whole = batch(model, [row]), expect(model, row, Everything()).embeds
+    want = model.generate(inputs_embeds=whole, attention_mask=torch.ones(whole.shape[:2]), **options)
+    return answers(model.generate(**inputs, **options, return_dict_in_generate=True), inputs) != want.tolist()
+
+
+@pytest.mark.parametrize("row", [ROWS[1], SEVERAL[0]], ids=["one image", "several images"])
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_every_way_of_decoding_equals_short_embeddings(family, way):
+def test_every_way_of_decoding_equals_short_embeddings(family, way, row):
     model = tiny(family)
-    for row in (ROWS[1], SEVERAL[0]):
-        options = dict(max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **WAYS[way])
-        short = expect(model, row, Strided()).embeds
-        if way == "repetition penalty":  # looks at ids, which short embeddings don't have: greedy then
-            options.pop("no_repeat_ngram_size")
-        torch.manual_seed(7)
-        want = model.generate(inputs_embeds=short, attention_mask=torch.ones(short.shape[:2]), **options)
-        inputs = batch(model, [row])
-        torch.manual_seed(7)
-        with vlmslim.patch(model, Strided()):
-            got = model.generate(**inputs, **options)
-        assert answers(got, inputs) == want.sequences.tolist()
-        assert torch.equal(got.sequences[:1, : inputs["input_ids"].shape[1]], inputs["input_ids"])
-        for a, b in zip(got.logits, want.logits, strict=True):
-            close(a, b)
-        if options.get("use_cache", True):
-            assert lengths(got.past_key_values) == lengths(want.past_key_values)
+    expands = "num_beams" in WAYS[way] or "num_return_sequences" in WAYS[way]
+    if expands and row is SEVERAL[0] and beams_lose_images(model, row):
+        pytest.skip("this version of transformers mixes up the images of beams, unpatched too")
+    options = dict(max_new_tokens=6, return_dict_in_generate=True, output_logits=True, **WAYS[way])
+    short = expect(model, row, Strided()).embeds
+    if way == "repetition penalty":  # looks at ids, which short embeddings don't have: greedy then
+        options.pop("no_repeat_ngram_size")
+    torch.manual_seed(7)
+    want = model.generate(inputs_embeds=short, attention_mask=torch.ones(short.shape[:2]), **options)
+    inputs = batch(model, [row])
+    torch.manual_seed(7)
+    with vlmslim.patch(model, Strided()):
+        got = model.generate(**inputs, **options)
+    assert answers(got, inputs) == want.sequences.tolist()
+    assert torch.equal(got.sequences[:1, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    for a, b in zip(got.logits, want.logits, strict=True):
+        close(a, b)
+    if options.get("use_cache", True):
+        assert lengths(got.past_key_values) == lengths(want.past_key_values)
 
 
 @pytest.mark.parametrize("rule", ALL, **by_name)

@@ -241,7 +241,10 @@ def merged_embeddings(model: nn.Module, inputs: dict) -> Tensor:
         features = torch.cat(list(core.get_image_features(inputs["pixel_values"], **extra).pooler_output))
         embeds = embeds.masked_scatter((ids == IMAGE)[..., None], features.to(embeds))
     if "pixel_values_videos" in inputs:
-        features = core.get_video_features(inputs["pixel_values_videos"]).pooler_output.flatten(0, 1)
+        videos = core.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        if videos[0].numel() * len(videos) < int((ids == VIDEO).sum()) * videos[0].shape[-1]:
+            videos = [torch.cat([v, core.image_newline[None]]) for v in videos]  # 5.17 adds the newline in `forward`
+        features = torch.cat(list(videos))
         embeds = embeds.masked_scatter((ids == VIDEO)[..., None], features.to(embeds))
     return embeds
 

@@ -375,6 +375,11 @@ class DecoderHooks:
                 (columns,) = there.nonzero()
                 number, place = start, 0
                 while place < len(columns):
+                    if number == len(images):
+                        raise ValueError(
+                            f"row {row} has more {kind} placeholders than there are {kind}s left for it; every prompt "
+                            f"needs its own {kind}s (transformers 5.17 mixes them up itself where beams share a prompt)"
+                        )
                     n = len(images[number].features)
                     found.append((row, columns[place : place + n], images[number]))
                     number, place = number + 1, place + n

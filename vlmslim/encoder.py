@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import ImageTokens
-from vlmslim.families import encoder_layers
+from vlmslim.families import encoder_layers, with_newlines
 
 _ATTRIBUTE = "vlmslim_images"
 
@@ -108,6 +108,7 @@ class RecordingEncoder:
         frames = len(seen.pixel_values) // count
         pixels, tower = seen.pixel_values.split(frames), seen.tower_features.split(frames)
         taps = {i: (layer, x.split(frames)) for i, (layer, x) in seen.taps.items()}
+        whole = with_newlines(self.core, out.pooler_output, frames)
         return [
             ImageTokens(
                 features=features,
@@ -117,7 +118,7 @@ class RecordingEncoder:
                 layout=partial(_video_grid, frames, len(features)),
                 taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
             )
-            for n, features in enumerate(out.pooler_output)
+            for n, features in enumerate(whole)
         ]
 
 

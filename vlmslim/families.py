@@ -1,5 +1,7 @@
 """What differs between the model families, and between versions of transformers, in one place."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,3 +78,15 @@ def placeholders(core: nn.Module, kind: str, input_ids: Tensor | None, embeds: T
         return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     table = core.get_input_embeddings()
     return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
+
+
+def with_newlines(core: nn.Module, videos: Sequence[Tensor], frames: int) -> list[Tensor]:
+    """The tokens of each video as the language model reads them: square frames, and a newline at the end.
+
+    Newer transformers return them so from `get_video_features`; in 5.17 it is `forward` that adds the newline.
+    """
+
+    def bare(video: Tensor) -> bool:
+        return frames * math.isqrt(len(video) // frames) ** 2 == len(video)
+
+    return [torch.cat([v, core.image_newline[None].to(v)]) if bare(v) else v for v in videos]
