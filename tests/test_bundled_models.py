@@ -13,12 +13,17 @@ BUNDLED = ROOT / "vlmslim" / "bundled"
 LLAVA, NEXT, CLIP = BUNDLED / "tiny-llava", BUNDLED / "tiny-llava-next", BUNDLED / "tiny-clip"
 
 
+def load(name: str, path: Path):
+    """A checkpoint as the class `name` of transformers, and its processor."""
+    import transformers
+
+    model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32).eval()
+    return model, transformers.AutoProcessor.from_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def llava():
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(LLAVA, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(LLAVA)
+    return load("LlavaForConditionalGeneration", LLAVA)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +132,7 @@ def test_packed_questions_equal_single_prompts(llava, scene):
 
 @pytest.fixture(scope="module")
 def anyres():
-    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
-
-    model = LlavaNextForConditionalGeneration.from_pretrained(NEXT, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(NEXT)
+    return load("LlavaNextForConditionalGeneration", NEXT)
 
 
 @pytest.fixture(scope="module")

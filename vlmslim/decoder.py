@@ -304,8 +304,9 @@ class DecoderHooks:
         layout, device = call.segments[0].layout, embeds.device
         rows, columns = self._slots(found, results)
         keep = layout.image == 0
+        places = keep.sum() + len(rows)
         keep[rows, columns] = True
-        if keep.sum() != (layout.image == 0).sum() + len(rows):
+        if keep.sum() != places:
             raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
         dropped = (layout.mask & ~keep).cumsum(1)
         renumbered = self.positions == "renumbered"
