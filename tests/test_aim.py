@@ -31,6 +31,7 @@ from tiny import (
 from vector_checks import aim as vectors
 
 import vlmslim
+from vlmslim.families import kv_cache
 from vlmslim.methods.aim import AIM
 from vlmslim.methods.bipartitemerge import BipartiteMerge, match, merge_step, merge_tokens
 from vlmslim.methods.pagerankprune import PageRankPrune, pagerank, previous_attention, scheduled
@@ -241,7 +242,7 @@ def test_both_stages_equal_doing_them_by_hand(kind, positions, order):
         out = model(**inputs)
     text = len(row) - 1
     assert slim.receipt.summary()["visual_tokens_per_layer"] == [7, 5, 3, 1]
-    assert lengths(out.past_key_values) == [text + v for v in (7, 5, 3, 1)]
+    assert lengths(kv_cache(out)) == [text + v for v in (7, 5, 3, 1)]
     close(out.logits[0], ref.full_logits())
 
 
@@ -368,7 +369,7 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(family):
         with vlmslim.patch(model, "aim", keep=0.5, start=0, stop=2):
             out, logits = greedy(model, inputs)
         assert torch.isfinite(logits).all()
-        assert lengths(out.past_key_values)[-1] == len(row) - 1 + 1 + 5
+        assert lengths(kv_cache(out))[-1] == len(row) - 1 + 1 + 5
 
 
 @pytest.mark.parametrize(

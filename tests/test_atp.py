@@ -28,6 +28,7 @@ from tiny import (
 
 import vlmslim
 from vlmslim.attention import weighted
+from vlmslim.families import kv_cache
 from vlmslim.methods import atp
 from vlmslim.methods.atp import ATP, placed
 from vlmslim.score_maps import normalise, received_attention
@@ -298,7 +299,7 @@ def test_dropping_is_what_a_hand_run_model_does(family, backend):
         close(logits[0], ref.logits()[size - 1 :])
         kept = [16 - sum(int(g.sum()) for at, g in drops.items() if at <= layer) for layer in range(4)]
         assert per_layer == kept
-        assert lengths(out.past_key_values) == [k + size - 16 + 5 for k in kept]
+        assert lengths(kv_cache(out)) == [k + size - 16 + 5 for k in kept]
 
 
 @pytest.mark.parametrize("rows", [LONG_ROWS, SEVERAL, EQUAL], ids=["long", "several", "equal"])

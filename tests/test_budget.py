@@ -13,6 +13,7 @@ from tiny import BOS, DEPTH, Clip, Picture, batch, tiny, words
 import vlmslim
 from vlmslim.budget import BudgetError, Solver, nearest, solve
 from vlmslim.compressor import Compressed, Compressor
+from vlmslim.families import kv_cache
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.dropvisual import DropVisual
 from vlmslim.methods.fastv import FastV
@@ -43,7 +44,7 @@ def cost(model, inputs, method, **options) -> dict[str, float]:
     with vlmslim.patch(model, method, **options) as slim:
         for x in rows:
             out = model(**x)
-            own = [len(layer.keys[0, 0]) for layer in out.past_key_values.layers]
+            own = [len(layer.keys[0, 0]) for layer in kv_cache(out).layers]
             lengths = [a + b for a, b in zip(lengths, own, strict=True)]
             placeholder = torch.isin(x["input_ids"], torch.tensor(special)).sum().item()
             whole += x["input_ids"].shape[1]

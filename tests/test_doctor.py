@@ -26,6 +26,7 @@ from vlmslim.doctor.checks import CHECKS
 from vlmslim.doctor.prompts import LONG, LONG_TEXT, VIDEO, Prompts
 from vlmslim.doctor.runs import difference
 from vlmslim.doctor.watch import anatomy, surroundings
+from vlmslim.families import kv_cache
 from vlmslim.methods.uniform import Uniform
 from vlmslim.plan import Layout, Selection
 
@@ -262,8 +263,8 @@ def test_keys_that_are_cached_twice(failed, monkeypatch):
 
     def again(self, lm, args, output):
         output = leave(self, lm, args, output)
-        if self.call.encoded and output.past_key_values is not None:
-            layer = output.past_key_values.layers[-1]
+        if self.call.encoded and kv_cache(output) is not None:
+            layer = kv_cache(output).layers[-1]
             layer.keys, layer.values = (torch.cat([x, x], dim=-2) for x in (layer.keys, layer.values))
         return output
 

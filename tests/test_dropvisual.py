@@ -24,6 +24,7 @@ from tiny import (
 
 import vlmslim
 from vlmslim.compressor import resolve_layer
+from vlmslim.families import kv_cache
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.dropvisual import DropVisual, attention_mass
 from vlmslim.methods.fastv import FastV
@@ -42,7 +43,7 @@ def test_dropping_equals_hidden_keys(family, backend, layer):
             out = model(**inputs)
         close(out.logits[0], want.full_logits())
         n = len(gone)
-        assert lengths(out.past_key_values) == [n] * at + [n - int(gone.sum())] * (DEPTH - at)
+        assert lengths(kv_cache(out)) == [n] * at + [n - int(gone.sum())] * (DEPTH - at)
         per_layer = slim.receipt.summary()["visual_tokens_per_layer"]
         assert per_layer == [int(gone.sum())] * at + [0] * (DEPTH - at)
 
@@ -126,7 +127,7 @@ def test_a_list_of_layers_asks_until_it_fires():
         with vlmslim.patch(model, {"method": "dropvisual", "layer": [1, 2], "tau": tau}):
             out = model(**inputs)
         n = inputs["input_ids"].shape[1]
-        assert lengths(out.past_key_values) == [n] * fires + [n - 16] * (DEPTH - fires)
+        assert lengths(kv_cache(out)) == [n] * fires + [n - 16] * (DEPTH - fires)
 
 
 @torch.no_grad()
@@ -182,4 +183,4 @@ def test_dropping_after_another_method(family, first):
         singles = [greedy(model, batch(model, [row]))[1][0] for row in LONG_ROWS]
     close(logits, torch.stack(singles))
     assert slim.receipt.summary()["visual_tokens_per_layer"][-1] == 0
-    assert lengths(out.past_key_values)[-1] < lengths(out.past_key_values)[2]
+    assert lengths(kv_cache(out))[-1] < lengths(kv_cache(out))[2]

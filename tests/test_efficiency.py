@@ -10,7 +10,6 @@ import pytest
 import torch
 from doubles import Rule
 from tiny import BACKENDS, BOS, FAMILIES, Picture, anatomy, batch, lengths, tiny, words
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmslim
 from vlmslim.efficiency import (
@@ -22,6 +21,7 @@ from vlmslim.efficiency import (
     cache_bytes,
     count_flops,
     equivalent_tokens,
+    flop_counter,
     interleave,
     kv_bytes,
     measure,
@@ -37,6 +37,7 @@ from vlmslim.efficiency import (
 from vlmslim.efficiency.ideal import ideal
 from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
+from vlmslim.families import kv_cache
 
 VICUNA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000)
 VICUNA_13B = DecoderShape(layers=40, hidden=5120, heads=40, kv_heads=40, head_dim=128, mlp=13824, vocab=32000)
@@ -141,7 +142,7 @@ def test_against_a_flop_counter(family, backend):
     model.model.vision_tower.register_forward_pre_hook(
         lambda _, args, kwargs: crops.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
     )
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with flop_counter() as counter, torch.inference_mode():
         model(**inputs, logits_to_keep=1)
 
     def counted(module: str) -> int:
@@ -206,7 +207,7 @@ def test_kv_bytes_against_a_cache(family, patch):
     prompt = Prompt.make(model, batch=2, text_tokens=12)
     visual = [prompt.visual_tokens] * 4
     with nullcontext() if patch is None else vlmslim.patch(model, PATCHES[patch]) as slim, torch.inference_mode():
-        cache = model(**prompt.inputs(), use_cache=True).past_key_values
+        cache = kv_cache(model(**prompt.inputs(), use_cache=True))
         if patch is not None:
             visual = slim.receipt.summary()["visual_tokens_per_layer"]
     theory = kv_bytes(DecoderShape.from_config(model.config), [v + 12 for v in visual], model.dtype)
@@ -268,7 +269,7 @@ def test_the_ideal_is_the_model_that_keeps_the_first_tokens(family, backend, ima
     with ideal(model, prompt, visual) as inputs, torch.inference_mode():
         bound = model.generate(**inputs, **options)
     assert anatomy(model) == before
-    assert lengths(bound.past_key_values) == [v + 9 + 3 for v in visual]
+    assert lengths(kv_cache(bound)) == [v + 9 + 3 for v in visual]
     if images == 1:
         with vlmslim.patch(model, First()), torch.inference_mode():
             patched = model.generate(**prompt.inputs(), **options)

@@ -48,6 +48,7 @@ from tiny import (
 )
 
 import vlmslim
+from vlmslim.families import KV_CACHE, kv_cache
 
 PADDINGS = ["left", "right", "none"]
 METHODS = ["none", *BUDGETED]
@@ -66,7 +67,7 @@ def test_keeping_everything_is_bit_identical_in_forward(family, backend, method,
     with vlmslim.patch(model, Everything() if method == "everything" else keeping_everything(method)):
         got = model(**inputs, output_hidden_states=True)
     assert torch.equal(want.logits, got.logits)
-    same_cache(want.past_key_values, got.past_key_values)
+    same_cache(kv_cache(want), kv_cache(got))
     assert len(want.hidden_states) == len(got.hidden_states)
     for a, b in zip(want.hidden_states, got.hidden_states, strict=True):
         assert torch.equal(a, b)
@@ -82,7 +83,7 @@ def test_keeping_everything_is_bit_identical_in_generate(family, backend, method
         got, got_logits = greedy(model, inputs)
     assert torch.equal(want.sequences, got.sequences)
     assert torch.equal(want_logits, got_logits)
-    same_cache(want.past_key_values, got.past_key_values)
+    same_cache(kv_cache(want), kv_cache(got))
 
 
 @pytest.mark.parametrize("method", every_method(), ids=str)
@@ -115,7 +116,7 @@ def test_forward_equals_feeding_what_is_left(family, backend, rule, rows, paddin
     for i, ref in enumerate(references):
         close(out.logits[i][valid(inputs, i)], ref.full_logits())
     per_row = [expected_lengths(ref) for ref in references]
-    assert lengths(out.past_key_values) == [max(row[layer] for row in per_row) for layer in range(DEPTH)]
+    assert lengths(kv_cache(out)) == [max(row[layer] for row in per_row) for layer in range(DEPTH)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
@@ -134,7 +135,7 @@ def test_generate_equals_recomputing_by_hand(family, backend, rule):
         close(logits[i], ref.logits()[-steps - 1 : -1])
         per_row.append(expected_lengths(expect(model, row, rule)))
     longest = [max(row[layer] for row in per_row) for layer in range(DEPTH)]
-    assert lengths(out.past_key_values) == [n + steps - 1 for n in longest]
+    assert lengths(kv_cache(out)) == [n + steps - 1 for n in longest]
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_right_padded_decode_equals_recomputing_by_hand(family):
             for token in steps.T:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 place = mask.sum(1, keepdim=True) - 1
-                step = dict(attention_mask=mask, position_ids=place, past_key_values=out.past_key_values)
+                step = {"attention_mask": mask, "position_ids": place, KV_CACHE: kv_cache(out)}
                 out = model(token[:, None], **step)
                 logits.append(out.logits[:, 0])
         for i, row in enumerate(ROWS):
@@ -178,7 +179,7 @@ def test_merged_tokens_take_the_first_slots(family, backend):
         out = model(**inputs)
     for i, ref in enumerate(references):
         close(out.logits[i][valid(inputs, i)], ref.full_logits())
-    assert lengths(out.past_key_values) == [max(len(ref.origin) for ref in references)] * DEPTH
+    assert lengths(kv_cache(out)) == [max(len(ref.origin) for ref in references)] * DEPTH
 
 
 @torch.no_grad()
@@ -374,9 +375,9 @@ def test_stages_by_name_and_by_dictionary():
             outs.append(model(**inputs))
     for out in outs[1:]:
         assert torch.equal(out.logits, outs[0].logits)
-        assert lengths(out.past_key_values) == lengths(outs[0].past_key_values)
+        assert lengths(kv_cache(out)) == lengths(kv_cache(outs[0]))
     text = max(int((x["input_ids"] != IMAGE).sum()) for x in (batch(model, [row]) for row in ROWS))
-    assert lengths(outs[0].past_key_values) == [text + 8, text + 8, text + 4, text + 4]
+    assert lengths(kv_cache(outs[0])) == [text + 8, text + 8, text + 4, text + 4]
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from tiny import BOS, ROWS, Picture, anatomy, batch, greedy, tiny, words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmslim
+from vlmslim.families import KV_CACHE, kv_cache
 
 
 @dataclass
@@ -221,10 +222,10 @@ def test_a_mask_that_does_not_cover_the_conversation():
     model = tiny("llava")
     inputs = batch(model, [ROWS[0]])
     with vlmslim.patch(model, Strided()):
-        cache = model(**inputs).past_key_values
+        cache = kv_cache(model(**inputs))
         short = torch.ones(1, cache.layers[0].keys.shape[-2] + 1, dtype=torch.long)
         with pytest.raises(ValueError, match="(?i)mask"):
-            model(torch.tensor([[5]]), attention_mask=short, past_key_values=cache)
+            model(torch.tensor([[5]]), attention_mask=short, **{KV_CACHE: cache})
 
 
 def test_removing_twice_is_harmless():

@@ -37,6 +37,7 @@ from tiny import (
 )
 
 import vlmslim
+from vlmslim.families import KV_CACHE, kv_cache
 
 BEFORE = [Strided(), StridedOriginal(), Ragged()]
 BETWEEN = [Halve(), Stairs(), Blind()]
@@ -104,7 +105,7 @@ def test_every_way_of_decoding_equals_short_embeddings(family, way, row):
     for a, b in zip(got.logits, want.logits, strict=True):
         close(a, b)
     if options.get("use_cache", True):
-        assert lengths(got.past_key_values) == lengths(want.past_key_values)
+        assert lengths(kv_cache(got)) == lengths(kv_cache(want))
 
 
 @pytest.mark.parametrize("rule", ALL, **by_name)
@@ -150,7 +151,7 @@ def test_cached_decode_equals_uncached(family, backend, rule):
         uncached, uncached_logits = greedy(model, inputs, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
     close(cached_logits, uncached_logits)
-    assert max(lengths(cached.past_key_values)) < cached.sequences.shape[1] - 1, "nothing was removed"
+    assert max(lengths(kv_cache(cached))) < cached.sequences.shape[1] - 1, "nothing was removed"
 
 
 @pytest.mark.parametrize("rule", [*BETWEEN, vlmslim.method("fastv", keep=5)], **by_name)
@@ -169,7 +170,7 @@ def test_between_layers_without_a_cache_decides_anew_each_step(family, rule):
 @pytest.mark.parametrize("rule", ALL, **by_name)
 @torch.no_grad()
 def test_decoding_by_hand_with_and_without_a_mask(family, rule):
-    """`model(token, past_key_values=...)` as a serving loop calls it, one token and several at a time."""
+    """`model(token, cache=...)` as a serving loop calls it, one token and several at a time."""
     model = tiny(family)
     row, more = ROWS[1], words(40, 5)
     want = expect(model, row, rule, more).logits()[-5:]
@@ -179,17 +180,31 @@ def test_decoding_by_hand_with_and_without_a_mask(family, rule):
         for masked in (True, False):
             with vlmslim.patch(model, rule):
                 if masked:
-                    cache = model(**inputs).past_key_values
+                    cache = kv_cache(model(**inputs))
                 else:
-                    cache = model(**{k: v for k, v in inputs.items() if k != "attention_mask"}).past_key_values
+                    cache = kv_cache(model(**{k: v for k, v in inputs.items() if k != "attention_mask"}))
                 got, done = [], 0
                 for n in pieces:
-                    step = dict(input_ids=torch.tensor([more[done : done + n]]), past_key_values=cache)
+                    step = dict(input_ids=torch.tensor([more[done : done + n]]), **{KV_CACHE: cache})
                     done += n
                     if masked:
                         step["attention_mask"] = torch.ones(1, length + done, dtype=torch.long)
                     got.append(model(**step).logits[0])
             close(torch.cat(got), want)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+@pytest.mark.parametrize("name", sorted({KV_CACHE, "past_key_values"}))
+@torch.no_grad()
+def test_the_cache_goes_by_its_old_name_too(family, name):
+    model = tiny(family)
+    row, rule = ROWS[1], ALL[0]
+    token = words(40, 1)
+    want = expect(model, row, rule, token).logits()[-1]
+    with vlmslim.patch(model, rule):
+        cache = kv_cache(model(**batch(model, [row], "none")))
+        out = model.model(input_ids=torch.tensor([token]), **{name: cache})
+    close(model.lm_head(out.last_hidden_state)[0, -1], want)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -208,8 +223,8 @@ def test_a_second_and_third_turn_reuse_the_cache(family, rule):
         turns, told = [], inputs["input_ids"].shape[1]
         for new in more:
             turn = extended(inputs, out.sequences, new)
-            assert lengths(out.past_key_values)[-1] < told
-            out, logits = greedy(model, turn, past_key_values=out.past_key_values)
+            assert lengths(kv_cache(out))[-1] < told
+            out, logits = greedy(model, turn, **{KV_CACHE: kv_cache(out)})
             turns.append((turn["input_ids"].shape[1] - inputs["input_ids"].shape[1], logits))
     spoken = answers(out, inputs)
     for i, row in enumerate(rows):
@@ -228,7 +243,7 @@ def test_a_second_turn_equals_starting_over(family, rule):
     with vlmslim.patch(model, rule) as slim:
         out, _ = greedy(model, inputs)
         turn = extended(inputs, out.sequences, torch.tensor([words(70, 3), words(71, 3)]))
-        reused, reused_logits = greedy(model, turn, past_key_values=out.past_key_values)
+        reused, reused_logits = greedy(model, turn, **{KV_CACHE: kv_cache(out)})
         if isinstance(rule, Ragged):
             return  # decides by the prompt's words, and starting over they are others
         slim.reset_receipt()
@@ -236,7 +251,7 @@ def test_a_second_turn_equals_starting_over(family, rule):
         assert slim.receipt.summary()["images"] == 2
     assert torch.equal(reused.sequences, scratch.sequences)
     close(reused_logits, scratch_logits)
-    assert lengths(reused.past_key_values) == lengths(scratch.past_key_values)
+    assert lengths(kv_cache(reused)) == lengths(kv_cache(scratch))
 
 
 @pytest.mark.parametrize("rule", [Strided(), StridedOriginal(), Both()], **by_name)
@@ -248,7 +263,7 @@ def test_a_second_turn_without_a_mask(family, rule):
     with vlmslim.patch(model, rule):
         out, _ = greedy(model, inputs)
         ids = torch.cat([out.sequences, torch.tensor([words(70, 3)])], 1)
-        final, logits = greedy(model, dict(input_ids=ids), past_key_values=out.past_key_values)
+        final, logits = greedy(model, dict(input_ids=ids), **{KV_CACHE: kv_cache(out)})
     close(logits[0], expect(model, row, rule, answers(final, inputs)[0]).logits()[-7:-1])
 
 
@@ -266,18 +281,17 @@ def test_a_later_turn_brings_a_new_image(family, rule, use):
     mask = torch.cat([inputs["attention_mask"], addition["attention_mask"]], 1)
     wanted = [_two_turns_by_hand(model, row, new, rule) for row, new in zip(rows, later, strict=True)]
     with vlmslim.patch(model, rule) as slim:
-        if use == "forward":
-            cache = model(**inputs).past_key_values
-        else:  # one step of generation leaves the prompt alone in the cache
-            cache = greedy(model, inputs, max_new_tokens=1)[0].past_key_values
+        # one step of generation leaves the prompt alone in the cache
+        out = model(**inputs) if use == "forward" else greedy(model, inputs, max_new_tokens=1)[0]
+        cache = kv_cache(out)
         before = lengths(cache)
         images = slim.receipt.summary()["images"]
         pixels = {k: addition[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in addition}
         if use == "forward":
-            step = partial(model, addition["input_ids"], attention_mask=mask, past_key_values=cache, **pixels)
+            step = partial(model, addition["input_ids"], attention_mask=mask, **{KV_CACHE: cache}, **pixels)
         else:
             ids = torch.cat([inputs["input_ids"], addition["input_ids"]], 1)
-            step = partial(greedy, model, dict(input_ids=ids, attention_mask=mask, **pixels), past_key_values=cache)
+            step = partial(greedy, model, dict(input_ids=ids, attention_mask=mask, **pixels), **{KV_CACHE: cache})
         if rule.layers:  # takes its decisions in the first prefill of a cache: a second one is refused, and says so
             with pytest.raises(ValueError, match="(?i)image.*later turn"):
                 step()
@@ -288,7 +302,7 @@ def test_a_later_turn_brings_a_new_image(family, rule, use):
         assert slim.receipt.summary()["images"] == images + 2
     for i, want in enumerate(wanted):
         close(logits[i], want)
-    grown = [b - a for a, b in zip(before, lengths(out.past_key_values), strict=True)]
+    grown = [b - a for a, b in zip(before, lengths(kv_cache(out)), strict=True)]
     assert grown[-1] < addition["input_ids"].shape[1], "the new image was not compressed"
 
 
@@ -335,7 +349,7 @@ def test_two_conversations_take_turns(family):
             chats.append((inputs, greedy(model, inputs)[0]))
         for (inputs, out), row, new in zip(chats, ROWS, (words(90, 3), words(91, 3)), strict=True):
             turn = extended(inputs, out.sequences, torch.tensor([new]))
-            final, logits = greedy(model, turn, past_key_values=out.past_key_values)
+            final, logits = greedy(model, turn, **{KV_CACHE: kv_cache(out)})
             said = answers(final, inputs)[0]
             vlm = tiny(family)
             close(logits[0], expect(vlm, row, rule, said).logits()[-7:-1])
@@ -350,7 +364,7 @@ def test_a_video_conversation():
         with vlmslim.patch(model, rule):
             out, _ = greedy(model, inputs)
             turn = extended(inputs, out.sequences, torch.tensor([words(1, 3)]))
-            final, logits = greedy(model, turn, past_key_values=out.past_key_values)
+            final, logits = greedy(model, turn, **{KV_CACHE: kv_cache(out)})
         close(logits[0], expect(model, row, rule, answers(final, inputs)[0]).logits()[-7:-1])
 
 
@@ -367,14 +381,14 @@ def test_one_token_prompts(family):
         got, got_logits = greedy(model, one)
         assert torch.equal(got_logits, want_logits)
         out = greedy(model, single)[0]  # one visual token and one word
-        assert lengths(out.past_key_values) == [1 + 1 + 5] * DEPTH
+        assert lengths(kv_cache(out)) == [1 + 1 + 5] * DEPTH
         masked = greedy(model, one | dict(attention_mask=torch.ones(1, 1, dtype=torch.long)))[1]
         assert torch.equal(masked, want_logits)
     with vlmslim.patch(model, "fastv", keep=1):
         out = greedy(model, single)[0]
         got, got_logits = greedy(model, one)
         assert torch.equal(got_logits, want_logits)
-        assert lengths(out.past_key_values)[2:] == [1 + 1 + 5] * 2
+        assert lengths(kv_cache(out))[2:] == [1 + 1 + 5] * 2
 
 
 def works_or_says_so(run, want, word: str):
@@ -429,9 +443,9 @@ def test_offloaded_and_caller_made_caches(family, rule):
     inputs = batch(model, ROWS)
     with vlmslim.patch(model, rule):
         want, logits = greedy(model, inputs)
-        got, own = greedy(model, inputs, past_key_values=DynamicCache(config=model.config.text_config))
+        got, own = greedy(model, inputs, **{KV_CACHE: DynamicCache(config=model.config.text_config)})
         assert torch.equal(own, logits)
-        assert lengths(got.past_key_values) == lengths(want.past_key_values)
+        assert lengths(kv_cache(got)) == lengths(kv_cache(want))
 
 
 @torch.no_grad()

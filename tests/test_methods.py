@@ -30,6 +30,7 @@ from tiny import (
 
 import vlmslim
 from vlmslim.compressor import resolve_keep
+from vlmslim.families import kv_cache
 from vlmslim.methods import method_class
 
 METHODS = vlmslim.method_names()
@@ -82,7 +83,7 @@ def test_kept_counts_are_exact(family, name, keep):
     pruned = max(t + sum(k) for t, k in zip(text, budgets, strict=True))
     whole = max(t + sum(n) for t, n in zip(text, sizes, strict=True))
     late = name == "fastv"
-    assert lengths(out.past_key_values) == [whole if late and layer < 2 else pruned for layer in range(DEPTH)]
+    assert lengths(kv_cache(out)) == [whole if late and layer < 2 else pruned for layer in range(DEPTH)]
     receipt = slim.receipt.summary()
     assert receipt["images"] == len(flat)
     assert receipt["prompts"] == len(rows)
@@ -237,7 +238,7 @@ def test_videos_are_compressed(name):
         for i, row in enumerate(rows):
             close(greedy(model, batch(model, [row]))[1][0], logits[i])
     assert slim.receipt.summary()["visual_tokens"] == 13
-    assert lengths(out.past_key_values)[-1] == 7 + 5 + 5
+    assert lengths(kv_cache(out))[-1] == 7 + 5 + 5
     with vlmslim.patch(model, name, keep=1.0):
         kept = greedy(model, inputs)[1]
     assert torch.equal(kept, greedy(model, inputs)[1])
@@ -264,7 +265,7 @@ def test_fractions_of_the_depth():
     text = int((inputs["input_ids"] != IMAGE).sum())
     for layer, at in ((0.05, 1), (0.25, 1), (0.5, 2), (0.75, 3), (7 / 8, 3), (0.99, 3), (1, 1), (3, 3)):
         with vlmslim.patch(model, "fastv", keep=4, layer=layer):
-            found = lengths(model(**inputs).past_key_values)
+            found = lengths(kv_cache(model(**inputs)))
         assert found == [text + (16 if i < at else 4) for i in range(DEPTH)]
 
 

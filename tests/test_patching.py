@@ -9,6 +9,7 @@ from doubles import Both, Stairs, Strided, build, every_method
 from tiny import ROWS, anatomy, batch, greedy, lengths, same_cache, tiny
 
 import vlmslim
+from vlmslim.families import KV_CACHE, kv_cache
 
 
 @pytest.mark.parametrize("method", every_method(), ids=str)
@@ -92,7 +93,7 @@ def test_another_model_and_all_classes_are_untouched(family):
         got, got_logits = greedy(other, inputs)
         assert torch.equal(got.sequences, want.sequences)
         assert torch.equal(got_logits, want_logits)
-        same_cache(got.past_key_values, want.past_key_values)
+        same_cache(kv_cache(got), kv_cache(want))
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def test_two_patched_copies_and_an_unpatched_one_take_turns(family):
         yield out.logits
         for token in steps.T:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            out = model(input_ids=token[:, None], attention_mask=mask, past_key_values=out.past_key_values)
+            out = model(input_ids=token[:, None], attention_mask=mask, **{KV_CACHE: kv_cache(out)})
             yield out.logits
 
     alone = []
@@ -138,7 +139,7 @@ def test_a_deepcopy_of_a_patched_model_lives_its_own_life(family):
     slim.reset_receipt()
     got, got_logits = greedy(twin, inputs)
     assert torch.equal(got_logits, want_logits)
-    assert lengths(got.past_key_values) == lengths(want.past_key_values)
+    assert lengths(kv_cache(got)) == lengths(kv_cache(want))
     assert slim.receipt.summary()["images"] == 0, "the copy writes into the original's receipt"
     slim.remove()
     assert torch.equal(model(**inputs).logits, plain)

@@ -13,6 +13,7 @@ from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, l
 
 import vlmslim
 from vlmslim import Receipt
+from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.receipt import Image, Prefill, Span, Tally, headline
 
 KV_BYTES = 2 * 2 * 8 * 4  # of a token in a layer: keys and values, 2 heads of 8, fp32
@@ -48,13 +49,13 @@ def test_sequences_and_caches_are_those_of_the_layers(family, method):
         out = model(**batch(model, rows))
         last = slim.receipt.last
         assert last.sequence == [shape[1] for shape in seen]
-        assert last.kv == lengths(out.past_key_values)
+        assert last.kv == lengths(kv_cache(out))
         assert [len(row) for row in last.images] == [sum(isinstance(x, Picture) for x in row) for row in rows]
         for layer, shape in enumerate(seen):
             per_row = [text + visual for text, visual in zip(last.text, last.visual[layer], strict=True)]
             assert max(per_row) == shape[1], "the longest row has no padding"
         prompts, tokens = prompts + len(rows), tokens + sum(shape[0] * shape[1] for shape in seen)
-        held += sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+        held += sum(layer.keys.nbytes + layer.values.nbytes for layer in kv_cache(out).layers)
     summary = slim.receipt.summary()
     assert summary["prompts"] == prompts
     assert sum(summary["sequence_per_layer"]) * prompts == pytest.approx(tokens)
@@ -68,7 +69,7 @@ def test_kv_bytes_of_a_prompt_without_padding_are_those_of_its_cache(family):
     for method in (Strided(), Stairs(), Both()):
         with vlmslim.patch(model, method) as slim:
             out = model(**batch(model, ROWS[:1]))
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in kv_cache(out).layers)
         assert slim.receipt.summary()["kv_bytes"] == held
 
 
@@ -91,9 +92,9 @@ def test_a_later_turn_counts_what_the_cache_holds_of_earlier_ones():
     model = tiny("llava")
     first, second = [BOS, Picture(0), *words(0, 5)], [*words(1, 3), Picture(1), *words(2, 2)]
     with vlmslim.patch(model, Strided()) as slim:
-        cache = model(**batch(model, [first], "none")).past_key_values
+        cache = kv_cache(model(**batch(model, [first], "none")))
         before = slim.receipt.last
-        model(**batch(model, [second], "none"), past_key_values=cache)
+        model(**batch(model, [second], "none"), **{KV_CACHE: cache})
     last = slim.receipt.last
     assert last.kv == [a + b for a, b in zip(before.kv, last.sequence, strict=True)] == lengths(cache)
     assert slim.receipt.images == 2

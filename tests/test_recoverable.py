@@ -17,6 +17,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTok
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
+from vlmslim.families import kv_cache
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
 from vlmslim.selection import largest_remainder
 
@@ -274,8 +275,8 @@ def test_batch_is_singles(folder, family, keep):
             single = batch(model, [row])
             alone, alone_logits = greedy(model, single)
             torch.testing.assert_close(logits[i : i + 1], alone_logits, rtol=2e-4, atol=2e-4)
-            sizes.append(lengths(alone.past_key_values))
-    assert lengths(out.past_key_values) == [max(size) for size in zip(*sizes, strict=True)]
+            sizes.append(lengths(kv_cache(alone)))
+    assert lengths(kv_cache(out)) == [max(size) for size in zip(*sizes, strict=True)]
     assert summary["images"] == 4
     assert summary["had_effect"]
     images = [part for row in rows for part in row if isinstance(part, Picture)]
@@ -371,8 +372,8 @@ def test_through_generate_with_beams(hf_folder):
     inputs = batch(model, ROWS)
     with vlmslim.patch(model, method_for(hf_folder, keep=6)):
         out = model.generate(**inputs, max_new_tokens=4, num_beams=2, return_dict_in_generate=True)
-        assert lengths(out.past_key_values)[0] < inputs["input_ids"].shape[1]
-        assert len(lengths(out.past_key_values)) == DEPTH
+        assert lengths(kv_cache(out))[0] < inputs["input_ids"].shape[1]
+        assert len(lengths(kv_cache(out))) == DEPTH
 
 
 def test_gradients_reach_the_projector(hf_folder):

@@ -28,6 +28,7 @@ from tiny import (
 )
 
 import vlmslim
+from vlmslim.families import kv_cache
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.dropvisual import DropVisual
 from vlmslim.methods.todre import Diversify, ToDRE, at_tokens, diverse, to_mean
@@ -188,7 +189,7 @@ def test_stage_one_equals_the_packed_prompt(family, objective):
         with vlmslim.patch(model, "todre", keep=9, objective=objective, layer=None):
             out = model(**inputs)
         close(out.logits[0], want.full_logits())
-        assert lengths(out.past_key_values) == [int(alive.sum())] * DEPTH
+        assert lengths(kv_cache(out)) == [int(alive.sum())] * DEPTH
 
 
 def kept_by(model, inputs: dict, **options):
@@ -259,7 +260,7 @@ def test_clips_are_searched_as_one(monkeypatch):
     out, logits = _greedy_under(model, inputs, "todre", keep=6, tau=None)
     assert torch.isfinite(logits).all()
     text = inputs["input_ids"].shape[1] - 13
-    assert lengths(out.past_key_values) == [text + 6 + 5] * 3 + [text + 5]
+    assert lengths(kv_cache(out)) == [text + 6 + 5] * 3 + [text + 5]
 
 
 def test_a_clip_of_a_clip_tower_starts_from_its_best_frame():
@@ -357,7 +358,7 @@ def test_half_precision_selects_in_full_precision(family, dtype):
         assert index.tolist() == sorted(pool[plain(x[pool].tolist(), 5, start, "max_sum")].tolist())
     out, logits = _greedy_under(model, inputs, "todre", keep=5, layer=2, tau=0.3)
     assert torch.isfinite(logits).all()
-    assert lengths(out.past_key_values)[0] < out.sequences.shape[1] - 1
+    assert lengths(kv_cache(out))[0] < out.sequences.shape[1] - 1
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from tiny import BOS, IMAGE, LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, clo
 from torch.nn import functional as F
 
 import vlmslim
+from vlmslim.families import kv_cache
 from vlmslim.methods.tokenflex import Projector, TokenFlex, pool_square, square_side
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)
@@ -110,7 +111,7 @@ def test_the_prompt_keeps_its_placeholders_and_the_model_reads_t_squared(family)
         text = (inputs["input_ids"] != IMAGE) & inputs["attention_mask"].bool()
         many = [len(visual(batch(model, [row]))) for row in LONG_ROWS]
         width = max(int(t) + keep * m for t, m in zip(text.sum(1), many, strict=True))
-        assert lengths(out.past_key_values) == [width] * 4
+        assert lengths(kv_cache(out)) == [width] * 4
         assert out.logits.isfinite().all()
 
 

@@ -33,6 +33,7 @@ from tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmslim
+from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.methods import method_class
 from vlmslim.methods.divprune import farthest_points
 
@@ -74,10 +75,10 @@ def test_trap_1_no_decoder_layer_runs_twice(family, name):
     with vlmslim.patch(model, registered(name, 5)):
         out = model(**inputs)
         assert runs == [1] * DEPTH
-        before = lengths(out.past_key_values)
-        model(torch.tensor([[5]] * 4), past_key_values=out.past_key_values)
+        before = lengths(kv_cache(out))
+        model(torch.tensor([[5]] * 4), **{KV_CACHE: kv_cache(out)})
     assert runs == [2] * DEPTH
-    assert lengths(out.past_key_values) == [n + 1 for n in before]
+    assert lengths(kv_cache(out)) == [n + 1 for n in before]
 
 
 @pytest.mark.parametrize("name", [name for name in BUDGETED if name != "aim"])
@@ -99,7 +100,7 @@ def test_traps_2_and_22_no_full_attention_map_is_made(family, name):
     assert weights == [None] * DEPTH
     assert out.attentions is None
     assert model.config.get_text_config()._attn_implementation == "sdpa"
-    sizes = {length, *lengths(out.past_key_values)} - {16, 17}  # the tower's own maps are 16 or 17 wide
+    sizes = {length, *lengths(kv_cache(out))} - {16, 17}  # the tower's own maps are 16 or 17 wide
     heads = model.config.get_text_config().num_attention_heads
     full = [s for s in watch.shapes if len(s) >= 3 and s[-1] == s[-2] in sizes and heads in s[:-2]]
     assert not full, f"made a full attention map: {full[0]}"
@@ -229,7 +230,7 @@ def test_trap_9_tokens_are_removed_not_masked(family):
     with vlmslim.patch(model, Both()):
         out = model(**inputs)
     want = [max(int(ref.alive(layer).sum()) for ref in rows) for layer in range(DEPTH)]
-    assert widths == want == lengths(out.past_key_values)
+    assert widths == want == lengths(kv_cache(out))
     assert widths[0] < inputs["input_ids"].shape[1]
     assert widths[3] < widths[2] < widths[0]
 
@@ -269,7 +270,7 @@ def test_trap_11_every_image_of_a_prompt_counts(family):
     for name in ("divprune", "uniform", "random", "pool", "fastv"):
         with vlmslim.patch(model, name, keep=4) as slim:
             out = model(**inputs)
-        assert lengths(out.past_key_values)[-1] == text + 3 * 4
+        assert lengths(kv_cache(out))[-1] == text + 3 * 4
         assert slim.receipt.summary()["images"] == 3
     features = merged_embeddings(model, inputs)[0]
     alone = [farthest_points(features[place], 4).sort().values for place in visual(inputs)]
@@ -339,7 +340,7 @@ def test_trap_15_a_method_that_does_nothing_is_noticed(family, name):
     inputs = batch(model, ROWS)
     with vlmslim.patch(model, registered(name, 5)) as slim:
         out = greedy(model, inputs)[0]
-    assert lengths(out.past_key_values)[-1] < out.sequences.shape[1] - 1
+    assert lengths(kv_cache(out))[-1] < out.sequences.shape[1] - 1
     assert slim.receipt.summary()["had_effect"] is True
     assert slim.receipt.summary()["images"] == 2
     with vlmslim.patch(model, "none") as slim:
@@ -421,7 +422,7 @@ def test_trap_24_videos_of_one_batch_and_their_placeholders():
     with vlmslim.patch(model, "divprune", keep=0.5) as slim:
         out = model(**batch(model, rows))
     assert slim.receipt.summary()["kept"] == 6  # 13 tokens; 6.5 rounds to even
-    assert lengths(out.past_key_values) == [1 + 6 + 4] * DEPTH
+    assert lengths(kv_cache(out)) == [1 + 6 + 4] * DEPTH
 
 
 @torch.no_grad()
@@ -479,7 +480,7 @@ def test_trap_28_keep_means_kept_everywhere():
     for name in ("divprune", "uniform", "random", "pool", "fastv"):
         for keep, kept in ((3, 3), (0.25, 4), (1.0, 16), (1, 1)):
             with vlmslim.patch(model, name, keep=keep), torch.no_grad():
-                assert lengths(model(**inputs).past_key_values)[-1] == text + kept
+                assert lengths(kv_cache(model(**inputs)))[-1] == text + kept
 
 
 @torch.no_grad()
@@ -490,12 +491,12 @@ def test_trap_29_one_token_is_not_taken_for_a_decode_step(family):
     want = model(**one).logits
     with vlmslim.patch(model, Both()):
         assert torch.equal(model(**one).logits, want)
-        cache = model(**batch(model, [ROWS[0]])).past_key_values
+        cache = kv_cache(model(**batch(model, [ROWS[0]])))
         assert torch.equal(model(**one).logits, want), "another conversation's plan was used"
         single = batch(model, [[Picture(0)]])
-        assert lengths(model(**single).past_key_values)[0] == (single["input_ids"].shape[1] + 1) // 2
+        assert lengths(kv_cache(model(**single)))[0] == (single["input_ids"].shape[1] + 1) // 2
         more = words(3, 4)
-        several = model(torch.tensor([more]), past_key_values=cache).logits[0]
+        several = model(torch.tensor([more]), **{KV_CACHE: cache}).logits[0]
     close(several, expect(model, ROWS[0], Both(), more).logits()[-4:])
 
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from vlmslim.attention import soft_mask, take
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
-from vlmslim.families import placeholders
+from vlmslim.families import kv_cache, placeholders
 from vlmslim.plan import Layout, Plan, Segment, joined, upload
 from vlmslim.receipt import Image, Prefill, Receipt, Span
 
@@ -155,7 +155,7 @@ class DecoderHooks:
 
     def _enter_core(self, core, args, kwargs):
         kwargs |= dict(zip(self.argument_names, args, strict=False))  # LLaVA-NeXT passes input_ids by position
-        cache = kwargs.get("past_key_values")
+        cache = kv_cache(kwargs)
         past = Plan.of(cache)
         if past is not None:
             kwargs = self._cut(kwargs, past.seen(cache))
@@ -210,7 +210,7 @@ class DecoderHooks:
         call = self.call
         if call is None:
             return None  # somebody uses the language model alone
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds, cache = kwargs["inputs_embeds"], kv_cache(kwargs)
         if not call.encoded and call.past is None:
             if cache is None or cache.get_seq_length() == 0:
                 self.receipt.saw_text(len(embeds))
@@ -389,7 +389,7 @@ class DecoderHooks:
         return sorted(found, key=lambda item: (item[0], item[1][0])), text
 
     def _leave_lm(self, lm, args, output):
-        call, cache = self.call, output.past_key_values
+        call, cache = self.call, kv_cache(output)
         if call is None or not call.segments:
             return output
         if call.encoded:
@@ -488,7 +488,7 @@ class DecoderHooks:
         key = id(before), id(segment)
         if key not in call.masks:
             mask = joined(before, segment.mask).to(hidden.device)
-            cache = kwargs.get("past_key_values")
+            cache = kv_cache(kwargs)
             call.masks[key] = create_causal_mask(self.lm.config, hidden, mask, cache, layer_idx=i)
         made = call.masks[key]
         return made.to(hidden.device) if isinstance(made, Tensor) else made
@@ -501,7 +501,7 @@ class DecoderHooks:
                 f"{backend} attention takes no weights of keys, which training between layers needs; "
                 "call model.set_attn_implementation('sdpa')"
             )
-        if kwargs.get("past_key_values") is not None:
+        if kv_cache(kwargs) is not None:
             raise ValueError(
                 "a method in training hides visual tokens instead of dropping them, and a KV cache would bring them "
                 "back: pass use_cache=False, or call .eval() on the trained part to drop them"

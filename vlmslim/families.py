@@ -2,10 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+#: What the KV cache is called among a forward's arguments and on its output; transformers 5.24 renamed it.
+KV_CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,13 @@ def has_cls(core: nn.Module) -> bool:
     """Whether the vision tower has a CLS token."""
     tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
     return hasattr(tower.embeddings, "class_embedding")
+
+
+def kv_cache(where: dict | ModelOutput) -> Cache | None:
+    """The KV cache among a forward's keyword arguments, or on its output; None without one."""
+    if isinstance(where, ModelOutput):
+        return where.get(KV_CACHE)
+    return where.get(KV_CACHE, where.get("past_key_values"))  # a caller may use the old name for some time
 
 
 def placeholders(core: nn.Module, kind: str, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import (
 import vlmslim
 from vlmslim import Compressed, Compressor
 from vlmslim.attention import DecoderAttention
+from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.methods.bipartitemerge import match, merge_step, merge_tokens
 from vlmslim.methods.pagerankprune import PageRankPrune, pagerank, scheduled
 
@@ -249,7 +250,7 @@ def _decoder(arrays) -> None:
         for token, want in zip(tokens.tolist(), steps, strict=True):
             _close(now[0, : len(want)], want, LOGITS)
             assert want.argmax() == token
-            now = model(torch.tensor([[token]]), past_key_values=out.past_key_values).logits[:, -1]
+            now = model(torch.tensor([[token]]), **{KV_CACHE: kv_cache(out)}).logits[:, -1]
     with vlmslim.patch(model, feed):
         want = arrays["logits_noprune_last"]
         _close(model(**inputs).logits[0, -1, : len(want)], want, LOGITS)

@@ -82,7 +82,8 @@ def check_text_tower(arrays: dict[str, np.ndarray]) -> None:
         text = hf_clip_text(model, lambda text, length, whole=whole: whole, said["eos"])
         for pool, name in (("last_pad", "feat"), ("eot", "clip_pooled")):
             got, want = text.embed("", pool, len(ids)).numpy(), arrays[key.replace("ids", name)][0]
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=f"{key} {pool}")
+            scale = np.abs(want).max()  # a small entry is a difference of large ones, and rounds as they do
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{key} {pool}")
 
 
 def check_compression(arrays: dict[str, np.ndarray]) -> None:

@@ -30,6 +30,7 @@ from vlmslim.doctor.runs import (
 )
 from vlmslim.doctor.watch import Snapshot, anatomy, surroundings
 from vlmslim.efficiency import DecoderShape, cache_bytes, kv_bytes, peak_memory
+from vlmslim.families import kv_cache
 from vlmslim.methods import name_of
 from vlmslim.receipt import Prefill
 from vlmslim.slim import Slim
@@ -187,7 +188,7 @@ def kv(patient: Patient) -> Outcome:
             for hook in hooks:
                 hook.remove()
         tokens = [receipt.last.text[0] + visual for (visual,) in receipt.last.visual]
-        held += cache_bytes(out.past_key_values)
+        held += cache_bytes(kv_cache(out))
         theory += kv_bytes(shape, tokens, model.dtype)
         strange += sum(abs(a - b) for a, b in zip(computed, tokens, strict=True))
     note = f"{held / 2**20:.2f} MiB"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.doctor.watch import Watch
 from vlmslim.efficiency import peak_memory
+from vlmslim.families import KV_CACHE, kv_cache
 
 STEPS = 5  # tokens that are decoded
 TAIL = 16  # last tokens of a prompt whose logits are compared
@@ -20,7 +21,7 @@ def generate(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor, list[Tenso
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
     greedy |= dict(min_new_tokens=STEPS, max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True)
     out = model.generate(**inputs, **greedy)
-    cached = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
+    cached = [x for layer in kv_cache(out).layers for x in (layer.keys, layer.values)]
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1), cached
 
 
@@ -38,7 +39,7 @@ def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1) -> T
     logits, mask = [out.logits], inputs["attention_mask"]
     for tokens in answer.split(stride, dim=1):
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        out = model(input_ids=tokens, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=tokens, attention_mask=mask, **{KV_CACHE: kv_cache(out)}, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, dim=1).float()
 

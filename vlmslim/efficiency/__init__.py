@@ -22,7 +22,7 @@ from vlmslim.efficiency.flops import (
     tower_flops,
 )
 from vlmslim.efficiency.memory import cache_bytes, peak_memory
-from vlmslim.efficiency.parts import count_flops, time_parts
+from vlmslim.efficiency.parts import count_flops, flop_counter, time_parts
 from vlmslim.efficiency.timing import (
     Spread,
     Timing,
@@ -44,6 +44,7 @@ __all__ = [
     "count_flops",
     "crop_tokens",
     "equivalent_tokens",
+    "flop_counter",
     "interleave",
     "kv_bytes",
     "measure",

@@ -24,6 +24,7 @@ from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
 from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_generation
 from vlmslim.evaluation import provenance
+from vlmslim.families import kv_cache
 from vlmslim.methods import method, method_class
 
 UNPATCHED = "unpatched"
@@ -278,7 +279,7 @@ def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: in
     visual, in_decoder = [float(prompt.visual_tokens)] * shape.layers, False
     with _treated(model, stage) as slim:
         with torch.inference_mode():
-            held = cache_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
+            held = cache_bytes(kv_cache(model(**inputs, use_cache=True, logits_to_keep=1)))
         if slim is not None:
             visual = slim.receipt.summary()["visual_tokens_per_layer"]
             in_decoder = bool(slim._decoder.pruners)

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 from functools import wraps
+from math import prod
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Size, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vlmslim.compressor import Compressor
 
@@ -80,6 +81,16 @@ class Parts:
         self.stack.pop()
 
 
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, silent, and not blind to a CPU's attention kernel, which it misses before torch 2.15."""
+
+    def attention(query: Size, key: Size, value: Size, *_, **__) -> int:
+        return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: attention})
+
+
 def count_flops(model: nn.Module, inputs: dict) -> dict[str, int]:
     """FLOPs of the matrix products of one prefill, as `torch.utils.flop_counter` sees them, by part.
 
@@ -87,7 +98,7 @@ def count_flops(model: nn.Module, inputs: dict) -> dict[str, int]:
         model: a LLaVA, patched or not.
         inputs: of one forward; a batch is counted as a whole.
     """
-    with FlopCounterMode(display=False) as counter, Parts(model, counter.get_total_flops) as parts:
+    with flop_counter() as counter, Parts(model, counter.get_total_flops) as parts:
         _prefill(model, inputs)
     return {part: int(total) for part, total in parts.totals.items()}
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 import vlmslim
 from vlmslim.evaluation.prompts import Prompt, Prompter, user_message
+from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.saving import located
 from vlmslim.slim import build
 
@@ -295,7 +296,7 @@ class VlmSlim(lmms):
                 "attention_mask": torch.cat([mask, given[:, :-1]], 1),
                 "position_ids": mask.sum(1, keepdim=True) + torch.arange(max(lengths) - 1, device=mask.device),
             }
-            logits.append(self.model(**following, past_key_values=output.past_key_values).logits)
+            logits.append(self.model(**following, **{KV_CACHE: kv_cache(output)}).logits)
         results = []
         for logit, answer, n in zip(
             torch.cat(logits, 1).float(), answers.to(output.logits.device), lengths, strict=True
