@@ -244,13 +244,13 @@ def test_one_token_taken_to_mean_decoding(failed, monkeypatch):
 def test_masking_instead_of_removing(failed, monkeypatch):
     """Trap 9: tokens are hidden by the attention mask, but computed and cached."""
 
-    def mask_only(self, keep):
+    def mask_only(self, keep, renumber=False):
         keep = keep & self.mask
         if (keep == self.mask).all():
             return None
         every = np.tile(np.arange(keep.shape[1]), (len(keep), 1))
-        layout = Layout(keep, self.image * keep, self.position, self.origin, False)
-        return Selection(layout, every, every, keep.sum(1).tolist())
+        dropped = (self.mask ^ keep).sum(1, keepdims=True)
+        return Selection(Layout(keep, self.fields, every), every, every, keep.sum(1), dropped)
 
     monkeypatch.setattr(Layout, "select", mask_only)
     found = failed(Plain())

@@ -93,6 +93,39 @@ class Compressed:
     features: Tensor
     index: Tensor | None = None
 
+    untouched: ClassVar[bool] = False  # the image's tokens as they are
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Picked(Compressed):
+    """Tokens of an image as they are. They stand in the prompt already, so nothing is copied until somebody asks.
+
+    order : (k,) which ones, in the order the language model reads them
+    """
+
+    def __init__(self, image: "ImageTokens", order: Tensor):
+        self.image, self.order = image, order
+
+    def __len__(self) -> int:
+        return len(self.features if "features" in vars(self) else self.order)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has asked for the features, or the index, and so may have changed them."""
+        return vars(self).keys() == {"image", "order"}
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(k, d)."""
+        return self.image.features[self.order]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(k,)."""
+        return self.order.sort().values
+
 
 @dataclass
 class ImageTokens:
@@ -169,7 +202,7 @@ class ImageTokens:
 
     def pick(self, index: Tensor) -> Compressed:
         """Keep the tokens `index` (k,), in that order."""
-        return Compressed(self.features[index], index.sort().values)
+        return Picked(self, index)
 
 
 @dataclass

@@ -8,6 +8,7 @@ Outside the language model no shape changes, which is why `generate`, labels and
 """
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,12 +17,23 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from vlmslim.attention import soft_mask, take
+from vlmslim.attention import soft_mask
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.families import kv_cache, placeholders
-from vlmslim.plan import Layout, Plan, Segment, joined, upload
+from vlmslim.plan import Layout, Plan, Segment, joined, pick_rows, upload
 from vlmslim.receipt import Image, Prefill, Receipt, Span
+
+
+def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
+    """Which of its image's tokens each result holds; None where it does not say. Waits for the device, once."""
+    told = [result.order if result.untouched else result.index for result in results]
+    known = [order for order in told if order is not None]
+    if not known:
+        return told
+    whole = (torch.cat(known) if len(known) > 1 else known[0]).cpu().numpy()
+    parts = iter(np.split(whole, np.cumsum([len(order) for order in known])[:-1]))
+    return [None if order is None else next(parts) for order in told]
 
 
 def compresses(stage: Compressor) -> bool:
@@ -58,7 +70,7 @@ class Call:
     past: Plan | None
     length: int = 0  # of the caller's sequence in this forward
     seen: int = 0  # of the caller's sequence behind the cache
-    before: list[Tensor] = field(default_factory=list)  # per layer, the mask of what the cache holds
+    before: list[Tensor | None] = field(default_factory=list)  # per layer, the mask of what the cache holds
     segments: list[Segment] = field(default_factory=list)  # per layer, neighbours share
     images: list[list[Image]] = field(default_factory=list)  # per row
     text: list[int] = field(default_factory=list)  # per row, text tokens
@@ -70,7 +82,6 @@ class Call:
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)  # attention masks made
     rope: tuple[Tensor, Tensor] | None = None
     features: list[list[ImageTokens]] = field(default_factory=list)  # per row, the images themselves
-    slot: np.ndarray | None = None  # (B, L) place of each visual token in its image
     weights: list[Tensor | None] = field(default_factory=list)  # per layer, of each key, while a method trains
     previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
     spans: list[Span] = field(default_factory=list)  # visits to the methods
@@ -93,13 +104,15 @@ class Call:
 
 def _check_finite(images: list[ImageTokens]) -> None:
     """Refuse images of which nothing sensible can be chosen."""
-    extremes = torch.stack([torch.stack(image.features.detach().aminmax()) for image in images])  # NaN is an extreme
-    finite = extremes.isfinite().all(1).tolist()
-    if not all(finite):
-        raise ValueError(
-            f"the visual tokens of image {finite.index(False)} of this batch are not finite; "
-            "check the picture and the dtype of the vision tower"
-        )
+    sums = torch.stack([image.features.detach().sum(dtype=torch.float32) for image in images])
+    if all(map(math.isfinite, sums.tolist())):  # one pass; huge tokens may overflow a sum, so look again
+        return
+    for i, image in enumerate(images):
+        if not image.features.isfinite().all():
+            raise ValueError(
+                f"the visual tokens of image {i} of this batch are not finite; "
+                "check the picture and the dtype of the vision tower"
+            )
 
 
 class DecoderHooks:
@@ -246,16 +259,19 @@ class DecoderHooks:
         if position is None:
             position = torch.arange(call.seen, total, device=device)[None]
         position = position.to(device).expand(batch, -1)
+        layers = len(self.lm.layers)
+        call.before, call.weights = [None] * layers, [None] * layers
         if past:
             call.shift = past.shift.to(device)
             position = position - call.shift
             unique = {id(m): m.to(device) for m in past.masks}  # neighbouring layers share one
             grown = {key: torch.cat([m, mask[:, past.length : call.seen]], dim=1) for key, m in unique.items()}
             call.before = [grown[id(m)] for m in past.masks]
-        else:
-            call.before = [mask[:, : call.seen]] * len(self.lm.layers)
-        call.segments = [Segment(mask[:, call.seen :], position, call.padded)] * len(self.lm.layers)
-        call.weights = [None] * len(self.lm.layers)
+        elif call.seen:
+            call.before = [mask[:, : call.seen]] * layers
+        if call.seen:
+            mask = mask[:, call.seen :]
+        call.segments = [Segment(mask, position, call.padded)] * layers
 
     def _check(self, cache) -> None:
         """Refuse what a forward with images cannot have."""
@@ -272,7 +288,8 @@ class DecoderHooks:
                 "a cache only; for an image in a later turn prefill again, or use a method that works before the "
                 "language model"
             )
-        if (self.pruners or self.positions == "original") and self.lm.training and self.lm.is_gradient_checkpointing:
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.lm.layers)
+        if (self.pruners or self.positions == "original") and self.lm.training and checkpointing:
             raise ValueError(
                 "gradient checkpointing re-runs decoder layers outside the forward that knows which tokens they hold; "
                 "disable it, or use a method that works before the language model with renumbered positions"
@@ -282,7 +299,7 @@ class DecoderHooks:
         """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
         segment = call.segments[0]
         layout = segment.layout = Layout.of(segment.mask, segment.position)
-        ids = None if call.input_ids is None else call.input_ids.cpu()
+        ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
         found, text = self._locate(call, layout.mask, ids)
         images = [image for _, _, image in found]
         results: list[Compressed | None] = [None] * len(found)
@@ -290,76 +307,71 @@ class DecoderHooks:
             _check_finite(images)
         if images and self.before_llm:
             for row, _, image in found:
-                image.prompt = None if ids is None else ids[row][torch.from_numpy(text[row])]
+                image.prompt = None if ids is None else torch.from_numpy(ids[row, text[row]])
             with call.timed(images[0].features.device):
                 results = self.before_llm.compress_images(images)
         self._note(call, layout, found, results)
         call.text = text.sum(1).tolist()
         call.visual = [[sum(row) for row in call.entered]] * len(self.lm.layers)
         call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
-        return self._close_gaps(call, embeds, found, results) if images and self.before_llm else embeds
-
-    def _close_gaps(self, call: Call, embeds: Tensor, found: list, results: list[Compressed]) -> Tensor:
-        """Put kept tokens into their slots and drop the slots of the others: (B, L, d) -> (B, S, d)."""
-        layout, device = call.segments[0].layout, embeds.device
-        rows, columns = self._slots(found, results)
-        keep = layout.image == 0
-        places = keep.sum() + len(rows)
-        keep[rows, columns] = True
-        if keep.sum() != places:
-            raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
-        dropped = (layout.mask & ~keep).cumsum(1)
-        renumbered = self.positions == "renumbered"
-        selection = (layout.shifted(dropped) if renumbered else layout).select(keep)
-        if selection is None:
-            embeds = embeds.clone()
-        else:
-            index, shift = upload(device, selection.index, dropped[:, -1:])
-            embeds, columns = take(embeds, index), selection.target[rows, columns]
-            call.segments = [Segment.of(selection.layout, device)] * len(self.lm.layers)
-            call.gapped = not renumbered
-            if renumbered:
-                call.shift = shift if call.shift is None else call.shift + shift
-        embeds[tuple(upload(device, rows, columns))] = torch.cat([result.features.to(embeds) for result in results])
-        return embeds
+        return self._close_gaps(call, embeds, found, text, results) if images and self.before_llm else embeds
 
     def _note(self, call: Call, layout: Layout, found: list, results: list[Compressed | None]) -> None:
         """Write down which image each visual token belongs to, and how many of its tokens enter."""
         call.images = [[] for _ in layout.mask]
         call.features = [[] for _ in layout.mask]
-        call.slot = np.full(layout.mask.shape, -1)
         for (row, columns, image), result in zip(found, results, strict=True):
             n = len(columns)
-            k = n if result is None else len(result.features)
+            k = n if result is None else len(result)
             if k > n:
                 raise ValueError(f"{self.before_llm} made {k} tokens out of an image of {n}")
             call.images[row].append(Image(n, self._requested(n), k))
             call.features[row].append(image)
-            layout.image[row, columns] = len(call.images[row])
-            if result is None or result.index is not None:
-                call.slot[row, columns] = np.arange(n)
+            if self.pruners:
+                layout.image[row, columns] = len(call.images[row])
+                if result is None or result.untouched or result.index is not None:
+                    layout.place[row, columns] = np.arange(1, n + 1)
 
-    def _slots(self, found: list, results: list[Compressed]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of the caller's sequence that the kept tokens of all images take. Waits for the device."""
-        told = [result.index for result in results if result.index is not None]
-        told = iter(torch.cat(told).cpu().split([len(index) for index in told]) if told else ())
-        rows, slots = [], []
-        for (row, columns, _), result in zip(found, results, strict=True):
-            k = len(result.features)
-            if result.index is None and self.positions == "original" and k < len(columns):
+    def _close_gaps(
+        self, call: Call, embeds: Tensor, found: list, text: np.ndarray, results: list[Compressed]
+    ) -> Tensor:
+        """Put kept tokens into their slots and drop the slots of the others: (B, L, d) -> (B, S, d)."""
+        keep, rows, slots, made = text.copy(), [], [], []
+        for (row, columns, _), result, order in zip(found, results, _on_host(results), strict=True):
+            if order is None and self.positions == "original" and len(result) < len(columns):
                 raise ValueError(
                     f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'"
                 )
-            slots.append(columns[:k] if result.index is None else columns[next(told).numpy()])
-            rows.append(np.full(k, row))
-        return np.concatenate(rows), np.concatenate(slots)
+            places = columns[: len(result)] if order is None else columns[np.sort(order)]
+            keep[row, places] = True
+            if not result.untouched or (order[1:] < order[:-1]).any():  # the prompt does not hold them so
+                rows, slots, made = [*rows, np.full(len(result), row)], [*slots, places], [*made, result.features]
+        if keep.sum() != text.sum() + sum(map(len, results)):
+            raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
+        renumbered = self.positions == "renumbered"
+        selection = call.segments[0].layout.select(keep, renumbered)
+        rows, slots = (np.concatenate(x) if made else None for x in (rows, slots))
+        if selection is not None:
+            embeds = pick_rows(embeds, selection.index)
+            call.segments = [Segment.of(selection.layout, embeds.device)] * len(self.lm.layers)
+            call.gapped = not renumbered
+            if renumbered:
+                (shift,) = upload(embeds.device, selection.dropped)
+                call.shift = shift if call.shift is None else call.shift + shift
+            if made:
+                slots = selection.target[rows, slots]
+        elif made:
+            embeds = embeds.clone()
+        if made:
+            embeds[tuple(upload(embeds.device, rows, slots))] = torch.cat(made).to(embeds)
+        return embeds
 
     def _requested(self, n: int) -> int | None:
         """What was asked of an image of `n` tokens at the entrance, or failing that between layers."""
         stages = [self.before_llm] if self.before_llm else [self.pruners[i] for i in sorted(self.pruners)]
         return stages[-1].requested(n) if stages else n
 
-    def _locate(self, call: Call, mask: np.ndarray, ids: Tensor | None) -> tuple[list, np.ndarray]:
+    def _locate(self, call: Call, mask: np.ndarray, ids: np.ndarray | None) -> tuple[list, np.ndarray]:
         """Find the images in the prompts.
 
         `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
@@ -369,7 +381,7 @@ class DecoderHooks:
         """
         found, text = [], mask
         for kind, encoded in call.encoded.items():
-            at = placeholders(self.core, kind, ids, call.embeds).cpu().numpy()
+            at = placeholders(self.core, kind, ids, call.embeds)
             text = text & ~at
             images, start = encoded.images, 0
             for row, there in enumerate(at):
@@ -394,25 +406,31 @@ class DecoderHooks:
             return output
         if call.encoded:
             sequence = [segment.mask.shape[1] for segment in call.segments]
-            kv = [] if cache is None else [cache.get_seq_length(i) for i in range(len(sequence))]
+            kv = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
             self.receipt.saw_prefill(Prefill(call.images, call.text, call.visual, sequence, kv, call.spans))
         if not call.altered:
             return output
         if call.encoded and cache is not None:
-            pairs = list(zip(call.before, call.segments, strict=True))
-            unique = {(id(b), id(s)): (b, s) for b, s in pairs}  # neighbouring layers share one
-            made = {key: joined(b, s.mask) for key, (b, s) in unique.items()}
-            shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
-            padded = bool(call.past and call.past.padded) or any(s.padded for _, s in pairs)
-            masks = [made[id(b), id(s)] for b, s in pairs]
-            Plan(call.seen + call.length, shift, masks, padded, call.tail).attach(cache)
-        output.last_hidden_state = call.segments[-1].restore(output.last_hidden_state, call.length)
+            self._plan(call).attach(cache)
+        output.last_hidden_state = call.segments[-1].restore(output.last_hidden_state)
         if output.hidden_states is not None:
             segments = [call.segments[0], *call.segments]
-            output.hidden_states = tuple(
-                s.restore(h, call.length) for s, h in zip(segments, output.hidden_states, strict=True)
-            )
+            output.hidden_states = tuple(s.restore(h) for s, h in zip(segments, output.hidden_states, strict=True))
         return output
+
+    @staticmethod
+    def _plan(call: Call) -> Plan:
+        """What the KV cache holds now."""
+        made: dict[tuple[int, int], Tensor] = {}  # neighbouring layers share one
+        pairs = list(zip(call.before, call.segments, strict=True))
+        for before, segment in pairs:
+            key = id(before), id(segment)
+            if key not in made:
+                made[key] = joined(before, segment.mask)
+        masks = [made[id(before), id(segment)] for before, segment in pairs]
+        padded = bool(call.past and call.past.padded) or any(segment.padded for segment in call.segments)
+        shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
+        return Plan(call.seen + call.length, shift, masks, padded, call.tail)
 
     # -- the decoder layers -----------------------------------------------------------------------------------------
 
@@ -442,8 +460,8 @@ class DecoderHooks:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
         layout, device = old.layout, old.mask.device
-        slot = np.where(layout.image > 0, np.take_along_axis(call.slot, layout.origin, axis=1), -1)
-        image, origin, slot, last = upload(device, layout.image, layout.origin, slot, layout.last)
+        fields, last = upload(device, layout.fields, layout.last)
+        image, place, _, origin = fields
         tokens = LayerInput(
             layer=i,
             hidden=hidden,
@@ -453,7 +471,7 @@ class DecoderHooks:
             last=last,
             entered=call.entered,
             images=call.features,
-            slot=slot,
+            slot=place - 1,
             weight=call.weights[i],
             previous=call.previous,
         )
@@ -472,13 +490,12 @@ class DecoderHooks:
         if selection is None:
             return hidden
         call.segments[i:] = [Segment.of(selection.layout, device)] * (len(call.segments) - i)
-        visual = [count - text for count, text in zip(selection.counts, call.text, strict=True)]
+        visual = [count - text for count, text in zip(selection.counts.tolist(), call.text, strict=True)]
         call.visual[i:] = [visual] * (len(call.visual) - i)
         call.gapped, call.rope = True, None
-        (index,) = upload(device, selection.index)
         if call.weights[i] is not None:
-            call.weights[i:] = [call.weights[i].gather(1, index)] * (len(call.weights) - i)
-        return take(hidden, index.to(hidden.device))
+            call.weights[i:] = [call.weights[i].gather(1, *upload(device, selection.index))] * (len(call.weights) - i)
+        return pick_rows(hidden, selection.index)
 
     def _mask(self, i: int, call: Call, hidden: Tensor, kwargs: dict) -> Tensor | None:
         """The attention mask of the run of layers that layer `i` belongs to, made once per forward."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -82,15 +83,15 @@ def kv_cache(where: dict | ModelOutput) -> Cache | None:
     return where.get(KV_CACHE, where.get("past_key_values"))  # a caller may use the old name for some time
 
 
-def placeholders(core: nn.Module, kind: str, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+def placeholders(core: nn.Module, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:
     """(B, L) bool: the placeholder positions of the prompt's images (kind "image") or videos (kind "video")."""
     token = getattr(core.config, f"{kind}_token_id", None)
     if input_ids is not None:
-        return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+        return np.equal(input_ids, -1 if token is None else token)
     if token is None:
-        return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return np.zeros(embeds.shape[:2], dtype=bool)
     table = core.get_input_embeddings()
-    return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1)
+    return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1).cpu().numpy()
 
 
 def with_newlines(core: nn.Module, videos: Sequence[Tensor], frames: int) -> list[Tensor]:

@@ -4,14 +4,12 @@ A `Plan` is an attribute of the KV cache that it describes, so it dies with the 
 and there is no state to forget to reset.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-
-from vlmslim.attention import take
 
 _ATTRIBUTE = "_vlmslim_plan"
 
@@ -23,71 +21,74 @@ class Layout:
     It lives on the host, where placeholders are counted anyway: the many small steps of this bookkeeping take a
     fraction of what launching them on a device would.
 
-    mask     : (B, S) False at padding
-    image    : (B, S) 0 at text and padding, i at the tokens of the row's i-th image
-    position : (B, S) rotary position
-    origin   : (B, S) index in the caller's sequence
-    whole    : nothing has been dropped, so rows stand as the caller padded them; else they are padded on the left
+    mask   : (B, S) False at padding
+    fields : (4, B, S) what is known of each token, also as `image`, `place`, `position` and `origin`, (B, S) each:
+             0 at text and padding, i at the tokens of the row's i-th image; 1 + its place in that image, or 0; its
+             rotary position; its index in the caller's sequence
+    source : (B, L) which token here stands for each of the caller's: the last one kept up to there, or -1. None while
+             nothing has been dropped: rows then stand as the caller padded them, later they are padded on the left
     """
 
     mask: np.ndarray
-    image: np.ndarray
-    position: np.ndarray
-    origin: np.ndarray
-    whole: bool = True
+    fields: np.ndarray
+    source: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.image, self.place, self.position, self.origin = self.fields
 
     @classmethod
     def of(cls, mask: Tensor, position: Tensor) -> "Layout":
         """Of a whole sequence, as text alone: (B, L) each. Waits for the device."""
-        mask, position = mask.cpu().numpy(), position.cpu().numpy()
-        return cls(mask, np.zeros(mask.shape, int), position, np.tile(np.arange(mask.shape[1]), (len(mask), 1)))
+        layout = cls(mask.cpu().numpy(), np.zeros((4, *mask.shape), int))
+        layout.position[:] = position.cpu().numpy()
+        layout.origin[:] = np.arange(mask.shape[1])
+        return layout
 
     @property
     def last(self) -> np.ndarray:
         """(B,) index of each row's last token."""
         return (self.mask * np.arange(1, self.mask.shape[1] + 1)).argmax(1)
 
-    def select(self, keep: np.ndarray) -> "Selection | None":
-        """Drop all but the `keep` tokens (B, S); None if everything stays."""
+    def select(self, keep: np.ndarray, renumber: bool = False) -> "Selection | None":
+        """Drop all but the `keep` tokens (B, S); None if everything stays.
+
+        With `renumber` the rotary position of a kept token falls by the tokens dropped before it in its row.
+        """
         keep = keep & self.mask
-        counts = keep.sum(1)
-        if (counts == self.mask.sum(1)).all():
+        dropped = (self.mask ^ keep).cumsum(1)
+        if not dropped[:, -1].any():
             return None
+        kept = keep.cumsum(1)
+        counts = kept[:, -1]
         size = counts.max()
-        index = keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
-        mask, image, position, origin = (
-            np.take_along_axis(x, index, axis=1) for x in (keep, self.image, self.position, self.origin)
-        )  # a padded slot is some other token's leftover: clear its flags
-        target = keep.cumsum(1) - 1 + (size - counts)[:, None]
-        return Selection(Layout(mask, image * mask, position, origin, False), index, target, counts.tolist())
-
-    def sources(self, length: int) -> np.ndarray:
-        """(B, length): which token here stands for each of the caller's: the last one kept up to there, -1 before."""
-        kept = np.zeros((len(self.mask), length), int)
-        rows, columns = self.mask.nonzero()
-        kept[rows, self.origin[rows, columns]] = 1
-        number = kept.cumsum(1)
-        return np.where(number > 0, number - 1 + self.mask.shape[1] - self.mask.sum(1, keepdims=True), -1)
-
-    def shifted(self, down: np.ndarray) -> "Layout":
-        """The same tokens at rotary positions that are lower by (B, S)."""
-        return replace(self, position=self.position - down)
+        at = np.arange(len(keep))[:, None], keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
+        mask, fields = keep[at], self.fields[:, *at]
+        fields[:2] *= mask  # a padded slot is some other token's leftover: clear its flags
+        if renumber:
+            fields[2] -= dropped[at]
+        target = np.where(kept > 0, kept - 1 + (size - counts)[:, None], -1)
+        source = target
+        if self.source is not None:
+            source = np.where(self.source < 0, -1, np.take_along_axis(target, self.source.clip(min=0), axis=1))
+        return Selection(Layout(mask, fields, source), at[1], target, counts, dropped[:, -1:])
 
 
 @dataclass
 class Selection:
     """The outcome of `Layout.select`.
 
-    layout : the kept tokens
-    index  : (B, S') picks them from the old sequence
-    target : (B, S) where in the new one each kept token went
-    counts : tokens of each row, padding not counted
+    layout  : the kept tokens
+    index   : (B, S') picks them from the old sequence
+    target  : (B, S) where in the new one each kept token went
+    counts  : (B,) tokens of each row, padding not counted
+    dropped : (B, 1) tokens that each row lost
     """
 
     layout: Layout
     index: np.ndarray
     target: np.ndarray
-    counts: list[int]
+    counts: np.ndarray
+    dropped: np.ndarray
 
 
 @dataclass
@@ -113,10 +114,10 @@ class Segment:
     @property
     def whole(self) -> bool:
         """Nothing has been dropped."""
-        return self.layout is None or self.layout.whole
+        return self.layout is None or self.layout.source is None
 
-    def restore(self, hidden: Tensor, length: int) -> Tensor:
-        """Put hidden states (B, S, d) back where the caller expects them: (B, length, d).
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Put hidden states (B, S, d) back where the caller expects them: (B, L, d).
 
         A dropped token's place takes the state of the last kept token before it, because that is the one which
         predicts the next token: so a loss or a log-likelihood over the caller's labels is the one of the shortened
@@ -124,12 +125,12 @@ class Segment:
         """
         if self.whole:
             return hidden
-        source = self.layout.sources(length)
-        restored = take(hidden, *upload(hidden.device, source.clip(min=0)))
-        if source.min() < 0:
-            (empty,) = upload(hidden.device, source < 0)
-            restored = restored.masked_fill(empty[..., None], 0)
-        return restored
+        source = self.layout.source
+        empty = source < 0
+        if not empty.any():
+            return pick_rows(hidden, source)
+        restored = pick_rows(hidden, source.clip(min=0))
+        return restored.masked_fill(*upload(hidden.device, empty[..., None]), 0)
 
 
 def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
@@ -137,9 +138,15 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     return [torch.from_numpy(array).to(device) for array in arrays]
 
 
-def joined(before: Tensor, mask: Tensor) -> Tensor:
-    """One mask after the other, (B, P) and (B, S) -> (B, P + S), without a copy where the first is empty."""
-    return torch.cat([before, mask], dim=1) if before.shape[1] else mask
+def pick_rows(x: Tensor, index: np.ndarray) -> Tensor:
+    """Take tokens, x (B, S, d), that the host has chosen, (B, q): (B, q, d)."""
+    flat = index + np.arange(0, x.shape[0] * x.shape[1], x.shape[1])[:, None]
+    return x.flatten(0, 1).index_select(0, *upload(x.device, flat.ravel())).unflatten(0, index.shape)
+
+
+def joined(before: Tensor | None, mask: Tensor) -> Tensor:
+    """One mask after the other, (B, P) and (B, S) -> (B, P + S); None stands for an empty one."""
+    return mask if before is None else torch.cat([before, mask], dim=1)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices, check_keep
-from vlmslim.greedy import GreedySelection
+from vlmslim.greedy import GreedySelection, least_close
 from vlmslim.selection import full_precision
 
 
@@ -65,13 +65,9 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     n = x.shape[-2]
     unit = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
     # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
-    distance = torch.stack([1 - one @ one.T for one in unit])
-    diagonal, every = distance.diagonal(dim1=1, dim2=2), torch.arange(len(unit), device=x.device)
-    diagonal.fill_(float("inf"))
-    picks = [distance.amin(2).argmax(1)]
-    diagonal.fill_(float("-inf"))  # once picked, a token is nobody's farthest
-    nearest = distance[every, picks[0]]
-    for _ in range(k - 1):
-        picks.append(nearest.argmax(1))
-        torch.minimum(nearest, distance[every, picks[-1]], out=nearest)
-    return torch.stack(picks, dim=-1).view(*x.shape[:-2], k)
+    closeness = torch.stack([one @ one.T for one in unit]).sub_(1)  # minus the distance
+    diagonal = closeness.diagonal(dim1=1, dim2=2)
+    diagonal.fill_(-float("inf"))
+    first = closeness.amax(2).argmin(1)
+    diagonal.fill_(float("inf"))  # once picked, a token is nobody's farthest
+    return least_close(closeness, first, k, "maximum").view(*x.shape[:-2], k)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vlmslim.attention import cls_attention
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
 from vlmslim.families import has_cls
-from vlmslim.greedy import GreedySelection
+from vlmslim.greedy import GreedySelection, least_close, least_close_to
 from vlmslim.methods.dropvisual import DropVisual
 from vlmslim.selection import full_precision
 
@@ -134,27 +134,23 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
     Returns:
         (..., k) indices in the order of selection; the first j of them are the selection for k = j.
     """
-    fold = {"max_sum": torch.add, "k_center": torch.maximum}[objective]
+    fold = {"max_sum": "add", "k_center": "maximum"}[objective]
     n = x.shape[-2]
     x = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
-    every = torch.arange(len(x), device=x.device)
-    # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
-    gram = torch.stack([one @ one.T for one in x]) if n <= GRAM_LIMIT else None
-    if gram is not None:
-        gram.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    first = pivot.reshape(-1).to(x.device)
 
-    def similarity(pick: Tensor) -> Tensor:  # infinite to itself, which survives both folds
-        if gram is not None:
-            return gram[every, pick]
+    def similarity(pick: Tensor) -> Tensor:
         row = torch.stack([one @ one.index_select(0, p)[0] for one, p in zip(x, pick.split(1), strict=True)])
         return row.scatter_(1, pick[:, None], float("inf"))
 
-    picks = [pivot.reshape(-1).to(x.device)]
-    closeness = similarity(picks[0])
-    for _ in range(k - 1):
-        picks.append(closeness.argmin(1))
-        fold(closeness, similarity(picks[-1]), out=closeness)
-    return torch.stack(picks, dim=-1).reshape(*pivot.shape, k)
+    if n <= GRAM_LIMIT:
+        # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
+        gram = torch.stack([one @ one.T for one in x])
+        gram.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        picks = least_close(gram, first, k, fold)
+    else:
+        picks = least_close_to(similarity, first, k, fold)
+    return picks.reshape(*pivot.shape, k)
 
 
 @full_precision
