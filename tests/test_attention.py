@@ -103,3 +103,22 @@ def test_recomputed_attention_equals_the_models_own(family, backend, rule):
                 at = int(torch.searchsorted(ref.origin, origin[i][asked[i, q]] - start))
                 close(got[i, :, q][:, mask[i]], own[:, at, places], 1e-4)
                 assert torch.all(got[i, :, q][:, ~mask[i]] == 0)
+
+
+@torch.no_grad()
+def test_keys_of_the_kv_cache_serve_as_recomputed_ones(family, backend):
+    model, seen = tiny(family, backend), {}
+
+    class Looking(Stairs):
+        def retain(self, tokens):
+            seen.setdefault(tokens.layer, []).append((tokens.keys is None, tokens.attention(tokens.last[:, None])))
+            return super().retain(tokens)
+
+    inputs = batch(model, LONG_ROWS)
+    with vlmslim.patch(model, Looking()):
+        model(**inputs, use_cache=True)
+        model(**inputs, use_cache=False)
+    assert seen
+    for (cached, ours), (recomputed, want) in seen.values():
+        assert recomputed and not cached
+        assert torch.equal(ours, want)

@@ -65,22 +65,29 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 class DecoderAttention:
     """Attention logits of a decoder layer (Llama, Mistral, Qwen2 and relatives), for the query rows one asks for.
 
-    The norm and the keys are computed once, queries and logits as they are wanted. Submodules are called, never their
-    weights read, so that offloaded layers work too.
+    Queries and logits are computed as they are wanted; keys once, or not at all where the KV cache has them.
+    Submodules are called, never their weights read, so that offloaded layers work too.
 
     Args:
         layer: the decoder layer.
         hidden: (B, S, d) its input.
         rope: cosine and sine, (B or 1, S, head_dim) each.
         mask: (B, S), False at padding.
+        keys: (B, kv heads, S, head_dim) the keys of the layer, rotated; computed if not given.
     """
 
-    def __init__(self, layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor):
-        self.attn = layer.self_attn
-        self.hidden = layer.input_layernorm(hidden)
+    def __init__(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor,
+        keys: Tensor | None = None,
+    ):
+        self.layer, self.attn, self.hidden = layer, layer.self_attn, hidden
         self.rope = tuple(t.to(hidden.device).expand(len(hidden), -1, -1) for t in rope)
         self.mask = mask.to(hidden.device)
-        self.keys = self._heads("k", self.hidden, *self.rope).float()  # (B, kv heads, S, head_dim)
+        self.keys = (self._heads("k", hidden, *self.rope) if keys is None else keys).float()
 
     def logits(self, rows: Tensor, end: int | None = None) -> Tensor:
         """Scaled, masked logits of some rows.
@@ -101,8 +108,8 @@ class DecoderAttention:
         return logits.masked_fill(~visible(mask, rows)[:, None], float("-inf"))
 
     def _heads(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Project, split into heads and rotate: (B, s, d) -> (B, heads, s, head_dim)."""
-        x = getattr(self.attn, f"{name}_proj")(x).unflatten(-1, (-1, self.attn.head_dim))
+        """Normalise, project, split into heads and rotate: (B, s, d) -> (B, heads, s, head_dim)."""
+        x = getattr(self.attn, f"{name}_proj")(self.layer.input_layernorm(x)).unflatten(-1, (-1, self.attn.head_dim))
         if hasattr(self.attn, f"{name}_norm"):  # Qwen3 and relatives
             x = getattr(self.attn, f"{name}_norm")(x)
         x = x.transpose(1, 2)

@@ -231,13 +231,14 @@ class LayerInput:
     images: list[list[ImageTokens]] = field(default_factory=list)
     slot: Tensor | None = None
     weight: Tensor | None = None
-    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None  # layer, its input, rotary embeddings
+    keys: Tensor | None = None  # of that layer, where the KV cache has them
 
     @cached_property
     def _attended(self) -> DecoderAttention:
         if self.previous is None:
             raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
-        return DecoderAttention(*self.previous, self.mask)
+        return DecoderAttention(*self.previous, self.mask, self.keys)
 
     def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
         """Attention that layer `layer - 1` paid from the query tokens `rows` (B, q): (B, heads, q, S), fp32.

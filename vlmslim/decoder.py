@@ -11,16 +11,18 @@ import inspect
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vlmslim.attention import soft_mask
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
 from vlmslim.encoder import RecordingEncoder, is_recorded, recorded
-from vlmslim.families import kv_cache, placeholders
+from vlmslim.families import cached_keys, kv_cache, placeholders
 from vlmslim.plan import Layout, Plan, Segment, joined, pick_rows, upload
 from vlmslim.receipt import Image, Prefill, Receipt, Span
 
@@ -32,7 +34,8 @@ def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
     if not known:
         return told
     whole = (torch.cat(known) if len(known) > 1 else known[0]).cpu().numpy()
-    parts = iter(np.split(whole, np.cumsum([len(order) for order in known])[:-1]))
+    ends = accumulate(len(order) for order in known)
+    parts = (whole[end - len(order) : end] for order, end in zip(known, ends, strict=True))
     return [None if order is None else next(parts) for order in told]
 
 
@@ -440,7 +443,7 @@ class DecoderHooks:
             return None
         hidden, kwargs = args[0], dict(kwargs)
         if i in self.pruners and call.encoded:
-            hidden = self._prune(i, call, hidden)
+            hidden = self._prune(i, call, hidden, kv_cache(kwargs))
         segment, entrance = call.segments[i], call.segments[0]
         if call.weights[i] is not None:
             kwargs["attention_mask"] = self._soft_mask(i, call, hidden, kwargs)
@@ -456,7 +459,7 @@ class DecoderHooks:
             call.previous = layer, hidden, kwargs["position_embeddings"]
         return (hidden, *args[1:]), kwargs
 
-    def _prune(self, i: int, call: Call, hidden: Tensor) -> Tensor:
+    def _prune(self, i: int, call: Call, hidden: Tensor, cache: Cache | None) -> Tensor:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
         layout, device = old.layout, old.mask.device
@@ -474,6 +477,7 @@ class DecoderHooks:
             slot=place - 1,
             weight=call.weights[i],
             previous=call.previous,
+            keys=cached_keys(cache, i - 1, hidden),
         )
         with call.timed(hidden.device):
             weight = self.pruners[i].weigh(tokens)

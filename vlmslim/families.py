@@ -83,6 +83,17 @@ def kv_cache(where: dict | ModelOutput) -> Cache | None:
     return where.get(KV_CACHE, where.get("past_key_values"))  # a caller may use the old name for some time
 
 
+def cached_keys(cache: Cache | None, layer: int, hidden: Tensor) -> Tensor | None:
+    """Rotated keys (B, kv heads, S, head_dim) that a layer has just cached for `hidden` (B, S, d); None if it has not.
+
+    Caches that quantise, or move to another device, do not have them as they were.
+    """
+    keys = getattr(cache.layers[layer], "keys", None) if cache is not None else None
+    if keys is None or keys.ndim != 4 or keys.device != hidden.device or not keys.is_floating_point():
+        return None
+    return keys if keys.shape[::2] == hidden.shape[:2] else None
+
+
 def placeholders(core: nn.Module, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:
     """(B, L) bool: the placeholder positions of the prompt's images (kind "image") or videos (kind "video")."""
     token = getattr(core.config, f"{kind}_token_id", None)

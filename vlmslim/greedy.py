@@ -54,13 +54,17 @@ class GreedySelection(Compressor):
             alike.setdefault((k, len(pool)), []).append((i, pool))
         for (k, size), members in alike.items():
             group, pools = [images[i] for i, _ in members], [pool for _, pool in members]
-            x = torch.stack([image.features[pool] for image, pool in zip(group, pools, strict=True)])
+            x = torch.stack([_candidates(image, pool) for image, pool in zip(group, pools, strict=True)])
             for (i, pool), found in zip(members, self.search(x, min(k, size), group, pools), strict=True):
                 image, picks = images[i], pool[found]
                 if size < len(image.features):
                     picks = spend(picks, image.grid, image.tiles, k, self.newline)
                 results[i] = image.pick(picks.sort().values if self.order == "raster" else picks)
         return results
+
+
+def _candidates(image: ImageTokens, pool: Tensor) -> Tensor:
+    return image.features if len(pool) == len(image.features) else image.features[pool]
 
 
 def least_close(closeness: Tensor, first: Tensor, k: int, fold: str) -> Tensor:

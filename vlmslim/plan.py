@@ -63,7 +63,8 @@ class Layout:
         size = counts.max()
         at = np.arange(len(keep))[:, None], keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
         mask, fields = keep[at], self.fields[:, *at]
-        fields[:2] *= mask  # a padded slot is some other token's leftover: clear its flags
+        if not mask.all():
+            fields[:2] *= mask  # a padded slot is some other token's leftover: clear its flags
         if renumber:
             fields[2] -= dropped[at]
         target = np.where(kept > 0, kept - 1 + (size - counts)[:, None], -1)
