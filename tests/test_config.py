@@ -285,3 +285,16 @@ def test_shipped_tasks_and_metrics_exist(registry, path):
                 assert len(usable) == 1, f"{leaf} reports {usable}: say which one counts"
             else:
                 assert task.metric in metrics
+
+
+def test_baselines_meet_the_runs_budgets_where_no_method_has_one(load):
+    stages = [{"stages": [{"method": "tokencorr", "alpha": 0.5}], "label": "own"}]
+    assert labels(load({"methods": stages, "budgets": [64]})) == ["none", "random-64", "own"]
+
+
+@pytest.mark.parametrize(
+    "cost", [{"equivalent_tokens": True}, {"equivalent_tokens": float("inf")}, {"tflops_ratio": True}]
+)
+def test_costs_are_finite_numbers(load, cost):
+    with pytest.raises(ConfigError, match="Input should be a"):
+        load({"budgets": [cost]})

@@ -458,3 +458,52 @@ def test_samples_with_line_separators_survive(tmp_path):
     store.save_cell("none", "t", {}, [{"text": "a\u2028b\nc"}, {"text": "d"}])
     assert [s["text"] for s in store.samples("none", "t")] == ["a\u2028b\nc", "d"]
     assert store.cell("none", "t") is not None
+
+
+def test_ratios_where_lower_is_better():
+    rows = [Row("none", None), Row("a", 16), Row("b", 16)]
+    for row, errors in zip(rows, (2.0, 0.0, 3.0), strict=True):
+        row.scores = {"t": Score(errors, None, 9), "u": Score(0.5, None, 9)}
+    _add_ratios(rows, ["t", "u"], {"t": ("mae", False), "u": ("acc", True)}, {"t": "OCR", "u": "general"})
+    assert [row.relative for row in rows] == [1, 1.5, 0.75]
+    for row, errors in zip(rows, (0.0, 0.0, 3.0), strict=True):
+        row.groups, row.scores["t"] = {}, Score(errors, None, 9)
+    _add_ratios(rows, ["t", "u"], {"t": ("mae", False), "u": ("acc", True)}, {"t": "OCR", "u": "general"})
+    assert [row.groups for row in rows] == [{"general": 1}] * 3  # it tells nothing about any row
+
+
+def test_marks_of_the_average_agree_with_its_tests(tmp_path):
+    """CIDEr is in the average and cannot be tested; by what is tested the other row is better."""
+    accuracy = {"none": 0.9, "random-16": 0.2, "divprune-16": 0.8}
+    cider = {"none": 1.0, "random-16": 2.0, "divprune-16": 0.5}
+
+    class Captions(FakeHarness):
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            if task == "text":
+                cell.results["results"][task]["acc,none"] = cider[variant.label]
+                return replace(cell, samples=[s | {"acc": {"pred": "a dog"}} for s in cell.samples])
+            return cell
+
+    scores = {(label, "count"): round(60 * share) for label, share in accuracy.items()}
+    board = run(load_config(write_config(tmp_path, budgets=[16])), harness=Captions(scores=scores, questions=60))
+    rows = {row.label: row for row in board.rows}
+    assert rows["random-16"].relative > rows["divprune-16"].relative
+    assert (rows["divprune-16"].rank, rows["random-16"].rank) == (1, 2)
+    assert board.places(None) == {"divprune-16": 1}
+    assert board.apart == ["text"]
+    assert "by the questions' own scores of: count. The average shown" in render(board, "md")
+
+
+def test_an_unfinished_row_has_no_share_of_other_prompts_flops(tmp_path):
+    config = load_config(write_config(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, harness=FakeHarness(fail_at=("divprune-64", "text"), failure=KeyboardInterrupt()))
+    rows = {row.label: row for row in Leaderboard.read(config.output).rows}
+    assert rows["divprune-64"].flops and rows["divprune-64"].flops_ratio is None
+    assert rows["random-64"].flops_ratio is not None
+
+
+def test_files_with_other_json_in_them_are_no_record(tmp_path):
+    (tmp_path / "timing.json").write_text("[1]")
+    assert Store(tmp_path).timing is None

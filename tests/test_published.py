@@ -229,6 +229,26 @@ def test_an_option_of_ours_is_another_method(tmp_path, papers):
     assert {line.label for line in lines} == {"none"}
 
 
+def test_the_papers_own_way_is_compared_though_it_is_not_our_default(tmp_path):
+    entry = {"method": "divprune", "keep": 64, "order": "selection"}
+    own = board(tmp_path, methods=[entry], budgets=[])
+    label = next(row.label for row in own.rows if row.stages[0]["method"] == "divprune")
+    assert not match(own)
+    assert [line.label for line in match(own, also=[{"order": "selection"}])] == [label]
+
+
+def test_every_row_that_is_the_same_is_shown(tmp_path):
+    methods = [{"method": "random", "keep": 64, "seed": seed, "label": f"seed-{seed}"} for seed in (1, 2)]
+    lines = match(board(tmp_path, methods=methods, budgets=[], baselines=False), row={"method": "random"})
+    assert [line.label for line in lines] == ["seed-1", "seed-2"]
+
+
+def test_a_metric_that_the_run_did_not_report_is_named(llava):
+    other = changed() | {"benchmarks": {"GQA": {"tasks": ["gqa"], "metric": "f1", "unit": "percent"}}}
+    notes = Published.compare(llava, [Paper.model_validate(other)]).notes
+    assert any("gqa by f1" in note and "'metric'" in note for note in notes)
+
+
 def test_a_part_of_the_questions_is_not_compared(tmp_path, papers):
     result = Published.compare(board(tmp_path, limit=100), papers)
     assert not result.lines and "first 100 questions" in result.notes[0]

@@ -276,3 +276,86 @@ def test_thirteen_methods_at_two_budgets_on_seven_tasks():
     assert len(result.pairs) == 2 * 8 * 14 * 13 / 2
     assert len(result.ranks) == 26
     assert units_of(["b", "a", "b"]).tolist() == [1, 0, 1]
+
+
+def test_the_average_covers_where_tasks_share_some_of_their_pictures():
+    """Each of six tasks asks about 25 of 40 pictures, so hardly two pictures are in just the same tasks."""
+    rng = np.random.default_rng(7)
+    members = [rng.choice(40, 25, replace=False) for _ in range(6)]
+    widths, estimates = [], []
+    for _ in range(60):
+        hard = rng.normal(size=40)
+        tasks = []
+        for t, own in enumerate(members):
+            graded = 1 / (1 + np.exp(-(0.8 + hard[own] + 0.3 * rng.normal(size=25))))
+            names = [f"set {picture}" for picture in own]
+            tasks.append(TaskAnswers(f"t{t}", ["none", "a"], names, np.stack([np.ones(25), graded]), [["x"] * 25] * 2))
+        result = compare(tasks, [["a"]], "none", {f"t{t}": "general" for t in range(6)})
+        low, high = result.relative["a"]
+        widths.append(high - low)
+        estimates.append(np.mean([task.row("a").mean() for task in tasks]))
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(estimates, ddof=1), rel=0.2)
+
+
+def test_luck_of_the_unpatched_model_does_not_count_for_a_method(monkeypatch):
+    """Rows that are alike, on many small and hard tasks: none is found better than the unpatched model too often."""
+    monkeypatch.setattr("vlmslim.evaluation.comparison.SWAPS", 999)
+    monkeypatch.setattr("vlmslim.evaluation.comparison.RESAMPLES", 2)
+    rng = np.random.default_rng(8)
+    found = 0
+    for _ in range(100):
+        names = [f"t{t}" for t in range(20)]
+        answers = [
+            TaskAnswers(
+                t, ["none", "a"], [f"{t} {q}" for q in range(50)], (rng.random((2, 50)) < 0.1) * 1.0, [[""] * 50] * 2
+            )
+            for t in names
+        ]
+        pair = compare(answers, [["a"]], "none", dict.fromkeys(names, "general")).pair("a", "none", None)
+        found += pair.p < 0.05
+    assert found <= 11  # 20 or so where the weights are the unpatched model's own
+
+
+def test_differences_stay_significant_among_many_rows():
+    rng = np.random.default_rng(9)
+    labels = [f"m{i}" for i in range(50)]
+    rows = {
+        label: samples((rng.random(60) < (0.95 if i % 2 else 0.1)) * 1.0) for i, label in enumerate(["none", *labels])
+    }
+    result = compare([TaskAnswers.collect("t", rows, "acc", True)], [labels], "none", {"t": "general"})
+    assert result.pair("m0", "m1", None).significant and set(result.ranks.values()) == {1, 26}
+
+
+def test_a_metric_of_some_questions_is_tested_on_them():
+    """As lmms-eval logs MME and SEED-Bench."""
+    rows = {"none": samples([1.0] * 12, pictures=[i // 2 for i in range(12)]), "a": samples([0.0] * 12)}
+    for row in rows.values():
+        for i in (0, 5):
+            row[i]["other"] = row[i].pop("acc")
+    task = TaskAnswers.collect("t", rows, "acc", True)
+    assert task.scores.shape == (2, 10) and len(task.pictures) == len(task.answers[1]) == 10
+    del rows["a"][1]["acc"]  # known of one row only
+    assert TaskAnswers.collect("t", rows, "acc", True).scores is None
+
+
+def test_where_lower_is_better_nothing_is_inverted():
+    rows = {"none": samples([1.0, 3.0]), "a": samples([0.0, 0.0]), "b": samples([1.0, 2.0])}
+    result = compare([TaskAnswers.collect("t", rows, "acc", False)], [["a", "b"]], "none", {"t": "general"})
+    assert result.pair("a", "none", None).difference == pytest.approx(1)
+    low, high = result.relative["b"]
+    assert 1 <= low <= high <= 2 - 2 / 3 + 1e-9
+
+
+def test_ranks_may_differ_where_the_difference_is_not_significant():
+    better = np.zeros((3, 3), bool)
+    better[0, 2] = True  # 1 lies between and is separated from neither
+    assert ranks(better).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["video", "videoID", "video_name", "video_path"])
+def test_questions_about_one_video_belong_together(name):
+    rows = {label: samples([1.0, 0.0]) for label in ("none", "a")}
+    for row in rows.values():
+        for i, sample in enumerate(row):
+            sample["doc"] = {name: "clip", "question_id": i}
+    assert len(set(TaskAnswers.collect("t", rows, "acc", True).pictures)) == 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.evaluation.significance import (
@@ -26,11 +27,14 @@ from vlmslim.evaluation.significance import (
 )
 
 LEVEL = 0.05  # differences with an adjusted p value below it count
-SWAPS = 20_000  # random swaps of a permutation test
+SWAPS = 20_000  # random swaps of a permutation test, at least
 RESAMPLES = 2_000  # of a bootstrap interval
 
 #: Names under which data sets say which picture (or page, or video) a question is about, the surest first.
-_PICTURE = ("scene", "page", "image_id", "imageId", "image_source", "data_id", "docId", "video_id", "question_id")
+_PICTURE = (
+    *("scene", "page", "image_id", "imageId", "image_source", "data_id", "docId"),
+    *("video_id", "videoID", "video_idx", "video_name", "video_path", "video", "question_id"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class TaskAnswers:
     def collect(cls, task: str, samples: dict[str, list[dict]], metric: str, higher_is_better: bool, source: str = ""):
         """Take them from lmms-eval's samples.
 
+        A metric may be about some of the questions only, as MME's perception score; the others are left out.
+
         Args:
             task: its name.
             samples: of each row, by label.
@@ -74,13 +80,15 @@ class TaskAnswers:
                     "start over with --fresh"
                 )
         scores = [[question_score(sample, metric) for sample in samples[label]] for label in labels]
-        known = all(score is not None for row in scores for score in row) and asked
+        about = [i for i in range(len(asked)) if any(row[i] is not None for row in scores)]
+        known = bool(about) and all(row[i] is not None for row in scores for i in about)
+        own = {label: [samples[label][i] for i in about] if known else samples[label] for label in labels}
         return cls(
             task,
             labels,
-            _pictures(samples[labels[0]], source or task),
-            np.array(scores, dtype=float) if known else None,
-            [[answer(sample) for sample in samples[label]] for label in labels],
+            _pictures(own[labels[0]], source or task),
+            np.array([[row[i] for i in about] for row in scores], dtype=float) if known else None,
+            [[answer(sample) for sample in own[label]] for label in labels],
             1 if higher_is_better else -1,
         )
 
@@ -170,8 +178,9 @@ class Comparison:
     groups    : (label, group) -> the same, over the tasks of a group
     pairs     : all comparisons within budgets, by (first, second, task)
     stability : (label, task) -> flips and loyalty
-    ranks     : label -> rank by the average within its budget; rows that nothing separates share one
+    ranks     : label -> 1 + the number of rows of its budget that are significantly better by the average
     untested  : tasks without scores of single questions
+    averaged  : tasks whose question scores make up the average that is tested and ranked
     """
 
     means: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -182,6 +191,7 @@ class Comparison:
     stability: dict[tuple[str, str], Stability] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     untested: list[str] = field(default_factory=list)
+    averaged: list[str] = field(default_factory=list)
 
     def pair(self, first: str, second: str, task: str | None) -> Pair | None:
         """The comparison of two rows in either order, with the first one's view; None if there is none."""
@@ -211,7 +221,8 @@ def compare(tasks: list[TaskAnswers], budgets: list[list[str]], base: str, group
     if not scored:
         return result
     for task in scored:
-        _add_pairs(result, task.task, task.labels, budgets, base, _p_values(task), task.scores.mean(1), task.sign)
+        p = _p_values(task, _swaps(budgets))
+        _add_pairs(result, task.task, task.labels, budgets, base, p, task.scores.mean(1), task.sign)
     pictures = units_of([name for task in scored for name in task.pictures])
     ends = np.cumsum([len(task.pictures) for task in scored])[:-1]
     units = {task.task: own for task, own in zip(scored, np.split(pictures, ends), strict=True)}
@@ -231,12 +242,18 @@ def _stability(task: TaskAnswers, label: str, base: str) -> Stability:
     return Stability(loyalty, float((change < 0).mean()), float((change > 0).mean()))
 
 
-def _p_values(task: TaskAnswers) -> np.ndarray:
+def _swaps(budgets: list[list[str]]) -> int:
+    """How many random swaps it takes for a difference to stay significant whatever the number of pairs."""
+    pairs = max((len(budget) * (len(budget) + 1) // 2 for budget in budgets), default=0)
+    return max(SWAPS, round(5 * pairs / LEVEL))
+
+
+def _p_values(task: TaskAnswers, swaps: int) -> np.ndarray:
     """Of all pairs of a task's rows: McNemar where questions are right or wrong and each has a picture of its own."""
     units = units_of(task.pictures)
     if task.right_or_wrong and units.max() + 1 == len(units):
         return mcnemar(task.scores)
-    return swap_test(sums_by_unit(task.scores, units), SWAPS)
+    return swap_test(sums_by_unit(task.scores, units), swaps)
 
 
 def _add_pairs(
@@ -273,12 +290,16 @@ def _add_intervals(
     count = 1 + max(int(own.max()) for own in units.values())
     sizes = {t.task: np.bincount(units[t.task], minlength=count) for t in tasks}
     sums = {t.task: sums_by_unit(t.scores, units[t.task], count) for t in tasks}
-    # pictures are drawn among those that are in the same tasks, so that no task loses its questions
-    strata = np.unique(np.stack([size > 0 for size in sizes.values()]), axis=1, return_inverse=True)[1].reshape(-1)
+    # Tasks that share pictures are drawn together; others apart, so that each keeps its number of pictures. Finer
+    # strata, of pictures that are in just the same tasks, would be of one or two, which vary too little.
+    within = np.stack([size > 0 for size in sizes.values()])
+    strata = connected_components(within.astype(int) @ within.T.astype(int))[1][within.argmax(0)]
     drawn: dict[str, list] = {t.task: [] for t in tasks}
     for weights in resamples(strata, RESAMPLES):
         for t in tasks:
-            drawn[t.task].append((weights @ sums[t.task].T) / (weights @ sizes[t.task])[:, None])
+            size = (weights @ sizes[t.task])[:, None]  # 0 where a task of a few pictures lost all of them
+            empty = np.full((len(weights), len(t.labels)), np.nan)
+            drawn[t.task].append(np.divide(weights @ sums[t.task].T, size, out=empty, where=size > 0))
     means = {task: np.concatenate(chunks) for task, chunks in drawn.items()}  # [draws, rows]
     for t in tasks:
         if t.right_or_wrong:
@@ -303,8 +324,8 @@ def _ratios(task: TaskAnswers, means: np.ndarray, labels: list[str], base: str) 
     theirs = means[:, [task.labels.index(base)]]
     if not task.row(base).any():
         return None
-    above, below = (ours, theirs) if task.sign > 0 else (theirs, ours)
-    return np.divide(above, below, out=np.full_like(ours, np.nan), where=below != 0)
+    ratio = np.divide(ours, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
+    return ratio if task.sign > 0 else 2 - ratio
 
 
 def _spread(labels: list[str], draws: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -326,20 +347,32 @@ def _add_average(
     budgets: list[list[str]],
     base: str,
 ) -> None:
-    """Pairs and ranks by the average: question scores are weighted so that they add up to it."""
+    """Pairs and ranks by the average: question scores are weighted so that they add up to it.
+
+    The weights come from the unpatched model's scores. A test against that model must not know which of the two it is,
+    or luck of the other's on a task would weigh more than its own; there the weights come from the scores of both.
+    """
     tasks = [task for task in tasks if task.row(base).any()]
     if not tasks:
         return
     count = 1 + max(int(own.max()) for own in units.values())
-    sums = np.zeros((len(labels), count))
-    for task in tasks:
-        own = task.scores[[task.labels.index(label) for label in labels]]
-        weight = task.sign / (len(tasks) * own.shape[1] * abs(task.row(base).mean()))
-        sums += weight * sums_by_unit(own, units[task.task], count)
-    sums = sums[:, sums.any(0)]
-    if not sums.shape[1]:
-        return
-    _add_pairs(result, None, labels, budgets, base, swap_test(sums, SWAPS), sums.sum(1))
+    result.averaged = [task.task for task in tasks]
+    own = {
+        t.task: sums_by_unit(t.scores, units[t.task], count)[[t.labels.index(label) for label in labels]] for t in tasks
+    }
+    at, swaps = labels.index(base), _swaps(budgets)
+
+    def weighted(rows: list[int], scale: list[int]) -> np.ndarray:
+        parts = [t.sign * own[t.task][rows] / abs(own[t.task][scale].sum(1).mean()) / len(tasks) for t in tasks]
+        return np.sum(parts, axis=0)
+
+    sums = weighted(list(range(len(labels))), [at])
+    p = swap_test(sums[:, sums.any(0)], swaps)
+    for i in range(len(labels)):
+        if i != at:
+            both = weighted([i, at], [i, at])
+            p[i, at] = p[at, i] = swap_test(both[:, both.any(0)], swaps)[0, 1]
+    _add_pairs(result, None, labels, budgets, base, p, sums.sum(1))
     for budget in budgets:
         rows = [label for label in budget if label in labels]
         better = [[_beats(result.pair(one, other, None)) for other in rows] for one in rows]

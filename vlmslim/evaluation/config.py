@@ -100,8 +100,8 @@ class TaskConfig(_Strict):
 class Cost(_Strict):
     """A budget that costs every method the same; what the two currencies count is said in `vlmslim.budget`."""
 
-    equivalent_tokens: Annotated[float, Field(gt=0)] | None = None
-    tflops_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    equivalent_tokens: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
+    tflops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _one(self):
@@ -208,7 +208,7 @@ class RunConfig(_Strict):
             ConfigError: a method or an option does not exist or is out of range, or two rows have one label.
         """
         listed = list(chain.from_iterable(self._expand(entry) for entry in self.methods))
-        budgets = list({str(v.budget): v.budget for v in listed if v.budget is not None}.values())
+        budgets = list({str(v.budget): v.budget for v in listed if v.budget is not None}.values()) or self.budgets
         base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines or [] if budgets]
         baselines = list(chain.from_iterable(self._expand(entry) for entry in base))
         mentioned = {v.identity for v in listed}

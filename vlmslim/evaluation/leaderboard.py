@@ -24,6 +24,7 @@ class Leaderboard:
     facts      : what the numbers depend on: model, seed, limit, versions, hardware, ...
     comparison : intervals, paired tests and answer flips, question by question
     groups     : task -> its group
+    tokens     : task -> visual tokens of an image before compression
     """
 
     rows: list[Row]
@@ -32,6 +33,7 @@ class Leaderboard:
     facts: dict
     comparison: Comparison = field(default_factory=Comparison)
     groups: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path | str) -> "Leaderboard":
@@ -74,7 +76,8 @@ class Leaderboard:
                     row.scores[task] = score_of(cells[row.label, task], task, metrics[task][0], samples[row.label])
             answers.append(TaskAnswers.collect(task, samples, *metrics[task], source_of(first[task], task)))
         _add_ratios(rows, tasks, metrics, groups)
-        board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups)
+        tokens = {task: _visual_tokens([cell for (_, t), cell in cells.items() if t == task]) for task in tasks}
+        board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups, tokens=tokens)
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
         board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
         _add_comparison(rows, tasks, board.comparison)
@@ -97,7 +100,8 @@ class Leaderboard:
         sign = 1 if task is None or self.metrics[task][1] else -1
         places = {}
         for group in self.budgets():
-            values = {r.label: _value(r, task) for r in group if r.label != UNPATCHED and _value(r, task) is not None}
+            values = {r.label: self._value(r, task) for r in group if r.label != UNPATCHED}
+            values = {label: value for label, value in values.items() if value is not None}
             if len(set(values.values())) < 2:  # nothing tells them apart
                 continue
             best = max(values, key=lambda label: sign * values[label])
@@ -108,6 +112,25 @@ class Leaderboard:
                 elif pair is not None and not pair.significant:
                     places[label] = 2
         return places
+
+    def _value(self, row: Row, task: str | None) -> float | None:
+        """What places go by; for the average what is tested, if that is not what is shown."""
+        if task is not None:
+            return row.scores[task].value if task in row.scores else None
+        pair = self.comparison.pair(row.label, UNPATCHED, None)
+        return row.relative if pair is None or row.relative is None or not self.apart else pair.difference
+
+    @property
+    def apart(self) -> list[str]:
+        """Tasks by which the average that is shown differs from the one that is tested and ranked."""
+        means = self.comparison.means
+        return [
+            task
+            for task in self.tasks
+            if not all(
+                row.scores[task].is_close_to(means.get((row.label, task))) for row in self.rows if task in row.scores
+            )
+        ]
 
     def scale(self, task: str) -> int:
         """100 for a score that is a share, shown in per cent; 1 for points such as MME's or CIDEr's above one."""
@@ -139,7 +162,7 @@ def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[s
     if base is None:
         return
     for row in rows:
-        if row.flops and base.flops:
+        if row.flops and base.flops and row.scores.keys() == base.scores.keys():  # else of other prompts
             row.flops_ratio = row.flops / base.flops
         if all(task in row.scores and task in base.scores for task in tasks):
             ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
@@ -154,8 +177,9 @@ def _known_first(group: str) -> tuple[int, str]:
 
 
 def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
-    above, below = (ours, theirs) if higher_is_better else (theirs, ours)
-    return above / below if below else None  # a task on which the unpatched model gets nothing tells nothing
+    if not theirs:
+        return None  # a task on which the unpatched model gets nothing tells nothing
+    return ours / theirs if higher_is_better else 2 - ours / theirs
 
 
 def _add_comparison(rows: list[Row], tasks: list[str], comparison: Comparison) -> None:
@@ -187,18 +211,18 @@ def _add_fronts(rows: list[Row]) -> None:
                 row.pareto.append(name)
 
 
-def _value(row: Row, task: str | None) -> float | None:
-    if task is None:
-        return row.relative
-    return row.scores[task].value if task in row.scores else None
-
-
 def _group_order(row: Row) -> tuple:
     """The unpatched model, then rows without a budget, then counts from the largest, shares, and costs."""
     if isinstance(row.budget, dict):
         return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
     return (0 if row.label == UNPATCHED else kind, -(row.budget or 0))
+
+
+def _visual_tokens(cells: list[dict]) -> float:
+    """Of an image, before compression."""
+    receipts = [cell["receipt"] for cell in cells]
+    return sum(r["visual_tokens"] * r["images"] for r in receipts) / max(sum(r["images"] for r in receipts), 1)
 
 
 def _facts(run: dict, cells: dict, timing: dict) -> dict:
@@ -208,11 +232,10 @@ def _facts(run: dict, cells: dict, timing: dict) -> dict:
         return sorted({str(cell[name]) for cell in cells.values()})
 
     receipts = [cell["receipt"] for cell in cells.values()]
-    images = sum(r["images"] for r in receipts)
     return {
         "model": config["model"],
         "checkpoint": config["checkpoint"]["identity"],
-        "visual_tokens": sum(r["visual_tokens"] * r["images"] for r in receipts) / max(images, 1),
+        "visual_tokens": _visual_tokens(list(cells.values())),
         "tower_flops": config["checkpoint"]["tower_flops"],
         "seed": config["seed"],
         "limit": config["limit"],

@@ -71,6 +71,7 @@ class PublishedTable(_Strict):
     visual_tokens : of an image before compression
     protocol      : the evaluation code
     convention    : how budgets and costs are counted
+    also          : options under which a method is the table's too: ways of the release that are not our default
     columns       : names of the paper's `benchmarks`
     """
 
@@ -81,6 +82,7 @@ class PublishedTable(_Strict):
     visual_tokens: int | None = None
     protocol: str
     convention: str
+    also: list[dict] = []
     columns: list[str]
     rows: list[PublishedRow]
 
@@ -181,10 +183,19 @@ class Published:
         lines, notes = [], []
         for paper, table in tables:
             where = f"{paper.arxiv}, {table.table} ({table.source})"
-            seen, theirs = board.facts["visual_tokens"], table.visual_tokens
-            if theirs is not None and abs(seen - theirs) > 0.01 * theirs:
-                notes.append(f"{where} is left out: {theirs} visual tokens an image there, {seen:.1f} here.")
-            elif found := [line for row in table.rows for line in _lines(board, paper, table, row)]:
+            benchmarks = [paper.benchmarks[column] for column in table.columns]
+            run = list(dict.fromkeys(t for benchmark in benchmarks for t in benchmark.tasks if t in board.tasks))
+            for task in run:
+                metric = {b.metric for b in benchmarks if task in b.tasks}
+                if board.metrics[task][0] not in metric:
+                    notes.append(
+                        f"{where} has {task} by {' or '.join(sorted(metric))}, this run by {board.metrics[task][0]}: "
+                        "give the task that 'metric' in the configuration and call vlmslim run again."
+                    )
+            if odd := [task for task in run if not _same_size(board, table, task)]:
+                seen = ", ".join(f"{board.tokens[task]:.1f} here ({task})" for task in odd)
+                notes.append(f"{where} is left out: {table.visual_tokens} visual tokens an image there, {seen}.")
+            if found := [line for row in table.rows for line in _lines(board, paper, table, row)]:
                 lines += found
                 notes.append(f"{where}: {table.protocol}; {table.convention}. Read from {paper.read}.")
         if not lines:
@@ -208,7 +219,7 @@ class Published:
             Column("difference", [f"{line.difference:+.{_digits(line)}f}" for line in self.lines]),
             Column("published, % of unpruned", [number(line.theirs_relative, 100, 1) for line in self.lines]),
             Column("here, % of unpatched", [number(line.ours_relative, 100, 1) for line in self.lines]),
-            Column("source", [f"{line.arxiv}, {line.table}" for line in self.lines]),
+            Column("source", [f"{line.arxiv}, {line.table} ({line.source})" for line in self.lines]),
         ]
         return Table("Published and here", own, columns)
 
@@ -221,16 +232,25 @@ def _has(tables: list[tuple[Paper, PublishedTable]]) -> str:
 
 
 def _lines(board: Leaderboard, paper: Paper, table: PublishedTable, published: PublishedRow) -> list[Line]:
-    """A published row's cells against those of our row that is the same; none if there is no such row."""
-    row = next((row for row in board.rows if _is_same(row, published, table, board)), None)
-    if row is None:
-        return []
+    """A published row's cells against those of our rows that are the same."""
+    same = [row for row in board.rows if _is_same(row, published, table, board)]
+    asked = [row for row in same if type(row.budget) is type(published.keep)]  # not only as many tokens, as it happens
+    return [line for row in asked or same for line in _lines_of(board, paper, table, published, row)]
+
+
+def _same_size(board: Leaderboard, table: PublishedTable, task: str) -> bool:
+    """Whether the images of a task have as many visual tokens as in a published table, before compression."""
+    return table.visual_tokens is None or abs(board.tokens[task] - table.visual_tokens) <= 0.01 * table.visual_tokens
+
+
+def _lines_of(board: Leaderboard, paper: Paper, table: PublishedTable, published: PublishedRow, row: Row) -> list[Line]:
+    """A published row's cells against those of one of ours."""
     base = next((row for row in board.rows if row.label == UNPATCHED), None)
     lines = []
     for column, theirs in zip(table.columns, published.scores, strict=True):
         benchmark = paper.benchmarks[column]
         task = next((t for t in benchmark.tasks if t in row.scores and board.metrics[t][0] == benchmark.metric), None)
-        if theirs is None or task is None:
+        if theirs is None or task is None or not _same_size(board, table, task):
             continue
         ours = row.scores[task].value * _scale(board, task, benchmark.unit)
         original = None if table.original is None else table.original.scores[table.columns.index(column)]
@@ -260,10 +280,10 @@ def _is_same(row: Row, published: PublishedRow, table: PublishedTable, board: Le
         return False
     if published.method == UNPATCHED:
         return True
-    ours, theirs = _options(row.stages[0]), _options({"method": published.method, **published.options})
+    ours = _options(row.stages[0])
     asked = ours.pop("keep", None)
-    theirs.pop("keep", None)
-    return ours == theirs and _is_same_budget(
+    ways = [_options({"method": published.method, **published.options, **also}) for also in ({}, *table.also)]
+    return any(ours == {k: v for k, v in way.items() if k != "keep"} for way in ways) and _is_same_budget(
         asked, row, published, table.visual_tokens or board.facts["visual_tokens"]
     )
 
@@ -294,7 +314,8 @@ def _scale(board: Leaderboard, task: str, unit: str) -> int:
 
 
 def _digits(line: Line) -> int:
-    return 1 if abs(line.theirs) >= 10 else 2
+    """As many as were published, but not more than two."""
+    return min(2, max(1 if abs(line.theirs) >= 10 else 2, len(f"{line.theirs:g}".partition(".")[2])))
 
 
 def _ours(board: Leaderboard, row: Row, line: Line) -> str:

@@ -41,7 +41,7 @@ def _unsealed(path: Path) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         seal = record.pop("seal")
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
         return None
     return record if seal == digest(record) else None
 

@@ -128,7 +128,7 @@ def task_groups(board: Leaderboard) -> Table | None:
     columns = name_columns(rows)
     for name in names:
         ends = [board.comparison.groups.get((row.label, name), (None, None)) for row in rows]
-        known = [row.relative_low is not None for row in rows]
+        known = [not any(board.groups[task] == name for task in board.apart)] * len(rows)
         texts = [
             with_half_width(row.groups.get(name), *(end if shown else (None, None)))
             for row, end, shown in zip(rows, ends, known, strict=True)
@@ -234,7 +234,8 @@ def notes(board: Leaderboard) -> list[str]:
     lines = [
         f"Scores: {metrics}; in per cent: {in_percent or 'none'}; ± half the 95 % confidence interval; {limit}. "
         "At each budget the best is **bold**, and what is not significantly worse is *italic*. Rank: by the average, "
-        "1 + the number of methods that are significantly better; methods that nothing separates share a rank.",
+        "1 + the number of methods that are significantly better; two of different ranks need not differ "
+        "significantly.",
         *_tests_note(board),
         *_solved_note(board),
         f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model (least–most where "
@@ -273,12 +274,17 @@ def _tests_note(board: Leaderboard) -> list[str]:
     lines = [
         f"Differences are paired, on the same questions; {STAR} marks significant ones (p < {LEVEL:g}). Tests: exact "
         "McNemar where every question is right or wrong and has a picture of its own, else a permutation test that "
-        f"swaps all scores of a picture ({SWAPS} swaps). p values are Holm's, over all pairs of a budget within a "
+        f"swaps all scores of a picture ({SWAPS}+ swaps). p values are Holm's, over all pairs of a budget within a "
         "column, the unpatched model included. Intervals: Wilson's, on the effective number of questions, for right or "
         f"wrong; else a bootstrap over pictures ({RESAMPLES} resamples). Loyalty: the answer equals the unpatched "
         "model's. Lost, won: the question's score fell, rose."
     ]
-    apart = [task for task in board.tasks if task not in comparison.untested and not _is_mean(board, task)]
+    apart = [task for task in board.apart if task not in comparison.untested]
+    if board.apart and comparison.averaged:
+        lines.append(
+            f"Rank, marks, differences and p of the average are by the questions' own scores of: "
+            f"{', '.join(comparison.averaged)}. The average shown holds other scores, and may order methods otherwise."
+        )
     if apart:
         lines.append(f"The score is not the mean of the questions' own scores, which are tested: {', '.join(apart)}.")
     if comparison.untested:
@@ -297,8 +303,3 @@ def _solved_note(board: Leaderboard) -> list[str]:
         f"Budgets that are a cost: an option was solved on {' or '.join(map(str, prompts))} sample prompts; spent is "
         "what the tasks then cost in the budget's currency, their mean (least–most of a task)."
     ]
-
-
-def _is_mean(board: Leaderboard, task: str) -> bool:
-    means = board.comparison.means
-    return all(row.scores[task].is_close_to(means.get((row.label, task))) for row in board.rows if task in row.scores)
