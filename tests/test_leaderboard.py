@@ -21,7 +21,7 @@ from vlmslim.evaluation.run import run
 from vlmslim.evaluation.scores import Score, metric_of, score_of, source_of, stderr_of_mean
 from vlmslim.evaluation.significance import wilson
 from vlmslim.evaluation.store import Store
-from vlmslim.evaluation.tables import cost_columns, score_columns, tables
+from vlmslim.evaluation.tables import cost_columns, score_columns, tables, with_interval
 
 SCORES = {
     ("none", "count"): 4,
@@ -275,7 +275,7 @@ def test_markdown(board):
     for lines, table in zip(parts, tables(board), strict=True):
         assert len(lines) == 2 + len(table.rows)
         assert len({line.count("|") for line in lines}) == 1
-    assert "| **75.0 ± 32.7** |" in text
+    assert "| **75.0 [30.1, 95.4]** |" in text  # Wilson's, of three right of four
     assert "*50.0 ± " in text
     assert "multiply-add = 2" in text and "seed 0" in text and "all questions" in text
     assert "McNemar" in text and "Holm" in text
@@ -292,13 +292,37 @@ def test_the_tables(decided):
     against = built["Against the unpatched model"]
     assert "none" not in against["method"]
     at = against["method"].index("fastv-16")
-    assert against["count"][at] == "-60.0†" and against["p"][at] == "<0.001"
+    assert against["count"][at] == "-60.0 ± 12.5†" and against["p"][at] == "<0.001"
     assert against["loyalty %"][against["method"].index("divprune-16")] == "100.0"
     between = built["Between methods at 16"]
     assert between["divprune-16"][between["row minus column"].index("divprune-16")] == "–"
     assert between["divprune-16"][between["row minus column"].index("fastv-16")].startswith("-66.7")
     assert between["fastv-16"][between["row minus column"].index("divprune-16")].startswith("+66.7")
     assert "Task groups, % of unpatched" not in built  # there is only one
+
+
+def test_numbers_with_intervals():
+    assert with_interval(None, None, None) == "–"
+    assert with_interval(0.5, None, None) == "50.0"
+    assert with_interval(0.5, 0.4, 0.6) == "50.0 ± 10.0"
+    assert with_interval(0.5, 0.4, 0.7, sign="+") == "+50.0 [+40.0, +70.0]"
+    assert with_interval(1234.5, 1200.0, 1270.0, 1) == "1234.5 ± 35.0"
+
+
+def test_differences_are_in_the_unit_of_the_questions_scores(tmp_path):
+    """A task that reports per cent of questions that score 1: three points less are three points, not 0.03."""
+
+    class InPercent(FakeHarness):
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            cell.results["results"][task]["acc,none"] *= 100
+            return cell
+
+    scores = {("none", "count"): 15, ("random-16", "count"): 6}
+    board = run(load_config(write_config(tmp_path, budgets=[16])), harness=InPercent(scores=scores, questions=20))
+    built = {table.title: {c.name: c.texts for c in table.columns} for table in tables(board)}
+    against = built["Against the unpatched model"]
+    assert against["count"][against["method"].index("random-16")].startswith("-45.0")
 
 
 def test_csv(board):
@@ -327,7 +351,7 @@ def test_json(board):
 def test_html(board):
     text = render(board, "html")
     assert text.count("<tr>") == sum(1 + len(table.rows) for table in tables(board))
-    assert '<td class="place1">75.0 ± 32.7</td>' in text
+    assert '<td class="place1">75.0 [30.1, 95.4]</td>' in text
     assert text.count("<circle") == len(board.rows)
     assert "**" not in text and "http" not in text
 
@@ -419,7 +443,7 @@ def test_a_missing_standard_error_comes_from_the_samples_if_the_score_is_their_m
     cell = {"label": "none", "lmms_eval": {"results": {"t": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}}}
     score = score_of(cell, "t", "acc", samples)
     assert replace(score, low=None, high=None) == Score(0.75, expected, 4)
-    assert score.half_width == pytest.approx(1.959964 * expected)
+    assert (score.low, score.high) == pytest.approx((0.75 - 1.959964 * expected, 0.75 + 1.959964 * expected))
     cell["lmms_eval"]["results"]["t"] = {"acc,none": float("nan")}
     with pytest.raises(ConfigError, match="none on t: lmms-eval gave acc = nan"):
         score_of(cell, "t", "acc", samples)

@@ -203,7 +203,7 @@ def test_a_score_of_nothing_is_shown_in_the_papers_unit(llava):
     row.scores["gqa"] = Score(0.0, None, 90, 0.0, 0.04)
     table = Published.compare(board, [Paper.model_validate(changed())]).table(board)
     texts = {column.name: column.texts for column in table.columns}
-    assert texts["here"] == ["0.0 ± 2.0"]  # per cent
+    assert texts["here"] == ["0.0 [0.0, 4.0]"]  # per cent
 
 
 def test_what_differs_is_not_matched(llava):

@@ -359,3 +359,25 @@ def test_questions_about_one_video_belong_together(name):
         for i, sample in enumerate(row):
             sample["doc"] = {name: "clip", "question_id": i}
     assert len(set(TaskAnswers.collect("t", rows, "acc", True).pictures)) == 1
+
+
+def test_intervals_of_differences_cover_and_turn():
+    rng = np.random.default_rng(11)
+    covered = 0
+    for _ in range(100):
+        picture = rng.normal(size=(1, 80))
+        scores = 1 / (1 + np.exp(-(picture + 0.5 * rng.normal(size=(2, 80)) + np.array([[0.0], [0.3]]))))
+        answers = TaskAnswers("t", ["none", "a"], [str(i) for i in range(80)], scores, [["x"] * 80] * 2)
+        result = compare([answers], [["a"]], "none", {"t": "general"})
+        pair, turned = result.pair("a", "none", "t"), result.pair("none", "a", "t")
+        assert (turned.low, turned.high) == (-pair.high, -pair.low)
+        assert pair.low < pair.difference < pair.high
+        covered += pair.low < 0.0597 < pair.high  # the mean of the difference under this model
+    assert 85 <= covered <= 100
+
+
+def test_few_pictures_widen_an_interval():
+    score, size = np.array([0.6]), np.array([12.0])
+    plain, few, many = (wilson(score, size, clusters) for clusters in (None, 5, 100_000))
+    assert few[0] < plain[0] and few[1] > plain[1]
+    np.testing.assert_allclose(many, plain, atol=1e-4)

@@ -7,7 +7,7 @@ each question's own score; where the task's score is their mean, that is the sco
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
@@ -139,6 +139,7 @@ class Pair:
     p          : two-sided, of the paired test: that two rows which are alike differ at least as much
     p_adjusted : Holm's, over all pairs of one budget's rows (the unpatched model included) in one column
     better     : whether the first is better, by the task's direction
+    low, high  : bootstrap's 95 % confidence interval of the difference; None where the draws are all alike
     """
 
     first: str
@@ -148,6 +149,8 @@ class Pair:
     p: float
     p_adjusted: float
     better: bool
+    low: float | None = None
+    high: float | None = None
 
     @property
     def significant(self) -> bool:
@@ -200,7 +203,8 @@ class Comparison:
         if (found := self.pairs.get((second, first, task))) is None:
             return None
         turned = not found.better and found.difference != 0
-        return Pair(first, second, task, -found.difference, found.p, found.p_adjusted, turned)
+        low, high = (None, None) if found.low is None else (-found.high, -found.low)
+        return Pair(first, second, task, -found.difference, found.p, found.p_adjusted, turned, low, high)
 
 
 def compare(tasks: list[TaskAnswers], budgets: list[list[str]], base: str, groups: dict[str, str]) -> Comparison:
@@ -227,9 +231,15 @@ def compare(tasks: list[TaskAnswers], budgets: list[list[str]], base: str, group
     ends = np.cumsum([len(task.pictures) for task in scored])[:-1]
     units = {task.task: own for task, own in zip(scored, np.split(pictures, ends), strict=True)}
     everywhere = [label for label in tasks[0].labels if all(label in task.labels for task in tasks)]
-    _add_intervals(result, scored, units, everywhere, base, groups)
+    draws = _draws(scored, units)
+    _add_intervals(result, scored, draws, everywhere, base, groups)
+    for task in scored:
+        _add_ends(result, task.task, task.labels, draws[task.task])
     if base in everywhere:
         _add_average(result, scored, units, everywhere, budgets, base)
+        ratios = [_ratios(task, draws[task.task], everywhere, base) for task in scored if task.row(base).any()]
+        if ratios:
+            _add_ends(result, None, everywhere, np.mean(ratios, axis=0))
     return result
 
 
@@ -278,15 +288,8 @@ def _add_pairs(
             result.pairs[first, second, task] = Pair(first, second, task, *numbers, bool(sign * difference > 0))
 
 
-def _add_intervals(
-    result: Comparison,
-    tasks: list[TaskAnswers],
-    units: dict[str, np.ndarray],
-    everywhere: list[str],
-    base: str,
-    groups: dict[str, str],
-) -> None:
-    """Wilson's interval for right or wrong, else the bootstrap's; one bootstrap over pictures serves all averages."""
+def _draws(tasks: list[TaskAnswers], units: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Bootstrap draws of every row's mean score, task -> [draws, rows]; one draw of pictures serves all tasks."""
     count = 1 + max(int(own.max()) for own in units.values())
     sizes = {t.task: np.bincount(units[t.task], minlength=count) for t in tasks}
     sums = {t.task: sums_by_unit(t.scores, units[t.task], count) for t in tasks}
@@ -300,10 +303,34 @@ def _add_intervals(
             size = (weights @ sizes[t.task])[:, None]  # 0 where a task of a few pictures lost all of them
             empty = np.full((len(weights), len(t.labels)), np.nan)
             drawn[t.task].append(np.divide(weights @ sums[t.task].T, size, out=empty, where=size > 0))
-    means = {task: np.concatenate(chunks) for task, chunks in drawn.items()}  # [draws, rows]
+    return {task: np.concatenate(chunks) for task, chunks in drawn.items()}
+
+
+def _add_ends(result: Comparison, task: str | None, labels: Sequence[str], draws: np.ndarray) -> None:
+    """The intervals of a column's differences, from draws [draws, rows] of what is subtracted."""
+    at = {label: i for i, label in enumerate(labels)}
+    for key, pair in result.pairs.items():
+        if pair.task == task:
+            ends = _spread(["difference"], (draws[:, at[pair.first]] - draws[:, at[pair.second]])[:, None])
+            low, high = ends.get("difference", (None, None))
+            result.pairs[key] = replace(pair, low=low, high=high)
+
+
+def _add_intervals(
+    result: Comparison,
+    tasks: list[TaskAnswers],
+    means: dict[str, np.ndarray],
+    everywhere: list[str],
+    base: str,
+    groups: dict[str, str],
+) -> None:
+    """Wilson's interval for right or wrong, else the bootstrap's, as of all averages; from draws [draws, rows]."""
     for t in tasks:
         if t.right_or_wrong:
-            low, high = wilson(t.scores.mean(1), effective_size(t.scores, units_of(t.pictures)))
+            own = units_of(t.pictures)
+            clusters = 1 + int(own.max())
+            size = effective_size(t.scores, own)
+            low, high = wilson(t.scores.mean(1), size, clusters if clusters < len(own) else None)
         else:
             low, high = interval(means[t.task])
         for label, mean, *ends in zip(t.labels, t.scores.mean(1), low, high, strict=True):

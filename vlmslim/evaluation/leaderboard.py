@@ -136,6 +136,11 @@ class Leaderboard:
         """100 for a score that is a share, shown in per cent; 1 for points such as MME's or CIDEr's above one."""
         return 100 if all(row.scores[task].value <= 1 for row in self.rows if task in row.scores) else 1
 
+    def question_scale(self, task: str) -> int:
+        """The same for the scores of a task's questions, which may be shares where the task's score is in points."""
+        means = [self.comparison.means.get((row.label, task)) for row in self.rows]
+        return 100 if all(mean is None or mean <= 1 for mean in means) else 1
+
 
 def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
     """Refuse cells of another configuration or of two trainings, and cells that answered different questions."""
@@ -154,7 +159,9 @@ def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
         seen = {cell["questions"]: label for (label, t), cell in cells.items() if t == task}
         if len(seen) > 1:
             labels = " and ".join(seen.values())
-            raise ConfigError(f"{labels} answered different questions of {task}; start over with --fresh")
+            raise ConfigError(
+                f"{labels} answered different questions of {task}, or under other settings; start over with --fresh"
+            )
 
 
 def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:

@@ -222,7 +222,7 @@ class _Run:
             "config_hash": self.hash,
             **self.record,
             "seconds": round(time.perf_counter() - started, 3),
-            "questions": _questions(cell.samples),
+            "questions": _questions(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
             "lmms_eval": cell.results,
         }
@@ -280,13 +280,19 @@ def _options(stages: list[dict]) -> str:
     return " + ".join(", ".join(f"{key}: {value}" for key, value in stage.items()) for stage in stages)
 
 
-def _questions(samples: list[dict]) -> str:
-    """A hash of what was asked; not lmms-eval's `doc_hash`, in which pictures stand by their memory address."""
+def _questions(samples: list[dict], settings: dict) -> str:
+    """A hash of what was asked and how; not lmms-eval's `doc_hash`, in which pictures stand by their memory address.
+
+    Args:
+        samples: of a cell.
+        settings: of its task, as lmms-eval has them; functions among them stand by their address, so few count.
+    """
     asked = [
         [sample["doc_id"], sample["target"], [text for text in sample["arguments"] if isinstance(text, str)]]
         for sample in samples
     ]
-    return digest(asked)
+    how = {name: settings.get(name) for name in ("output_type", "generation_kwargs", "num_fewshot", "repeats")}
+    return digest([asked, how])
 
 
 def check_effect(variant: Variant, receipt: dict) -> None:

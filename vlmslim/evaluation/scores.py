@@ -25,11 +25,6 @@ class Score:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def half_width(self) -> float | None:
-        """Half of the confidence interval's width."""
-        return None if self.low is None else (self.high - self.low) / 2
-
     def is_close_to(self, value: float | None) -> bool:
         """Whether a number computed from the questions is this score, up to rounding."""
         return value is not None and math.isclose(self.value, value, rel_tol=1e-6, abs_tol=1e-12)

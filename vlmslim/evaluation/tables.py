@@ -57,7 +57,7 @@ def score_columns(board: Leaderboard) -> list[Column]:
         scale = board.scale(task)
         texts = [score_text(row.scores.get(task), scale) for row in board.rows]
         columns.append(Column(task, texts, board.places(task)))
-    relative = [with_half_width(r.relative, r.relative_low, r.relative_high) for r in board.rows]
+    relative = [with_interval(r.relative, r.relative_low, r.relative_high) for r in board.rows]
     rank = [NOTHING if row.rank is None else str(row.rank) for row in board.rows]
     return [*columns, Column("average, % of unpatched", relative, board.places(None)), Column("rank", rank)]
 
@@ -106,7 +106,7 @@ def against_unpatched(board: Leaderboard) -> Table | None:
     columns = name_columns(rows)
     for task in board.tasks:
         pairs = [board.comparison.pair(row.label, UNPATCHED, task) for row in rows]
-        columns.append(Column(task, [difference_text(pair, board.scale(task)) for pair in pairs]))
+        columns.append(Column(task, [difference_text(pair, board.question_scale(task)) for pair in pairs]))
     average = [board.comparison.pair(row.label, UNPATCHED, None) for row in rows]
     columns += [
         Column("average", [difference_text(pair, 100) for pair in average]),
@@ -130,7 +130,7 @@ def task_groups(board: Leaderboard) -> Table | None:
         ends = [board.comparison.groups.get((row.label, name), (None, None)) for row in rows]
         known = [not any(board.groups[task] == name for task in board.apart)] * len(rows)
         texts = [
-            with_half_width(row.groups.get(name), *(end if shown else (None, None)))
+            with_interval(row.groups.get(name), *(end if shown else (None, None)))
             for row, end, shown in zip(rows, ends, known, strict=True)
         ]
         columns.append(Column(name, texts))
@@ -166,12 +166,10 @@ def number(value: float | None, scale: float, digits: int) -> str:
 
 
 def score_text(score: Score | None, scale: int) -> str:
-    """A score and half its interval's width."""
+    """A score with its interval."""
     if score is None:
         return NOTHING
-    digits = digits_of(score.value, scale)
-    half = score.half_width
-    return f"{score.value * scale:.{digits}f}" + ("" if half is None else f" ± {half * scale:.{digits}f}")
+    return with_interval(score.value, score.low, score.high, scale, digits_of(score.value, scale))
 
 
 def digits_of(value: float, scale: int) -> int:
@@ -179,16 +177,26 @@ def digits_of(value: float, scale: int) -> int:
     return 1 if scale == 100 or abs(value) >= 10 else 3
 
 
-def with_half_width(value: float | None, low: float | None, high: float | None) -> str:
-    """A share in per cent and half its interval's width."""
-    return number(value, 100, 1) + ("" if value is None or low is None else f" ± {(high - low) * 50:.1f}")
+def with_interval(
+    value: float | None, low: float | None, high: float | None, scale: int = 100, digits: int = 1, sign: str = ""
+) -> str:
+    """A number and half its interval's width, or the interval's ends where it is lopsided."""
+    if value is None:
+        return NOTHING
+    text = f"{value * scale:{sign}.{digits}f}"
+    if low is None or high is None:
+        return text
+    half = (high - low) / 2
+    if abs((high + low) / 2 - value) > half / 10:
+        return f"{text} [{low * scale:{sign}.{digits}f}, {high * scale:{sign}.{digits}f}]"
+    return f"{text} ± {half * scale:.{digits}f}"
 
 
 def difference_text(pair: Pair | None, scale: int) -> str:
-    """A signed difference; marked if it is significant."""
+    """A signed difference with its interval; marked if it is significant."""
     if pair is None:
         return NOTHING
-    text = f"{pair.difference * scale:+.{digits_of(pair.difference, scale)}f}"
+    text = with_interval(pair.difference, pair.low, pair.high, scale, digits_of(pair.difference, scale), "+")
     return text + (STAR if pair.significant else "")
 
 
@@ -232,10 +240,10 @@ def notes(board: Leaderboard) -> list[str]:
     metrics = ", ".join(names if len(names) == 1 else [f"{task} = {board.metrics[task][0]}" for task in board.tasks])
     in_percent = "all" if len(shares) == len(board.tasks) else ", ".join(shares)
     lines = [
-        f"Scores: {metrics}; in per cent: {in_percent or 'none'}; ± half the 95 % confidence interval; {limit}. "
-        "At each budget the best is **bold**, and what is not significantly worse is *italic*. Rank: by the average, "
-        "1 + the number of methods that are significantly better; two of different ranks need not differ "
-        "significantly.",
+        f"Scores: {metrics}; in per cent: {in_percent or 'none'}; ± half the 95 % confidence interval, or [its ends] "
+        f"where it is lopsided; {limit}. At each budget the best is **bold**, and what is not significantly worse is "
+        "*italic*. Rank: by the average, 1 + the number of methods that are significantly better; two of different "
+        "ranks need not differ significantly.",
         *_tests_note(board),
         *_solved_note(board),
         f"An image has {facts['visual_tokens']:.1f} visual tokens. Kept: entering the language model (least–most where "
@@ -276,8 +284,8 @@ def _tests_note(board: Leaderboard) -> list[str]:
         "McNemar where every question is right or wrong and has a picture of its own, else a permutation test that "
         f"swaps all scores of a picture ({SWAPS}+ swaps). p values are Holm's, over all pairs of a budget within a "
         "column, the unpatched model included. Intervals: Wilson's, on the effective number of questions, for right or "
-        f"wrong; else a bootstrap over pictures ({RESAMPLES} resamples). Loyalty: the answer equals the unpatched "
-        "model's. Lost, won: the question's score fell, rose."
+        f"wrong; else, and of differences, a bootstrap over pictures ({RESAMPLES} resamples). Loyalty: the answer "
+        "equals the unpatched model's. Lost, won: the question's score fell, rose."
     ]
     apart = [task for task in board.apart if task not in comparison.untested]
     if board.apart and comparison.averaged:
