@@ -5,8 +5,9 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,17 +178,23 @@ def _image_grid(repack, n: int, crops: int, wide: int, side: int, patches: int) 
     travel through the model's own packing and are read off its result; a flat patch index would not survive the
     bilinear resizing of OneVision.
     """
-    crop = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1).view(-1, 2)
-    if patches == side**2 + 1:  # vision_feature_select_strategy="full" leaves CLS in front
-        crop = torch.cat([crop.new_full((1, 2), -1), crop])
-    crop = torch.cat([torch.zeros(len(crop), 1), crop], dim=1)  # (p, 3): mosaic or not, row, column
+    crop = torch.from_numpy(_crop_grid(side, patches))
     if repack is None:
-        return crop.long()
+        return crop.clone()
     tiles = [crop + torch.tensor([1.0, i // wide * side, i % wide * side]) for i in range(crops - 1)]
-    at = repack(n, torch.stack([crop, *tiles])).round().long()
+    at = repack(n, torch.stack([crop.float(), *tiles])).round().long()
     kind, row, column = at.unbind(1)
     number = torch.where(kind == 1, 1 + row // side * max(wide, 1) + column // side, kind)
     return torch.stack([number, *(torch.where(kind == 1, x % side, x) for x in (row, column))], dim=1)
+
+
+@cache
+def _crop_grid(side: int, patches: int) -> np.ndarray:
+    """(p, 3): zero, row and column of each token of one crop; -1 twice at CLS."""
+    grid = np.zeros((patches, 3), dtype=np.int64)
+    grid[-(side**2) :, 1:] = np.indices((side, side)).reshape(2, -1).T
+    grid[: patches - side**2, 1:] = -1  # vision_feature_select_strategy="full" leaves CLS in front
+    return grid
 
 
 def _video_grid(frames: int, n: int) -> Tensor:

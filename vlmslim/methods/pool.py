@@ -32,7 +32,7 @@ class Pool(Compressor):
         k = resolve_keep(self.keep, n)
         if k == n:
             return Compressed(x, torch.arange(n, device=x.device))
-        cell = even_cells(image.mosaic.cpu(), k)
+        cell = even_cells(image.mosaic, k)
         first = torch.full((k,), n).scatter_reduce(0, cell[cell >= 0], (cell >= 0).nonzero()[:, 0], "amin")
         order = first.argsort()  # cells in the order in which the language model meets them
         cell, member = order.argsort()[cell[cell >= 0]].to(x.device), (cell >= 0).to(x.device)

@@ -1,7 +1,9 @@
 """uniform: keep visual tokens on a regular grid."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,18 +30,15 @@ class Uniform(Compressor):
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Pick the middle token of every cell."""
-        n = len(image.features)
-        k = resolve_keep(self.keep, n)
-        cell = even_cells(image.mosaic.cpu(), k)
-        order = cell.argsort(stable=True)
-        order = order[cell[order] >= 0]
-        size = cell[cell >= 0].bincount(minlength=k)
-        middle = order[size.cumsum(0) - size + size // 2]
-        return image.pick(middle.sort().values.to(image.features.device))
+        cell = even_cells(image.mosaic, resolve_keep(self.keep, len(image.features))).numpy()
+        order = cell.argsort(kind="stable")[(cell < 0).sum() :]
+        size = np.bincount(cell[order])
+        middle = np.sort(order[size.cumsum() - size + size // 2])
+        return image.pick(torch.from_numpy(middle).to(image.features.device))
 
 
 def even_cells(mosaic: Tensor, k: int) -> Tensor:
-    """Cells of near-equal size over all components of an image.
+    """Cells of near-equal size over all components of an image, on the CPU; found once for images of one arrangement.
 
     Args:
         mosaic: (n, 3) component, row and column of every token (`ImageTokens.mosaic`).
@@ -49,7 +48,12 @@ def even_cells(mosaic: Tensor, k: int) -> Tensor:
         (n,) long: the cell of every token, 0 .. k-1; -1 at tokens without a place, such as newlines. A budget that
         exceeds the tokens on grids turns those into cells of their own, first ones first.
     """
-    component, row, column = mosaic.unbind(1)
+    return torch.from_numpy(_even_cells(mosaic.cpu().numpy().tobytes(), k))
+
+
+@lru_cache(maxsize=256)
+def _even_cells(mosaic: bytes, k: int) -> np.ndarray:
+    component, row, column = torch.from_numpy(np.frombuffer(mosaic, dtype=np.int64).reshape(-1, 3).copy()).unbind(1)
     cell = torch.full_like(component, -1)
     placeless = (row < 0).nonzero()[:, 0]
     extra = max(0, k - (len(component) - len(placeless)))
@@ -63,4 +67,4 @@ def even_cells(mosaic: Tensor, k: int) -> Tensor:
             cell[index] = first + grid_cells(int(r.max()) + 1, int(c.max()) + 1, share)[r, c]
             first += share
     cell[placeless[:extra]] = first + torch.arange(extra)
-    return cell
+    return cell.numpy()
