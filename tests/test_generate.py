@@ -74,12 +74,12 @@ WAYS = {
 }
 
 
-def beams_lose_images(model, row) -> bool:
+def beams_lose_images(model, *rows) -> bool:
     """Whether this transformers, unpatched, gives beams the wrong images of a prompt with several, as 5.17 does."""
-    options = dict(max_new_tokens=6, do_sample=False, num_beams=3)
-    inputs, whole = batch(model, [row]), expect(model, row, Everything()).embeds
-    want = model.generate(inputs_embeds=whole, attention_mask=torch.ones(whole.shape[:2]), **options)
-    return answers(model.generate(**inputs, **options, return_dict_in_generate=True), inputs) != want.tolist()
+    options = dict(max_new_tokens=1, do_sample=False, num_beams=3, return_dict_in_generate=True, output_logits=True)
+    want = [expect(model, row, Everything()).logits()[-1] for row in rows for _ in range(3)]
+    (found,) = model.generate(**batch(model, rows), **options).logits
+    return not torch.allclose(found, torch.stack(want), atol=1e-3)
 
 
 @pytest.mark.parametrize("row", [ROWS[1], SEVERAL[0]], ids=["one image", "several images"])
@@ -114,6 +114,8 @@ def test_beams_of_a_batch_are_scored_as_recomputed(family, rule):
     """Each returned beam's score is the mean log-probability of its tokens, recomputed whole without cache or patch."""
     model = tiny(family)
     rows = [*LONG_ROWS[:3], SEVERAL[0]]
+    if beams_lose_images(model, *rows):
+        pytest.skip("this version of transformers mixes up the images of beams, unpatched too")
     inputs = batch(model, rows)
     options = dict(max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False)
     with vlmslim.patch(model, rule):
@@ -406,6 +408,9 @@ def works_or_says_so(run, want, word: str):
 def test_chunked_prefill_works_or_says_so(family, rule):
     model = tiny(family)
     inputs = batch(model, [ROWS[1]])
+    whole, parts = (greedy(model, inputs, **chunk)[1] for chunk in ({}, {"prefill_chunk_size": 7}))
+    if not torch.allclose(whole, parts, atol=1e-3):
+        pytest.skip("this version of transformers answers otherwise when it prefills in chunks, unpatched too")
     with vlmslim.patch(model, rule):
         want = greedy(model, inputs)[0].sequences
         for chunk in (7, 1000):
