@@ -3,9 +3,10 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -104,11 +105,12 @@ class Tally:
     least: int | None = None
     most: int | None = None
 
-    def add(self, value: int) -> None:
-        """Take in one more value."""
-        self.count, self.total = self.count + 1, self.total + value
-        self.least = value if self.least is None else min(self.least, value)
-        self.most = value if self.most is None else max(self.most, value)
+    def add(self, values: Sequence[int]) -> None:
+        """Take in more values."""
+        if values:
+            self.count, self.total = self.count + len(values), self.total + sum(values)
+            self.least = min(values) if self.least is None else min(self.least, *values)
+            self.most = max(values) if self.most is None else max(self.most, *values)
 
     def __add__(self, other: "Tally") -> "Tally":
         if not (self.count and other.count):
@@ -167,11 +169,10 @@ class Receipt:
     def saw_prefill(self, prefill: Prefill) -> None:
         """A batch of prompts with images was prefilled."""
         rows = len(prefill.text)
-        for image in (image for row in prefill.images for image in row):
-            self.tokens.add(image.tokens)
-            self.kept.add(image.kept)
-            if image.requested is not None:
-                self.requested.add(image.requested)
+        tokens, requested, kept = zip(*chain.from_iterable(prefill.images), strict=True)
+        self.tokens.add(tokens)
+        self.kept.add(kept)
+        self.requested.add([count for count in requested if count is not None])
         self.prompts += rows
         self.text_tokens += sum(prefill.text)
         self.visual = _plus(self.visual, map(sum, prefill.visual))
