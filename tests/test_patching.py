@@ -147,3 +147,19 @@ def test_a_deepcopy_of_a_patched_model_lives_its_own_life(family):
     with torch.no_grad():  # the copy has its own weights
         twin.model.multi_modal_projector.linear_1.weight.zero_()
     assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_patch_draws_nothing_from_the_random_state():
+    """As a method that builds a network would, before it loads the weights."""
+
+    class Built(Strided):
+        def setup(self, model):
+            super().setup(model)
+            torch.nn.Linear(4, 4)
+
+    model = tiny("llava")
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    with vlmslim.patch(model, Built()):
+        assert torch.equal(torch.rand(3), want)

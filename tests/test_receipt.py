@@ -13,6 +13,7 @@ from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, l
 
 import vlmslim
 from vlmslim import Receipt
+from vlmslim.efficiency import cache_bytes
 from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.receipt import Image, Prefill, Span, Tally, headline
 
@@ -21,7 +22,7 @@ KV_BYTES = 2 * 2 * 8 * 4  # of a token in a layer: keys and values, 2 heads of 8
 
 def receipt(**counts) -> Receipt:
     """An empty receipt of two layers, or one of a single prompt with a single image."""
-    made = Receipt("M()", "renumbered", "sdpa", "float32", 4, 2)
+    made = Receipt("M()", "renumbered", "sdpa", "float32", 1, 2)
     if counts:
         image = Image(counts["tokens"], counts["requested"], counts["kept"])
         visual = [[image.kept], [counts.get("last", image.kept)]]
@@ -252,3 +253,20 @@ def test_tallies_add_up(parts):
     assert whole.count == len(values)
     assert whole.range == ([min(values), max(values)] if values else None)
     assert whole.mean == (pytest.approx(sum(values) / len(values)) if values else None)
+
+
+@torch.no_grad()
+def test_settings_are_those_of_the_model_as_it_is():
+    model = tiny("llava", "sdpa")
+    with vlmslim.patch(model, "uniform", keep=4) as slim:
+        model(**batch(model, [ROWS[0]], "none"))
+        before = slim.receipt.summary()
+        model.set_attn_implementation("eager")
+        model.to(torch.bfloat16)
+        slim.reset_receipt()
+        inputs = batch(model, [ROWS[0]], "none")
+        held = cache_bytes(kv_cache(model(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()})))
+        after = slim.receipt.summary()
+    assert (before["backend"], before["dtype"]) == ("sdpa", "float32")
+    assert (after["backend"], after["dtype"]) == ("eager", "bfloat16")
+    assert after["kv_bytes"] == held == before["kv_bytes"] / 2

@@ -104,8 +104,8 @@ class DecoderAttention:
         k, mask = self.keys[:, :, :end], self.mask[:, :end]
         q = q.unflatten(1, (k.shape[1], -1)).float()  # (B, kv heads, group, q, head_dim)
         with torch.autocast(q.device.type, enabled=False):
-            logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * self.attn.scaling
-        return logits.masked_fill(~visible(mask, rows)[:, None], float("-inf"))
+            logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).mul_(self.attn.scaling)
+        return logits.masked_fill_(~visible(mask, rows)[:, None], float("-inf"))
 
     def _heads(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalise, project, split into heads and rotate: (B, s, d) -> (B, heads, s, head_dim)."""

@@ -410,6 +410,8 @@ class DecoderHooks:
         if call.encoded:
             sequence = [segment.mask.shape[1] for segment in call.segments]
             kv = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
+            self.receipt.backend = self.lm.config._attn_implementation  # as they are now, not as they were at the patch
+            self.receipt.dtype = str(output.last_hidden_state.dtype).removeprefix("torch.")
             self.receipt.saw_prefill(Prefill(call.images, call.text, call.visual, sequence, kv, call.spans))
         if not call.altered:
             return output

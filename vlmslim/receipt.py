@@ -137,9 +137,9 @@ class Receipt:
 
     method    : the method with all its options
     positions : "renumbered" or "original"
-    backend   : attention implementation of the language model
-    dtype     : of the language model's weights
-    kv_bytes_per_token : bytes that one token takes in the KV cache of one layer
+    backend   : attention implementation of the language model, in its last prefill
+    dtype     : that it computed in, likewise
+    kv_numbers : numbers that one token takes in the KV cache of one layer
     layers    : number of decoder layers
     tokens, requested, kept : visual tokens of an image: before, asked for, at the entrance of the language model
     prompts, text_tokens    : prompts with images, and the text tokens in them
@@ -152,7 +152,7 @@ class Receipt:
     positions: str
     backend: str
     dtype: str
-    kv_bytes_per_token: int
+    kv_numbers: int
     layers: int
 
     def __post_init__(self):
@@ -193,13 +193,18 @@ class Receipt:
         return reduce(cls._merge, receipts)
 
     def _merge(self, other: "Receipt") -> "Receipt":
-        both = Receipt(self.method, self.positions, self.backend, self.dtype, self.kv_bytes_per_token, self.layers)
+        both = Receipt(self.method, self.positions, self.backend, self.dtype, self.kv_numbers, self.layers)
         for name in ("tokens", "requested", "kept", "prompts", "text_prompts", "text_tokens"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         for name in ("visual", "sequence", "kv"):
             setattr(both, name, _plus(getattr(self, name), getattr(other, name)))
         both.last, both._ms = other.last or self.last, self.selection_ms + other.selection_ms
         return both
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the KV cache of one layer."""
+        return self.kv_numbers * getattr(torch, self.dtype).itemsize
 
     @property
     def images(self) -> int:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from vlmslim.compressor import Compressor
@@ -44,7 +45,8 @@ class Slim:
                     f"{type(core.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
                     "choose another method for this checkpoint"
                 )
-            stage.setup(model)
+            with torch.random.fork_rng(devices=[]):  # what is built here draws nothing from the caller's random state
+                stage.setup(model)
         self.trained = nn.ModuleDict({name_of(s): part for s in stages if (part := s.trained()) is not None})
         tower_layers = {
             _tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers
@@ -56,7 +58,7 @@ class Slim:
             positions=next((s.positions for s in stages if compresses(s)), "original"),
             backend=text._attn_implementation,
             dtype=str(parameter.dtype).removeprefix("torch."),
-            kv_bytes_per_token=2 * text.num_key_value_heads * head * parameter.element_size(),
+            kv_numbers=2 * text.num_key_value_heads * head,
             layers=len(core.language_model.layers),
         )
         self._decoder = DecoderHooks(model, stages, self.receipt)
