@@ -107,9 +107,9 @@ class Call:
 
 def _check_finite(images: list[ImageTokens]) -> None:
     """Refuse images of which nothing sensible can be chosen."""
-    sums = torch.stack([image.features.detach().sum(dtype=torch.float32) for image in images])
-    if all(map(math.isfinite, sums.tolist())):  # one pass; huge tokens may overflow a sum, so look again
-        return
+    sums = [image.features.detach().sum(dtype=torch.float32) for image in images]
+    if all(map(math.isfinite, torch.stack(sums).tolist() if len(sums) > 1 else [sums[0].item()])):
+        return  # huge tokens may overflow a sum: look again
     for i, image in enumerate(images):
         if not image.features.isfinite().all():
             raise ValueError(
@@ -426,13 +426,10 @@ class DecoderHooks:
     @staticmethod
     def _plan(call: Call) -> Plan:
         """What the KV cache holds now."""
-        made: dict[tuple[int, int], Tensor] = {}  # neighbouring layers share one
-        pairs = list(zip(call.before, call.segments, strict=True))
-        for before, segment in pairs:
-            key = id(before), id(segment)
-            if key not in made:
-                made[key] = joined(before, segment.mask)
-        masks = [made[id(before), id(segment)] for before, segment in pairs]
+        masks: list[Tensor] = []
+        for i, (before, segment) in enumerate(zip(call.before, call.segments, strict=True)):
+            alike = i and before is call.before[i - 1] and segment is call.segments[i - 1]
+            masks.append(masks[-1] if alike else joined(before, segment.mask))  # neighbouring layers share one
         padded = bool(call.past and call.past.padded) or any(segment.padded for segment in call.segments)
         shift = call.shift if call.shift is not None else call.segments[0].position.new_zeros(len(call.text), 1)
         return Plan(call.seen + call.length, shift, masks, padded, call.tail)

@@ -141,8 +141,9 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
 
 def pick_rows(x: Tensor, index: np.ndarray) -> Tensor:
     """Take tokens, x (B, S, d), that the host has chosen, (B, q): (B, q, d)."""
-    flat = index + np.arange(0, x.shape[0] * x.shape[1], x.shape[1])[:, None]
-    return x.flatten(0, 1).index_select(0, *upload(x.device, flat.ravel())).unflatten(0, index.shape)
+    batch, size, width = x.shape
+    flat = index + np.arange(0, batch * size, size)[:, None]
+    return x.reshape(-1, width).index_select(0, *upload(x.device, flat.ravel())).view(*index.shape, width)
 
 
 def joined(before: Tensor | None, mask: Tensor) -> Tensor:
