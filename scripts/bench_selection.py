@@ -36,7 +36,7 @@ from vlmslim.methods.recoverable import clusters
 from vlmslim.methods.todre import diverse
 from vlmslim.methods.tokencorr import absorb, repetition
 from vlmslim.methods.tokenflex import pool_square
-from vlmslim.methods.uniform import even_cells
+from vlmslim.methods.uniform import _even_cells, even_cells
 from vlmslim.outliers import beyond_quartiles, local_outlier_factor
 from vlmslim.selection import rank_within_groups
 from vlmslim.writing import write_atomically
@@ -243,6 +243,12 @@ def plain_strongest(score: Tensor, alive: Tensor, k: int) -> Tensor:
     return keep
 
 
+def cells_anew(mosaic: Tensor, k: int) -> Tensor:
+    """`even_cells` of an arrangement that was not met before."""
+    _even_cells.cache_clear()
+    return even_cells(mosaic, k)
+
+
 def plain_cells(height: int, width: int, k: int) -> Tensor:
     """`uniform`'s partition of a grid: bands of rows, cells in a band, token by token."""
     bands = min(height, k, max(1, round((k * height / width) ** 0.5), -(-k // width)))
@@ -410,7 +416,7 @@ def selections(i: SimpleNamespace, k: int) -> list[tuple]:
             lambda: plain_strongest(i.content, i.alive, k),
         ),
         ("square pooling", "tokenflex", lambda: pool_square(i.image, square), lambda: plain_square(i.image, square)),
-        ("even cells", "uniform, pool", lambda: even_cells(mosaic, k), lambda: plain_cells(height, width, k)),
+        ("even cells", "uniform, pool", lambda: cells_anew(mosaic, k), lambda: plain_cells(height, width, k)),
         ("cell means", "pool", lambda: our_pool(i.x, cell, k), lambda: plain_pool(i.x, cell, k)),
     ]
 
