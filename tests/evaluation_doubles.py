@@ -50,13 +50,23 @@ def receipt(kept: float, requested: float | None) -> dict:
 class FakeHarness:
     """Behaves like the module, and like the `Harness` in it."""
 
-    def __init__(self, fail_at=None, failure=None, without_effect=(), identity="weights-1", scores=None, questions=4):
+    def __init__(
+        self,
+        fail_at=None,
+        failure=None,
+        without_effect=(),
+        identity="weights-1",
+        scores=None,
+        questions=4,
+        definition="as it was",
+    ):
+        self.definition = {"settings": definition}
         self.fail_at, self.failure, self.without_effect, self.identity = fail_at, failure, without_effect, identity
         self.scores, self.questions = scores or {}, questions
         self.evaluated, self.timed, self.loads = [], [], 0
 
     def Tasks(self, config):  # noqa: N802
-        return SimpleNamespace(leaves=config.tasks)
+        return SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
 
     def describe_checkpoint(self, config):
         return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6}

@@ -61,12 +61,14 @@ def run(
         from vlmslim.evaluation.progress import RichDisplay
         from vlmslim.evaluation.render import render
         from vlmslim.evaluation.run import CellError, run
+        from vlmslim.evaluation.store import Store
 
         if export is not None:
             harness.quiet()
             paths = harness.export(settings, harness.Tasks(settings), export)
             typer.echo(f"{len(paths)} files in {export}; evaluate one with\n  python -m lmms_eval --config {paths[0]}")
             return
+        Store(settings.output).prepare()
         harness.quiet(settings.output / "run.log")
         try:
             with RichDisplay() as display:
@@ -139,6 +141,7 @@ def bench(
 
     from vlmslim.efficiency import bench
     from vlmslim.efficiency.report import write
+    from vlmslim.evaluation.checks import check_file
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -147,9 +150,12 @@ def bench(
         _fail(f"--output {output}: give a file that ends in .json")
     with Console(stderr=True).status("loading") as status:
         try:
+            if output is not None:
+                check_file(output)  # now, not when everything is measured
+                check_file(output.with_suffix(".md"))
             stages = [bench.parse_method(name) for name in methods.split(",")]
             workload = bench.Workload(
-                batches=bench.parse_numbers(batch),
+                batches=bench.parse_batches(batch),
                 images=images,
                 image_size=bench.parse_size(image_size),
                 text_tokens=text_tokens,

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import vlmslim
-from vlmslim import bundled
 from vlmslim.compressor import Keep
 from vlmslim.efficiency.flops import DecoderShape, Ledger, equivalent_tokens, kv_bytes
 from vlmslim.efficiency.ideal import ideal
@@ -24,6 +23,7 @@ from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
 from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_generation
 from vlmslim.evaluation import provenance
+from vlmslim.evaluation.checks import check_checkpoint, check_device
 from vlmslim.families import kv_cache
 from vlmslim.methods import method, method_class
 
@@ -117,6 +117,18 @@ def parse_numbers(text: str) -> tuple[int | float, ...]:
         raise ValueError(f"{text!r}: write numbers with commas between them, such as 192,128,64") from error
 
 
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Read batch sizes, `1,8`.
+
+    Raises:
+        ValueError: something is no whole number from 1 up.
+    """
+    batches = parse_numbers(text)
+    if not all(isinstance(batch, int) and batch >= 1 for batch in batches):
+        raise ValueError(f"batch {text!r}: write whole numbers from 1 up, such as 1,8")
+    return batches
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """Read `672x1008` as height and width.
 
@@ -154,8 +166,7 @@ def load(
     if layers is not None and shape is None:
         raise ValueError("--layers goes with --shape; a checkpoint has the layers it has")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this PyTorch sees no GPU; use --device cpu")
+    check_device(device)
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -165,7 +176,7 @@ def load(
         return f"{name}, random weights", build(
             shape_config(shape, layers), dtype=kind, device=device, attention=attention
         )
-    path = bundled.resolve(checkpoint)
+    path = check_checkpoint(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
     return checkpoint, model.eval().to(device)
 

@@ -402,6 +402,8 @@ def _add_average(
     _add_pairs(result, None, labels, budgets, base, p, sums.sum(1))
     for budget in budgets:
         rows = [label for label in budget if label in labels]
+        if not rows:  # of an unfinished run: none of them has every task yet
+            continue
         better = [[_beats(result.pair(one, other, None)) for other in rows] for one in rows]
         result.ranks |= dict(zip(rows, map(int, ranks(np.array(better).reshape(len(rows), -1))), strict=True))
 

@@ -209,6 +209,11 @@ class RunConfig(_Strict):
         """
         listed = list(chain.from_iterable(self._expand(entry) for entry in self.methods))
         budgets = list({str(v.budget): v.budget for v in listed if v.budget is not None}.values()) or self.budgets
+        if self.baselines and not budgets and not all(v.unpatched for v in listed):
+            raise ConfigError(
+                f"baselines: at which budget shall {' and '.join(self.baselines)} run? No method here has one; give "
+                "'budgets', or 'baselines: false'"
+            )
         base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines or [] if budgets]
         baselines = list(chain.from_iterable(self._expand(entry) for entry in base))
         mentioned = {v.identity for v in listed}
@@ -399,6 +404,8 @@ def load_config(path: Path | str, **overrides) -> RunConfig:
         ConfigError: the file is missing, is no YAML, or does not follow the schema; names the file and the key.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; give a YAML file")
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise ConfigError(f"{path}: no such file.{near}")
@@ -412,7 +419,8 @@ def load_config(path: Path | str, **overrides) -> RunConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_describe(e)}" for e in error.errors())) from error
+        lines = dict.fromkeys(f"{path}: {_describe(e)}" for e in error.errors())
+        raise ConfigError("\n".join(lines)) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -420,4 +428,7 @@ def load_config(path: Path | str, **overrides) -> RunConfig:
 def _describe(error: dict) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "float") and "[" not in str(part))
     message = error["msg"].removeprefix("Value error, ")
+    if number := re.fullmatch(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", str(error["input"]), re.IGNORECASE):
+        whole, part, sign, power = number.groups()
+        message = f"YAML reads {error['input']} as text; write {whole}{part or '.0'}e{sign or '+'}{power}"
     return f"{where}: {message}" if where else message

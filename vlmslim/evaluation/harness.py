@@ -1,7 +1,10 @@
 """Everything in `vlmslim run` that talks to lmms-eval: finding tasks, evaluating a cell, timing, plain config files."""
 
+import glob
+import importlib.util
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -17,7 +20,9 @@ import vlmslim.tasks
 from vlmslim.budget import Solution, Solver
 from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_flops
 from vlmslim.evaluation import provenance
+from vlmslim.evaluation.checks import check_checkpoint, check_writable, one_line, visual_tokens
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
+from vlmslim.evaluation.store import digest
 from vlmslim.saving import located
 from vlmslim.writing import write_atomically
 
@@ -51,6 +56,7 @@ class Tasks:
         names = [task.task for task in config.tasks]
         self.manager = TaskManager("ERROR", include_path=paths, include_defaults=False)
         self.include_path = paths
+        self._hashes: dict[tuple, str] = {}  # of data files, by path, size and time: they are read once a run
         if not set(names) <= set(self.manager.all_tasks):  # the full index takes ten seconds or more
             self.manager = TaskManager("ERROR", include_path=paths)
         leaves: dict[str, TaskConfig] = {}
@@ -84,39 +90,131 @@ class Tasks:
             raise ConfigError(f"tasks: the group {name!r} defines tasks of its own; list the tasks you want instead")
         return [leaf for member in members for leaf in self._leaves(member)]
 
+    def definition(self, name: str) -> dict[str, str]:
+        """Hashes of all that says what a task asks and how: its settings, its functions' files, its local data files.
+
+        Data on the hub are not among them, nor pictures that local data name by their path.
+        """
+        path = Path(self.manager.task_index[name]["yaml_path"])
+        settings = _read_task(str(path))
+        found = {"settings": digest(settings)}
+        for kind, files in (("functions", _code), ("data", _data)):
+            for file in files(settings, _folders(path)):
+                part = f"{kind} in {file.name}"  # of two files of one name, both
+                found[part] = digest([found.get(part), self._hash(file)])
+        return found
+
+    def _hash(self, file: Path) -> str:
+        stat = file.stat()
+        key = (file, stat.st_size, stat.st_mtime_ns)
+        if key not in self._hashes:
+            self._hashes[key] = provenance.file_digest(file)
+        return self._hashes[key]
+
     def metrics(self, name: str) -> dict[str, bool]:
         """The metrics that a task reports, in its own order, and whether higher is better."""
         entries = _read_task(self.manager.task_index[name]["yaml_path"]).get("metric_list") or []
         return {entry["metric"].strip(): entry.get("higher_is_better", True) for entry in entries}
 
 
+_TAG = "!"  # how a value with a tag begins, once it is read
+_FUNCTION = f"{_TAG}function "
+
+
 class _AnyTag(yaml.SafeLoader):
     """Reads lmms-eval's YAML without running the functions it names."""
 
 
-_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: f"{_TAG}{suffix} {node.value}")
 
 
 def _read_task(path: str) -> dict:
     """A task's YAML with what it includes. lmms-eval's own reader would import the task's code, which may download."""
     data = yaml.load(Path(path).read_text(encoding="utf-8"), _AnyTag)
-    included = data.pop("include", [])
-    for name in [included] if isinstance(included, str) else included:
-        data = _read_task(str(Path(path).parent / name)) | data
+    for file in _included(path, data.pop("include", [])):
+        data = _read_task(file) | data
     return data
 
 
+def _included(path: str, names: str | list[str]) -> list[str]:
+    """The files that a task's YAML includes, which lie beside it."""
+    return [str(Path(path).parent / name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders of a task's YAML and of all that it includes: where its functions and its data may lie."""
+    names = yaml.load(path.read_text(encoding="utf-8"), _AnyTag).get("include", [])
+    nested = [folder for file in _included(str(path), names) for folder in _folders(Path(file))]
+    return list(dict.fromkeys([path.parent, *nested]))
+
+
+def _strings(value) -> list[str]:
+    """All strings inside dictionaries and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def _code(settings: dict, folders: list[Path]) -> list[Path]:
+    """The files with the functions that a task names: beside its YAML, or in an installed package."""
+    names = [text.removeprefix(_FUNCTION) for text in _strings(settings) if text.startswith(_FUNCTION)]
+    files = []
+    for module in sorted({name.rpartition(".")[0] for name in names}):
+        beside = [folder / f"{module}.py" for folder in folders if (folder / f"{module}.py").is_file()]
+        files += beside or _installed(module)
+    return files
+
+
+def _installed(module: str) -> list[Path]:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return []
+    return [Path(spec.origin)] if spec is not None and spec.has_location else []
+
+
+def _data(settings: dict, folders: list[Path]) -> list[Path]:
+    """The local files that a task's data come from."""
+    given = settings.get("dataset_kwargs") or {}
+    names = [text for key in ("data_files", "data_dir") for text in _strings(given.get(key))]
+    if os.sep in str(settings.get("dataset_path")):
+        names.append(settings["dataset_path"])
+    files = []
+    for name in names:
+        places = [path for folder in [*folders, Path()] for path in _matching(folder, name)]
+        files += [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    return sorted({file.resolve() for file in files if file.is_file()})
+
+
+def _matching(folder: Path, name: str) -> list[Path]:
+    """The paths that a name or a pattern means, seen from a folder."""
+    return [Path(path) for path in glob.glob(os.path.join(glob.escape(str(folder)), name), recursive=True)]
+
+
 def describe_checkpoint(config: RunConfig) -> dict:
-    """What is known of a checkpoint before it is loaded: its identity and its sizes."""
+    """What is known of a checkpoint before it is loaded: its identity, its sizes, and the visual tokens of an image.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is none that takes pictures.
+    """
     from transformers import AutoConfig
 
-    name, revision, _ = located(config.model.pretrained, None, None, config.model.revision, {})
-    loaded = AutoConfig.from_pretrained(name, revision=revision)
-    return {
-        "identity": provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None),
-        "shape": asdict(DecoderShape.from_config(loaded)),
-        "tower_flops": tower_flops(loaded),
-    }
+    given = config.model.pretrained
+    try:
+        check_checkpoint(given)
+        name, revision, _ = located(given, None, None, config.model.revision, {})
+        check_checkpoint(name)
+        loaded = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained: {one_line(error)}") from error
+    try:
+        described = {"shape": asdict(DecoderShape.from_config(loaded)), "tower_flops": tower_flops(loaded)}
+    except AttributeError as error:
+        raise ConfigError(f"model.pretrained: {given} is a {loaded.model_type}, no LLaVA") from error
+    identity = provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None)
+    return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded)}
 
 
 class Harness:
@@ -236,7 +334,6 @@ def export(config: RunConfig, tasks: Tasks, directory: Path) -> list[Path]:
     Raises:
         ConfigError: an argument cannot be written in lmms-eval's `key=value,...` form.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     paths = []
     variants = config.variants()
     for variant in variants:
@@ -245,6 +342,10 @@ def export(config: RunConfig, tasks: Tasks, directory: Path) -> list[Path]:
                 f"{variant.label}: a cost is solved on the model, by vlmslim run; for plain files write the "
                 "option that it found (solutions.json in the output directory) instead of the cost"
             )
+    try:
+        check_writable(directory)
+    except ValueError as error:
+        raise ConfigError(f"--export: {error}") from error
     for variant in variants:
         for task in tasks.leaves:
             path = directory / f"{variant.label}__{task.task.replace('/', '_')}.yaml"

@@ -42,6 +42,9 @@ class Leaderboard:
         Raises:
             ConfigError: there is no run in the directory, or its cells answered different questions.
         """
+        if not Path(directory).is_dir():
+            what = "is a file" if Path(directory).exists() else "does not exist"
+            raise ConfigError(f"{directory} {what}; give the output directory of a vlmslim run")
         store = Store(directory)
         run = store.run
         if run is None:
@@ -55,6 +58,12 @@ class Leaderboard:
         }
         if not cells:
             raise ConfigError(f"{directory} has no finished cell yet")
+        damaged = [
+            f"{row['label']} / {task['task']}"
+            for row in config["rows"]
+            for task in config["tasks"]
+            if store.is_damaged(row["label"], task["task"])
+        ]
         tasks = [task["task"] for task in config["tasks"] if any(key[1] == task["task"] for key in cells)]
         _check_cells(run, cells, tasks)
         wanted = {task["task"]: task["metric"] for task in config["tasks"]}
@@ -77,7 +86,7 @@ class Leaderboard:
             answers.append(TaskAnswers.collect(task, samples, *metrics[task], source_of(first[task], task)))
         _add_ratios(rows, tasks, metrics, groups)
         tokens = {task: _visual_tokens([cell for (_, t), cell in cells.items() if t == task]) for task in tasks}
-        board = cls(rows, tasks, metrics, _facts(run, cells, timing), groups=groups, tokens=tokens)
+        board = cls(rows, tasks, metrics, _facts(run, cells, timing, damaged), groups=groups, tokens=tokens)
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
         board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
         _add_comparison(rows, tasks, board.comparison)
@@ -162,6 +171,13 @@ def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
             raise ConfigError(
                 f"{labels} answered different questions of {task}, or under other settings; start over with --fresh"
             )
+        ways = {digest(cell.get("definition")): label for (label, t), cell in cells.items() if t == task}
+        if len(ways) > 1:
+            labels = " and ".join(ways.values())
+            raise ConfigError(
+                f"{task} was changed between {labels}: its settings, its functions or its data; call vlmslim run again "
+                "with the task as it was, or with --fresh"
+            )
 
 
 def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
@@ -232,13 +248,14 @@ def _visual_tokens(cells: list[dict]) -> float:
     return sum(r["visual_tokens"] * r["images"] for r in receipts) / max(sum(r["images"] for r in receipts), 1)
 
 
-def _facts(run: dict, cells: dict, timing: dict) -> dict:
+def _facts(run: dict, cells: dict, timing: dict, damaged: list[str]) -> dict:
     config = run["config"]
 
     def distinct(name: str) -> list:
         return sorted({str(cell[name]) for cell in cells.values()})
 
     receipts = [cell["receipt"] for cell in cells.values()]
+    redone = f" (damaged, will be redone: {', '.join(damaged)})" if damaged else ""
     return {
         "model": config["model"],
         "checkpoint": config["checkpoint"]["identity"],
@@ -252,5 +269,5 @@ def _facts(run: dict, cells: dict, timing: dict) -> dict:
         "hardware": distinct("hardware"),
         "backends": sorted({f"{r['backend']} in {r['dtype']}" for r in receipts}),
         "timing": timing.get("settings", {}).get("timing"),
-        "cells": f"{len(cells)} of {len(config['rows']) * len(config['tasks'])}",
+        "cells": f"{len(cells)} of {len(config['rows']) * len(config['tasks'])}{redone}",
     }

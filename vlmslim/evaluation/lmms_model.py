@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 import vlmslim
+from vlmslim.evaluation.checks import check_effect
 from vlmslim.evaluation.prompts import Prompt, Prompter, user_message
 from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.saving import located
@@ -132,6 +133,7 @@ class VlmSlim(lmms):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.progress = partial(tqdm, disable=self.rank != 0)
         self._seconds, self._new_tokens, self._receipt = 0.0, 0, {}
+        self._batches_begun = self._batches_done = 0
         self._slim = vlmslim.patch(self.model, compressors)
 
     def _load(self, path, device, dtype, device_map, attn_implementation, hub) -> PreTrainedModel:
@@ -156,7 +158,12 @@ class VlmSlim(lmms):
         return self._slim.receipt.summary() if self._slim else self._receipt
 
     def clean(self) -> None:
-        """Note the receipt, take the patch off, let go of the model. lmms-eval calls this after the last request."""
+        """Note the receipt, take the patch off, let go of the model. lmms-eval calls this after the last request.
+
+        Raises:
+            RuntimeError: every request was answered, and the method did nothing in any of them.
+        """
+        methods = self._slim.methods if self._slim else []
         if self._slim:
             self._receipt = vlmslim.Receipt.pooled(gather_object([self._slim.receipt])).summary()
             if self.rank == 0:
@@ -167,6 +174,8 @@ class VlmSlim(lmms):
             self._slim.remove()
             self._slim = None
         super().clean()
+        if methods and 0 < self._batches_done == self._batches_begun:  # a request that failed says more than this
+            check_effect(methods, self._receipt)
 
     # ---------------------------------------------------------------- requests
 
@@ -238,6 +247,7 @@ class VlmSlim(lmms):
 
     def _in_batches(self, queries: list[Query], work: Callable[[list[Query], list[Prompt]], list]) -> list:
         """Results in the order of `queries`; the longest go first, so that too large a batch fails at once."""
+        self._batches_begun += 1
         groups = defaultdict(list)
         for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
             groups[json.dumps(queries[i].options, sort_keys=True, default=str)].append(i)
@@ -251,6 +261,7 @@ class VlmSlim(lmms):
                         for i, result in zip(batch, work(members, list(map(self._prompt, members))), strict=True):
                             results[i] = result
                     bar.update(len(batch))
+        self._batches_done += 1
         return results
 
     def _prompt(self, query: Query) -> Prompt:

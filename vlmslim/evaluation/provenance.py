@@ -69,13 +69,24 @@ def fingerprint(checkpoint: str) -> str | None:
     seal = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model"):
-            size = path.stat().st_size
-            seal.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as file:
-                for start in (0,) if size <= _WHOLE else (*range(0, size, _STRIDE), size - _SAMPLE):
-                    file.seek(start)
-                    seal.update(file.read(size if size <= _WHOLE else _SAMPLE))
+            seal.update(f"{path.name} {path.stat().st_size}\n".encode())
+            _read_into(seal, path)
     return seal.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """A hash of one file, as `fingerprint` reads it; its size is in it, its name and time are not."""
+    seal = hashlib.sha256(f"{path.stat().st_size}\n".encode())
+    _read_into(seal, path)
+    return seal.hexdigest()
+
+
+def _read_into(seal, path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        for start in (0,) if size <= _WHOLE else (*range(0, size, _STRIDE), size - _SAMPLE):
+            file.seek(start)
+            seal.update(file.read(size if size <= _WHOLE else _SAMPLE))
 
 
 def weights(stages: Iterable[dict]) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vlmslim.budget import TOLERANCE, spent
 from vlmslim.efficiency import DecoderShape
-from vlmslim.evaluation import provenance
+from vlmslim.evaluation import checks, provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
 from vlmslim.evaluation.leaderboard import Leaderboard
 from vlmslim.evaluation.render import write_all
@@ -51,13 +51,13 @@ def run(config: RunConfig, *, fresh: bool = False, display: Display | None = Non
 
     Args:
         config: the comparison.
-        fresh: throw away the results that are in the output directory.
+        fresh: throw away the results that are in the output directory, once nothing can be refused any more.
         display: shows progress.
         harness: what evaluates a cell; by default the checkpoint behind lmms-eval.
 
     Raises:
-        ConfigError: the output directory belongs to another comparison, or to a run that is still going on; or a
-            method cannot meet a budget.
+        ConfigError: the output directory belongs to another comparison, or to a run that is still going on, or cannot
+            be written to; the checkpoint, the device or a task do not exist; or a method cannot meet a budget.
         CellError: a cell failed, or its method had no effect.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -69,12 +69,10 @@ def run(config: RunConfig, *, fresh: bool = False, display: Display | None = Non
         from vlmslim.evaluation import harness
     display = display or Display()
     store = Store(config.output)
-    store.directory.mkdir(parents=True, exist_ok=True)
+    store.prepare()
     try:
         with FileLock(store.directory / ".lock", timeout=0):
-            if fresh:
-                store.clear()
-            return _Run(config, store, display, harness).complete()
+            return _Run(config, store, display, harness, fresh).complete()
     except Timeout as error:
         raise ConfigError(f"another run is writing to {store.directory}; wait, or use another --output") from error
 
@@ -82,11 +80,15 @@ def run(config: RunConfig, *, fresh: bool = False, display: Display | None = Non
 class _Run:
     """One call of `run`, from the plan to the leaderboard."""
 
-    def __init__(self, config: RunConfig, store: Store, display: Display, harness):
+    def __init__(self, config: RunConfig, store: Store, display: Display, harness, fresh: bool):
         self.config, self.store, self.display, self._module = config, store, display, harness
+        self.fresh = fresh
         self.variants = config.variants()
         self.weights = {variant.label: _weights(variant) for variant in self.variants}
-        self.tasks: list[TaskConfig] = harness.Tasks(config).leaves
+        self._tasks = harness.Tasks(config)
+        self.tasks: list[TaskConfig] = self._tasks.leaves
+        self.definitions = {task.task: self._tasks.definition(task.task) for task in self.tasks}
+        _refuse(checks.check_device, config.model.device, where="model.device")
         self.record = {
             "seed": config.seed,
             "versions": provenance.versions(),
@@ -104,7 +106,8 @@ class _Run:
             "tasks": [task.model_dump() for task in self.tasks],
             "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
         }
-        self.hash = store.check_run(self.shared)
+        self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
+        self._check_counts(checkpoint.get("visual_tokens"))
         self._loaded = None
 
     @property
@@ -112,15 +115,17 @@ class _Run:
         """The loaded checkpoint; loaded when the first unfinished cell asks for it."""
         if self._loaded is None:
             self.display.say(f"loading {self.config.model.pretrained}")
-            self._loaded = self._module.Harness(self.config, self.display.bar)
+            self._loaded = _refuse(self._module.Harness, self.config, self.display.bar, where="model")
         return self._loaded
 
     def complete(self) -> Leaderboard:
-        kept = {(v.label, t.task): self._kept(v, t.task) for v in self.variants for t in self.tasks}
+        kept = (
+            {} if self.fresh else {(v.label, t.task): self._kept(v, t.task) for v in self.variants for t in self.tasks}
+        )
         self.variants = self._solved()
         cells = [(variant, task.task) for variant in self.variants for task in self.tasks]
-        todo = [(v, task) for v, task in cells if not self._is_finished(v, kept[v.label, task])]
-        self.store.save_run(self.shared, self.described)  # what was refused so far has changed nothing
+        todo = [(v, task) for v, task in cells if not self._is_finished(v, kept.get((v.label, task)))]
+        self._begin()
         self.display.cells(len(cells), len(cells) - len(todo))
         for variant, own in groupby(todo, key=lambda cell: cell[0]):
             for _, task in own:
@@ -134,10 +139,34 @@ class _Run:
         write_all(board, self.store.directory)
         return board
 
+    def _begin(self) -> None:
+        """Write the plan. What was refused up to here has changed nothing, also where old results are to go."""
+        if self.fresh:
+            _ = self.harness  # a checkpoint that cannot be loaded is the last thing to refuse
+            self.store.clear()
+            if self._solutions:
+                self._save_solutions(self._solutions)
+        self.store.save_run(self.shared, self.described)
+
+    def _check_counts(self, tokens: int | None) -> None:
+        """Refuse counts above what every image has, where the checkpoint tells how many that are."""
+        failures = []
+        for variant in self.variants if tokens is not None else ():
+            try:
+                checks.check_counts(() if variant.unsolved else variant.stages, tokens)
+            except ValueError as error:
+                failures.append(f"{variant.label}: {error}")
+        if failures:
+            raise ConfigError("\n".join(failures))
+
+    def _save_solutions(self, rows: dict) -> None:
+        self.store.save_solutions({"config_hash": self.hash, "rows": rows})
+
     def _solved(self) -> list[Variant]:
         """The rows with every cost solved. A solution is kept: a task that is added later changes no method."""
-        known = self.store.solutions
+        known = None if self.fresh else self.store.solutions
         known = known["rows"] if known is not None and known["config_hash"] == self.hash else {}
+        self._solutions = known
         rows, failures = [], []
         for variant in self.variants:
             if variant.unsolved:
@@ -154,7 +183,8 @@ class _Run:
                         raise CellError(f"{variant.label}: solving its budget failed: {error!r}") from error
                     found = {"asked": asked, "stages": list(solution.stages), "solved": solution.record()}
                     known[variant.label] = found
-                    self.store.save_solutions({"config_hash": self.hash, "rows": known})
+                    if not self.fresh:  # else the old ones may still be wanted, until nothing is refused any more
+                        self._save_solutions(known)
                 variant = variant.solve(found["stages"], found["solved"])
             rows.append(variant)
         if failures:
@@ -178,6 +208,14 @@ class _Run:
             raise ConfigError(
                 f"{self.store.directory} holds a cell {variant.label} / {task} of another run (configuration "
                 f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {WAY_OUT}"
+            )
+        if "definition" not in cell:
+            self.display.say(f"{variant.label} on {task} is done again: its cell does not say how its task was defined")
+            return None
+        if changed := _changed(cell["definition"], self.definitions[task]):
+            raise ConfigError(
+                f"the task {task} changed in the middle of the run ({changed}): {self.store.directory} holds its cell "
+                f"{variant.label}, made before, and numbers must not be mixed. Undo the change, {WAY_OUT}"
             )
         now = self.weights[variant.label]
         if now and "weights" not in cell:
@@ -216,12 +254,14 @@ class _Run:
         except Exception as error:
             raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
         self._check_weights(variant)
+        self._check_definition(task)
         record = {
             "stages": list(variant.stages),
             **self._vouched(variant),
             "config_hash": self.hash,
             **self.record,
             "seconds": round(time.perf_counter() - started, 3),
+            "definition": self.definitions[task],
             "questions": _questions(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
             "lmms_eval": cell.results,
@@ -234,6 +274,11 @@ class _Run:
         """Refuse numbers of weights that were replaced while they were in use."""
         if _weights(variant) != self.weights[variant.label]:
             raise CellError(f"the weights of {variant.label} were replaced meanwhile; run again when training is over")
+
+    def _check_definition(self, task: str) -> None:
+        """Refuse numbers of a task that was edited while it was in use."""
+        if changed := _changed(self.definitions[task], self._tasks.definition(task)):
+            raise CellError(f"the task {task} was changed meanwhile ({changed}); undo the change, {WAY_OUT}")
 
     def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
         """What a task really cost; said aloud where that is not what the sample prompts cost."""
@@ -267,6 +312,21 @@ class _Run:
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
 
 
+def _refuse(check, *arguments, where: str):
+    """What a check or a loader returns; what it cannot do is a mistake in the configuration."""
+    try:
+        return check(*arguments)
+    except (OSError, TypeError, ValueError) as error:  # TypeError: a class of model that cannot be patched
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: {checks.one_line(error)}") from error
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    """The parts of a task's definition that differ, in words; empty if none."""
+    return ", ".join(sorted(part for part in before.keys() | now.keys() if before.get(part) != now.get(part)))
+
+
 def _weights(variant: Variant) -> dict[str, str | None]:
     """The hashes of what a row loads beside the checkpoint, by name."""
     try:
@@ -296,21 +356,8 @@ def _questions(samples: list[dict], settings: dict) -> str:
 
 
 def check_effect(variant: Variant, receipt: dict) -> None:
-    """Refuse a cell in which a method was on and did nothing.
-
-    Raises:
-        RuntimeError: no image lost a token, although the method was not asked to keep all of them.
-    """
-    if variant.unpatched or receipt["had_effect"]:
-        return
-    if not receipt["images"]:
-        raise RuntimeError("no image reached the model, so the method had nothing to do; take the task out")
-    requested = receipt["requested"]
-    if requested is None or requested < receipt["visual_tokens"]:
-        raise RuntimeError(
-            f"the method had no effect on any of {receipt['images']} images: {receipt['visual_tokens']:.1f} visual "
-            f"tokens went in and {receipt['kept']:.1f} came out"
-        )
+    """Refuse a cell in which a method was on and did nothing; see `checks.check_effect`."""
+    checks.check_effect(variant.stages, receipt)
 
 
 def export(config: RunConfig, directory: Path | str) -> list[Path]:

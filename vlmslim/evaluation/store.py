@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlmslim.evaluation.checks import check_writable
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.writing import write_atomically
 
@@ -41,7 +42,7 @@ def _unsealed(path: Path) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         seal = record.pop("seal")
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
         return None
     return record if seal == digest(record) else None
 
@@ -51,6 +52,17 @@ class Store:
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
+
+    def prepare(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ConfigError: it cannot be written to.
+        """
+        try:
+            check_writable(self.directory)
+        except ValueError as error:
+            raise ConfigError(f"output: {error}") from error
 
     # ------------------------------------------------------------------ the run
 
@@ -72,9 +84,11 @@ class Store:
             ConfigError: the directory holds results that are not comparable, naming what differs.
         """
         before = self.run
-        if before is None and (self.directory / "cells").is_dir():
+        if not any(self.directory.glob("cells/*/*.json")):
+            return digest(shared)  # it failed before its first cell: there is nothing to mix with
+        if before is None:
             raise ConfigError(f"{self.directory} holds cells but no readable run.json; use another --output or --fresh")
-        if before is not None and (differences := _differences(before["shared"], json.loads(json.dumps(shared)))):
+        if differences := _differences(before["shared"], json.loads(json.dumps(shared))):
             raise ConfigError(
                 f"{self.directory} holds results of another run, and numbers must not be mixed:\n"
                 + "\n".join(f"  {line}" for line in differences)
@@ -122,8 +136,12 @@ class Store:
         samples = path.with_suffix(".jsonl")
         if record is None or not samples.is_file():
             return None
-        whole = hashlib.sha256(samples.read_bytes()).hexdigest() == record["samples_sha256"]
+        whole = hashlib.sha256(samples.read_bytes()).hexdigest() == record.get("samples_sha256")
         return record if whole else None
+
+    def is_damaged(self, label: str, task: str) -> bool:
+        """Whether there is a cell that is not whole."""
+        return self._path(label, task).exists() and self.cell(label, task) is None
 
     def samples(self, label: str, task: str) -> list[dict]:
         """The samples of a finished cell, in the order of the task's questions."""
