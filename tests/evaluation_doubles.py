@@ -64,12 +64,14 @@ class FakeHarness:
         self.fail_at, self.failure, self.without_effect, self.identity = fail_at, failure, without_effect, identity
         self.scores, self.questions = scores or {}, questions
         self.evaluated, self.timed, self.loads = [], [], 0
+        self.tokens = None  # visual tokens of every image, where the checkpoint tells
 
     def Tasks(self, config):  # noqa: N802
         return SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
 
     def describe_checkpoint(self, config):
-        return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6}
+        known = {} if self.tokens is None else {"visual_tokens": self.tokens}
+        return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6, **known}
 
     def Harness(self, config, progress):  # noqa: N802
         self.loads += 1

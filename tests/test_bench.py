@@ -14,6 +14,7 @@ from vlmslim.efficiency.bench import (
     bench,
     default_budgets,
     load,
+    parse_batches,
     parse_method,
     parse_numbers,
     parse_size,
@@ -165,6 +166,9 @@ def test_mistakes_are_refused_before_anything_is_measured():
         (lambda: parse_method("divprun"), "Did you mean 'divprune'"),
         (lambda: parse_method("fastv:3"), "name:option=value"),
         (lambda: parse_numbers("1,x"), "192,128,64"),
+        (lambda: parse_batches("0"), "whole numbers from 1 up"),
+        (lambda: parse_batches("1,-1"), "whole numbers from 1 up"),
+        (lambda: parse_batches("1.5"), "whole numbers from 1 up"),
         (lambda: parse_size("672"), "HEIGHTxWIDTH"),
         (lambda: with_budgets([parse_method("fastv:layr=2")], [4]), "Did you mean 'layer'"),
         (lambda: with_budgets([parse_method("fastv")] * 2, [4]), "fastv-4 is asked for twice"),
@@ -173,6 +177,8 @@ def test_mistakes_are_refused_before_anything_is_measured():
         (lambda: load("bundled/tiny-llava", "llava-1.5-7b"), "one of the two"),
         (lambda: load("bundled/tiny-llava", layers=2), "--layers goes with --shape"),
         (lambda: load(shape="llava-1.5-7b", dtype="int8"), "use float32"),
+        (lambda: load("/nonexist/x"), "the path /nonexist/x does not exist"),
+        (lambda: load("bundled/tiny-llava", device="foo"), "there is no such device"),
         (lambda: load("bundled/nothing"), "no bundled checkpoint"),
     ):
         with pytest.raises(ValueError, match=what):
@@ -194,6 +200,8 @@ def test_the_command_says_what_is_wrong():
         (["bench", "bundled/tiny-llava", "--methods", "nothing"], "unknown method"),
         (["bench", "bundled/tiny-llava", "--output", "table.md"], "ends in .json"),
         (["bench", "--shape", "llava-9"], "unknown shape"),
+        (["bench", "bundled/tiny-llava", "--batch", "0"], "whole numbers from 1 up"),
+        (["bench", "bundled/tiny-llava", "--output", f"{__file__}/x.json"], "cannot be written to"),
     ):
         shown = CliRunner().invoke(app, arguments)
         assert shown.exit_code == 2 and what in shown.stderr and shown.stdout == ""

@@ -102,6 +102,34 @@ def test_mistakes_end_with_status_2(tmp_path):
     assert call("leaderboard", tmp_path, "--format", "xlsx").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "pretrained, message",
+    [
+        ("bundled/tiny-lava", "no bundled checkpoint 'bundled/tiny-lava'; there are: bundled/tiny-"),
+        ("/nonexist/x", "the path /nonexist/x does not exist"),
+        ("{here}", "the folder {here} holds no model: there is no config.json in it"),
+        ("{here}/config.yaml", "{here}/config.yaml is a file; give the folder of a checkpoint"),
+    ],
+)
+def test_checkpoints_that_are_not_there(tmp_path, pretrained, message):
+    path = write_config(tmp_path, tasks=["scenes_count"], model={"pretrained": pretrained.format(here=tmp_path)})
+    shown = call("run", path)
+    assert shown.exit_code == 2
+    assert f"vlmslim: model.pretrained: {message.format(here=tmp_path)}" in shown.stderr
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    path = write_config(tmp_path, tasks=["scenes_count"])
+    for option in ("--output", "--export"):
+        shown = call("run", path, option, path)
+        assert shown.exit_code == 2
+        assert shown.stderr.endswith("config.yaml cannot be written to: File exists\n")
+    shown = call("run", tmp_path)
+    assert shown.exit_code == 2 and "is a directory" in shown.stderr
+    shown = call("leaderboard", path)
+    assert shown.exit_code == 2 and "is a file; give the output directory" in shown.stderr
+
+
 def test_export_runs_nothing(tmp_path):
     path = write_config(tmp_path, tasks=["scenes_count", "scenes_choice"], model={"pretrained": "bundled/tiny-llava"})
     shown = call("run", path, "--export", tmp_path / "plain", "--limit", 3)

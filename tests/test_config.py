@@ -216,6 +216,13 @@ def test_what_makes_runs_comparable(load):
         ("just words", "a configuration is a mapping"),
         ("model: [", "not readable as YAML"),
         ({"tasks": ["count", {"task": "count", "metric": "acc"}]}, "tasks: listed twice: count"),
+        ({"budgets": ["1e9"]}, "budgets.0: YAML reads 1e9 as text; write 1.0e+9"),
+        ({"budgets": [{"equivalent_tokens": "2.5E2"}]}, "equivalent_tokens: YAML reads 2.5E2 as text; write 2.5e+2"),
+        ({"methods": [{"method": "fastv", "keep": "1e-1"}]}, "methods.0.keep: YAML reads 1e-1 as text; write 1.0e-1"),
+        (
+            {"methods": ["dropvisual"], "budgets": []},
+            "baselines: at which budget shall random run? No method here has one; give 'budgets', or 'baselines: false",
+        ),
         ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
     ],
 )
@@ -230,6 +237,16 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "quickstart.yaml").touch()
     with pytest.raises(ConfigError, match="no such file. Did you mean 'quickstart.yaml'"):
         load_config(tmp_path / "quikstart.yaml")
+
+
+def test_a_directory_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="is a directory; give a YAML file"):
+        load_config(tmp_path)
+
+
+def test_baselines_without_a_budget(load):
+    assert labels(load({"methods": ["none"], "budgets": []})) == ["none"]
+    assert labels(load({"methods": ["dropvisual"], "budgets": [], "baselines": False})) == ["none", "dropvisual"]
 
 
 def test_the_papers_models_are_shipped():

@@ -531,3 +531,34 @@ def test_an_unfinished_row_has_no_share_of_other_prompts_flops(tmp_path):
 def test_files_with_other_json_in_them_are_no_record(tmp_path):
     (tmp_path / "timing.json").write_text("[1]")
     assert Store(tmp_path).timing is None
+
+
+def test_an_unfinished_run_has_a_leaderboard_at_every_moment(tmp_path):
+    """A budget of which no row has every task yet is not ranked."""
+    config = load_config(write_config(tmp_path))
+    cells = [(row.label, task.task) for row in config.variants() for task in config.tasks]
+    for place in cells[1:]:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, harness=FakeHarness(fail_at=place, failure=KeyboardInterrupt()))
+        board = Leaderboard.read(config.output)
+        assert board.facts["cells"] == f"{cells.index(place)} of {len(cells)}"
+        assert all(render(board, format) for format in FORMATS)
+
+
+@pytest.mark.parametrize("damage", ["[1,2]", "7", "null", '{"seal": 1}', "[" * 100_000, "\x00"])
+def test_a_damaged_cell_is_named(tmp_path, damage):
+    config = load_config(write_config(tmp_path))
+    run(config, harness=FakeHarness())
+    (config.output / "cells" / "divprune-16" / "text.json").write_text(damage)
+    board = Leaderboard.read(config.output)
+    assert "cells 9 of 10 (damaged, will be redone: divprune-16 / text)." in render(board, "md")
+
+
+def test_a_task_that_changed_between_cells_is_refused(tmp_path):
+    config = load_config(write_config(tmp_path))
+    run(config, harness=FakeHarness())
+    store = Store(config.output)
+    cell, samples = store.cell("none", "text"), store.samples("none", "text")
+    store.save_cell("none", "text", {k: v for k, v in cell.items() if k != "seal"} | {"definition": {}}, samples)
+    with pytest.raises(ConfigError, match="text was changed between .*: its settings, its functions or its data"):
+        Leaderboard.read(config.output)

@@ -180,6 +180,121 @@ def test_a_refused_run_changes_nothing(config):
     assert Leaderboard.read(config().output) == before
 
 
+def stored(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("refusal", ["task", "checkpoint", "budget", "loading", "device", "count"])
+def test_what_fresh_refuses_is_not_thrown_away(config, monkeypatch, refusal):
+    run(config(), harness=FakeHarness())
+    before, changes, harness = stored(config().output), {}, Solving(impossible={"divprune-equivalent_tokens=40"})
+
+    def fail(*_):
+        raise (OSError if refusal == "loading" else ConfigError)("not there")
+
+    match refusal:
+        case "budget":
+            changes = {"budgets": [COST]}
+        case "device":
+            changes = {"model": {"pretrained": "tiny", "device": "foo"}}
+        case "count":
+            changes = {"budgets": [145]}
+            harness.tokens = 144
+        case _:
+            name = {"task": "Tasks", "checkpoint": "describe_checkpoint", "loading": "Harness"}[refusal]
+            monkeypatch.setattr(harness, name, fail)
+    with pytest.raises(ConfigError):
+        run(config(**changes), fresh=True, harness=harness)
+    assert stored(config().output) == before
+    assert harness.evaluated == []
+
+
+def test_fresh_solves_anew_and_keeps_what_it_solved(config):
+    run(config(budgets=[COST]), harness=Solving())
+    harness = Solving()
+    run(config(budgets=[COST]), fresh=True, harness=harness)
+    assert harness.solved == SOLVED_ROWS
+    again = Solving()
+    run(config(budgets=[COST]), harness=again)
+    assert again.solved == []
+
+
+def test_a_run_without_a_cell_does_not_lock_its_directory(config):
+    with pytest.raises(CellError):
+        run(config(seed=1), harness=FakeHarness(fail_at=("none", "count"), failure=RuntimeError("no")))
+    run(config(), harness=FakeHarness())
+    assert Store(config().output).run["shared"]["seed"] == 0
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
+        run(config(seed=1), harness=FakeHarness())
+
+
+def test_a_task_that_was_edited_is_not_mixed(config):
+    run(config(methods=["none"], budgets=[64]), harness=FakeHarness())
+    with pytest.raises(ConfigError) as error:
+        run(config(), harness=FakeHarness(definition="edited"))
+    assert str(error.value) == (
+        f"the task count changed in the middle of the run (settings): {config().output} holds its cell none, made "
+        "before, and numbers must not be mixed. Undo the change, use another --output directory, or start over with "
+        "--fresh"
+    )
+    harness = FakeHarness()
+    run(config(), harness=harness)  # as it was
+    assert ("none", "count") not in harness.evaluated
+
+
+def test_a_task_that_is_edited_during_the_run_stops_it(config):
+    class Edited(FakeHarness):
+        def evaluate(self, variant, task):
+            self.definition = {"settings": "edited"}
+            return super().evaluate(variant, task)
+
+    with pytest.raises(CellError, match="the task count was changed meanwhile .settings."):
+        run(config(), harness=Edited())
+    assert Store(config().output).cell("none", "count") is None
+
+
+def test_a_cell_that_does_not_say_its_task_is_done_again(config):
+    run(config(), harness=FakeHarness())
+    store = Store(config().output)
+    cell, samples = store.cell("none", "text"), store.samples("none", "text")
+    store.save_cell("none", "text", {k: v for k, v in cell.items() if k not in OURS | {"definition"}}, samples)
+    with pytest.raises(ConfigError, match="text was changed between"):
+        Leaderboard.read(config().output)
+    harness = FakeHarness()
+    run(config(), harness=harness)
+    assert harness.evaluated == [("none", "text")]
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"device": "foo"}, "model.device: device 'foo': there is no such device"),
+        ({"device": "meta"}, "model.device: device 'meta' cannot be used"),
+    ],
+)
+def test_devices_that_are_not_there(config, model, message):
+    with pytest.raises(ConfigError, match=message):
+        run(config(model={"pretrained": "tiny"} | model), harness=FakeHarness())
+
+
+@pytest.mark.parametrize("place", ["file", "file/in/it"])
+def test_an_output_that_cannot_be_written(config, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output: .* cannot be written to"):
+        run(config(output=str(tmp_path / place)), harness=FakeHarness())
+
+
+def test_more_tokens_than_an_image_has_are_refused_at_once(config):
+    harness = FakeHarness()
+    harness.tokens = 144
+    stages = [{"method": "divprune", "keep": 0.5}, {"method": "fastv", "keep": 10**9}]
+    with pytest.raises(ConfigError) as error:
+        run(config(budgets=[144, 145], methods=[{"stages": stages, "label": "two"}]), harness=harness)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["random-1000000000", "two"]
+    assert "which has 144 visual tokens; use at most 144 or a share" in str(error.value)
+    assert harness.loads == 0
+
+
 def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
     run(config(), harness=FakeHarness())
     store = Store(config().output)
@@ -460,6 +575,29 @@ def test_what_counts_as_an_effect(config):
         check_effect(patched, idle | {"requested": None})  # a method that decides itself
     with pytest.raises(RuntimeError, match="no image reached the model"):
         check_effect(patched, idle | {"images": 0})
+
+
+@pytest.mark.parametrize(
+    "stages, allowed",
+    [
+        ([("divprune", 1.0), ("fastv", 16)], False),
+        ([("divprune", 64), ("fastv", 1.0)], False),
+        ([("divprune", 1.0), ("dropvisual", None)], False),  # decides itself
+        ([("divprune", 1.0), ("fastv", 144)], True),
+        ([("none", None), ("fastv", 1.0)], True),
+        ([("none", None), ("none", None)], True),
+    ],
+)
+def test_every_stage_has_to_be_asked_for_everything(config, stages, allowed):
+    listed = [{"method": name} | ({} if keep is None else {"keep": keep}) for name, keep in stages]
+    variant = replace(config().variants()[-1], stages=tuple(listed))
+    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 144.0, "kept": 144.0}
+    if allowed:
+        check_effect(variant, idle)
+    else:
+        with pytest.raises(RuntimeError, match="no effect"):
+            check_effect(variant, idle)
+    check_effect(variant, idle | {"had_effect": True})
 
 
 def test_two_runs_do_not_write_to_one_directory(config):

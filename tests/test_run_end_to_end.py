@@ -15,10 +15,11 @@ from lmms_fixtures import checkpoint, questions  # noqa: E402
 
 from vlmslim.efficiency import DecoderShape, kv_bytes  # noqa: E402
 from vlmslim.evaluation import harness  # noqa: E402
-from vlmslim.evaluation.config import ConfigError, load_config  # noqa: E402
+from vlmslim.evaluation.config import ConfigError, TaskConfig, Variant, load_config  # noqa: E402
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.evaluation.run import CellError, run  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
+from vlmslim.slim import build  # noqa: E402
 
 UTILS = """
 def images(doc):
@@ -190,6 +191,63 @@ def test_the_own_entry_of_a_task_says_more_than_its_groups(folder):
     leaves = {leaf.task: leaf for leaf in harness.Tasks(load_config(folder / "own.yaml")).leaves}
     assert list(leaves) == ["micro_words", "micro_choice"]
     assert (leaves["micro_words"].metric, leaves["micro_choice"].group) == ("acc", "OCR")
+
+
+def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
+    """Its YAML, what that includes, its functions and its data; not comments, and not when a file was written."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.json").write_text("[1]")
+    (tmp_path / "code.py").write_text("def images(doc): return []")
+    (tmp_path / "_base").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: [data/*.json]}}\n")
+    (tmp_path / "own.yaml").write_text("task: own\ninclude: _base\ndoc_to_visual: !function code.images\n")
+    config = load_config(folder / "config.yaml").model_copy(
+        update={"tasks": [TaskConfig(task="own")], "include_path": [tmp_path]}
+    )
+    tasks = harness.Tasks(config)
+    before = tasks.definition("own")
+    assert sorted(before) == ["data in questions.json", "functions in code.py", "settings"]
+    os.utime(tmp_path / "data" / "questions.json", (1, 1))
+    (tmp_path / "own.yaml").write_text("# words\n" + (tmp_path / "own.yaml").read_text())
+    assert tasks.definition("own") == before
+    for name, text, part in (
+        ("data/questions.json", "[2]", "data in questions.json"),
+        ("data/more.json", "[3]", "data in more.json"),
+        ("code.py", "def images(doc): return [1]", "functions in code.py"),
+        ("_base", (tmp_path / "_base").read_text() + "generation_kwargs: {max_new_tokens: 1}\n", "settings"),
+    ):
+        (tmp_path / name).write_text(text)
+        now = tasks.definition("own")
+        assert {key for key in now if now[key] != before.get(key)} == {part}
+        before = now
+
+
+def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, tmp_path):
+    config = load_config(folder / "config.yaml")
+    before = harness.Tasks(config).definition("micro_words")
+    data = folder / "tasks" / "questions.parquet"
+    kept = data.read_bytes()
+    data.write_bytes(kept[:5000] + bytes([kept[5000] ^ 1]) + kept[5001:])
+    try:
+        now = harness.Tasks(config).definition("micro_words")
+    finally:
+        data.write_bytes(kept)
+    assert {part for part in now if now[part] != before[part]} == {"data in questions.parquet"}
+    assert "functions in utils.py" in now
+
+
+def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, tmp_path, monkeypatch):
+    stages = [{"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 4}]
+    config = load_config(folder / "config.yaml", output=tmp_path / "idle")
+    loaded = harness.Harness(config)
+    variant = Variant("idle", tuple(stages))
+    assert loaded.evaluate(variant, "micro_words").receipt["had_effect"]
+    monkeypatch.setattr(type(build(stages[1])), "retain", lambda self, tokens: tokens.image >= 0)
+    for task in ("micro_words", "micro_choice"):
+        with pytest.raises(RuntimeError, match="no effect on any of"):  # of the lmms-eval model itself
+            loaded.evaluate(variant, task)
+    assert getattr(loaded.model, "_vlmslim", None) is None
+    everything = Variant("all", ({"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 16}))
+    assert not loaded.evaluate(everything, "micro_words").receipt["had_effect"]
 
 
 @pytest.fixture(scope="module")

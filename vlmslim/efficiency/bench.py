@@ -23,7 +23,7 @@ from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
 from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_generation
 from vlmslim.evaluation import provenance
-from vlmslim.evaluation.checks import check_checkpoint, check_device
+from vlmslim.evaluation.checks import check_checkpoint, check_device, one_line
 from vlmslim.families import kv_cache
 from vlmslim.methods import method, method_class
 
@@ -177,7 +177,10 @@ def load(
             shape_config(shape, layers), dtype=kind, device=device, attention=attention
         )
     path = check_checkpoint(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
+    except OSError as error:
+        raise OSError(f"{checkpoint} could not be loaded: {one_line(error)}") from error
     return checkpoint, model.eval().to(device)
 
 

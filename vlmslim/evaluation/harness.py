@@ -207,7 +207,9 @@ def describe_checkpoint(config: RunConfig) -> dict:
         name, revision, _ = located(given, None, None, config.model.revision, {})
         check_checkpoint(name)
         loaded = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"model.pretrained: {given} could not be loaded: {one_line(error)}") from error
+    except ValueError as error:
         raise ConfigError(f"model.pretrained: {one_line(error)}") from error
     try:
         described = {"shape": asdict(DecoderShape.from_config(loaded)), "tower_flops": tower_flops(loaded)}
