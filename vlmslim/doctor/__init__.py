@@ -6,6 +6,7 @@
     assert report.passed, report
 
 prompts.py  made-up pictures, a video, and conversations
+reference.py  the patched model once more, by hand and without the engine
 runs.py     what is asked of the model again and again, and what the unpatched one answers
 watch.py    what a patch could leave behind, and which tensors are made
 checks.py   the checks
@@ -27,7 +28,8 @@ from vlmslim.compressor import Keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.prompts import Prompts, why_no_video
 from vlmslim.doctor.report import Finding, Report
-from vlmslim.doctor.runs import Baseline, Witness
+from vlmslim.doctor.reference import Reference
+from vlmslim.doctor.runs import Baseline
 from vlmslim.doctor.watch import Snapshot
 from vlmslim.efficiency.bench import parse_method
 from vlmslim.families import family_of
@@ -159,7 +161,7 @@ class _Standard:
 
     prompts: Prompts
     baseline: Baseline
-    twin: Witness
+    twin: Reference
 
     def patient(self, slim: Slim, before: tuple[Snapshot, Snapshot]) -> Patient:
         return Patient(slim, self.prompts, self.baseline, self.twin, before)
@@ -170,7 +172,7 @@ def _standards(model: nn.Module, processor: ProcessorMixin, videos: bool) -> dic
     found = {}
     for with_video in {False, videos}:
         prompts = Prompts(model, processor, with_video)
-        found[with_video] = _Standard(prompts, Baseline(model, prompts), Witness(_twin(model), prompts))
+        found[with_video] = _Standard(prompts, Baseline(model, prompts), Reference(_twin(model), prompts))
     return found
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from vlmslim.compressor import Compressor
 from vlmslim.decoder import compresses
 from vlmslim.doctor.prompts import LONG, VIDEO, Prompts, why_no_video
+from vlmslim.doctor.reference import Reference, noted
 from vlmslim.doctor.runs import (
     STEPS,
     Baseline,
-    Witness,
     decode,
     difference,
     generate,
@@ -72,7 +72,7 @@ class Patient:
     slim: Slim
     prompts: Prompts
     baseline: Baseline
-    twin: Witness
+    twin: Reference
     before: tuple[Snapshot, Snapshot]
 
     @property
@@ -151,6 +151,22 @@ def padding(patient: Patient) -> Outcome:
     """Rows padded on the left give the logits of rows padded on the right."""
     left, right = (tails(patient.model, patient.prompts.inputs(side=side)) for side in ("left", "right"))
     return _close(patient, difference(left, right))
+
+
+def reference(patient: Patient) -> Outcome:
+    """From the method's own answers, another model computed layer by layer by hand gives the logits of every place."""
+    before, tokens = patient.slim._decoder.before_llm, patient.baseline.answer[:1]
+    renumbered = before is not None and before.positions == "renumbered"
+    apart = {}
+    for row in (*patient.prompts.pictured, LONG):
+        with noted(patient.slim) as notes:
+            ours = decode(patient.model, patient.prompts.inputs((row,)), tokens, whole=True)[0]
+        if notes.hides:
+            raise NotApplicable("the method is in training, and hides tokens instead of dropping them")
+        places, theirs = patient.twin.logits(row, tokens, notes, renumbered)
+        apart[f"prompt {row}"] = difference(ours[places], theirs)
+    note = ", ".join(f"{name} {x:.2g}" for name, x in apart.items() if not x <= patient.tolerance)
+    return Outcome(max(apart.values()), patient.tolerance, "logits", note)
 
 
 def cache(patient: Patient) -> Outcome:
@@ -297,6 +313,7 @@ CHECKS: dict[str, Callable[[Patient], Outcome]] = {
     "budget": budget,
     "batch": batch,
     "padding": padding,
+    "reference": reference,
     "cache": cache,
     "answer": answer,
     "kv": kv,

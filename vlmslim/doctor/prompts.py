@@ -120,6 +120,17 @@ class Prompts:
         """Inputs of `rows`, by default the batch, padded on `side`: copies, which a method may edit in place."""
         return {name: x.clone() for name, x in self._encoded(rows or self.batch, side).items()}
 
+    def visual(self, row: int) -> Tensor:
+        """(L,) bool: the placeholders of pictures and videos in a prompt."""
+        config = self.model.config
+        media = [config.image_token_id, getattr(config, "video_token_id", None) if self.videos else None]
+        ids = self._encoded((row,), "left")["input_ids"][0]
+        return torch.isin(ids, ids.new_tensor([token for token in media if token is not None]))
+
+    def media(self, row: int) -> int:
+        """How many pictures and videos a prompt has."""
+        return len(self._pictures[row]) + len(self._videos[row])
+
     def _encode(self, rows: tuple[int, ...], side: str) -> dict[str, Tensor]:
         images = [self._pictures[i] for i in rows if self._pictures[i]]
         videos = [video for i in rows for video in self._videos[i]]

@@ -26,7 +26,7 @@ def generate(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor, list[Tenso
 
 
 @torch.no_grad()
-def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1) -> Tensor:
+def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1, whole: bool = False) -> Tensor:
     """Logits (B, T + 1, V) before, between and behind the tokens of an answer (B, T) that is fed through the cache.
 
     Args:
@@ -34,8 +34,9 @@ def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1) -> T
         inputs: of the prompts.
         answer: what is said, whatever the model would say.
         stride: tokens fed at a time.
+        whole: give those of the prompts (B, L) too: (B, L + T, V).
     """
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    out = model(**inputs, use_cache=True, logits_to_keep=0 if whole else 1)
     logits, mask = [out.logits], inputs["attention_mask"]
     for tokens in answer.split(stride, dim=1):
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
@@ -87,9 +88,11 @@ def difference(ours: Tensor | Iterable[Tensor], theirs: Tensor | Iterable[Tensor
 
 
 def singles(model: nn.Module, prompts: Prompts, answer: Tensor) -> Tensor:
-    """`decode` of every row by itself."""
-    rows = [decode(model, prompts.inputs((row,)), answer[i : i + 1]) for i, row in enumerate(prompts.batch)]
-    return torch.cat(rows)
+    """`decode` of every row by itself, the last one first: a method that remembers is then told from one that reads."""
+    rows = [
+        decode(model, prompts.inputs((row,)), answer[i : i + 1]) for i, row in reversed([*enumerate(prompts.batch)])
+    ]
+    return torch.cat(rows[::-1])
 
 
 @torch.no_grad()
