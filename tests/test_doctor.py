@@ -224,7 +224,7 @@ def test_positions_that_go_wrong_in_decoding(failed, monkeypatch):
             call.segments[0].position = call.segments[0].position + call.past.shift
 
     monkeypatch.setattr(DecoderHooks, "_describe", wrong)
-    assert set(failed(Plain())) == {"cache", "answer"}
+    assert set(failed(Plain())) == {"reference", "cache", "answer"}
 
 
 def test_one_token_taken_to_mean_decoding(failed, monkeypatch):

@@ -7,6 +7,8 @@
 
 prompts.py  made-up pictures, a video, and conversations
 reference.py  the patched model once more, by hand and without the engine
+fresh.py    a method as it was before it saw any prompt
+told.py     what a receipt ought to say
 runs.py     what is asked of the model again and again, and what the unpatched one answers
 watch.py    what a patch could leave behind, and which tensors are made
 checks.py   the checks
@@ -15,7 +17,6 @@ report.py   findings, as a table and as JSON
 What each check is for, and how its tolerance is reasoned: docs/trust.md.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from vlmslim.compressor import Keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
+from vlmslim.doctor.fresh import twin_of
 from vlmslim.doctor.prompts import Prompts, why_no_video
-from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.reference import Reference
+from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import Baseline
 from vlmslim.doctor.watch import Snapshot
 from vlmslim.efficiency.bench import parse_method
@@ -172,14 +174,8 @@ def _standards(model: nn.Module, processor: ProcessorMixin, videos: bool) -> dic
     found = {}
     for with_video in {False, videos}:
         prompts = Prompts(model, processor, with_video)
-        found[with_video] = _Standard(prompts, Baseline(model, prompts), Reference(_twin(model), prompts))
+        found[with_video] = _Standard(prompts, Baseline(model, prompts), Reference(twin_of(model), prompts))
     return found
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Another model of the same classes, which shares the weights: no memory, and it notices if they are changed."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def label(method: Method) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor
 from vlmslim.decoder import compresses
+from vlmslim.doctor.fresh import Fresh, twin_of
 from vlmslim.doctor.prompts import LONG, VIDEO, Prompts, why_no_video
-from vlmslim.doctor.reference import Reference, noted
+from vlmslim.doctor.reference import Notes, Reference, noted
 from vlmslim.doctor.runs import (
     STEPS,
     Baseline,
@@ -28,7 +29,8 @@ from vlmslim.doctor.runs import (
     singles,
     tails,
 )
-from vlmslim.doctor.watch import Snapshot, anatomy, surroundings
+from vlmslim.doctor.told import Told, counted
+from vlmslim.doctor.watch import Dice, Snapshot, anatomy, surroundings
 from vlmslim.efficiency import DecoderShape, cache_bytes, kv_bytes, peak_memory
 from vlmslim.families import kv_cache
 from vlmslim.methods import name_of
@@ -74,6 +76,7 @@ class Patient:
     baseline: Baseline
     twin: Reference
     before: tuple[Snapshot, Snapshot]
+    whole: bool = False  # `restore` has found the model as it was
 
     @property
     def model(self) -> nn.Module:
@@ -85,11 +88,15 @@ class Patient:
         """Whether the method works before the language model only: what it keeps does not hang on the last token."""
         return not self.slim._decoder.pruners
 
+    def __post_init__(self):
+        self.fresh = Fresh(self.slim)
+
     @cached_property
-    def first(self) -> tuple[Tensor, Prefill]:
-        """The patched model's logits of the whole batch, decoded token by token, and the prefill behind them."""
-        logits = decode(self.model, self.prompts.inputs(), self.baseline.answer)
-        return logits, self.slim.receipt.last
+    def first(self) -> tuple[Tensor, Prefill, Notes]:
+        """The patched model's logits of the whole batch, decoded token by token; the prefill, and what was answered."""
+        with noted(self.slim) as notes:
+            logits = decode(self.model, self.prompts.inputs(), self.baseline.answer)
+        return logits, self.slim.receipt.last, notes
 
     @property
     def decoded(self) -> Tensor:
@@ -125,7 +132,7 @@ def video(patient: Patient) -> Outcome:
 
 def budget(patient: Patient) -> Outcome:
     """It keeps as many visual tokens of every image as it was asked to, at the entrance and in the last layer."""
-    _, last = patient.first
+    _, last, notes = patient.first
     before, pruners = patient.slim._decoder.before_llm, patient.slim._decoder.pruners
     pairs = []
     if before or not pruners:
@@ -134,7 +141,14 @@ def budget(patient: Patient) -> Outcome:
         final = pruners[max(pruners)]
         asked = [[final.requested(image.kept) for image in row] for row in last.images]
         pairs += [(n, sum(row)) for n, row in zip(last.visual[-1], asked, strict=True) if row and None not in row]
+        if not notes.hides:
+            counts = [row + [0] * len(told) for row, told in zip(notes.counts(max(pruners)), asked, strict=True)]
+            pairs += [pair for row, told in zip(counts, asked, strict=True) for pair in zip(row, told, strict=False)]
     pairs = [pair for pair in pairs if pair[1] is not None]
+    copies = [(sent.distinct, len(sent.features)) for sent in notes.sent if sent.repeats]
+    if copies:
+        distinct, sent = min(copies)
+        return Outcome(sent - distinct, 0, "tokens", f"{distinct} different tokens among the {sent} sent of an image")
     if not pairs:
         raise NotApplicable("the method decides itself how many tokens stay")
     kept, wanted = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
@@ -142,9 +156,11 @@ def budget(patient: Patient) -> Outcome:
 
 
 def batch(patient: Patient) -> Outcome:
-    """A batch of prompts is answered as each prompt by itself."""
-    alone = singles(patient.model, patient.prompts, patient.baseline.answer)
-    return _close(patient, difference(patient.decoded, alone))
+    """A batch of prompts is answered as each prompt by itself, also by a method that has seen none of them yet."""
+    together = patient.decoded
+    with patient.fresh.on(twin_of(patient.twin.model)) as fresh:
+        alone = singles(fresh.model, patient.prompts, patient.baseline.answer)
+    return _close(patient, difference(together, alone))
 
 
 def padding(patient: Patient) -> Outcome:
@@ -189,35 +205,37 @@ def answer(patient: Patient) -> Outcome:
 
 
 def kv(patient: Patient) -> Outcome:
-    """The KV cache takes the bytes that theory gives the tokens of the receipt, and the layers computed no others."""
-    model, receipt = patient.model, patient.slim.receipt
+    """The KV cache takes the bytes that theory gives the tokens of the receipt, in which every entry is true."""
+    model, receipt, prompts = patient.model, patient.slim.receipt, patient.prompts
     layers = model.model.language_model.layers
     shape = DecoderShape.from_config(model.config)
-    held = theory = strange = 0
-    for row in patient.prompts.pictured:  # one by one: theory knows no padding
+    held = theory = strange = texts = 0
+    told = Told(patient.slim)
+    receipt.reset()
+    for row in prompts.batch:  # one by one: theory knows no padding
         computed = [0] * len(layers)
-        hooks = [layer.register_forward_pre_hook(_counter(computed, i)) for i, layer in enumerate(layers)]
+        hooks = counted(layers, computed)
         try:
             with torch.no_grad():
-                out = model(**patient.prompts.inputs((row,)), use_cache=True, logits_to_keep=1)
+                out = model(**prompts.inputs((row,)), use_cache=True, logits_to_keep=1)
         finally:
             for hook in hooks:
                 hook.remove()
+        if row not in prompts.pictured:
+            texts += 1
+            continue
         tokens = [receipt.last.text[0] + visual for (visual,) in receipt.last.visual]
         held += cache_bytes(kv_cache(out))
         theory += kv_bytes(shape, tokens, model.dtype)
         strange += sum(abs(a - b) for a, b in zip(computed, tokens, strict=True))
-    note = f"{held / 2**20:.2f} MiB"
-    if strange:
-        note = f"the layers computed {strange} tokens more or less than the receipt says"
-    return Outcome(abs(held - theory) + strange * receipt.kv_bytes_per_token, 0, "bytes", note)
-
-
-def _counter(computed: list[int], layer: int) -> Callable:
-    def count(module, args):
-        computed[layer] += args[0].shape[1]
-
-    return count
+        told.prompt(prompts.visual(row), prompts.media(row), computed, kv_cache(out))
+    told.summary(receipt, texts)
+    notes = [f"the layers computed {strange} tokens more or less than the receipt says"] if strange else []
+    notes += told.wrong[:3]
+    if notes and held == theory:
+        return Outcome(len(told.wrong) + bool(strange), 0, "entries", "; ".join(notes))
+    note = "; ".join(notes) or f"{held / 2**20:.2f} MiB"
+    return Outcome(abs(held - theory), 0, "bytes", note)
 
 
 def memory(patient: Patient) -> Outcome:
@@ -249,9 +267,16 @@ def _maps(shapes: set[tuple[int, ...]], lengths: set[int]) -> list[tuple[int, ..
 
 
 def repeat(patient: Patient) -> Outcome:
-    """The same prompts twice give the same logits."""
-    again = decode(patient.model, patient.prompts.inputs(), patient.baseline.answer)
-    return Outcome(difference(patient.decoded, again), patient.baseline.wobble, "logits")
+    """The same prompts twice give the same logits; they, and the process's random generators, stay as they were."""
+    inputs, dice = patient.prompts.inputs(), Dice()
+    first = patient.decoded
+    with dice.watched():
+        again = decode(patient.model, inputs, patient.baseline.answer)
+    edited = [name for name, x in patient.prompts.inputs().items() if not torch.equal(x, inputs[name])]
+    touched = [f"edited {name} in place" for name in edited] + [f"drew from, or seeded, {name}" for name in dice.used]
+    if touched:
+        return Outcome(len(touched), 0, "changes", "; ".join(touched))
+    return Outcome(difference(first, again), patient.baseline.wobble, "logits")
 
 
 def others(patient: Patient) -> Outcome:
@@ -265,7 +290,9 @@ def restore(patient: Patient) -> Outcome:
     """Taken off, the patch leaves the model as it was: attributes, hooks, weights, classes and answers."""
     patient.slim.remove()
     changed = [name for was, now in zip(patient.before, look(patient.model), strict=True) for name in was.changes(now)]
-    return _nothing(changed, "the logits", patient.baseline.changed(), patient.baseline.wobble)
+    outcome = _nothing(changed, "the logits", patient.baseline.changed(), patient.baseline.wobble)
+    patient.whole = outcome.passed
+    return outcome
 
 
 def keep_all(patient: Patient) -> Outcome:
@@ -273,12 +300,33 @@ def keep_all(patient: Patient) -> Outcome:
     before = patient.slim._decoder.before_llm
     if before is not None and name_of(before) in patient.slim.trained:
         raise NotApplicable(f"{type(before).__name__} is trained to make tokens of its own, however many")
-    whole = [keeping_everything(stage) for stage in patient.slim.methods]
-    with Slim(patient.model, whole):
-        ours = generate(patient.model, patient.prompts.inputs())
-    apart = dict(zip(("answers", "logits", "cache"), map(difference, ours, patient.baseline.generated), strict=True))
-    note = ", ".join(f"{name} differ by {x:.3g}" for name, x in apart.items() if x > patient.baseline.wobble)
-    return Outcome(max(apart.values()), patient.baseline.wobble, "logits", note)
+    model, prompts, baseline = patient.model, patient.prompts, patient.baseline
+    with Slim(model, [keeping_everything(stage) for stage in patient.slim.methods]) as slim:
+        pairs = [(generate(model, prompts.inputs()), baseline.generated)]
+        count = slim.receipt.last.images[0][0].tokens  # of the first row, which has one picture
+    if (counted := _keeping_count(patient.slim.methods, count)) is not None:
+        with Slim(model, counted):
+            pairs.append((generate(model, prompts.inputs((0,))), baseline.brief))
+    names = ("answers", "logits", "cache")
+    apart = {name: max(difference(ours[i], plain[i]) for ours, plain in pairs) for i, name in enumerate(names)}
+    notes = [f"{name} differ by {x:.3g}" for name, x in apart.items() if x > baseline.wobble]
+    changed = [name for was, now in zip(patient.before, look(model), strict=True) for name in was.changes(now)]
+    if patient.whole and changed and not notes:
+        return _nothing(changed, "the logits", 0.0, baseline.wobble)
+    return Outcome(max(apart.values()), baseline.wobble, "logits", ", ".join(notes))
+
+
+def _keeping_count(methods: list[Compressor], count: int) -> list[Compressor] | None:
+    """The same methods, asked for all of an image's `count` tokens by number; None if one takes no number."""
+    try:
+        return [replace(keeping_everything(method), keep=count) for method in methods if _keeps(method)] or None
+    except ValueError:
+        return None
+
+
+def _keeps(stage: Compressor) -> bool:
+    """Whether a method has an option `keep`."""
+    return is_dataclass(stage) and "keep" in {f.name for f in fields(stage) if f.init}
 
 
 def keeping_everything(stage: Compressor) -> Compressor:
@@ -290,7 +338,7 @@ def keeping_everything(stage: Compressor) -> Compressor:
     cls = type(stage)
     if not compresses(stage) and cls.retain is Compressor.retain and cls.stages is Compressor.stages:
         return stage  # it only counts
-    if not (is_dataclass(stage) and "keep" in {f.name for f in fields(stage) if f.init}):
+    if not _keeps(stage):
         raise NotApplicable(f"{cls.__name__} has no option `keep`")
     return replace(stage, keep=1.0)
 

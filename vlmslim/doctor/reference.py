@@ -31,6 +31,16 @@ class Sent:
     features: Tensor
     index: Tensor | None
 
+    @property
+    def distinct(self) -> int:
+        """How many different tokens it sends."""
+        return len(self.features.unique(dim=0))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it sends tokens twice although the image had enough different ones."""
+        return self.distinct < len(self.features) <= len(self.before.unique(dim=0))
+
     @classmethod
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":
         """Copies. A `Picked` must not be asked for its features: the engine would take another path then."""
