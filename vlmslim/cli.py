@@ -199,7 +199,7 @@ def doctor(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    budget = int(keep) if keep > 1 else keep
+    budget = int(keep) if keep > 1 and keep.is_integer() else keep
     with Console(stderr=True).status("loading") as status:
         try:
             saved = [checkpoint] if method is None and read(checkpoint) is not None else None

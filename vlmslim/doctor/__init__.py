@@ -25,10 +25,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from vlmslim.compressor import Keep
+from vlmslim.compressor import Keep, check_keep, resolve_keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.fresh import twin_of
-from vlmslim.doctor.prompts import Prompts, why_no_video
+from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
 from vlmslim.doctor.reference import Reference
 from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import Baseline
@@ -65,7 +65,9 @@ def examine(
         The findings.
 
     Raises:
-        TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for.
+        TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for. Another
+            error in a method's `setup` is a finding.
+        ValueError: `keep` means nothing, or a method is asked for more tokens than a picture of the prompts has.
         ValueError: the model is in training mode, answers with numbers that are not finite, or its tokenizer has no
             padding token.
     """
@@ -73,7 +75,12 @@ def examine(
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
     videos = why_no_video(model, processor) is None
+    if getattr(model, "_vlmslim", None) is not None:
+        raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
+    check_keep(keep)
     standards = _standards(model, processor, videos)
+    if methods is None and isinstance(keep, int):
+        resolve_keep(keep, _smallest(standards[False]))
     report = Report.about(model, standards[videos].baseline.noise, FACTOR)
     for given in method_names() if methods is None else methods:
         bare = isinstance(given, str) and given in method_names()
@@ -86,7 +93,16 @@ def examine(
                 raise
             report.add(Finding(name, "patch", "n/a", note=str(error)), on_finding)
             continue
+        except OSError:
+            raise  # there is no such saved method
+        except Exception as error:  # its `setup` failed
+            report.add(Finding(name, "patch", "fail", note=_said(error)), on_finding)
+            if any(was.changes(now) for was, now in zip(before, look(model), strict=True)):
+                standards = _standards(model, processor, videos)
+            continue
         with slim:
+            if methods is not None:
+                _check_counts(slim, standards[False])
             standard = standards[videos]
             patient = standard.patient(slim, before)
             for check in CHECKS:
@@ -132,17 +148,22 @@ def load(
 
     Raises:
         OSError: there is no such checkpoint.
-        ValueError: no such bundled one, or no such dtype.
+        ValueError: no such bundled one, or no such dtype or device.
     """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # which one depends on the build of torch
+        raise ValueError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
     path, commit, _ = located(checkpoint, None, None, None, {})
     hub = {"revision": commit or "main"}
     processor = AutoProcessor.from_pretrained(path, **hub)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, **hub)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    return model.to(device).eval(), processor
 
 
 def _find(name: str, check: str, patient: Patient) -> Finding:
@@ -152,9 +173,14 @@ def _find(name: str, check: str, patient: Patient) -> Finding:
     except NotApplicable as why:
         return Finding(name, check, "n/a", note=str(why))
     except Exception as error:
-        return Finding(name, check, "fail", note=f"{type(error).__name__}: {error}".splitlines()[0])
+        return Finding(name, check, "fail", note=_said(error))
     status = "pass" if found.passed else "fail"
     return Finding(name, check, status, found.measured, found.tolerance, found.unit, found.note)
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -176,6 +202,31 @@ def _standards(model: nn.Module, processor: ProcessorMixin, videos: bool) -> dic
         prompts = Prompts(model, processor, with_video)
         found[with_video] = _Standard(prompts, Baseline(model, prompts), Reference(twin_of(model), prompts))
     return found
+
+
+@torch.no_grad()
+def _smallest(standard: _Standard) -> int:
+    """Visual tokens of the smallest picture in the prompts."""
+    counts = []
+    with patch(standard.twin.model, "none") as slim:
+        for row in (*standard.prompts.pictured, LONG):
+            slim.model(**standard.prompts.inputs((row,)), use_cache=False, logits_to_keep=1)
+            counts += [image.tokens for image in slim.receipt.last.images[0]]
+    return min(counts)
+
+
+def _check_counts(slim: Slim, standard: _Standard) -> None:
+    """Refuse a count of tokens that a picture in the prompts does not have: every check would fail of it.
+
+    Raises:
+        ValueError: which count.
+    """
+    stages = [stage for method in slim.methods for stage in method.stages()]
+    if any(type(getattr(stage, "keep", None)) is int for stage in stages):
+        left = _smallest(standard)
+        for stage in stages:
+            asked = stage.requested(left)
+            left = left if asked is None else asked
 
 
 def label(method: Method) -> str:

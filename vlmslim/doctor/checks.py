@@ -317,11 +317,16 @@ def keep_all(patient: Patient) -> Outcome:
 
 
 def _keeping_count(methods: list[Compressor], count: int) -> list[Compressor] | None:
-    """The same methods, asked for all of an image's `count` tokens by number; None if one takes no number."""
+    """The same methods, asked for all of an image's `count` tokens by number.
+
+    None if there is nothing to ask, or a stage that decides itself would still drop some.
+    """
     try:
-        return [replace(keeping_everything(method), keep=count) for method in methods if _keeps(method)] or None
+        asked = [replace(method, keep=count) for method in methods if _keeps(method)]
+        stages = [stage for method in asked for stage in method.stages()]
+        return asked if asked and all(stage.requested(count) == count for stage in stages) else None
     except ValueError:
-        return None
+        return None  # it takes shares only
 
 
 def _keeps(stage: Compressor) -> bool:
