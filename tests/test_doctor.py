@@ -6,7 +6,8 @@ The faults are those of released tools, by their number in test_traps.py where t
 import copy
 import io
 import json
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,20 +16,23 @@ import torch
 from lmms_fixtures import FAMILIES, checkpoint
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 import vlmslim
 from vlmslim import Compressor, doctor
 from vlmslim.cli import app
-from vlmslim.compressor import resolve_keep
+from vlmslim.compressor import Compressed, resolve_keep
 from vlmslim.decoder import DecoderHooks
-from vlmslim.doctor.checks import CHECKS
+from vlmslim.doctor.checks import CHECKS, look
 from vlmslim.doctor.prompts import LONG, LONG_TEXT, VIDEO, Prompts
 from vlmslim.doctor.runs import difference
 from vlmslim.doctor.watch import anatomy, surroundings
 from vlmslim.families import kv_cache
 from vlmslim.methods.uniform import Uniform
-from vlmslim.plan import Layout, Selection
+from vlmslim.plan import Layout, Segment, Selection
+from vlmslim.receipt import Receipt
 
 
 @pytest.fixture(scope="session")
@@ -405,6 +409,366 @@ def test_an_effect_on_the_next_method_is_not_blamed_on_it(load):
     assert report.failures and all("Edited" in finding.method for finding in report.failures)
 
 
+# --- the engine against an independent computation -------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(load):
+    """What one check says of a method."""
+
+    def seen(check, method, family="llava"):
+        model, processor = load(family)
+        standard = doctor._standards(model, processor, False)[False]
+        before = look(model)
+        with vlmslim.patch(model, method) as slim:
+            return CHECKS[check](standard.patient(slim, before))
+
+    return seen
+
+
+def wraps(owner, name):
+    """A fault of the engine: a function of (original, self, *arguments) in place of the method `name`."""
+
+    def fault(change):
+        def plant(monkeypatch):
+            original = vars(owner)[name]
+            monkeypatch.setattr(owner, name, lambda self, *args, **kwargs: change(original, self, *args, **kwargs))
+
+        return plant
+
+    return fault
+
+
+def of_features(edit):
+    @wraps(DecoderHooks, "_close_gaps")
+    def plant(original, self, call, embeds, found, text, results):
+        if sum(map(len, results)) < sum(len(columns) for _, columns, _ in found):
+            results = edit(results)
+        return original(self, call, embeds, found, text, results)
+
+    return plant
+
+
+def edited(edit):
+    return of_features(lambda results: [Compressed(edit(x.features), x.index) for x in results])
+
+
+@wraps(DecoderHooks, "_describe")
+def late_positions(original, self, call, embeds, cache, mask, position):
+    original(self, call, embeds, cache, mask, position)
+    if call.past and call.past.length > LONG_TEXT:
+        call.segments[0].position = call.segments[0].position + 7
+
+
+@wraps(Segment, "restore")
+def early_logits(original, self, hidden, length):
+    restored = original(self, hidden, length).clone()
+    restored[:, : 0 if self.whole else length - 24] = 0
+    return restored
+
+
+@wraps(Layout, "select")
+def other_columns(original, self, keep, renumber=False):
+    selection = original(self, keep, renumber)
+    if selection is not None:
+        visual = selection.layout.image > 0
+        selection.index[visual] += 1
+    return selection
+
+
+@wraps(Layout, "select")
+def first_text_token_dropped(original, self, keep, renumber=False):
+    keep = keep.copy()
+    for row, first in enumerate(self.mask.argmax(1)):
+        gone = (self.image[row] > 0) & ~keep[row]
+        if gone.any():
+            keep[row, first], keep[row, gone.argmax()] = False, True
+    return original(self, keep, renumber)
+
+
+@wraps(DecoderHooks, "_leave_lm")
+def values_lost(original, self, lm, args, output):
+    call = self.call
+    output = original(self, lm, args, output)
+    if call.encoded and kv_cache(output) is not None and not call.segments[-1].whole:
+        layer = kv_cache(output).layers[-1]
+        layer.values = layer.values * torch.from_numpy(call.segments[-1].layout.image == 0)[:, None, :, None]
+    return output
+
+
+@wraps(DecoderHooks, "_enter_layer")
+def dense_rope(original, self, i, layer, args, kwargs):
+    done = original(self, i, layer, args, kwargs)
+    if done is not None and self.call.encoded and self.call.segments[i] is not self.call.segments[0]:
+        dense = (self.call.segments[i].mask.long().cumsum(1) - 1).clamp(min=0)
+        done[1]["position_embeddings"] = self.lm.rotary_emb(done[0][0], position_ids=dense)
+    return done
+
+
+@dataclass
+class Original(Plain):
+    positions: str = "original"
+
+
+ENGINE_FAULTS = {
+    "images are swapped": (of_features(lambda results: results[::-1]), Plain()),
+    "tokens in reverse": (edited(lambda x: x.flip(0)), Plain()),
+    "tokens scaled": (edited(lambda x: 1.001 * x), Plain()),
+    "tokens rounded": (edited(lambda x: x.bfloat16().float()), Original()),
+    "positions behind a long prompt": (late_positions, Plain()),
+    "logits early in the prompt": (early_logits, Plain()),
+    "other tokens gathered": (other_columns, Late()),
+    "text dropped between layers": (first_text_token_dropped, Late()),
+    "values lost after the prefill": (values_lost, Late()),
+    "rotary embeddings of the prefill": (dense_rope, Late()),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE_FAULTS)
+def test_faults_that_only_the_reference_shows(seen, monkeypatch, name):
+    plant, method = ENGINE_FAULTS[name]
+    plant(monkeypatch)
+    outcome = seen("reference", method)
+    assert not outcome.passed and outcome.measured > 2 * outcome.tolerance and "prompt" in outcome.note
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_agrees_with_honest_methods(seen, family):
+    for method in (Original(), [Original(keep=0.5), Late()], "pool", "fastv"):
+        assert seen("reference", method, family).passed
+
+
+# --- receipts, budgets, memories, generators --------------------------------------------------------------------------
+
+
+def lie(**changes):
+    """A receipt that is told of other prefills than there were."""
+
+    @wraps(Receipt, "saw_prefill")
+    def plant(original, self, prefill):
+        original(self, replace(prefill, **{name: change(getattr(prefill, name)) for name, change in changes.items()}))
+
+    return plant
+
+
+def of_images(**changes):
+    def change(images):
+        edit = {name: lambda image, by=by, name=name: getattr(image, name) + by for name, by in changes.items()}
+        return [[image._replace(**{name: f(image) for name, f in edit.items()}) for image in row] for row in images]
+
+    return lie(images=change)
+
+
+@wraps(Receipt, "summary")
+def halved(original, self):
+    summary = original(self)
+    return summary | {"kept": summary["kept"] / 2, "kv_bytes": summary["kv_bytes"] / 2}
+
+
+@wraps(Receipt, "__post_init__")
+def other_settings(original, self):
+    original(self)
+    self.positions, self.backend, self.dtype = "original", "eager", "bfloat16"
+
+
+@wraps(Receipt, "saw_prefill")
+def counted_twice(original, self, prefill):
+    original(self, prefill)
+    original(self, prefill)
+
+
+LIES = {
+    "kept": of_images(kept=1),
+    "tokens": of_images(tokens=1),
+    "requested": of_images(requested=1),
+    "sequence": lie(sequence=lambda counts: [n - 1 for n in counts]),
+    "kv:": lie(kv=lambda counts: [n - 1 for n in counts]),
+    "text": lie(
+        text=lambda counts: [n + 1 for n in counts], visual=lambda rows: [[n - 1 for n in row] for row in rows]
+    ),
+    "spans": lie(spans=lambda spans: []),
+    "summary of kept": halved,
+    "summary of positions": other_settings,
+    "summary of images": counted_twice,
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_receipts_that_lie(seen, monkeypatch, name):
+    LIES[name](monkeypatch)
+    outcome = seen("kv", Plain())
+    assert not outcome.passed
+    assert name in outcome.note or name.startswith("summary")
+
+
+@dataclass
+class Unfair(Late):
+    """All of a prompt's budget goes to its first image."""
+
+    def retain(self, tokens):
+        total = torch.tensor([[sum(resolve_keep(self.keep, n) for n in row)] for row in tokens.entered])
+        return (tokens.image > 0) & ((tokens.image > 0).cumsum(1) <= total)
+
+
+@dataclass
+class Copies(Plain):
+    """Tokens are sent several times, and nothing is said about their slots."""
+
+    def compress(self, image):
+        index = self.index(len(image.features))
+        return Compressed(image.features[index // 8 * 8 if self.keep < 1 else index])
+
+
+def test_budgets_that_are_met_in_sum_only(seen):
+    assert not seen("budget", Unfair()).passed
+    outcome = seen("budget", Copies())
+    assert not outcome.passed and "copies of others" in outcome.note
+
+
+@dataclass
+class OnceForAll(Plain):
+    """The choice of the first image is that of every later one of its size."""
+
+    chosen: ClassVar = {}
+
+    def compress(self, image):
+        n = len(image.features)
+        strongest = image.features.norm(dim=-1).argsort(descending=True)
+        return image.pick(self.chosen.setdefault(n, strongest[: resolve_keep(self.keep, n)].sort().values))
+
+
+@dataclass
+class Mixed(Plain):
+    """The first image is added to all."""
+
+    first: list = field(default_factory=list, repr=False)
+
+    def compress(self, image):
+        self.first.append(image.features.clone())
+        return Compressed((image.features + 0.1 * self.first[0].mean(0))[self.index(len(image.features))])
+
+
+@pytest.mark.parametrize("method", [OnceForAll, Mixed])
+def test_methods_that_remember_another_prompt(seen, method):
+    assert not seen("batch", method()).passed
+    assert all(not value for value in vars(OnceForAll)["chosen"].values()) or method is OnceForAll
+
+
+def with_call(action):
+    """A method that does something besides for every image."""
+
+    class Calling(Plain):
+        def compress(self, image):
+            kept = super().compress(image)
+            action(image)
+            return kept
+
+    return Calling()
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        (lambda image: image.pixels.zero_(), "edited pixel_values in place"),
+        (lambda image: torch.rand(1), "torch"),
+        (lambda image: torch.manual_seed(0), "torch"),
+        (lambda image: np.random.seed(0), "numpy.random"),
+        (lambda image: random.random(), "random"),
+    ],
+)
+def test_what_a_run_may_not_touch(seen, action, says):
+    state = torch.get_rng_state(), random.getstate()
+    outcome = seen("repeat", with_call(action))
+    assert not outcome.passed and says in outcome.note
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+
+
+def class_attribute(monkeypatch, model):
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+
+
+def cache_update(monkeypatch, model):
+    update = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", lambda *a, **k: update(*a, **k))
+
+
+def tensor_method(monkeypatch, model):
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda *a, **k: softmax(*a, **k), raising=False)
+
+
+def registry(monkeypatch, model):
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: sdpa(*a, **k))
+
+
+def backward_hook(monkeypatch, model):
+    monkeypatch.setitem(torch.nn.modules.module._global_backward_hooks, 99999, print)
+
+
+def default_dtype(monkeypatch, model):
+    torch.set_default_dtype(torch.float64)
+
+
+def grad_mode(monkeypatch, model):
+    torch.set_grad_enabled(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (class_attribute, "_supports_sdpa"),
+        (cache_update, "DynamicLayer.update"),
+        (tensor_method, "Tensor.softmax"),
+        (registry, "ALL_ATTENTION_FUNCTIONS['sdpa']"),
+        (backward_hook, "_global_backward_hooks"),
+        (default_dtype, "default dtype"),
+        (grad_mode, "grad mode"),
+    ],
+)
+def test_what_is_shared_with_other_models(load, monkeypatch, change, says):
+    model, _ = load()
+    before = surroundings(model)
+    assert not before.changes(surroundings(model))
+    try:
+        change(monkeypatch, model)
+        assert any(says in name for name in before.changes(surroundings(model)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
+def test_faults_that_only_everything_shows(failed):
+    class Leaving(Plain):
+        def setup(self, model):
+            if self.keep == 1.0:
+                model.lm_head.register_forward_hook(lambda *_: None)
+
+    class Number(Plain):
+        def compress(self, image):
+            kept = super().compress(image)
+            if isinstance(self.keep, int):
+                kept.features = 1.5 * kept.features
+            return kept
+
+    found = failed(Leaving())
+    assert list(found) == ["keep-all"] and "lm_head._forward_hooks" in found["keep-all"]
+    assert list(failed(Number())) == ["keep-all"]
+
+
+def test_a_setup_that_fails_is_a_finding(load):
+    class Broken(Plain):
+        def setup(self, model):
+            model.extra = 1
+            raise RuntimeError("no such layer")
+
+    report = doctor.examine(*load(), [Broken(), "none"])
+    (failure,) = report.failures
+    assert (failure.check, failure.note) == ("patch", "RuntimeError: no such layer")
+    assert len(report.findings) == 1 + len(CHECKS) and not report.passed
+
+
 # --- videos ----------------------------------------------------------------------------------------------------------
 
 
@@ -545,7 +909,13 @@ def test_differences():
     [
         (lambda m: m.model.language_model.layers[1].register_forward_hook(print), "layers.1._forward_hooks"),
         (lambda m: setattr(m.model, "extra", 1), "model.extra"),
-        (lambda m: m.lm_head.weight.data.mul_(2), None),  # in secret: `restore` compares answers too
+        (lambda m: m.lm_head.weight.data.mul_(2), "bits of lm_head.weight"),  # in secret
+        (lambda m: m.lm_head.weight.data[5, :1].nextafter_(torch.tensor(9.0)), "bits of lm_head.weight"),
+        (lambda m: m.lm_head.weight.data.copy_(m.lm_head.weight.data.flip(0)), "bits of lm_head.weight"),
+        (lambda m: m.model.language_model.rotary_emb.original_inv_freq.data.fill_(0), "original_inv_freq"),
+        (lambda m: m.lm_head.weight.requires_grad_(False), "requires_grad of lm_head.weight"),
+        (lambda m: m.lm_head.weight.register_hook(print), "_backward_hooks of lm_head.weight"),
+        (lambda m: setattr(m.config.vision_config, "_attn_implementation", "eager"), "attention of model.vision_tower"),
         (lambda m: m.lm_head.weight.detach().mul_(1), "values of lm_head.weight"),
         (lambda m: setattr(m.model.vision_tower, "forward", print), "vision_tower.forward"),
         (lambda m: setattr(m.config.text_config, "hidden_act", "gelu"), "config"),
@@ -557,8 +927,7 @@ def test_what_a_snapshot_sees(load, change, says):
     before = anatomy(model)
     assert not before.changes(anatomy(model))
     change(model)
-    changes = before.changes(anatomy(model))
-    assert any(says in name for name in changes) if says else not changes
+    assert any(says in name for name in before.changes(anatomy(model)))
 
 
 # --- what is refused, and the command ---------------------------------------------------------------------------------
@@ -659,9 +1028,13 @@ def test_a_package_that_a_method_lacks_is_told(folder, monkeypatch):
         (["bundled/nothing"], "no bundled checkpoint"),
         (["bundled/tiny-llava", "-m", "fastv:layer"], "option=value"),
         (["bundled/tiny-llava", "--dtype", "float33"], "float32, bfloat16"),
+        (["bundled/tiny-llava", "--device", "foo"], "device='foo' cannot be used"),
+        (["bundled/tiny-llava", "--keep", "inf"], "keep=inf"),
+        (["bundled/tiny-llava", "--keep", "145"], "has 144 visual tokens"),
+        (["bundled/tiny-llava", "-m", "uniform:keep=145"], "has 144 visual tokens"),
     ],
 )
 def test_wrong_commands(arguments, says):
-    done = CliRunner().invoke(app, ["doctor", *arguments, "--device", "cpu"])
+    done = CliRunner().invoke(app, ["doctor", "--device", "cpu", *arguments])
     assert done.exit_code == 2, done.output
     assert says in done.output

@@ -145,10 +145,9 @@ def budget(patient: Patient) -> Outcome:
             counts = [row + [0] * len(told) for row, told in zip(notes.counts(max(pruners)), asked, strict=True)]
             pairs += [pair for row, told in zip(counts, asked, strict=True) for pair in zip(row, told, strict=False)]
     pairs = [pair for pair in pairs if pair[1] is not None]
-    copies = [(sent.distinct, len(sent.features)) for sent in notes.sent if sent.repeats]
+    copies, sent = max(((sent.copies, len(sent)) for sent in notes.sent), default=(0, 0))
     if copies:
-        distinct, sent = min(copies)
-        return Outcome(sent - distinct, 0, "tokens", f"{distinct} different tokens among the {sent} sent of an image")
+        return Outcome(copies, 0, "tokens", f"{copies} of the {sent} sent of an image are copies of others")
     if not pairs:
         raise NotApplicable("the method decides itself how many tokens stay")
     kept, wanted = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))

@@ -32,14 +32,16 @@ class Sent:
     index: Tensor | None
 
     @property
-    def distinct(self) -> int:
-        """How many different tokens it sends."""
-        return len(self.features.unique(dim=0))
+    def copies(self) -> int:
+        """Tokens that it sends more often than the image has them, or twice if it made them itself."""
+        _, number = torch.cat([self.before, self.features.to(self.before)]).unique(dim=0, return_inverse=True)
+        had, sent = (
+            part.bincount(minlength=int(number.max()) + 1) for part in number.split([len(self.before), len(self)])
+        )
+        return int((sent - had.clamp(min=1)).clamp(min=0).sum())
 
-    @property
-    def repeats(self) -> bool:
-        """Whether it sends tokens twice although the image had enough different ones."""
-        return self.distinct < len(self.features) <= len(self.before.unique(dim=0))
+    def __len__(self) -> int:
+        return len(self.features)
 
     @classmethod
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":

@@ -55,7 +55,8 @@ def _same(a: object, b: object) -> bool:
 
 def anatomy(model: nn.Module) -> Snapshot:
     """Every attribute, hook, weight and setting of a model: whatever a patch could leave behind."""
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"attention implementation": model.config.get_text_config()._attn_implementation}
+    configs: dict[int, object] = {}
     for path, module in model.named_modules():
         found[f"class of {path or 'the model'}"] = type(module)
         for name, value in vars(module).items():
@@ -64,7 +65,8 @@ def anatomy(model: nn.Module) -> Snapshot:
                 found |= {f"{where}[{key!r}]": item for key, item in value.items()}
             else:
                 found[where] = value
-        if (config := getattr(module, "config", None)) is not None:
+        config = getattr(module, "config", None)
+        if config is not None and configs.setdefault(id(config), module) is module:  # many modules share one
             found[f"attention of {path or 'the model'}"] = getattr(config, "_attn_implementation", None)
     found |= {f"values of {name}": p._version for name, p in model.named_parameters() if not p.is_inference()}
     tensors = dict(model.named_parameters()) | {f"buffer {name}": b for name, b in model.named_buffers()}
@@ -76,7 +78,6 @@ def anatomy(model: nn.Module) -> Snapshot:
             found |= {f"{table} of {name}[{key}]": hook for key, hook in hooks.items()}
     found["config"] = repr(model.config.to_dict())
     found["generation config"] = repr(model.generation_config.to_dict())
-    found["attention implementation"] = model.config.get_text_config()._attn_implementation
     return Snapshot(found)
 
 
