@@ -461,9 +461,9 @@ def late_positions(original, self, call, embeds, cache, mask, position):
 
 
 @wraps(Segment, "restore")
-def early_logits(original, self, hidden, length):
-    restored = original(self, hidden, length).clone()
-    restored[:, : 0 if self.whole else length - 24] = 0
+def early_logits(original, self, hidden):
+    restored = original(self, hidden).clone()
+    restored[:, : 0 if self.whole else restored.shape[1] - 24] = 0
     return restored
 
 
@@ -510,8 +510,15 @@ class Original(Plain):
     positions: str = "original"
 
 
+def swapped(results):
+    return [Compressed(x.features, x.index) for x in results[::-1]]
+
+
 ENGINE_FAULTS = {
-    "images are swapped": (of_features(lambda results: results[::-1]), Plain()),
+    "images are swapped": (
+        of_features(lambda results: [Compressed(x.features, x.index) for x in results[::-1]]),
+        Plain(),
+    ),
     "tokens in reverse": (edited(lambda x: x.flip(0)), Plain()),
     "tokens scaled": (edited(lambda x: 1.001 * x), Plain()),
     "tokens rounded": (edited(lambda x: x.bfloat16().float()), Original()),
@@ -534,7 +541,7 @@ def test_faults_that_only_the_reference_shows(seen, monkeypatch, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_agrees_with_honest_methods(seen, family):
-    for method in (Original(), [Original(keep=0.5), Late()], "pool", "fastv"):
+    for method in (Original(), [Original(keep=0.5), Late()], {"method": "pool", "keep": 0.25}):
         assert seen("reference", method, family).passed
 
 
@@ -651,7 +658,6 @@ class Mixed(Plain):
 @pytest.mark.parametrize("method", [OnceForAll, Mixed])
 def test_methods_that_remember_another_prompt(seen, method):
     assert not seen("batch", method()).passed
-    assert all(not value for value in vars(OnceForAll)["chosen"].values()) or method is OnceForAll
 
 
 def with_call(action):
