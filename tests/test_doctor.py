@@ -477,6 +477,15 @@ def other_columns(original, self, keep, renumber=False):
 
 
 @wraps(Layout, "select")
+def text_one_further(original, self, keep, renumber=False):
+    selection = original(self, keep, renumber)
+    if selection is not None:
+        selection.layout.position[selection.dropped[:, 0] > 0, -5:] += 1
+        selection.dropped[selection.dropped > 0] -= 1  # the answer goes on from there
+    return selection
+
+
+@wraps(Layout, "select")
 def first_text_token_dropped(original, self, keep, renumber=False):
     keep = keep.copy()
     for row, first in enumerate(self.mask.argmax(1)):
@@ -522,6 +531,7 @@ ENGINE_FAULTS = {
     "tokens in reverse": (edited(lambda x: x.flip(0)), Plain()),
     "tokens scaled": (edited(lambda x: 1.001 * x), Plain()),
     "tokens rounded": (edited(lambda x: x.bfloat16().float()), Original()),
+    "positions behind a picture": (text_one_further, Plain()),
     "positions behind a long prompt": (late_positions, Plain()),
     "logits early in the prompt": (early_logits, Plain()),
     "other tokens gathered": (other_columns, Late()),
