@@ -5,14 +5,14 @@
     report = doctor.examine(model, processor, ["divprune", {"method": "fastv", "keep": 64}])
     assert report.passed, report
 
-prompts.py  made-up pictures, a video, and conversations
+prompts.py    made-up pictures, a video, and conversations
 reference.py  the patched model once more, by hand and without the engine
-fresh.py    a method as it was before it saw any prompt
-told.py     what a receipt ought to say
-runs.py     what is asked of the model again and again, and what the unpatched one answers
-watch.py    what a patch could leave behind, and which tensors are made
-checks.py   the checks
-report.py   findings, as a table and as JSON
+fresh.py      a method as it was before it saw any prompt
+told.py       what a receipt ought to say
+runs.py       what is asked of the model again and again, and what the unpatched one answers
+watch.py      what a patch could leave behind, and which tensors are made
+checks.py     the checks
+report.py     findings, as a table and as JSON
 
 What each check is for, and how its tolerance is reasoned: docs/trust.md.
 """
