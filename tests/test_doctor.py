@@ -254,7 +254,7 @@ def test_masking_instead_of_removing(failed, monkeypatch):
             return None
         every = np.tile(np.arange(keep.shape[1]), (len(keep), 1))
         dropped = (self.mask ^ keep).sum(1, keepdims=True)
-        return Selection(Layout(keep, self.fields, every), every, every, keep.sum(1), dropped)
+        return Selection(Layout(keep, self.position, None, every), every, every, keep.sum(1), dropped)
 
     monkeypatch.setattr(Layout, "select", mask_only)
     found = failed(Plain())

@@ -170,13 +170,27 @@ class OutOfRange(Strided):
         return vlmslim.Compressed(image.features[:2], torch.tensor([0, len(image.features)]))
 
 
-@pytest.mark.parametrize("method", [TooMany(), TwicetheSame(), OutOfRange()], ids=str)
+@dataclass
+class FewerSlots(Strided):
+    def compress(self, image):
+        return vlmslim.Compressed(image.features[:3], torch.tensor([0, 1]))
+
+
+FAULTS = [
+    (TooMany(), "tokens out of"),
+    (TwicetheSame(), "slot of its own"),
+    (FewerSlots(), "slot of its own"),
+    (OutOfRange(), "bounds"),
+]
+
+
+@pytest.mark.parametrize(("method", "says"), FAULTS, ids=str)
 @torch.no_grad()
-def test_a_method_with_a_fault_is_not_trusted(method):
+def test_a_method_with_a_fault_is_not_trusted(method, says):
     """More tokens than came in, a token twice, a place that the image doesn't have: errors, not silent nonsense."""
     for row in ([BOS, Picture(0), *words(0, 5)], [BOS, *words(0, 5), Picture(0)]):
         model = tiny("llava")
-        with vlmslim.patch(model, method), pytest.raises((ValueError, IndexError)):
+        with vlmslim.patch(model, method), pytest.raises((ValueError, IndexError), match=says):
             model(**batch(model, [row]))
 
 

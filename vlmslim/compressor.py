@@ -137,7 +137,6 @@ class ImageTokens:
     tiles    : (rows, columns) of the anyres mosaic; (0, 0) without one
     size     : (height, width) of the picture that was cut into tiles; (0, 0) where none was
     video    : whether the crops are the frames of a video
-    prompt   : (t,)         ids of the text tokens of the same prompt, on the CPU; None when the caller gave embeddings
     """
 
     features: Tensor
@@ -146,8 +145,8 @@ class ImageTokens:
     tiles: tuple[int, int] = (0, 0)
     size: tuple[int, int] = (0, 0)
     video: bool = False
-    prompt: Tensor | None = None
     layout: Callable[[], Tensor] | None = None  # computes `grid`
+    words: Callable[[], Tensor] | None = None  # computes `prompt`
     taps: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)  # tower layer -> module, its input
 
     @cached_property
@@ -158,6 +157,11 @@ class ImageTokens:
         crop is the frame. Rows and columns count within the crop.
         """
         return self.layout().to(self.features.device)
+
+    @cached_property
+    def prompt(self) -> Tensor | None:
+        """(t,) ids of the text tokens of the same prompt, on the CPU; None when the caller gave embeddings."""
+        return self.words() if self.words is not None else None
 
     @cached_property
     def mosaic(self) -> Tensor:

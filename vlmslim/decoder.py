@@ -39,6 +39,11 @@ def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
     return [None if order is None else next(parts) for order in told]
 
 
+def _words(ids: np.ndarray, text: np.ndarray) -> Tensor:
+    """What `ImageTokens.prompt` holds."""
+    return torch.from_numpy(ids[text])
+
+
 def compresses(stage: Compressor) -> bool:
     """Whether a stage works before the language model."""
     cls = type(stage)
@@ -301,7 +306,7 @@ class DecoderHooks:
     def _compress(self, call: Call, embeds: Tensor) -> Tensor:
         """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
         segment = call.segments[0]
-        layout = segment.layout = Layout.of(segment.mask, segment.position)
+        layout = segment.layout = Layout.of(segment.mask, segment.position, tagged=bool(self.pruners))
         ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
         found, text = self._locate(call, layout.mask, ids)
         images = [image for _, _, image in found]
@@ -310,11 +315,11 @@ class DecoderHooks:
             _check_finite(images)
         if images and self.before_llm:
             for row, _, image in found:
-                image.prompt = None if ids is None else torch.from_numpy(ids[row, text[row]])
+                image.words = None if ids is None else partial(_words, ids[row], text[row])
             with call.timed(images[0].features.device):
                 results = self.before_llm.compress_images(images)
         self._note(call, layout, found, results)
-        call.text = text.sum(1).tolist()
+        call.text = text.cumsum(1)[:, -1].tolist()
         call.visual = [[sum(row) for row in call.entered]] * len(self.lm.layers)
         call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
         return self._close_gaps(call, embeds, found, text, results) if images and self.before_llm else embeds
@@ -341,19 +346,13 @@ class DecoderHooks:
         """Put kept tokens into their slots and drop the slots of the others: (B, L, d) -> (B, S, d)."""
         keep, rows, slots, made = text.copy(), [], [], []
         for (row, columns, _), result, order in zip(found, results, _on_host(results), strict=True):
-            if order is None and self.positions == "original" and len(result) < len(columns):
-                raise ValueError(
-                    f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'"
-                )
-            places = columns[: len(result)] if order is None else columns[np.sort(order)]
+            taken, ascending = self._slots(result, order, len(columns))
+            places = columns[taken]
             keep[row, places] = True
-            if not result.untouched or (order[1:] < order[:-1]).any():  # the prompt does not hold them so
+            if not (result.untouched and ascending):  # the prompt does not hold them so
                 rows, slots, made = [*rows, np.full(len(result), row)], [*slots, places], [*made, result.features]
-        if keep.sum() != text.sum() + sum(map(len, results)):
-            raise ValueError(f"{self.before_llm} gave the same slot of an image to several tokens")
         renumbered = self.positions == "renumbered"
         selection = call.segments[0].layout.select(keep, renumbered)
-        rows, slots = (np.concatenate(x) if made else None for x in (rows, slots))
         if selection is not None:
             embeds = pick_rows(embeds, selection.index)
             call.segments = [Segment.of(selection.layout, embeds.device)] * len(self.lm.layers)
@@ -361,13 +360,28 @@ class DecoderHooks:
             if renumbered:
                 (shift,) = upload(embeds.device, selection.dropped)
                 call.shift = shift if call.shift is None else call.shift + shift
-            if made:
-                slots = selection.target[rows, slots]
-        elif made:
-            embeds = embeds.clone()
         if made:
+            rows, slots = np.concatenate(rows), np.concatenate(slots)
+            if selection is None:
+                embeds = embeds.clone()
+            else:
+                slots = selection.target[rows, slots]
             embeds[tuple(upload(embeds.device, rows, slots))] = torch.cat(made).to(embeds)
         return embeds
+
+    def _slots(self, result: Compressed, order: np.ndarray | None, n: int) -> tuple[np.ndarray | slice, bool]:
+        """The slots that the tokens of an image take among its `n`, ascending, and whether they came so."""
+        if order is None:
+            if self.positions == "original" and len(result) < n:
+                raise ValueError(
+                    f"{self.before_llm} does not say which tokens it kept; it needs positions='renumbered'"
+                )
+            return slice(len(result)), True
+        ascending = not (order[1:] <= order[:-1]).any()
+        slots = order if ascending else np.unique(order)
+        if len(slots) != len(result):
+            raise ValueError(f"{self.before_llm} does not give each token of an image a slot of its own")
+        return slots, ascending
 
     def _requested(self, n: int) -> int | None:
         """What was asked of an image of `n` tokens at the entrance, or failing that between layers."""
@@ -401,7 +415,9 @@ class DecoderHooks:
                     number, place = number + 1, place + n
                 if row % encoded.copies == encoded.copies - 1:
                     start = number
-        return sorted(found, key=lambda item: (item[0], item[1][0])), text
+        if len(call.encoded) > 1:
+            found.sort(key=lambda item: (item[0], item[1][0]))
+        return found, text
 
     def _leave_lm(self, lm, args, output):
         call, cache = self.call, kv_cache(output)
@@ -462,8 +478,8 @@ class DecoderHooks:
         """Ask the method which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         old = call.segments[i]
         layout, device = old.layout, old.mask.device
-        fields, last = upload(device, layout.fields, layout.last)
-        image, place, _, origin = fields
+        tags, last = upload(device, layout.tags, layout.last)
+        image, place, origin = tags
         tokens = LayerInput(
             layer=i,
             hidden=hidden,

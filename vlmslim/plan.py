@@ -5,6 +5,7 @@ and there is no state to forget to reset.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,28 +22,36 @@ class Layout:
     It lives on the host, where placeholders are counted anyway: the many small steps of this bookkeeping take a
     fraction of what launching them on a device would.
 
-    mask   : (B, S) False at padding
-    fields : (4, B, S) what is known of each token, also as `image`, `place`, `position` and `origin`, (B, S) each:
-             0 at text and padding, i at the tokens of the row's i-th image; 1 + its place in that image, or 0; its
-             rotary position; its index in the caller's sequence
-    source : (B, L) which token here stands for each of the caller's: the last one kept up to there, or -1. None while
-             nothing has been dropped: rows then stand as the caller padded them, later they are padded on the left
+    mask     : (B, S) False at padding
+    position : (B, S) rotary position
+    tags     : (3, B, S), also as `image`, `place` and `origin`, (B, S) each: 0 at text and padding, i at the tokens of
+               the row's i-th image; 1 + its place in that image, or 0; its index in the caller's sequence. None where
+               nothing is pruned between layers, because nobody asks for them then
+    source   : (B, L) which token here stands for each of the caller's: the last one kept up to there, or -1. None while
+               nothing has been dropped: rows then stand as the caller padded them, later they are padded on the left
     """
 
     mask: np.ndarray
-    fields: np.ndarray
+    position: np.ndarray
+    tags: np.ndarray | None = None
     source: np.ndarray | None = None
 
     def __post_init__(self):
-        self.image, self.place, self.position, self.origin = self.fields
+        if self.tags is not None:
+            self.image, self.place, self.origin = self.tags
 
     @classmethod
-    def of(cls, mask: Tensor, position: Tensor) -> "Layout":
+    def of(cls, mask: Tensor, position: Tensor, tagged: bool) -> "Layout":
         """Of a whole sequence, as text alone: (B, L) each. Waits for the device."""
-        layout = cls(mask.cpu().numpy(), np.zeros((4, *mask.shape), int))
-        layout.position[:] = position.cpu().numpy()
-        layout.origin[:] = np.arange(mask.shape[1])
+        layout = cls(mask.cpu().numpy(), position.cpu().numpy(), np.zeros((3, *mask.shape), int) if tagged else None)
+        if tagged:
+            layout.origin[:] = np.arange(mask.shape[1])
         return layout
+
+    @cached_property
+    def upto(self) -> np.ndarray:
+        """(B, S) how many tokens, padding not counted, each row has up to there."""
+        return self.mask.cumsum(1)
 
     @property
     def last(self) -> np.ndarray:
@@ -55,23 +64,23 @@ class Layout:
         With `renumber` the rotary position of a kept token falls by the tokens dropped before it in its row.
         """
         keep = keep & self.mask
-        dropped = (self.mask ^ keep).cumsum(1)
+        upto = keep.cumsum(1)
+        dropped = self.upto - upto
         if not dropped[:, -1].any():
             return None
-        kept = keep.cumsum(1)
-        counts = kept[:, -1]
+        counts = upto[:, -1]
         size = counts.max()
-        at = np.arange(len(keep))[:, None], keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
-        mask, fields = keep[at], self.fields[:, *at]
-        if not mask.all():
-            fields[:2] *= mask  # a padded slot is some other token's leftover: clear its flags
-        if renumber:
-            fields[2] -= dropped[at]
-        target = np.where(kept > 0, kept - 1 + (size - counts)[:, None], -1)
+        rows, index = np.arange(len(keep))[:, None], keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
+        mask = keep[rows, index]
+        position = (self.position - dropped if renumber else self.position)[rows, index]
+        tags = None if self.tags is None else self.tags[:, rows, index]
+        if tags is not None and not mask.all():
+            tags[:2] *= mask  # a padded slot is some other token's leftover: clear its tags
+        target = np.where(upto > 0, upto + (size - 1 - counts)[:, None], -1)
         source = target
         if self.source is not None:
             source = np.where(self.source < 0, -1, np.take_along_axis(target, self.source.clip(min=0), axis=1))
-        return Selection(Layout(mask, fields, source), at[1], target, counts, dropped[:, -1:])
+        return Selection(Layout(mask, position, tags, source), index, target, counts, dropped[:, -1:])
 
 
 @dataclass
@@ -100,17 +109,31 @@ class Segment:
     position : (B, S) rotary position
     padded   : some row has padding
     layout   : the same on the host; None in a forward that brought no images
+    source   : (B * L,) what `restore` picks from the rows of all samples; None while nothing has been dropped
+    empty    : (B, L, 1) places of which nothing is left; None where there are none
     """
 
     mask: Tensor
     position: Tensor
     padded: bool = True
     layout: Layout | None = None
+    source: Tensor | None = None
+    empty: Tensor | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> "Segment":
-        """Bring a layout to the device."""
-        return cls(*upload(device, layout.mask, layout.position), not layout.mask.all(), layout)
+        """Bring a layout of which something has been dropped to the device.
+
+        What `restore` will need too: behind a forward none of this is in the processor's caches any more.
+        """
+        source, empty = layout.source, layout.source < 0
+        gaps = empty.any()
+        flat = flat_rows(source.clip(min=0) if gaps else source, layout.mask.shape[1])
+        mask, position, flat = upload(device, layout.mask, layout.position, flat)
+        segment = cls(mask, position, not layout.mask.all(), layout, flat)
+        if gaps:
+            (segment.empty,) = upload(device, empty[..., None])
+        return segment
 
     @property
     def whole(self) -> bool:
@@ -126,12 +149,9 @@ class Segment:
         """
         if self.whole:
             return hidden
-        source = self.layout.source
-        empty = source < 0
-        if not empty.any():
-            return pick_rows(hidden, source)
-        restored = pick_rows(hidden, source.clip(min=0))
-        return restored.masked_fill(*upload(hidden.device, empty[..., None]), 0)
+        source = self.source.to(hidden.device)
+        restored = hidden.flatten(0, 1).index_select(0, source).unflatten(0, self.layout.source.shape)
+        return restored if self.empty is None else restored.masked_fill_(self.empty.to(hidden.device), 0)
 
 
 def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
@@ -139,11 +159,15 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     return [torch.from_numpy(array).to(device) for array in arrays]
 
 
+def flat_rows(index: np.ndarray, size: int) -> np.ndarray:
+    """Where tokens stand among those of all rows: (B, q), of rows of `size`, to (B * q,)."""
+    return (index + np.arange(0, len(index) * size, size)[:, None]).ravel()
+
+
 def pick_rows(x: Tensor, index: np.ndarray) -> Tensor:
     """Take tokens, x (B, S, d), that the host has chosen, (B, q): (B, q, d)."""
-    batch, size, width = x.shape
-    flat = index + np.arange(0, batch * size, size)[:, None]
-    return x.reshape(-1, width).index_select(0, *upload(x.device, flat.ravel())).view(*index.shape, width)
+    (flat,) = upload(x.device, flat_rows(index, x.shape[1]))
+    return x.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
 
 
 def joined(before: Tensor | None, mask: Tensor) -> Tensor:

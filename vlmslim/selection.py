@@ -35,10 +35,7 @@ def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # by group, then by score
     grouped = group.gather(1, order)
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    new = torch.ones_like(grouped, dtype=torch.bool)
-    new[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
-    start = torch.where(new, place, 0).cummax(dim=1).values
-    return torch.empty_like(order).scatter_(1, order, place - start)
+    return torch.empty_like(order).scatter_(1, order, place - torch.searchsorted(grouped, grouped))
 
 
 def grid_cells(height: int, width: int, k: int) -> Tensor:

@@ -30,11 +30,8 @@ class Uniform(Compressor):
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Pick the middle token of every cell."""
-        cell = even_cells(image.mosaic, resolve_keep(self.keep, len(image.features))).numpy()
-        order = cell.argsort(kind="stable")[(cell < 0).sum() :]
-        size = np.bincount(cell[order])
-        middle = np.sort(order[size.cumsum() - size + size // 2])
-        return image.pick(torch.from_numpy(middle).to(image.features.device))
+        middle = _middles(_key(image.mosaic), resolve_keep(self.keep, len(image.features)))
+        return image.pick(torch.from_numpy(middle.copy()).to(image.features.device))
 
 
 def even_cells(mosaic: Tensor, k: int) -> Tensor:
@@ -48,7 +45,19 @@ def even_cells(mosaic: Tensor, k: int) -> Tensor:
         (n,) long: the cell of every token, 0 .. k-1; -1 at tokens without a place, such as newlines. A budget that
         exceeds the tokens on grids turns those into cells of their own, first ones first.
     """
-    return torch.from_numpy(_even_cells(mosaic.cpu().numpy().tobytes(), k))
+    return torch.from_numpy(_even_cells(_key(mosaic), k).copy())
+
+
+def _key(mosaic: Tensor) -> bytes:
+    return mosaic.cpu().numpy().tobytes()
+
+
+@lru_cache(maxsize=256)
+def _middles(mosaic: bytes, k: int) -> np.ndarray:
+    cell = _even_cells(mosaic, k)
+    order = cell.argsort(kind="stable")[(cell < 0).sum() :]
+    size = np.bincount(cell[order])
+    return np.sort(order[size.cumsum() - size + size // 2])
 
 
 @lru_cache(maxsize=256)
