@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, permutations
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from vlmslim.efficiency import (
     projector_flops,
     summarise,
     time_generation,
+    time_steady,
     time_parts,
     tower_flops,
 )
@@ -368,11 +369,27 @@ def test_methods_are_timed_in_turn():
     assert {name: len(t) for name, t in timings.items()} == {"none": 4, "slow": 4}
 
 
-def test_every_round_starts_with_another():
+def test_every_round_has_an_order_of_its_own():
     order = []
     calls = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
-    assert interleave(calls, repeats=2, warmup=1) == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}
-    assert "".join(order) == "abcbcacab"
+    results = interleave(calls, repeats=40, warmup=1)
+    rounds = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]
+    assert len(rounds) == 40 and all(sorted(turn) == list("abc") for turn in rounds)
+    assert all([order[i - 1] for i in results[name]] == [name] * 40 and min(results[name]) > 3 for name in "abc")
+    followed = {(order[i], order[i + 1]) for i in range(len(order) - 1)}
+    assert {pair for pair in followed if pair[0] != pair[1]} == set(permutations("abc", 2))
+    again, order = order, []
+    interleave(calls, repeats=40, warmup=1)
+    assert order == again
+
+
+def test_a_patch_is_timed_when_it_is_warm():
+    model = tiny("llava")
+    inputs = batch(model, [ROW], padding="none")
+    ticks = count()
+    timing = time_steady(model, inputs, 4, ticks.__next__)
+    assert timing == Timing(4000, 1000, None, 1000, 7000)
+    assert next(ticks) == 6 + 8  # both generations were timed, and the first one forgotten
 
 
 def test_a_timing_splits_the_prefill():

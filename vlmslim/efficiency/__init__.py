@@ -31,6 +31,7 @@ from vlmslim.efficiency.timing import (
     measure_together,
     summarise,
     time_generation,
+    time_steady,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "projector_flops",
     "summarise",
     "time_generation",
+    "time_steady",
     "time_parts",
     "tower_flops",
 ]

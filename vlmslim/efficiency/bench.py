@@ -21,7 +21,7 @@ from vlmslim.efficiency.memory import cache_bytes, peak_memory
 from vlmslim.efficiency.parts import count_flops
 from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
-from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_generation
+from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_steady
 from vlmslim.evaluation import provenance
 from vlmslim.evaluation.checks import check_checkpoint, check_device, one_line
 from vlmslim.families import kv_cache
@@ -316,13 +316,13 @@ def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: in
 
 def _run(model: nn.Module, prompt: Prompt, stage: dict | None, work: Workload) -> tuple[Timing, float]:
     with _treated(model, stage) as slim:
-        timing = time_generation(model, prompt.inputs(), work.new_tokens, work.clock)
-        return timing, 0.0 if slim is None else slim.receipt.selection_ms
+        timing = time_steady(model, prompt.inputs(), work.new_tokens, work.clock)
+        return timing, 0.0 if slim is None else slim.receipt.last.selection_ms
 
 
 def _run_ideal(model: nn.Module, prompt: Prompt, visual: tuple[int, ...], work: Workload) -> tuple[Timing, float]:
     with ideal(model, prompt, visual) as inputs:
-        return time_generation(model, inputs, work.new_tokens, work.clock), 0.0
+        return time_steady(model, inputs, work.new_tokens, work.clock), 0.0
 
 
 def _ratio(own: list[Timing], reference: list[Timing], field: str) -> dict:
