@@ -31,8 +31,8 @@ from vlmslim.efficiency import (
     projector_flops,
     summarise,
     time_generation,
-    time_steady,
     time_parts,
+    time_steady,
     tower_flops,
 )
 from vlmslim.efficiency.ideal import ideal

@@ -139,9 +139,9 @@ def bench(
     from rich.console import Console
     from transformers.utils import logging
 
+    from vlmslim.checks import check_file
     from vlmslim.efficiency import bench
     from vlmslim.efficiency.report import write
-    from vlmslim.evaluation.checks import check_file
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -30,6 +30,7 @@ class RecordingEncoder:
         self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
         self.on_encoded: Callable[[str, object], None] | None = None
         self.latest: weakref.ref | None = None
+        self.grids: dict[tuple, Tensor] = {}  # see `_grid`
 
     @property
     def kind(self) -> str:
@@ -98,11 +99,22 @@ class RecordingEncoder:
                 pixels=pixels[n],
                 tiles=tiles[n],
                 size=tuple(map(int, seen.sizes[n])) if tiles[n][1] else (0, 0),
-                layout=partial(_image_grid, seen.repack, n, crops[n], tiles[n][1], side, tower[n].shape[1]),
+                layout=partial(self._grid, seen, n, tiles[n][1], side, tower[n].shape[1]),
                 taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
             )
             for n, features in enumerate(out.pooler_output)
         ]
+
+    def _grid(self, seen: "_Seen", n: int, wide: int, side: int, patches: int) -> Tensor:
+        """`ImageTokens.grid` of image `n`, found once for images of one size: it takes longer than to choose by it."""
+        if not seen.crops:
+            return torch.from_numpy(_crop_grid(side, patches)).clone()
+        key = tuple(map(int, seen.sizes[n])), seen.crops[n], wide, side, patches, seen.packing
+        if key not in self.grids:
+            if len(self.grids) == 256:
+                self.grids.clear()
+            self.grids[key] = _image_grid(partial(seen.repack, n), seen.crops[n], wide, side, patches)
+        return self.grids[key].clone()
 
     def _video(self, out, seen: "_Seen") -> list[ImageTokens]:
         count = len(out.pooler_output)
@@ -148,7 +160,6 @@ class _Seen:
     def __init__(self):
         self.taps: dict[int, tuple[nn.Module, Tensor]] = {}
         self.crops: list[int] | None = None
-        self.repack: Callable | None = None
 
     def pixels(self, tower, args, kwargs):
         self.pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -162,6 +173,7 @@ class _Seen:
     def pack(self, pack, image_features, image_sizes, **kwargs):
         self.crops, self.sizes = [len(f) for f in image_features], image_sizes
         self.repack = partial(_repack, pack, image_sizes, kwargs)
+        self.packing = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | int | float))
         return pack(image_features, image_sizes, **kwargs)
 
 
@@ -171,18 +183,16 @@ def _repack(pack, image_sizes, kwargs, n: int, grid: Tensor) -> Tensor:
     return packed[0]
 
 
-def _image_grid(repack, n: int, crops: int, wide: int, side: int, patches: int) -> Tensor:
-    """`ImageTokens.grid` of an image.
+def _image_grid(repack: Callable, crops: int, wide: int, side: int, patches: int) -> Tensor:
+    """`ImageTokens.grid` of an image that the model packs.
 
     Tiles get unpadded, resized and joined by newlines. To learn where each token ends up, the coordinates themselves
     travel through the model's own packing and are read off its result; a flat patch index would not survive the
     bilinear resizing of OneVision.
     """
     crop = torch.from_numpy(_crop_grid(side, patches))
-    if repack is None:
-        return crop.clone()
     tiles = [crop + torch.tensor([1.0, i // wide * side, i % wide * side]) for i in range(crops - 1)]
-    at = repack(n, torch.stack([crop.float(), *tiles])).round().long()
+    at = repack(torch.stack([crop.float(), *tiles])).round().long()
     kind, row, column = at.unbind(1)
     number = torch.where(kind == 1, 1 + row // side * max(wide, 1) + column // side, kind)
     return torch.stack([number, *(torch.where(kind == 1, x % side, x) for x in (row, column))], dim=1)

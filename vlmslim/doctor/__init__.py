@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from vlmslim.checks import check_device
 from vlmslim.compressor import Keep, check_keep, resolve_keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.fresh import twin_of
@@ -153,10 +154,7 @@ def load(
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # which one depends on the build of torch
-        raise ValueError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
     path, commit, _ = located(checkpoint, None, None, None, {})
     hub = {"revision": commit or "main"}
     processor = AutoProcessor.from_pretrained(path, **hub)

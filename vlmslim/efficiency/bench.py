@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import vlmslim
+from vlmslim.checks import check_checkpoint, check_device, one_line
 from vlmslim.compressor import Keep
 from vlmslim.efficiency.flops import DecoderShape, Ledger, equivalent_tokens, kv_bytes
 from vlmslim.efficiency.ideal import ideal
@@ -23,7 +24,6 @@ from vlmslim.efficiency.prompt import Prompt
 from vlmslim.efficiency.shapes import SHAPES, build, shape_config
 from vlmslim.efficiency.timing import Clock, Spread, Timing, interleave, time_steady
 from vlmslim.evaluation import provenance
-from vlmslim.evaluation.checks import check_checkpoint, check_device, one_line
 from vlmslim.families import kv_cache
 from vlmslim.methods import method, method_class
 

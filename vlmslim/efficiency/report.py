@@ -8,13 +8,13 @@ from vlmslim.writing import markdown_table, write_atomically
 
 _NOTES = """\
 Ratios in brackets are (over the unpatched model, over the ideal), medians over {repeats} rounds in which all
-treatments and ideals take turns, each behind an unrecorded generation of its own; ± is the interquartile range of the ratio to the ideal. The ideal is the same model
-fed directly with as many visual tokens in every layer, chosen for free; that of the unpatched model is itself, so its
-own ratio shows the noise. FLOPs are analytic, of the language model alone (multiply-add = 2, attention in full).
-Prefill is the language model with all that the patch does in it; selection is the part of it spent in the method; TTFT
-adds image encoding, which no method here makes cheaper. Decoding and latency are at a fixed length of {new_tokens}
-tokens. Peak memory is what a generation allocates on top of the weights. KV is read off the cache; ✓ where it equals
-the theory."""
+treatments and ideals take turns, each behind an unrecorded generation of its own; ± is the interquartile range of the
+ratio to the ideal. The ideal is the same model fed directly with as many visual tokens in every layer, chosen for free;
+that of the unpatched model is itself, so its own ratio shows the noise. FLOPs are analytic, of the language model alone
+(multiply-add = 2, attention in full). Prefill is the language model with all that the patch does in it; selection is
+the part of it spent in the method; TTFT adds image encoding, which no method here makes cheaper. Decoding and latency
+are at a fixed length of {new_tokens} tokens. Peak memory is what a generation allocates on top of the weights. KV is
+read off the cache; ✓ where it equals the theory."""
 
 _CPU_TIME = " Times but that of selection are processor time: the machine was shared with other programs."
 

@@ -18,9 +18,9 @@ from loguru import logger
 import vlmslim
 import vlmslim.tasks
 from vlmslim.budget import Solution, Solver
+from vlmslim.checks import check_checkpoint, check_writable, one_line, visual_tokens
 from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_flops
 from vlmslim.evaluation import provenance
-from vlmslim.evaluation.checks import check_checkpoint, check_writable, one_line, visual_tokens
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
 from vlmslim.evaluation.store import digest
 from vlmslim.saving import located

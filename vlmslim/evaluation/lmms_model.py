@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 import vlmslim
-from vlmslim.evaluation.checks import check_effect
+from vlmslim.checks import check_effect
 from vlmslim.evaluation.prompts import Prompt, Prompter, user_message
 from vlmslim.families import KV_CACHE, kv_cache
 from vlmslim.saving import located

@@ -10,9 +10,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from vlmslim import checks
 from vlmslim.budget import TOLERANCE, spent
 from vlmslim.efficiency import DecoderShape
-from vlmslim.evaluation import checks, provenance
+from vlmslim.evaluation import provenance
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
 from vlmslim.evaluation.leaderboard import Leaderboard
 from vlmslim.evaluation.render import write_all

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmslim.evaluation.checks import check_writable
+from vlmslim.checks import check_writable
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.writing import write_atomically
 
