@@ -76,7 +76,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         Column("tokens kept", [_kept_text(r) for r in rows]),
         Column("equivalent tokens", [number(r.equivalent, 1, 1) for r in rows]),
         Column(f"prefill {name}", [_with_ratio(r.flops, r.flops_ratio, 1 / unit, 2) for r in rows]),
-        Column("prefill ms", [_with_ratio(r.prefill_ms, r.prefill_ratio, 1, 1) for r in rows]),
+        Column("TTFT ms", [_with_ratio(r.prefill_ms, r.prefill_ratio, 1, 1) for r in rows]),
         Column("decode ms/token", [_with_ratio(r.decode_ms, r.decode_ratio, 1, 2) for r in rows]),
         Column("selection ms", [number(r.selection_ms, 1, 2) for r in rows]),
         Column(f"KV cache {bytes_name}", [number(r.kv_bytes, 1 / bytes_, 1) for r in rows]),
