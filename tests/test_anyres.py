@@ -110,6 +110,41 @@ def test_the_grid_locates_every_token(family):
 
 
 @pytest.mark.parametrize("family", ["next", "onevision"])
+@torch.no_grad()
+def test_grids_met_before_are_those_found_anew(family):
+    """Under one patch, whoever edits one, in any order of sizes, and when the model is told to pack in another way."""
+
+    class Look(Compressor):
+        def compress(self, image):
+            return image.pick(torch.arange(len(image.features)))
+
+    def grids(rows, again=1):
+        spy, seen = watched(Look)
+        with vlmslim.patch(model, spy):
+            for turn in range(again):
+                model(**inputs_of(model, rows))
+                found = [image.grid.clone() for image, _ in seen[turn * len(SIZES) :]]
+                for image, _ in seen:
+                    image.grid.fill_(7)
+            return found
+
+    model = anyres(family)
+    backwards = ROWS[::-1]
+    order = [size for row in backwards for size in row if isinstance(size, tuple)]
+    fresh = dict(zip([size for row in ROWS for size in row if isinstance(size, tuple)], grids(ROWS), strict=True))
+    for size, found in zip(order, grids(backwards, again=2), strict=True):
+        assert torch.equal(found, fresh[size])
+    if family == "onevision":
+        spy, seen = watched(Look)
+        with vlmslim.patch(model, spy):
+            for ratio in ("anyres_max_2", "anyres_max_9"):
+                model.config.vision_aspect_ratio = ratio
+                model(**inputs_of(model, ROWS))
+        assert all(len(image.grid) == len(image.features) for image, _ in seen)
+        assert {len(image.grid) for image, _ in seen[len(SIZES) :]} != {len(grid) for grid in fresh.values()}
+
+
+@pytest.mark.parametrize("family", ["next", "onevision"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_on_every_size(family, name):
     """In a batch as alone, with what was asked for, and nothing changed if everything is kept."""
