@@ -133,6 +133,14 @@ def test_every_method_passes(load, family):
             assert finding.status == "n/a" and len(finding.note) > 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-llava-next"])
+def test_every_method_passes_on_the_bundled_checkpoints(name):
+    report = doctor.examine(*doctor.load(f"bundled/{name}", device="cpu"))
+    assert report.passed, str(report)
+    assert {finding.method for finding in report.findings} == set(vlmslim.method_names())
+
+
 def test_the_model_and_the_processor_are_left_alone(load):
     model, processor = load()
     doctor.examine(model, processor, ["none"])  # transformers sets a few things up in a first run
@@ -636,10 +644,29 @@ class Copies(Plain):
         return Compressed(image.features[index // 8 * 8 if self.keep < 1 else index])
 
 
+@dataclass
+class Blank(Plain):
+    """The same made-up token takes the place of some of an image's, `times` for each of its crops."""
+
+    times: int = 1
+
+    def compress(self, image):
+        kept = image.features[self.index(len(image.features))].clone()
+        if self.keep < 1:
+            kept[: self.times * len(image.tower)] = 0.5
+        return Compressed(kept)
+
+
 def test_budgets_that_are_met_in_sum_only(seen):
     assert not seen("budget", Unfair()).passed
     outcome = seen("budget", Copies())
     assert not outcome.passed and "copies of others" in outcome.note
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_that_are_made_alike_for_every_crop_are_no_copies(seen, family):
+    assert seen("budget", Blank(), family).passed
+    assert not seen("budget", Blank(times=2), family).passed
 
 
 @dataclass

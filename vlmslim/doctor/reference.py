@@ -25,20 +25,25 @@ class Sent:
     before   : (n, d) the image's tokens
     features : (k, d) what it sends
     index    : (k,) the slots it takes, ascending; None: the first k
+    crops    : of the image, or its frames
     """
 
     before: Tensor
     features: Tensor
     index: Tensor | None
+    crops: int
 
     @property
     def copies(self) -> int:
-        """Tokens that it sends more often than the image has them, or twice if it made them itself."""
+        """Tokens that it sends more often than the image has them; than it has crops, if it made them itself.
+
+        What is made of one blank crop is what is made of another.
+        """
         _, number = torch.cat([self.before, self.features.to(self.before)]).unique(dim=0, return_inverse=True)
         had, sent = (
             part.bincount(minlength=int(number.max()) + 1) for part in number.split([len(self.before), len(self)])
         )
-        return int((sent - had.clamp(min=1)).clamp(min=0).sum())
+        return int((sent - had.where(had > 0, self.crops)).clamp(min=0).sum())
 
     def __len__(self) -> int:
         return len(self.features)
@@ -46,10 +51,11 @@ class Sent:
     @classmethod
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":
         """Copies. A `Picked` must not be asked for its features: the engine would take another path then."""
+        crops = len(image.tower)
         if result.untouched:
-            return cls(before, before[result.order], result.order.sort().values)
+            return cls(before, before[result.order], result.order.sort().values, crops)
         index = result.index
-        return cls(before, result.features.detach().clone(), None if index is None else index.clone())
+        return cls(before, result.features.detach().clone(), None if index is None else index.clone(), crops)
 
 
 @dataclass
