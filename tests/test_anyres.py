@@ -3,14 +3,13 @@
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
-from doubles import BUDGETED, keeping_everything, registered, watched
+from doubles import BUDGETED, Everything, keeping_everything, registered, watched
 from PIL import Image
 from tiny import BOS, IMAGE, SIDE, close, tiny, words
 from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 import vlmslim
-from vlmslim import Compressor
 from vlmslim.methods import method_class
 
 METHODS = [name for name in BUDGETED if name != "tokenflex"]  # it keeps as many of every crop: see test_tokenflex
@@ -70,12 +69,8 @@ ROWS = [[BOS, *words(i, 2), size, *words(i, 3 + i)] for i, size in enumerate(SIZ
 def test_the_grid_locates_every_token(family):
     """Mosaics are cut to the picture, and OneVision's are shrunk: the coordinates are those of the nearest patch."""
 
-    class Look(Compressor):
-        def compress(self, image):
-            return image.pick(torch.arange(len(image.features)))
-
     model = anyres(family)
-    spy, seen = watched(Look)
+    spy, seen = watched(Everything)
     with vlmslim.patch(model, spy):
         model(**inputs_of(model, ROWS))
     shrunk = 0
@@ -114,12 +109,8 @@ def test_the_grid_locates_every_token(family):
 def test_grids_met_before_are_those_found_anew(family):
     """Under one patch, whoever edits one, in any order of sizes, and when the model is told to pack in another way."""
 
-    class Look(Compressor):
-        def compress(self, image):
-            return image.pick(torch.arange(len(image.features)))
-
     def grids(rows, again=1):
-        spy, seen = watched(Look)
+        spy, seen = watched(Everything)
         with vlmslim.patch(model, spy):
             for turn in range(again):
                 model(**inputs_of(model, rows))
@@ -135,7 +126,7 @@ def test_grids_met_before_are_those_found_anew(family):
     for size, found in zip(order, grids(backwards, again=2), strict=True):
         assert torch.equal(found, fresh[size])
     if family == "onevision":
-        spy, seen = watched(Look)
+        spy, seen = watched(Everything)
         with vlmslim.patch(model, spy):
             for ratio in ("anyres_max_2", "anyres_max_9"):
                 model.config.vision_aspect_ratio = ratio

@@ -5,8 +5,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from vlmslim import bundled
 from vlmslim.compressor import Compressor
+from vlmslim.methods import name_of
+from vlmslim.slim import build
 
 
 def check_writable(directory: Path | str) -> None:
@@ -59,8 +63,6 @@ def check_device(device: str | None) -> None:
     Raises:
         ValueError: it is no device, or this machine has none.
     """
-    import torch
-
     if device is None:
         return
     try:
@@ -97,8 +99,6 @@ def check_counts(stages: Sequence[dict | Compressor], tokens: int) -> None:
     Raises:
         ValueError: one is; the message says how many there are.
     """
-    from vlmslim.slim import build
-
     for stage in stages:
         build(stage).requested(tokens)
 
@@ -113,9 +113,6 @@ def check_effect(stages: Sequence[dict | Compressor], receipt: dict) -> None:
     Raises:
         RuntimeError: no image lost a token, although not every stage was asked to keep all of them.
     """
-    from vlmslim.methods import name_of
-    from vlmslim.slim import build
-
     if receipt["had_effect"]:
         return
     active = [whole for whole in map(build, stages) if name_of(whole) != "none"]

@@ -98,7 +98,7 @@ class RecordingEncoder:
                 tower=tower[n],
                 pixels=pixels[n],
                 tiles=tiles[n],
-                size=tuple(map(int, seen.sizes[n])) if tiles[n][1] else (0, 0),
+                size=seen.sizes[n] if tiles[n][1] else (0, 0),
                 layout=partial(self._grid, seen, n, tiles[n][1], side, tower[n].shape[1]),
                 taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
             )
@@ -109,7 +109,7 @@ class RecordingEncoder:
         """`ImageTokens.grid` of image `n`, found once for images of one size: it takes longer than to choose by it."""
         if not seen.crops:
             return torch.from_numpy(_crop_grid(side, patches)).clone()
-        key = tuple(map(int, seen.sizes[n])), seen.crops[n], wide, side, patches, seen.packing
+        key = seen.sizes[n], seen.crops[n], wide, side, patches, seen.packing
         if key not in self.grids:
             if len(self.grids) == 256:
                 self.grids.clear()
@@ -171,7 +171,8 @@ class _Seen:
         self.taps[i] = layer, args[0] if args else kwargs["hidden_states"]
 
     def pack(self, pack, image_features, image_sizes, **kwargs):
-        self.crops, self.sizes = [len(f) for f in image_features], image_sizes
+        self.crops = [len(f) for f in image_features]
+        self.sizes = [tuple(map(int, size)) for size in image_sizes]  # once: each number waits for the device
         self.repack = partial(_repack, pack, image_sizes, kwargs)
         self.packing = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | int | float))
         return pack(image_features, image_sizes, **kwargs)
