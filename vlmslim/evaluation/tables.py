@@ -255,7 +255,7 @@ def notes(board: Leaderboard) -> list[str]:
     if facts["timing"]:
         t = facts["timing"]
         lines.append(
-            f"Prefill: time to first token, image encoding and compression included. Medians of {t['prompts']} prompts "
+            f"TTFT: time to first token, image encoding and compression included. Medians of {t['prompts']} prompts "
             f"x {t['repeats']} repetitions at batch 1 and {t['new_tokens']} new tokens, all rows in turn in one "
             "process; in brackets the median ratio to the unpatched model. Selection: the method's own part of a "
             "prompt in the evaluation, at its batch size. KV cache: of a prompt, after prefill."
