@@ -11,6 +11,11 @@ pictures (never those of a benchmark) and prints the line for a configuration:
 folder of image files. Options of TokenCorr other than alpha and keep follow as NAME=VALUE.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent / "bundled"))
+
 import argparse
 import random
 from collections.abc import Iterator
@@ -23,8 +28,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmslim import bundled
-from vlmslim.calibration import calibrate
 from vlmslim.methods.tokencorr import TokenCorr
+from vlmslim.methods.tokencorr.calibration import calibrate
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 

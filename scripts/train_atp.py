@@ -5,14 +5,18 @@ python scripts/train_atp.py --out runs/atp-16 'script={target: 16}'
 accelerate launch --num_processes 8 scripts/train_atp.py --config my.yaml --out runs/atp-7b
 """
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent / "bundled"))
+
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from finetune import Answers, Loss, finetune, load, parse
 
 import vlmslim
 from vlmslim.compressor import check_choices
 from vlmslim.methods.atp import Modules, depth_loss, mean_tokens, target_loss
+from vlmslim.training.finetune import Answers, Loss, finetune, load, parse
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Budget:
 
 def main() -> None:
     """Train; a run that was interrupted goes on."""
-    settings, args = parse(__doc__, "atp.yaml")
+    settings, args = parse(__doc__, Path(__file__).with_name("atp.yaml"))
     if not settings.steps:
         raise ValueError("the temperature rises over a known number of steps: give steps=...")
     model, processor, data = load(settings)

@@ -8,16 +8,21 @@ a regression onto the model's own projector, pooled. Then every micro-batch draw
     accelerate launch --num_processes 8 scripts/train_tokenflex.py --config my.yaml --out runs/tokenflex-7b
 """
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent / "bundled"))
+
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from conversations import Collator
-from finetune import Settings, finetune, load, parse
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 import vlmslim
 from vlmslim.methods.tokenflex import pool_square
+from vlmslim.training.conversations import Collator
+from vlmslim.training.finetune import Settings, finetune, load, parse
 
 
 def warm_start(
@@ -64,7 +69,7 @@ def warm_start(
 
 def main() -> None:
     """Train; a run that was interrupted goes on."""
-    settings, args = parse(__doc__, "tokenflex.yaml")
+    settings, args = parse(__doc__, Path(__file__).with_name("tokenflex.yaml"))
     model, processor, data = load(settings)
     options = {"weights": f"random:{settings.seed}", "keep": max(settings.method.get("counts", [256]))}
     slim = vlmslim.patch(model, "tokenflex", **options | settings.method)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vlmslim.cli import app
 from vlmslim.evaluation import harness
-from vlmslim.methods import method_names
+from vlmslim.registry import method_names
 
 
 def call(*arguments):

@@ -13,16 +13,16 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "patch": "vlmslim.slim",
-    "from_pretrained": "vlmslim.saving",
-    "Slim": "vlmslim.slim",
+    "patch": "vlmslim.patching",
+    "from_pretrained": "vlmslim.saving.folder",
+    "Slim": "vlmslim.patching",
     "Compressor": "vlmslim.compressor",
     "Compressed": "vlmslim.compressor",
     "ImageTokens": "vlmslim.compressor",
     "LayerInput": "vlmslim.compressor",
     "Receipt": "vlmslim.receipt",
-    "method": "vlmslim.methods",
-    "method_names": "vlmslim.methods",
+    "method": "vlmslim.registry",
+    "method_names": "vlmslim.registry",
 }
 __all__ = sorted(_HOME)
 

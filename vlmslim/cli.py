@@ -59,9 +59,9 @@ def run(
         settings = load_config(config, output=output, limit=limit)
         from vlmslim.evaluation import harness
         from vlmslim.evaluation.progress import RichDisplay
-        from vlmslim.evaluation.render import render
         from vlmslim.evaluation.run import CellError, run
         from vlmslim.evaluation.store import Store
+        from vlmslim.leaderboard.render import render
 
         if export is not None:
             harness.quiet()
@@ -90,15 +90,16 @@ def leaderboard(
         bool, typer.Option("--published", help="Show published numbers of the same model, task, method and budget.")
     ] = False,
     published_tables: Annotated[
-        Path | None, typer.Option(help="Directory of published tables, instead of the checkout's assets/published.")
+        Path | None,
+        typer.Option(help="Directory of published tables, instead of those of vlmslim."),
     ] = None,
 ) -> None:
     """Rebuild the leaderboard from the results in DIRECTORY and print it."""
     _require_extra()
     from vlmslim.evaluation.config import ConfigError
-    from vlmslim.evaluation.leaderboard import Leaderboard
-    from vlmslim.evaluation.published import DIRECTORY, Published, load_papers
-    from vlmslim.evaluation.render import render
+    from vlmslim.leaderboard.board import Leaderboard
+    from vlmslim.leaderboard.published import DIRECTORY, Published, load_papers
+    from vlmslim.leaderboard.render import render
 
     try:
         board = Leaderboard.read(directory)
@@ -139,9 +140,9 @@ def bench(
     from rich.console import Console
     from transformers.utils import logging
 
-    from vlmslim.checks import check_file
-    from vlmslim.efficiency import bench
-    from vlmslim.efficiency.report import write
+    from vlmslim.cost import bench
+    from vlmslim.cost.bench.report import write
+    from vlmslim.evaluation.preflight import check_file
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -195,7 +196,7 @@ def doctor(
     from transformers.utils import logging
 
     from vlmslim.doctor import examine, load, parse
-    from vlmslim.saving import read
+    from vlmslim.saving.folder import read
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -229,7 +230,7 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vlmslim.methods import method_class, method_names
+    from vlmslim.registry import method_class, method_names
 
     table = Table("method", "options", "what it does", box=None, pad_edge=False)
     for name in method_names():

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmslim.attention import DecoderAttention, tower_qk, weighted
-from vlmslim.selection import rank_within_groups
+from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted
+from vlmslim.ops.selection import rank_within_groups
 
 Keep = int | float
 
@@ -288,7 +288,7 @@ class Compressor:
     tower_layers : vision-tower layers whose queries and keys `ImageTokens.qk` can compute; negative from the end
     needs_cls    : the method reads the tower's CLS token
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
-    knobs        : options that `vlmslim.budget` may solve, the preferred one first; the larger, the costlier
+    knobs        : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
 
     layers: ClassVar[tuple[int | float, ...]] = ()

@@ -25,20 +25,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from vlmslim.checks import check_device
 from vlmslim.compressor import Keep, check_keep, resolve_keep
+from vlmslim.cost.bench import parse_method
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
-from vlmslim.doctor.fresh import twin_of
+from vlmslim.doctor.pristine_copy import twin_of
 from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
 from vlmslim.doctor.reference import Reference
 from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import Baseline
-from vlmslim.doctor.watch import Snapshot
-from vlmslim.efficiency.bench import parse_method
-from vlmslim.families import family_of
-from vlmslim.methods import method_class, method_names
-from vlmslim.saving import located
-from vlmslim.slim import Method, Slim, patch
+from vlmslim.doctor.snapshots import Snapshot
+from vlmslim.engine.families import family_of
+from vlmslim.evaluation.preflight import check_device
+from vlmslim.patching import Method, Slim, patch
+from vlmslim.registry import method_class, method_names
+from vlmslim.saving.folder import located
 
 __all__ = ["Finding", "Report", "examine", "load", "parse"]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor
-from vlmslim.decoder import compresses
-from vlmslim.doctor.fresh import Fresh, twin_of
+from vlmslim.cost import DecoderShape, cache_bytes, kv_bytes, peak_memory
+from vlmslim.doctor.pristine_copy import Fresh, twin_of
 from vlmslim.doctor.prompts import LONG, VIDEO, Prompts, why_no_video
+from vlmslim.doctor.receipt_audit import Told, counted
 from vlmslim.doctor.reference import Notes, Reference, noted
 from vlmslim.doctor.runs import (
     STEPS,
@@ -29,13 +30,12 @@ from vlmslim.doctor.runs import (
     singles,
     tails,
 )
-from vlmslim.doctor.told import Told, counted
-from vlmslim.doctor.watch import Dice, Snapshot, anatomy, surroundings
-from vlmslim.efficiency import DecoderShape, cache_bytes, kv_bytes, peak_memory
-from vlmslim.families import kv_cache
-from vlmslim.methods import name_of
+from vlmslim.doctor.snapshots import Dice, Snapshot, anatomy, surroundings
+from vlmslim.engine.decoder import compresses
+from vlmslim.engine.families import kv_cache
+from vlmslim.patching import Slim
 from vlmslim.receipt import Prefill
-from vlmslim.slim import Slim
+from vlmslim.registry import name_of
 
 FACTOR = 10  # how many times the noise of the unpatched model a patched one may differ from itself
 SLACK = 2**18  # bytes of peak memory: seen on models of a MiB only

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
 
-from vlmslim.families import family_of
+from vlmslim.engine.families import family_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
 from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.doctor.runs import Witness
-from vlmslim.slim import Slim
+from vlmslim.patching import Slim
 
 
 @dataclass(frozen=True)

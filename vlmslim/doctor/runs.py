@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vlmslim.cost import peak_memory
 from vlmslim.doctor.prompts import LONG, Prompts
-from vlmslim.doctor.watch import Watch
-from vlmslim.efficiency import peak_memory
-from vlmslim.families import KV_CACHE, kv_cache
+from vlmslim.doctor.snapshots import Watch
+from vlmslim.engine.families import KV_CACHE, kv_cache
 
 STEPS = 5  # tokens that are decoded
 TAIL = 16  # last tokens of a prompt whose logits are compared

@@ -9,7 +9,7 @@ An example:
     output: runs/example
 
 A budget is the `keep` of each method, or a cost that is the same for all; then each method's own option is solved on
-the model (`vlmslim.budget`). Unknown keys are errors. The unpatched model (`none`) is in every comparison and runs
+the model (`vlmslim.cost.budget`). Unknown keys are errors. The unpatched model (`none`) is in every comparison and runs
 first; the baselines follow.
 """
 
@@ -98,7 +98,7 @@ class TaskConfig(_Strict):
 
 
 class Cost(_Strict):
-    """A budget that costs every method the same; what the two currencies count is said in `vlmslim.budget`."""
+    """A budget that costs every method the same; what the two currencies count is said in `vlmslim.cost.budget`."""
 
     equivalent_tokens: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
     tflops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
@@ -126,7 +126,7 @@ class MethodConfig(_Strict):
 
     keep    : one budget or several, instead of the run's
     budgets : likewise, with costs among them. With a cost, options that are given stay, and the first of the others
-              that `vlmslim.budget.free_knob` knows is solved
+              that `vlmslim.cost.budget.free_knob` knows is solved
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -277,8 +277,8 @@ class RunConfig(_Strict):
 
         Those are the weights that come with `pretrained` where that is a saved patch, as for the lmms-eval model.
         """
-        from vlmslim.methods import method
-        from vlmslim.saving import read
+        from vlmslim.registry import method
+        from vlmslim.saving.folder import read
 
         stage = dict(stage)
         name = stage.pop("method")
@@ -342,7 +342,7 @@ class Variant:
 
 def _options(name: str) -> dict:
     """Options of a method, with their defaults."""
-    from vlmslim.methods import method_class
+    from vlmslim.registry import method_class
 
     try:
         return {f.name: f.default for f in fields(method_class(name)) if f.init}
@@ -363,7 +363,7 @@ def _text(budget: int | float | dict) -> str:
 
 def _knob(stages: list[dict]) -> tuple[int, str]:
     """The stage and the option of it that a cost solves."""
-    from vlmslim.budget import free_knob
+    from vlmslim.cost.budget import free_knob
 
     try:
         return free_knob(stages)
@@ -372,7 +372,7 @@ def _knob(stages: list[dict]) -> tuple[int, str]:
 
 
 def _has_knob(entry: MethodConfig) -> bool:
-    from vlmslim.methods import method_class
+    from vlmslim.registry import method_class
 
     return any(k in _options(entry.method) and k not in entry.options for k in method_class(entry.method).knobs)
 

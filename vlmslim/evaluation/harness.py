@@ -17,14 +17,14 @@ from loguru import logger
 
 import vlmslim
 import vlmslim.tasks
-from vlmslim.budget import Solution, Solver
-from vlmslim.checks import check_checkpoint, check_writable, one_line, visual_tokens
-from vlmslim.efficiency import DecoderShape, measure_together, summarise, tower_flops
-from vlmslim.evaluation import provenance
+from vlmslim.cost import DecoderShape, measure_together, summarise, tower_flops
+from vlmslim.cost.budget import Solution, Solver
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
+from vlmslim.evaluation.preflight import check_checkpoint, check_writable, one_line, visual_tokens
 from vlmslim.evaluation.store import digest
-from vlmslim.saving import located
-from vlmslim.writing import write_atomically
+from vlmslim.io import provenance
+from vlmslim.io.files import write_atomically
+from vlmslim.saving.folder import located
 
 BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent
 #: lmms-eval's own default on the command line; the Python API would leave reasoning tags alone.

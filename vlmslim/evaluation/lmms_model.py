@@ -27,11 +27,11 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 import vlmslim
-from vlmslim.checks import check_effect
-from vlmslim.evaluation.prompts import Prompt, Prompter, user_message
-from vlmslim.families import KV_CACHE, kv_cache
-from vlmslim.saving import located
-from vlmslim.slim import build
+from vlmslim.engine.families import KV_CACHE, kv_cache
+from vlmslim.evaluation.conversation import Prompt, Prompter, user_message
+from vlmslim.evaluation.preflight import check_effect
+from vlmslim.patching import build
+from vlmslim.saving.folder import located
 
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")

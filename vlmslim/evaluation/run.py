@@ -10,14 +10,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vlmslim import checks
-from vlmslim.budget import TOLERANCE, spent
-from vlmslim.efficiency import DecoderShape
-from vlmslim.evaluation import provenance
+from vlmslim.cost import DecoderShape
+from vlmslim.cost.budget import TOLERANCE, spent
+from vlmslim.evaluation import preflight as checks
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
-from vlmslim.evaluation.leaderboard import Leaderboard
-from vlmslim.evaluation.render import write_all
 from vlmslim.evaluation.store import Store, digest
+from vlmslim.io import provenance
+from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.render import write_all
 from vlmslim.receipt import headline
 
 WAY_OUT = "use another --output directory, or start over with --fresh"

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmslim.checks import check_writable
 from vlmslim.evaluation.config import ConfigError
-from vlmslim.writing import write_atomically
+from vlmslim.evaluation.preflight import check_writable
+from vlmslim.io.files import write_atomically
 
 #: Files beside the cells that `clear` deletes.
 RESULTS = (

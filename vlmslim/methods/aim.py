@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmslim.compressor import Compressor, Keep
-from vlmslim.methods.bipartitemerge import BipartiteMerge
-from vlmslim.methods.pagerankprune import PageRankPrune
+from vlmslim.methods.bipartite_merge import BipartiteMerge
+from vlmslim.methods.pagerank_prune import PageRankPrune
 
 
 @dataclass

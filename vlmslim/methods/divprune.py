@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices, check_keep
-from vlmslim.greedy import GreedySelection, least_close
-from vlmslim.selection import full_precision
+from vlmslim.methods._greedy import GreedySelection, least_close
+from vlmslim.ops.selection import full_precision
 
 
 @dataclass

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.attention import cls_attention, cls_logits
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.families import family_of, has_cls
-from vlmslim.newlines import NEWLINES, spend
-from vlmslim.selection import full_precision, rank_within_groups
+from vlmslim.engine.families import family_of, has_cls
+from vlmslim.ops.attention import cls_attention, cls_logits
+from vlmslim.ops.newlines import NEWLINES, spend
+from vlmslim.ops.selection import full_precision, rank_within_groups
 
 
 @dataclass

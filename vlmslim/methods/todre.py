@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.attention import cls_attention
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
-from vlmslim.families import has_cls
-from vlmslim.greedy import GreedySelection, least_close, least_close_to
-from vlmslim.methods.dropvisual import DropVisual
-from vlmslim.selection import full_precision
+from vlmslim.engine.families import has_cls
+from vlmslim.methods._greedy import GreedySelection, least_close, least_close_to
+from vlmslim.methods.drop_visual import DropVisual
+from vlmslim.ops.attention import cls_attention
+from vlmslim.ops.selection import full_precision
 
 GRAM_LIMIT = 8192  # tokens up to which all cosine similarities are held at once: 256 MiB
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.saving import load_part
+from vlmslim.saving.folder import load_part
 
 
 class Projector(nn.Module):

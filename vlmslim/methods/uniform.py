@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
-from vlmslim.selection import grid_cells, share_out
+from vlmslim.ops.selection import grid_cells, share_out
 
 
 @dataclass

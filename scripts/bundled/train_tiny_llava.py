@@ -1,0 +1,411 @@
+"""Train the bundled tiny LLaVA on questions about composed scenes, and export it in Hugging Face format.
+
+The LLaVA recipe in small: the tower is the tiny CLIP's, frozen, its features read from the penultimate layer; a
+two-layer projector and a LLaMA decoder are trained from scratch. One sequence packs several questions about one
+picture; mostly each question sees only the picture and itself (an attention mask, positions restarted), so one
+pass over the picture feeds many single-question prompts. Supervised are the answers, and, in place of LLaVA's first
+stage, the words for what each patch shows, where it lies, and in one middle layer where the answer is looked up (the
+generator knows all that). Resumable: run it again.
+
+    python scripts/bundled/train_tiny_llava.py --clip runs/tiny-clip/tiny-clip --out runs/tiny-llava [KEY=VALUE ...]
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from scenes import CHARACTERS, COLOURS, FAMILIES, GRID, KINDS, LABELS, SIZE, TASKS, THINGS, Question, ask, make_scene
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from train_common import (
+    MEAN,
+    STD,
+    Optimizers,
+    Run,
+    export,
+    loader,
+    normalise,
+    pixels,
+    standardise_inputs,
+    start,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+
+from vlmslim.training.config import command_line, read_config
+
+IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
+# LLaVA-1.5's format; the message's content is a string (which may hold <image>) or a list of parts.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% else %}{{ message['role'] | upper + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` entries learned from our questions; digits and capitals stand alone."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(CHARACTERS)]
+    for seed in range(300):
+        scene = make_scene(seed, "train")
+        questions = [ask(scene, task, rng) for task in TASKS for _ in range(3)]
+        texts += [f"{q.text} {q.answer}" for q in questions if q and q.task != "text"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[A-Z](?![a-z])|[0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, BOS, EOS, IMAGE]
+    roles = ["USER:", "ASSISTANT:"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(roles), special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(r, normalized=False) for r in roles])
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
+        extra_special_tokens={"image_token": IMAGE}, model_max_length=2048, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The processor: 192 px, 144 image tokens."""
+    side = {"height": SIZE, "width": SIZE}
+    image = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side, image_mean=MEAN, image_std=STD)
+    return LlavaProcessor(
+        image, tokenizer, patch_size=SIZE // GRID, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE, image_token=IMAGE,
+    )  # fmt: skip
+
+
+def tower_from_open_clip(folder: Path) -> tuple[CLIPVisionConfig, dict[str, torch.Tensor]]:
+    """The vision tower of an open_clip folder as a Hugging Face CLIPVisionModel's config and weights (fp32)."""
+    vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    width = vision["width"]
+    config = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision["layers"], hidden_act="gelu",
+        num_attention_heads=width // vision["head_width"], image_size=vision["image_size"],
+        patch_size=vision["patch_size"], projection_dim=128,
+    )  # fmt: skip
+    state = load_file(folder / "open_clip_model.safetensors")
+    ours = {k.removeprefix("visual."): v.float() for k, v in state.items() if k.startswith("visual.")}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    out = {"embeddings.class_embedding": ours["class_embedding"],
+           "embeddings.position_embedding.weight": ours["positional_embedding"],
+           "embeddings.patch_embedding.weight": ours["conv1.weight"]}  # fmt: skip
+    for kind in ("weight", "bias"):
+        out[f"pre_layrnorm.{kind}"], out[f"post_layernorm.{kind}"] = ours[f"ln_pre.{kind}"], ours[f"ln_post.{kind}"]
+        for i in range(vision["layers"]):
+            theirs, own = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            for a, b in names.items():
+                out[f"{theirs}.{b}.{kind}"] = ours[f"{own}.{a}.{kind}"]
+            for part, value in zip("qkv", ours[f"{own}.attn.in_proj_{kind}"].chunk(3), strict=True):
+                out[f"{theirs}.self_attn.{part}_proj.{kind}"] = value
+    return config, out
+
+
+def make_model(config: dict, tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForConditionalGeneration:
+    """The model before training: the tiny CLIP's frozen tower, fresh projector and decoder."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    vision, tower = tower_from_open_clip(clip)
+    text = LlamaConfig(vocab_size=config["vocabulary"], tie_word_embeddings=True, **config["decoder"], **ids)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=GRID * GRID, tie_word_embeddings=True, dtype="float32", **ids,
+        )
+    )  # fmt: skip
+    model.set_attn_implementation("eager")  # short sequences on a CPU: faster than sdpa, backward above all
+    model.model.vision_tower.load_state_dict(tower)
+    model.model.vision_tower.requires_grad_(False)
+    centre_projector(model)
+    model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=16)
+    return model
+
+
+@torch.no_grad()
+def centre_projector(model: LlavaForConditionalGeneration, n: int = 16) -> None:
+    """Let the projector train on standardised tower features; `export` folds the standardisation into its weights."""
+    images = normalise(torch.stack([pixels(make_scene(seed, "train").image) for seed in range(n)]))
+    features = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+    standardise_inputs(model.model.multi_modal_projector, features, fresh=True)
+
+
+@torch.no_grad()
+def load_weights(model: LlavaForConditionalGeneration, run: Path, adapter: bool) -> None:
+    """Take an earlier run's weights; as an adapter only projector and word embeddings, the layers staying fresh."""
+    saved = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["model"]
+    for name, parameter in model.named_parameters():
+        if name in saved and (not adapter or "multi_modal_projector" in name or "embed_tokens" in name):
+            parameter.copy_(saved[name])
+
+
+def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Token ids (144, 4) of the words for what a patch shows - kind, colour, character, tag's owner; -100 = none."""
+    words = {"kind": [f" {k}" for k in KINDS], "colour": ["", *(f" {c}" for c in COLOURS)],
+             "character": ["", *CHARACTERS], "owner": ["", *(f" {t}" for t in THINGS)]}  # fmt: skip
+    columns = []
+    for name, group in words.items():
+        ids = [-100, *(tokenizer.encode(w, add_special_tokens=False)[-1] for w in group[1:])]
+        columns.append(torch.tensor(ids)[torch.from_numpy(labels[:, list(LABELS).index(name)]).long()])
+    return torch.stack(columns, -1)
+
+
+def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torch.Tensor:
+    """Patches (answer_tokens, 2, 144) that each answer token is read from; the second axis is for two kinds of head.
+
+    Both see the same patches, but for a side question the first sees one item and the second the other. For
+    counting they are the copies' centres; for the end token none.
+    """
+    column = {name: labels[:, i] for i, name in enumerate(LABELS)}
+    seen = np.zeros((answer_tokens, 2, GRID * GRID), bool)
+    if question.task in ("detail", "spatial"):
+        seen[:-1] = column["owner"] == 1 + THINGS.index(question.about[0])
+    elif question.task == "text":
+        seen[0] = column["place"] > 0
+        for i in range(1, answer_tokens - 1):
+            seen[i] = column["place"] == i
+    elif question.task == "side":
+        seen[:-1, 0], seen[:-1, 1] = (column["kind"] == KINDS.index(name) for name in question.about)
+    elif question.about:
+        seen[:-1] = column["kind"] == KINDS.index(question.about[0])
+        if question.task == "count":
+            seen &= column["centre"] > 0
+    return torch.from_numpy(seen)
+
+
+def evidence_mass(evidence: torch.Tensor, count: bool) -> torch.Tensor:
+    """Share of the attention (answer_tokens, 2) that evidence shall get: all, but n / (n + 2) for n counted centres.
+
+    An average over copies would lose their number; a share that grows with it keeps it.
+    """
+    n = evidence.sum(-1).float()
+    return n / (n + 2) if count else (n > 0).float()
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool, visual: int = GRID**2
+) -> dict[str, torch.Tensor]:
+    """Tokens of one sequence: ids, labels (-100 where not supervised), positions, and each token's turn.
+
+    Turn 0 is what every turn sees: "<s>USER: <image>", `visual` visual tokens. In a `chat` all turns are number 1 and
+    follow on.
+    """
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    ids = [tokenizer.bos_token_id, *encode("USER: " + IMAGE * visual + "\n")]
+    labels, turns, positions = [-100] * len(ids), [0] * len(ids), list(range(len(ids)))
+    shared = len(ids)
+    for number, question in enumerate(questions, 1):
+        user = "USER: " if chat and number > 1 else ""
+        asked = encode(f"{user}{question.text} ASSISTANT:")
+        answered = [*encode(f" {question.answer}"), tokenizer.eos_token_id]
+        first = len(ids) if chat else shared
+        ids += asked + answered
+        labels += [-100] * len(asked) + answered
+        turns += [1 if chat else number] * (len(asked) + len(answered))
+        positions += range(first, first + len(asked) + len(answered))
+    return {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "turns": torch.tensor(turns),
+            "positions": torch.tensor(positions)}  # fmt: skip
+
+
+def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: str = "train") -> dict:
+    """A picture and one packed sequence of questions about it."""
+    scene = make_scene(seed, split)
+    rng = np.random.default_rng([seed, 3])
+    weights = np.array([config["mixture"][t] for t in FAMILIES], float)
+    questions: dict[str, Question] = {}
+    for task in rng.choice(FAMILIES, 3 * config["turns"], p=weights / weights.sum()):
+        question = ask(scene, str(task), rng)
+        if question and len(questions) < config["turns"]:
+            questions.setdefault(question.text, question)
+    asked = list(questions.values())
+    chat = split == "train" and rng.random() < config["chat"]
+    tasks = torch.tensor([FAMILIES.index(q.task) for q in asked])
+    words = patch_words(scene.labels, tokenizer)
+    centre = torch.from_numpy(scene.labels[:, list(LABELS).index("centre")]).float()
+    lengths = [len(tokenizer.encode(f" {q.answer}", add_special_tokens=False)) + 1 for q in asked]
+    shown = [evidence(scene.labels, q, n) for q, n in zip(asked, lengths, strict=True)]
+    mass = torch.cat([evidence_mass(e, q.task == "count") for e, q in zip(shown, asked, strict=True)])
+    packed = pack(tokenizer, asked, chat)
+    return {
+        "image": pixels(scene.image),
+        "tasks": tasks,
+        "words": words,
+        "centre": centre,
+        "evidence": torch.cat(shown),
+        "mass": mass,
+        **packed,
+    }
+
+
+def pad_packed(samples: list[dict], pad: int) -> dict[str, torch.Tensor]:
+    """Right-pad packed sequences; the mask (B, 1, L, L) lets a token see earlier ones of turn 0 and of its own turn."""
+    fill = {"ids": pad, "labels": -100, "turns": -1, "positions": 0}
+    batch = {k: torch.nn.utils.rnn.pad_sequence([s[k] for s in samples], True, v) for k, v in fill.items()}
+    turns = batch["turns"]
+    same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
+    seen = (same & torch.ones_like(same).tril())[:, None]
+    batch["mask"] = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    return batch
+
+
+def collate(samples: list[dict], pad: int) -> dict:
+    """A batch of samples."""
+    batch = pad_packed(samples, pad)
+    batch["image"] = torch.stack([s["image"] for s in samples])
+    batch["words"] = torch.stack([s["words"] for s in samples])
+    batch["centre"] = torch.stack([s["centre"] for s in samples])
+    batch["evidence"] = torch.cat([s["evidence"] for s in samples])
+    batch["mass"] = torch.cat([s["mass"] for s in samples])
+    batch["tasks"] = [s["tasks"] for s in samples]
+    return batch
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, batch: dict
+) -> tuple[torch.Tensor, torch.Tensor, LlavaModelOutputWithPast]:
+    """Logits (N, vocabulary) and targets (N,) at the supervised positions, and the model's outputs."""
+    out = model.model(
+        input_ids=batch["ids"], pixel_values=normalise(batch["image"]), attention_mask=batch["mask"],
+        position_ids=batch["positions"], use_cache=False, output_attentions=True,
+    )  # fmt: skip
+    target = batch["labels"][:, 1:]
+    return model.lm_head(out.last_hidden_state[:, :-1][target != -100]), target[target != -100], out
+
+
+def pointing_loss(attention: torch.Tensor, batch: dict, image_token: int) -> torch.Tensor:
+    """Cross-entropy between the share of one layer's attention (B, heads, L, L) on the evidence and its target."""
+    asking = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    first = int((batch["ids"][0] == image_token).nonzero()[0])
+    rows = attention.transpose(1, 2)[asking][..., first : first + GRID * GRID].float()  # (N, heads, 144)
+    halves = rows.unflatten(1, (2, -1)).mean(2)
+    got, target = (halves * batch["evidence"]).sum(-1).clamp(1e-4, 1 - 1e-4), batch["mass"]
+    loss = -(target * got.log() + (1 - target) * (1 - got).log())
+    return loss[target > 0].mean()
+
+
+def alignment_loss(model: LlavaForConditionalGeneration, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the words for each patch, given its visual token read as if it were the decoder's output.
+
+    It plays the part of LLaVA's first stage: visual tokens come to lie near the embeddings of the words for them.
+    """
+    scores = model.lm_head(F.rms_norm(tokens, tokens.shape[-1:])).float().log_softmax(-1)
+    words = words.flatten(0, 1)
+    return -scores.gather(-1, words.clamp(min=0))[words != -100].mean()
+
+
+def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Squared error of column, row and is-an-item's-centre (B, 144), read from visual tokens (B * 144, hidden).
+
+    They are read along three fixed directions, so that nothing has to be thrown away after training.
+    """
+    noise = torch.randn(tokens.shape[-1], 3, generator=torch.Generator().manual_seed(0))
+    directions = torch.linalg.qr(noise).Q.to(tokens.device)
+    line = torch.linspace(-1, 1, GRID, device=tokens.device)
+    column, row = line.repeat(GRID).expand_as(centre), line.repeat_interleave(GRID).expand_as(centre)
+    target = 2 * torch.stack([column, row, centre], -1).flatten(0, 1)
+    error = (F.rms_norm(tokens.float(), tokens.shape[-1:]) @ directions - target).square()
+    return (error * (1 + 4 * centre.flatten()[:, None])).mean()
+
+
+def whole_answers(logits: torch.Tensor, target: torch.Tensor, eos: int) -> list[bool]:
+    """Whether each answer - target tokens (N,) up to and including an `eos` - is the greedy one throughout."""
+    correct = (logits.argmax(-1) == target).tolist()
+    ends = (target == eos).nonzero().flatten().tolist()
+    return [all(correct[first : end + 1]) for first, end in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
+
+
+@torch.no_grad()
+def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelerator) -> dict[str, float]:
+    """Share of held-out questions whose whole answer is the greedy one, by task."""
+    right: dict[str, list[float]] = {task: [] for task in FAMILIES}
+    model.eval()
+    for batch in batches:
+        moved = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
+        with accelerator.autocast():
+            logits, target, _ = answer_logits(model, moved)
+        answers = whole_answers(logits, target, model.config.text_config.eos_token_id)
+        for task, correct in zip(torch.cat(batch["tasks"]).tolist(), answers, strict=True):
+            right[FAMILIES[task]].append(float(correct))
+    model.train()
+    return {task: float(np.mean(values)) if values else float("nan") for task, values in right.items()}
+
+
+def main() -> None:
+    """Train, evaluate, export."""
+    parser = command_line(__doc__, Path(__file__).with_name("tiny_llava.yaml"), "the export is OUT/tiny-llava")
+    parser.add_argument("--clip", type=Path, required=True, help="open_clip folder of the tiny CLIP")
+    parser.add_argument("--start", type=Path, help="start from this run's tokenizer and weights, with a new schedule")
+    parser.add_argument("--adapter", action="store_true", help="of --start take only projector and word embeddings")
+    args = parser.parse_intermixed_args()
+    config = read_config(args.config, args.overrides)
+    accelerator = start(config)
+    if args.start:
+        processor = LlavaProcessor.from_pretrained(args.start / "tiny-llava")
+    else:
+        processor = make_processor(make_tokenizer(config["vocabulary"]))
+    tokenizer = processor.tokenizer
+    model = make_model(config, tokenizer, args.clip).to(accelerator.device)
+    if args.start:
+        load_weights(model, args.start, args.adapter)
+    optimizers = Optimizers(dict(model.named_parameters()), config, ("embed_tokens", "lm_head"))
+    run = Run(args.out, config, model, optimizers)
+    step = run.resume()
+    make = partial(sample, tokenizer=tokenizer, config=config)
+    join = partial(collate, pad=tokenizer.pad_token_id)
+    held_out = [make(10**7 + i, split="test") for i in range(config["eval_scenes"])]
+    held_out = [join(held_out[i : i + 16]) for i in range(0, len(held_out), 16)]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}", flush=True)
+    stop = min(args.stop or config["steps"], config["steps"])
+    test = partial(evaluate, model, held_out, accelerator)
+    write = partial(export, model, processor, args.out / "tiny-llava")
+    for batch in loader(make, config, step, stop, join):
+        batch = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
+        with accelerator.autocast():
+            logits, target, out = answer_logits(model, batch)
+            align = alignment_loss(model, out.image_hidden_states, batch["words"])
+        parts = {
+            "answer": F.cross_entropy(logits.float(), target),
+            "align": align,
+            "point": pointing_loss(out.attentions[len(out.attentions) // 2], batch, model.config.image_token_id),
+            "layout": layout_loss(out.image_hidden_states, batch["centre"]),
+        }
+        weights = {"answer": 1, **config}
+        loss = sum(weights[name] * part for name, part in parts.items())
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(step)
+        step += 1
+        run.report(step, stop, {"loss": loss, **parts}, test, write)
+    write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""`vlmslim bench`: what its record says, how it is shown, and what it refuses."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+
+import pytest
+from tiny import FAMILIES, anatomy, tiny
+from typer.testing import CliRunner
+
+from vlmslim.cli import app
+from vlmslim.cost.bench import (
+    Workload,
+    bench,
+    default_budgets,
+    load,
+    parse_batches,
+    parse_method,
+    parse_numbers,
+    parse_size,
+    with_budgets,
+)
+from vlmslim.cost.bench.report import markdown, write
+
+QUICK = Workload(text_tokens=9, new_tokens=2, repeats=2)
+
+
+def rows(record: dict, scenario: int = 0) -> dict:
+    return {row["label"]: row for row in record["scenarios"][scenario]["rows"]}
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    stages = [parse_method(text) for text in ("divprune", "fastv:layer=1", "drop_visual:layer=2:tau=None")]
+    work = Workload(batches=(1, 2), text_tokens=9, new_tokens=2, repeats=2)
+    return bench(tiny("llava"), stages, [8, 0.25], work, name="tiny")
+
+
+def test_a_record_has_every_method_at_every_budget(record):
+    labels = ["unpatched", "divprune-8", "divprune-0.25", "fastv:layer=1-8", "fastv:layer=1-0.25"]
+    for scenario, batch in zip(record["scenarios"], (1, 2), strict=True):
+        assert scenario["batch"] == batch and scenario["visual_tokens"] == 16 and scenario["text_tokens"] == 9
+        assert [row["label"] for row in scenario["rows"]] == [*labels, "drop_visual:layer=2:tau=None"]
+
+
+def test_counts_are_exact(record):
+    for scenario in (0, 1):
+        found = rows(record, scenario)
+        per_layer = {label: row["visual_tokens_per_layer"] for label, row in found.items()}
+        assert per_layer["unpatched"] == [16] * 4
+        assert per_layer["divprune-8"] == [8] * 4
+        assert per_layer["fastv:layer=1-0.25"] == [16, 4, 4, 4]
+        assert per_layer["drop_visual:layer=2:tau=None"] == [16, 16, 0, 0]
+        assert found["fastv:layer=1-0.25"]["equivalent_tokens"] == 7
+        for row in found.values():
+            assert row["kv_bytes"] == row["kv_theory_bytes"] > 0
+            assert row["targets"]["kv_over_theory"] == {"value": 1.0, "wanted": "exactly 1", "met": True}
+            for part in ("tower", "projector", "language_model", "lm_head", "method"):
+                assert row["flops"][part] == pytest.approx(row["flops_counted"][part], rel=0.01)
+        assert found["unpatched"]["flops"]["method"] == 0 < found["divprune-8"]["flops"]["method"]
+        assert found["unpatched"]["peak_over_unpatched"] == 1
+
+
+def test_times_are_medians_with_spreads_and_ratios_in_pairs(record):
+    for row in rows(record, 1).values():
+        assert row["tokens_per_second"] == pytest.approx(2000 / row["decode_ms"]["median"])
+        assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"] < row["latency_ms"]["median"]
+        for name in ("prefill", "ttft", "decode", "latency"):
+            for kind in ("ms", "over_ideal", "over_unpatched"):
+                spread = row[f"{name}_{kind}"]
+                assert spread["median"] > 0 and spread["iqr"] >= 0
+    for name in ("prefill", "ttft", "decode", "latency"):
+        assert rows(record)["unpatched"][f"{name}_over_unpatched"] == {"median": 1, "iqr": 0}
+    assert (
+        rows(record)["unpatched"]["selection_ms"]["median"] == 0 < rows(record)["divprune-8"]["selection_ms"]["median"]
+    )
+
+
+def test_targets_follow_where_a_method_prunes(record):
+    bounds = {label: row["targets"]["prefill_over_ideal"]["wanted"] for label, row in rows(record).items()}
+    assert bounds["divprune-8"] == "at most 1.05" and bounds["fastv:layer=1-8"] == "at most 1.10"
+
+
+def test_where_it_was_measured_is_recorded(record):
+    assert record["model"]["name"] == "tiny" and record["model"]["dtype"] == "float32"
+    assert record["versions"]["torch"] == version("torch") and record["versions"]["python"]
+    assert "threads" in record["device"]
+    assert record["workload"]["repeats"] == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_left_as_it_was(family):
+    model = tiny(family)
+    bench(model, [], [1], QUICK)  # generation itself leaves a trace, once
+    before = anatomy(model)
+    found = rows(bench(model, [parse_method("random")], None, QUICK))
+    assert anatomy(model) == before
+    n = found["unpatched"]["visual_tokens_per_layer"][0]
+    assert list(found)[1:] == [f"random-{keep}" for keep in default_budgets(int(n))]
+
+
+def test_several_images_in_a_prompt():
+    record = bench(
+        tiny("llava"), [parse_method("fastv")], [5], Workload(images=2, text_tokens=9, new_tokens=2, repeats=1)
+    )
+    assert rows(record)["fastv-5"]["visual_tokens_per_layer"] == [32, 32, 10, 10]
+
+
+def test_processor_time_is_said_to_be_one(record):
+    quick = bench(tiny("llava"), [], [1], replace(QUICK, cpu_time=True))
+    assert "processor time" in markdown(quick) and "processor time" not in markdown(record)
+    row = rows(quick)["unpatched"]
+    assert 0 < row["prefill_ms"]["median"] < row["ttft_ms"]["median"] < row["latency_ms"]["median"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    record = bench(tiny("llava").to("cuda"), [parse_method("fastv")], [5], QUICK)
+    row = rows(record)["fastv-5"]
+    assert row["kv_bytes"] == row["kv_theory_bytes"] and row["peak_bytes"] > 0
+    assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"]
+
+
+def test_a_missed_target_is_said_aloud(record):
+    slow = json.loads(json.dumps(record))
+    row = slow["scenarios"][0]["rows"][1]
+    row["targets"]["peak_over_unpatched"] = {"value": 1.25, "wanted": "at most 1", "met": False}
+    assert "- divprune-8: peak over unpatched is 1.250, wanted at most 1" in markdown(slow)
+    for scenario in slow["scenarios"]:
+        for row in scenario["rows"]:
+            for target in row["targets"].values():
+                target["met"] = True
+    assert "Targets missed" not in markdown(slow) and markdown(slow).count("All targets met.") == 2
+    row["kv_bytes"] += 2**20
+    assert "(theory " in markdown(slow)
+
+
+def test_the_table_is_a_table(record):
+    text = markdown(record)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 * (2 + 6) and len({line.count("|") for line in table}) == 1
+    assert len({len(line) for line in table[:8]}) == 1
+    assert "✓" in text and "## Batch 2" in text
+
+
+def test_files_are_the_record_and_the_table(record, tmp_path):
+    path = tmp_path / "new" / "tiny.json"
+    text = write(record, path)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    assert path.with_suffix(".md").read_text() == text == markdown(record)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["tiny.json", "tiny.md"]
+
+
+def test_what_is_written_on_the_command_line():
+    assert parse_method("fastv:layer=3:keep=0.5") == {"method": "fastv", "layer": 3, "keep": 0.5}
+    assert parse_method(" divprune:newline=rows")["newline"] == "rows"
+    assert parse_method("drop_visual:tau=None")["tau"] is None
+    assert parse_numbers("192,0.5") == (192, 0.5)
+    assert parse_size("672x1008") == (672, 1008) and parse_size(None) is None
+    assert default_budgets(576) == [192, 128, 64]
+    assert list(with_budgets([parse_method("fastv:keep=9"), parse_method("none")], [1, 2])) == ["fastv-9", "none"]
+
+
+def test_mistakes_are_refused_before_anything_is_measured():
+    for wrong, what in (
+        (lambda: parse_method("divprun"), "Did you mean 'divprune'"),
+        (lambda: parse_method("fastv:3"), "name:option=value"),
+        (lambda: parse_numbers("1,x"), "192,128,64"),
+        (lambda: parse_batches("0"), "whole numbers from 1 up"),
+        (lambda: parse_batches("1,-1"), "whole numbers from 1 up"),
+        (lambda: parse_batches("1.5"), "whole numbers from 1 up"),
+        (lambda: parse_size("672"), "HEIGHTxWIDTH"),
+        (lambda: with_budgets([parse_method("fastv:layr=2")], [4]), "Did you mean 'layer'"),
+        (lambda: with_budgets([parse_method("fastv")] * 2, [4]), "fastv-4 is asked for twice"),
+        (lambda: bench(tiny("llava"), [parse_method("random")], [17], QUICK), "larger than the image"),
+        (lambda: load(), "give a checkpoint or --shape"),
+        (lambda: load("bundled/tiny-llava", "llava-1.5-7b"), "one of the two"),
+        (lambda: load("bundled/tiny-llava", layers=2), "--layers goes with --shape"),
+        (lambda: load(shape="llava-1.5-7b", dtype="int8"), "use float32"),
+        (lambda: load("/nonexist/x"), "the path /nonexist/x does not exist"),
+        (lambda: load("bundled/tiny-llava", device="foo"), "there is no such device"),
+        (lambda: load("bundled/nothing"), "no bundled checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            wrong()
+
+
+def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
+    path = tmp_path / "tiny.json"
+    arguments = "bench bundled/tiny-llava --methods random --budgets 64 --text-tokens 9 --new-tokens 2 --repeats 1"
+    shown = CliRunner().invoke(app, [*arguments.split(), "--device", "cpu", "--output", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == path.with_suffix(".md").read_text()
+    assert list(rows(json.loads(path.read_text()))) == ["unpatched", "random-64"]
+
+
+def test_the_command_says_what_is_wrong():
+    for arguments, what in (
+        (["bench"], "give a checkpoint or --shape"),
+        (["bench", "bundled/tiny-llava", "--methods", "nothing"], "unknown method"),
+        (["bench", "bundled/tiny-llava", "--output", "table.md"], "ends in .json"),
+        (["bench", "--shape", "llava-9"], "unknown shape"),
+        (["bench", "bundled/tiny-llava", "--batch", "0"], "whole numbers from 1 up"),
+        (["bench", "bundled/tiny-llava", "--output", f"{__file__}/x.json"], "cannot be written to"),
+    ):
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 2 and what in shown.stderr and shown.stdout == ""

@@ -1,0 +1,337 @@
+"""Equal budgets: the solved option costs what was asked, on the receipt of the very prompts, or an error says how near
+it can get."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import BOS, DEPTH, Clip, Picture, batch, tiny, words
+
+import vlmslim
+from vlmslim.compressor import Compressed, Compressor
+from vlmslim.cost.budget import BudgetError, Solver, nearest, solve
+from vlmslim.engine.families import kv_cache
+from vlmslim.methods.divprune import DivPrune
+from vlmslim.methods.drop_visual import DropVisual
+from vlmslim.methods.fastv import FastV
+
+ROWS = [
+    [BOS, Picture(0, (60, 30)), *words(0, 5)],
+    [BOS, *words(1, 4), Picture(1, (32, 64)), *words(2, 9)],
+    [BOS, *words(4, 2), Picture(2, (60, 60)), *words(5, 3)],
+    [BOS, Picture(3, (32, 20)), *words(6, 2), Picture(4, (64, 64)), *words(7, 4)],
+    [BOS, *words(3, 7)],  # no image: it counts for nothing
+]
+
+
+def prompts(model, rows=ROWS) -> list[dict]:
+    return [batch(model, [row], padding="none") for row in rows]
+
+
+def cost(model, inputs, method, **options) -> dict[str, float]:
+    """What a method costs, counted here from the lengths that the decoder layers really have."""
+    layers = model.model.language_model.layers
+    text = model.config.get_text_config()
+    q = text.num_attention_heads * layers[0].self_attn.head_dim
+    k = text.num_key_value_heads * layers[0].self_attn.head_dim
+    matrices = text.hidden_size * (2 * q + 2 * k + 3 * text.intermediate_size)
+    lengths, whole, visual = [0] * len(layers), 0, 0
+    special = [model.config.image_token_id, getattr(model.config, "video_token_id", -1)]
+    rows = [x for x in inputs if torch.isin(x["input_ids"], torch.tensor(special)).any()]
+    with vlmslim.patch(model, method, **options) as slim:
+        for x in rows:
+            out = model(**x)
+            own = [len(layer.keys[0, 0]) for layer in kv_cache(out).layers]
+            lengths = [a + b for a, b in zip(lengths, own, strict=True)]
+            placeholder = torch.isin(x["input_ids"], torch.tensor(special)).sum().item()
+            whole += x["input_ids"].shape[1]
+            visual += sum(own) / len(own) - (x["input_ids"].shape[1] - placeholder)
+        images = slim.receipt.summary()["images"]
+
+    def flops(tokens):
+        return sum(n * matrices + 2 * n * n * q for n in tokens)
+
+    count = len(rows)
+    return {
+        "equivalent_tokens": visual / images,
+        "tflops_ratio": flops([n / count for n in lengths]) / flops([whole / count] * len(layers)),
+    }
+
+
+METHODS = {
+    "random": {},
+    "uniform": {},
+    "pool": {},
+    "divprune": {},
+    "divprune-rows": {"newline": "rows"},
+    "fastv": {"layer": 1},
+    "todre": {},
+    "aim": {},
+    "globalcom2": {},
+    "tokencorr": {},
+}
+
+
+@pytest.mark.parametrize("currency", ["equivalent_tokens", "tflops_ratio"])
+def test_every_method_costs_what_another_costs(family, currency):
+    """All of them are brought to the cost of `random` at a keep that every grid of counts can meet."""
+    model = tiny(family)
+    inputs = prompts(model)
+    solver = Solver(model, inputs)
+    for label, options in METHODS.items():
+        name = label.split("-")[0]
+        given = options | {"keep": 9 if family in ("llava", "siglip") else 0.4321}
+        target = cost(model, inputs, name, **given)[currency]
+        solved = solver.solve({"method": name} | options, **{currency: target})
+        assert solved.achieved == pytest.approx(target, rel=0.02), label
+        assert cost(model, inputs, list(solved.stages))[currency] == pytest.approx(solved.achieved, rel=1e-9), label
+        assert solved.knob == "keep"
+        if family in ("llava", "siglip"):
+            assert solved.value == 9, label
+        else:
+            assert isinstance(solved.value, float), label
+
+
+def test_counts_for_images_of_one_size_are_exact():
+    model = tiny("llava")
+    solved = solve(model, "divprune", prompts(model), equivalent_tokens=6)
+    assert solved.stages == ({"method": "divprune", "keep": 6},)
+    assert (solved.achieved, solved.prompts) == (6, 4)
+    fastv = solve(model, "fastv", prompts(model), equivalent_tokens=(16 + 3 * 4) / 4, layer=1)
+    assert fastv.stages == ({"method": "fastv", "layer": 1, "keep": 4},)
+
+
+def test_a_share_meets_the_budget_on_average_over_sizes():
+    model = tiny("next")
+    inputs = prompts(model)
+    keep = solve(model, "random", inputs, equivalent_tokens=20).value
+    with vlmslim.patch(model, "random", keep=keep) as slim:
+        for x in inputs:
+            model(**x)
+    assert slim.receipt.summary()["kept"] == pytest.approx(20, rel=0.02)
+
+
+def test_videos():
+    model = tiny("onevision")
+    inputs = prompts(model, [[BOS, Clip(0, 3), *words(0, 4)], [BOS, Clip(1, 8), *words(1, 4)]])
+    solved = solve(model, "uniform", inputs, equivalent_tokens=7)
+    assert cost(model, inputs, list(solved.stages))["equivalent_tokens"] == pytest.approx(7, rel=0.02)
+
+
+def test_the_knob_is_the_first_that_is_not_given():
+    model = tiny("llava")
+    inputs = prompts(model)
+    target = (16 * 3 + 4) / 4
+    assert solve(model, {"method": "fastv", "keep": 4}, inputs, equivalent_tokens=target).record() == {
+        "knob": "layer",
+        "value": 3,
+        "target": {"equivalent_tokens": target},
+        "achieved": target,
+        "prompts": 4,
+    }
+    assert solve(model, {"method": "drop_visual", "tau": None}, inputs, equivalent_tokens=8).value == 2
+    stages = [{"method": "divprune"}, {"method": "drop_visual", "layer": 0.5, "tau": None}]
+    assert solve(model, stages, inputs, equivalent_tokens=3).stages[0] == {"method": "divprune", "keep": 6}
+    stages = [{"method": "divprune", "keep": 6}, {"method": "drop_visual", "tau": None}]
+    assert solve(model, stages, inputs, equivalent_tokens=3).stages[1]["layer"] == 2
+
+
+def test_values_that_another_stage_has_no_use_for_are_passed_over():
+    model = tiny("llava")
+    inputs = prompts(model)
+    stages = [{"method": "divprune"}, {"method": "fastv", "keep": 6, "layer": 2}]
+    assert solve(model, stages, inputs, equivalent_tokens=8).value == 10
+    with pytest.raises(BudgetError, match=r"divprune\+fastv cannot .* nearest is keep=6 with 6"):
+        solve(model, stages, inputs, equivalent_tokens=3)
+
+
+def test_method_objects():
+    model = tiny("llava")
+    inputs = prompts(model)
+    first, second = solve(model, [DivPrune(), DropVisual(2, None)], inputs, equivalent_tokens=4).stages
+    assert (first, second) == (DivPrune(keep=8), DropVisual(2, None))
+    assert solve(model, FastV(3, layer=1), inputs, equivalent_tokens=7).stages == (FastV(4, layer=1),)
+
+
+def test_aim_solves_its_schedule_where_the_merging_is_given():
+    model = tiny("llava")
+    inputs = prompts(model)
+    target = cost(model, inputs, "aim", keep=12, start=1, stop=3)["equivalent_tokens"]
+    solved = solve(model, "aim", inputs, equivalent_tokens=target, keep=12, start=1)
+    assert (solved.knob, solved.value) == ("stop", 3)
+
+
+@dataclass
+class Secretive(Compressor):
+    """Keeps a third of what it is asked for, which no account of its own foretells."""
+
+    keep: float = 0.5
+
+    def compress(self, image):
+        return Compressed(image.features[: max(1, round(len(image.features) * self.keep / 3))])
+
+
+def test_what_a_method_decides_itself_is_measured():
+    model = tiny("next")
+    inputs = prompts(model)
+    solved = solve(model, Secretive(), inputs, equivalent_tokens=8)
+    assert cost(model, inputs, list(solved.stages))["equivalent_tokens"] == pytest.approx(8, rel=0.02)
+    assert solved.value == pytest.approx(3 * solve(model, DivPrune(), inputs, equivalent_tokens=8).value, rel=0.05)
+
+
+@dataclass
+class Squares(Compressor):
+    """Refuses most counts."""
+
+    keep: int = 4
+
+    def __post_init__(self):
+        if self.keep not in (1, 4, 9, 16):
+            raise ValueError("squares only")
+
+    def compress(self, image):
+        return Compressed(image.features[: self.keep])
+
+
+def test_counts_that_a_method_refuses_are_not_tried():
+    model = tiny("llava")
+    inputs = prompts(model)
+    assert solve(model, Squares(), inputs, equivalent_tokens=9).value == 9
+    with pytest.raises(BudgetError, match="Squares cannot .* nearest is keep=9 with 9"):
+        solve(model, Squares(), inputs, equivalent_tokens=10)
+
+
+@pytest.mark.parametrize(
+    "method, target, message",
+    [
+        ({"method": "fastv"}, {"equivalent_tokens": 2}, "fastv cannot cost equivalent_tokens=2 .*keep=1 with 8.5"),
+        ({"method": "divprune"}, {"equivalent_tokens": 20}, "divprune .* nearest is keep=16 with 16"),
+        ({"method": "divprune"}, {"equivalent_tokens": 5.5}, "to within 2%: the nearest is keep=5 with 5"),
+        (
+            {"method": "drop_visual", "tau": None},
+            {"equivalent_tokens": 10},
+            "nearest is layer=2 with 8|layer=3 with 12",
+        ),
+        (
+            {"method": "drop_visual", "tau": 0.0},
+            {"equivalent_tokens": 8},
+            "drop_visual cannot cost equivalent_tokens=8 .* with 16",
+        ),
+    ],
+)
+def test_what_cannot_be_met_says_how_near_it_gets(method, target, message):
+    model = tiny("llava")
+    with pytest.raises(BudgetError, match=message):
+        solve(model, method, prompts(model), **target)
+    assert not hasattr(model, "_vlmslim")
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("divprune", {}, "a budget is one of equivalent_tokens=64 and tflops_ratio=0.15"),
+        ("divprune", {"equivalent_tokens": 4, "tflops_ratio": 0.5}, "a budget is one of"),
+        ("divprune", {"equivalent_tokens": 0}, "equivalent_tokens=0: give a positive number"),
+        ("divprune", {"equivalent_tokens": float("nan")}, "give a positive number"),
+        ("divprune", {"tflops_ratio": 1.5}, "lies in .0, 1."),
+        ("divprune", {"equivalent_tokens": 4, "keep": 3}, "nothing is left to solve; leave out the option"),
+        ("none", {"equivalent_tokens": 4}, "nothing is left to solve"),
+        ("divprun", {"equivalent_tokens": 4}, "Did you mean 'divprune'"),
+        ("divprune", {"equivalent_tokens": 4, "ordr": "raster"}, "Did you mean 'order'"),
+    ],
+)
+def test_wrong_requests(method, options, message):
+    model = tiny("llava")
+    with pytest.raises(ValueError, match=message):
+        solve(model, method, prompts(model), **options)
+
+
+def test_options_go_with_a_name():
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="options go with a method's name only; .'layer'. came with"):
+        solve(model, FastV(4), prompts(model), equivalent_tokens=7, layer=1)
+    assert Solver(model, prompts(model)).solve("divprune", equivalent_tokens=7).value == 7
+
+
+def test_prompts_must_bring_images_one_at_a_time():
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="no sample prompt brings an image"):
+        solve(model, "divprune", prompts(model, ROWS[-1:]), equivalent_tokens=4)
+    with pytest.raises(ValueError, match="give inputs of one row"):
+        solve(model, "divprune", [batch(model, ROWS[:2])], equivalent_tokens=4)
+
+
+def test_the_solution_is_the_same_twice_and_json():
+    model = tiny("next")
+    once, twice = (solve(model, "todre", prompts(model), tflops_ratio=0.5) for _ in range(2))
+    assert once == twice
+    assert json.loads(json.dumps(once.record())) == once.record()
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.floats(0.1, 120), st.integers(0, 59))
+def test_nearest_finds_the_nearest(costs, target, start):
+    costs.sort()
+    index, found = nearest(costs.__getitem__, len(costs), target, start % len(costs))
+    assert found == costs[index]
+    assert abs(found - target) == min(abs(c - target) for c in costs)
+
+
+@given(st.integers(1, 10**6), st.floats(1e-3, 1))
+def test_nearest_keeps_to_its_tries(size, at):
+    calls = []
+
+    def step(i):
+        calls.append(i)
+        return float(i > at * size)
+
+    nearest(step, size, 0.5, tries=5)
+    assert len(calls) <= 5
+    assert len(set(calls)) == len(calls)
+
+
+def test_a_share_of_the_depth_means_what_the_engine_makes_of_it():
+    model = tiny("llava")
+    inputs = prompts(model)
+    for share in (0.3, 0.5, 0.6, 0.9):
+        stage = FastV(4, layer=share)
+        planned = sum(stage.visual_tokens(16, DEPTH)) / DEPTH
+        assert cost(model, inputs, stage)["equivalent_tokens"] == planned
+
+
+@pytest.mark.slow
+def test_a_run_at_equal_cost(tmp_path):
+    """The bundled checkpoint behind lmms-eval: every cell's own receipt says what the budget asked for."""
+    pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+    from vlmslim.evaluation.config import ConfigError, load_config
+    from vlmslim.evaluation.run import run
+    from vlmslim.evaluation.store import Store
+
+    config = {
+        "model": {"pretrained": "bundled/tiny-llava", "device": "cpu"},
+        "tasks": ["scenes_count"],
+        "budgets": [{"equivalent_tokens": 48}, {"tflops_ratio": 0.5}],
+        "methods": ["divprune", "fastv", "aim", "todre"],
+        "limit": 3,
+        "timing": None,
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    board = run(load_config(path))
+    rows = {row.label: row for row in board.rows}
+    for method in ("random", "divprune", "fastv", "aim", "todre"):
+        assert rows[f"{method}-equivalent_tokens=48"].equivalent == pytest.approx(48, rel=0.02)
+        assert rows[f"{method}-tflops_ratio=0.5"].flops_ratio == pytest.approx(0.5, rel=0.02)
+    cell = Store(tmp_path / "out").cell("fastv-equivalent_tokens=48", "scenes_count")
+    assert cell["stages"][0]["keep"] == cell["budget"]["value"] == 16
+    assert cell["budget"]["spent"] == cell["budget"]["achieved"] == 48
+    saved = (tmp_path / "out" / "leaderboard.json").read_bytes()
+    run(load_config(path))
+    assert (tmp_path / "out" / "leaderboard.json").read_bytes() == saved
+
+    path.write_text(json.dumps(config | {"budgets": [{"equivalent_tokens": 30}]}))
+    with pytest.raises(ConfigError, match="fastv cannot cost equivalent_tokens=30 .* nearest is keep=1 with 36.75"):
+        run(load_config(path))

@@ -1,0 +1,124 @@
+"""Recomputed attention, of the tower and of the decoder, against plain loops and the models' own maps."""
+
+import math
+
+import pytest
+import torch
+from doubles import Both, BothOriginal, Everything, First, Stairs, expect, name_of
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import noise, seeds, some
+from tiny import LONG_ROWS, ROWS, SEVERAL, batch, close, tiny, valid
+
+import vlmslim
+from vlmslim.ops.attention import cls_attention, cls_logits, received_attention
+
+
+@some
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 7))
+def test_attention_of_towers(seed, crops, heads, patches):
+    q, k = noise(seed, 2, crops, heads, 1 + patches, 5)
+    for c in range(crops):
+        rows = []  # [head][query] -> softmax over keys
+        for h in range(heads):
+            logits = (q[c, h].double() @ k[c, h].double().T / 5**0.5).tolist()
+            rows.append([[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits])
+        paid = [sum(rows[h][0][p] for h in range(heads)) / heads for p in range(1, 1 + patches)]
+        looked = [[float(x) for x in (q[c, h, 0].double() @ k[c, h].double().T / 5**0.5)] for h in range(heads)]
+        means = [sum(row[p] for row in looked) / heads for p in range(1, 1 + patches)]
+        close(cls_logits(q, k)[c].double(), torch.tensor(means).double(), 1e-5)
+        close(cls_attention(q, k)[c].double(), torch.tensor(paid).double(), 1e-5)
+        size = 1 + patches
+        got = [sum(rows[h][i][p] for h in range(heads) for i in range(size)) / heads / size for p in range(size)]
+        close(received_attention(q, k)[c].double(), torch.tensor(got).double(), 1e-5)
+    close(received_attention(q, k).sum(1), torch.ones(crops), 1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@torch.no_grad()
+def test_tower_queries_and_keys_give_the_towers_own_attention(family, layer):
+    eager = tiny(family, "eager")
+    inputs = batch(eager, [ROWS[0]])
+    maps = []
+    encoder = getattr(eager.model.vision_tower, "vision_model", eager.model.vision_tower).encoder
+    hook = encoder.layers[layer].self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1]))
+    eager(**inputs)
+    hook.remove()
+    seen = []
+
+    class Look(First):
+        tower_layers = (layer,)
+
+        def compress(self, image):
+            q, k = image.qk(layer)
+            seen.append((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1))
+            return super().compress(image)
+
+    model = tiny(family, "sdpa")
+    with vlmslim.patch(model, Look()):
+        model(**inputs)
+    close(seen[0], maps[0][: len(seen[0])], 1e-5)
+
+
+@pytest.mark.parametrize("rule", [Everything(), Stairs(), Both(), BothOriginal()], ids=name_of)
+@torch.no_grad()
+def test_recomputed_attention_equals_the_models_own(family, backend, rule):
+    """`LayerInput.attention` of some rows, under any back end, against the maps that eager attention returns."""
+    eager = tiny(family, "eager")
+    seen = {}
+
+    class Looking(type(rule)):
+        layers = (1, 2, 3)
+
+        def retain(self, tokens):
+            rows = torch.stack([tokens.last, (tokens.last - 3)], 1)
+            seen[tokens.layer] = tokens.attention(rows), tokens.origin, tokens.mask, rows
+            return super().retain(tokens)
+
+        def left(self, layer, n, text):
+            return super().left(layer, n, text) if layer in type(rule).layers else torch.arange(n)
+
+    model = tiny(family, backend)
+    rows = [*LONG_ROWS[:3], SEVERAL[0]]
+    with vlmslim.patch(model, Looking()):
+        inputs = batch(model, rows)
+        model(**inputs)
+    assert set(seen) == {1, 2, 3}
+    for i, row in enumerate(rows):
+        maps = {}
+        hooks = [
+            layer.self_attn.register_forward_hook(lambda m, a, out, n=n, maps=maps: maps.__setitem__(n, out[1]))
+            for n, layer in enumerate(eager.model.language_model.layers)
+        ]
+        ref = expect(eager, row, rule)
+        for hook in hooks:
+            hook.remove()
+        start = int(valid(inputs, i).nonzero()[0])
+        for layer, (got, origin, mask, asked) in seen.items():
+            assert got.dtype == torch.float32
+            assert got.shape == (len(rows), 4, 2, origin.shape[1])
+            own = maps[layer - 1][0]  # (heads, S, S) over the reference's tokens
+            places = torch.searchsorted(ref.origin, origin[i][mask[i]] - start)
+            for q in range(2):
+                at = int(torch.searchsorted(ref.origin, origin[i][asked[i, q]] - start))
+                close(got[i, :, q][:, mask[i]], own[:, at, places], 1e-4)
+                assert torch.all(got[i, :, q][:, ~mask[i]] == 0)
+
+
+@torch.no_grad()
+def test_keys_of_the_kv_cache_serve_as_recomputed_ones(family, backend):
+    model, seen = tiny(family, backend), {}
+
+    class Looking(Stairs):
+        def retain(self, tokens):
+            seen.setdefault(tokens.layer, []).append((tokens.keys is None, tokens.attention(tokens.last[:, None])))
+            return super().retain(tokens)
+
+    inputs = batch(model, LONG_ROWS)
+    with vlmslim.patch(model, Looking()):
+        model(**inputs, use_cache=True)
+        model(**inputs, use_cache=False)
+    assert seen
+    for (cached, ours), (recomputed, want) in seen.values():
+        assert recomputed and not cached
+        assert torch.equal(ours, want)

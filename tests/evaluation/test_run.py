@@ -1,0 +1,698 @@
+"""`vlmslim run` on a stand-in for lmms-eval: order, resuming, refusing to mix, failing loudly."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from evaluation_doubles import FakeHarness, write_config
+from tiny import tiny
+
+import vlmslim
+from vlmslim.cost.budget import BudgetError, Solution
+from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.run import CellError, Display, check_effect, run
+from vlmslim.evaluation.store import Store
+from vlmslim.io.files import write_atomically
+from vlmslim.leaderboard.board import Leaderboard
+
+OURS = {"label", "task", "samples_sha256"}  # what the store adds to a record
+ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **changes: load_config(write_config(tmp_path, **changes))
+
+
+def test_every_cell_runs_once_the_unpatched_model_first(config):
+    harness = FakeHarness()
+    board = run(config(), harness=harness)
+    assert harness.evaluated == [(label, task) for label in ROWS for task in ("count", "text")]
+    assert harness.loads == 1
+    assert [row.label for row in board.rows][0] == "none"
+    assert all(len(row.scores) == 2 for row in board.rows)
+    assert harness.timed == ROWS
+
+
+def test_a_second_call_evaluates_and_loads_nothing(config):
+    first = run(config(), harness=FakeHarness())
+    harness = FakeHarness()
+    assert run(config(), harness=harness) == first
+    assert (harness.evaluated, harness.loads, harness.timed) == ([], 0, [])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_goes_on_where_it_stopped(config, stop):
+    broken = FakeHarness(fail_at=("random-16", "text"), failure=stop())
+    with pytest.raises(stop):
+        run(config(), harness=broken)
+    rest = FakeHarness()
+    board = run(config(), harness=rest)
+    assert broken.evaluated + rest.evaluated == [(label, task) for label in ROWS for task in ("count", "text")]
+    assert board == run(config(output=str(config().output) + "-2"), harness=FakeHarness())
+
+
+def test_an_exception_names_the_cell_and_keeps_finished_ones(config):
+    with pytest.raises(CellError, match="random-16 on text failed: RuntimeError: out of memory"):
+        run(config(), harness=FakeHarness(fail_at=("random-16", "text"), failure=RuntimeError("out of memory")))
+    store = Store(config().output)
+    assert store.cell("random-16", "count") is not None
+    assert store.cell("random-16", "text") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "samples cut", "samples gone", "empty", "not text"])
+def test_damaged_cells_are_done_again(config, damage):
+    before = run(config(), harness=FakeHarness())
+    path = config().output / "cells" / "random-16" / "text.json"
+    samples = path.with_suffix(".jsonl")
+    match damage:
+        case "cut":
+            path.write_text(path.read_text()[:-40])
+        case "changed":
+            path.write_text(path.read_text().replace('"images": 4', '"images": 5'))
+        case "samples cut":
+            samples.write_text(samples.read_text()[:-10])
+        case "samples gone":
+            samples.unlink()
+        case "empty":
+            path.write_text("")
+        case "not text":
+            path.write_bytes(b"\xff\xfe\x00")
+    harness = FakeHarness()
+    assert run(config(), harness=harness) == before
+    assert harness.evaluated == [("random-16", "text")]
+
+
+def test_no_file_is_ever_half_written(config, monkeypatch):
+    run(config(), harness=FakeHarness())
+    path = config().output / "run.json"
+    before = path.read_text()
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == before
+    assert not list(path.parent.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"limit": 2}, "limit: None there, 2 now"),
+        ({"batch_size": 4}, "batch_size: 1 there, 4 now"),
+        ({"model": {"pretrained": "tiny", "dtype": "float16"}}, "model.dtype: None there, 'float16' now"),
+    ],
+)
+def test_results_of_different_configs_are_not_mixed(config, change, named):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(ConfigError) as error:
+        run(config(**change), harness=FakeHarness())
+    assert named in str(error.value)
+    assert "another --output directory, restore the configuration, or start over with --fresh" in str(error.value)
+    harness = FakeHarness()
+    run(config(**change), fresh=True, harness=harness)
+    assert len(harness.evaluated) == 10
+
+
+def test_a_retrained_checkpoint_is_another_run(config):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(ConfigError, match="checkpoint: 'weights-1' there, 'weights-2' now"):
+        run(config(), harness=FakeHarness(identity="weights-2"))
+
+
+def test_another_version_of_a_library_is_another_run(config, monkeypatch):
+    from vlmslim.io import provenance
+
+    run(config(), harness=FakeHarness())
+    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(ConfigError, match="versions.torch: .* there, '1.0' now"):
+        run(config(), harness=FakeHarness())
+
+
+def test_methods_and_tasks_may_be_added(config):
+    run(config(), harness=FakeHarness())
+    harness = FakeHarness()
+    board = run(config(methods=["divprune", "uniform"], tasks=["count", "text", "spatial"]), harness=harness)
+    new = [(label, "spatial") for label in ROWS]
+    new += [(f"uniform-{keep}", task) for keep in (64, 16) for task in ("count", "text", "spatial")]
+    assert harness.evaluated == new
+    assert harness.timed == [*ROWS, "uniform-64", "uniform-16"]  # ratios hold within one session only
+    assert len(board.rows) == 7
+
+
+def test_a_row_that_is_taken_out_leaves_the_leaderboard(config):
+    run(config(), harness=FakeHarness())
+    board = run(config(budgets=[64]), harness=FakeHarness())
+    assert [row.label for row in board.rows] == ["none", "random-64", "divprune-64"]
+
+
+def test_one_label_cannot_mean_two_methods(config):
+    entry = {"method": "fastv", "keep": 16, "label": "mine"}
+    run(config(methods=[entry]), harness=FakeHarness())
+    with pytest.raises(ConfigError) as error:
+        run(config(methods=[entry | {"layer": 3}]), harness=FakeHarness())
+    assert str(error.value) == (
+        f"mine was changed in the middle of the run: {config().output} holds its cell count, made with\n"
+        "  method: fastv, keep: 16\nand now it is\n  method: fastv, keep: 16, layer: 3\n"
+        "Give the changed method another 'label', use another --output directory, or start over with --fresh"
+    )
+
+
+def test_a_refused_run_changes_nothing(config):
+    entry = {"method": "fastv", "keep": 16, "label": "mine"}
+    before = run(config(methods=[entry]), harness=FakeHarness())
+    written = (config().output / "run.json").read_bytes()
+    for refused in ({"methods": [entry | {"layer": 3}]}, {"methods": [entry], "seed": 1}):
+        with pytest.raises(ConfigError):
+            run(config(**refused), harness=FakeHarness())
+    assert (config().output / "run.json").read_bytes() == written
+    assert Leaderboard.read(config().output) == before
+
+
+def stored(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("refusal", ["task", "checkpoint", "budget", "loading", "device", "count"])
+def test_what_fresh_refuses_is_not_thrown_away(config, monkeypatch, refusal):
+    run(config(), harness=FakeHarness())
+    before, changes, harness = stored(config().output), {}, Solving(impossible={"divprune-equivalent_tokens=40"})
+
+    def fail(*_):
+        raise (OSError if refusal == "loading" else ConfigError)("not there")
+
+    match refusal:
+        case "budget":
+            changes = {"budgets": [COST]}
+        case "device":
+            changes = {"model": {"pretrained": "tiny", "device": "foo"}}
+        case "count":
+            changes = {"budgets": [145]}
+            harness.tokens = 144
+        case _:
+            name = {"task": "Tasks", "checkpoint": "describe_checkpoint", "loading": "Harness"}[refusal]
+            monkeypatch.setattr(harness, name, fail)
+    with pytest.raises(ConfigError):
+        run(config(**changes), fresh=True, harness=harness)
+    assert stored(config().output) == before
+    assert harness.evaluated == []
+
+
+def test_fresh_solves_anew_and_keeps_what_it_solved(config):
+    run(config(budgets=[COST]), harness=Solving())
+    harness = Solving()
+    run(config(budgets=[COST]), fresh=True, harness=harness)
+    assert harness.solved == SOLVED_ROWS
+    again = Solving()
+    run(config(budgets=[COST]), harness=again)
+    assert again.solved == []
+
+
+def test_a_run_without_a_cell_does_not_lock_its_directory(config):
+    with pytest.raises(CellError):
+        run(config(seed=1), harness=FakeHarness(fail_at=("none", "count"), failure=RuntimeError("no")))
+    run(config(), harness=FakeHarness())
+    assert Store(config().output).run["shared"]["seed"] == 0
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
+        run(config(seed=1), harness=FakeHarness())
+
+
+def test_a_task_that_was_edited_is_not_mixed(config):
+    run(config(methods=["none"], budgets=[64]), harness=FakeHarness())
+    with pytest.raises(ConfigError) as error:
+        run(config(), harness=FakeHarness(definition="edited"))
+    assert str(error.value) == (
+        f"the task count changed in the middle of the run (settings): {config().output} holds its cell none, made "
+        "before, and numbers must not be mixed. Undo the change, use another --output directory, or start over with "
+        "--fresh"
+    )
+    harness = FakeHarness()
+    run(config(), harness=harness)  # as it was
+    assert ("none", "count") not in harness.evaluated
+
+
+def test_a_task_that_is_edited_during_the_run_stops_it(config):
+    class Edited(FakeHarness):
+        def evaluate(self, variant, task):
+            self.definition = {"settings": "edited"}
+            return super().evaluate(variant, task)
+
+    with pytest.raises(CellError, match="the task count was changed meanwhile .settings."):
+        run(config(), harness=Edited())
+    assert Store(config().output).cell("none", "count") is None
+
+
+def test_a_cell_that_does_not_say_its_task_is_done_again(config):
+    run(config(), harness=FakeHarness())
+    store = Store(config().output)
+    cell, samples = store.cell("none", "text"), store.samples("none", "text")
+    store.save_cell("none", "text", {k: v for k, v in cell.items() if k not in OURS | {"definition"}}, samples)
+    with pytest.raises(ConfigError, match="text was changed between"):
+        Leaderboard.read(config().output)
+    harness = FakeHarness()
+    run(config(), harness=harness)
+    assert harness.evaluated == [("none", "text")]
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"device": "foo"}, "model.device: device 'foo': there is no such device"),
+        ({"device": "meta"}, "model.device: device 'meta' cannot be used"),
+    ],
+)
+def test_devices_that_are_not_there(config, model, message):
+    with pytest.raises(ConfigError, match=message):
+        run(config(model={"pretrained": "tiny"} | model), harness=FakeHarness())
+
+
+@pytest.mark.parametrize("place", ["file", "file/in/it"])
+def test_an_output_that_cannot_be_written(config, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output: .* cannot be written to"):
+        run(config(output=str(tmp_path / place)), harness=FakeHarness())
+
+
+def test_more_tokens_than_an_image_has_are_refused_at_once(config):
+    harness = FakeHarness()
+    harness.tokens = 144
+    stages = [{"method": "divprune", "keep": 0.5}, {"method": "fastv", "keep": 10**9}]
+    with pytest.raises(ConfigError) as error:
+        run(config(budgets=[144, 145], methods=[{"stages": stages, "label": "two"}]), harness=harness)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["random-1000000000", "two"]
+    assert "which has 144 visual tokens; use at most 144 or a share" in str(error.value)
+    assert harness.loads == 0
+
+
+def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
+    run(config(), harness=FakeHarness())
+    store = Store(config().output)
+    cell, samples = store.cell("random-16", "text"), store.samples("random-16", "text")
+    cell = {k: v for k, v in cell.items() if k not in OURS}
+    store.save_cell("random-16", "text", cell | {"config_hash": "0" * 64}, samples)
+    with pytest.raises(ConfigError, match="cell random-16 / text of another run .configuration 000000000000, now "):
+        run(config(), harness=FakeHarness())
+
+
+# ---------------------------------------------------------------------- trained methods
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains a TokenFLEX anew, into the same folder, and says how a configuration names it."""
+
+    def trained(seed: int, **options) -> dict:
+        with vlmslim.patch(tiny("llava"), "tokenflex", keep=4, weights=f"random:{seed}") as slim:
+            slim.save_pretrained(tmp_path / "flex")
+        return {"method": "tokenflex", "keep": 64, "weights": str(tmp_path / "flex"), "label": "flex"} | options
+
+    return trained
+
+
+def seal(entry) -> str:
+    return json.loads((Path(entry["weights"]) / "vlmslim.json").read_text())["sha256"]
+
+
+def test_cells_say_with_which_weights_they_were_made(config, trained):
+    entry = trained(seed=1)
+    board = run(config(methods=["divprune", entry]), harness=FakeHarness())
+    store = Store(config().output)
+    assert store.cell("flex", "text")["weights"] == {entry["weights"]: seal(entry)}
+    assert "weights" not in store.cell("divprune-64", "text")
+    rows = {row.label: row for row in board.rows}
+    assert rows["flex"].provenance["weights"] == f"{entry['weights']}={seal(entry)}"
+    assert "weights" not in rows["divprune-64"].provenance
+    again = FakeHarness()
+    run(config(methods=["divprune", trained(seed=1)]), harness=again)
+    assert (again.evaluated, again.loads) == ([], 0)  # the same training
+
+
+@pytest.mark.parametrize("change", ["trained anew", "deleted"])
+def test_weights_that_changed_under_their_path_are_refused(config, trained, change):
+    entry = trained(seed=1)
+    before = seal(entry)
+    run(config(methods=[entry]), harness=FakeHarness())
+    if change == "deleted":
+        shutil.rmtree(entry["weights"])
+    else:
+        trained(seed=2)
+    now = "none that can be read" if change == "deleted" else seal(entry)[:12]
+    harness = FakeHarness()
+    with pytest.raises(ConfigError) as error:
+        run(config(methods=[entry]), harness=harness)
+    assert str(error.value) == (
+        f"the weights of flex changed in the middle of the run: {config().output} holds its cell count, made when "
+        f"{entry['weights']} held {before[:12]}; it holds {now} now, and numbers must not be mixed. "
+        "Give the new ones another 'label', use another --output directory, or start over with --fresh"
+    )
+    assert harness.loads == 0
+
+
+def test_new_weights_under_a_new_label(config, trained):
+    run(config(methods=[trained(seed=1)]), harness=FakeHarness())
+    harness = FakeHarness()
+    run(config(methods=[trained(seed=2, label="flex-2")]), harness=harness)
+    assert {label for label, _ in harness.evaluated} == {"flex-2"}
+
+
+def test_weights_in_a_later_stage_count_too(config, trained):
+    entry = trained(seed=1)
+    stages = [{"method": "tokenflex", "keep": 64, "weights": entry["weights"]}, {"method": "fastv", "keep": 16}]
+    methods = [{"stages": stages, "label": "both"}]
+    run(config(methods=methods), harness=FakeHarness())
+    trained(seed=2)
+    with pytest.raises(ConfigError, match="the weights of both changed"):
+        run(config(methods=methods), harness=FakeHarness())
+
+
+def test_a_cell_that_does_not_say_its_weights_is_done_again(config, trained):
+    """Cells of before weights were recorded. Other rows keep theirs."""
+    settings = config(methods=["divprune", trained(seed=1)])
+    run(settings, harness=FakeHarness())
+    store = Store(config().output)
+    for task in ("count", "text"):
+        cell, samples = store.cell("flex", task), store.samples("flex", task)
+        store.save_cell("flex", task, {k: v for k, v in cell.items() if k not in OURS | {"weights"}}, samples)
+    assert Leaderboard.read(config().output)  # an old directory can be read
+    broken = FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, harness=broken)
+    with pytest.raises(ConfigError, match="cells of flex were made with different weights"):
+        Leaderboard.read(config().output)
+    harness, display = FakeHarness(), Listening()
+    run(settings, harness=harness, display=display)
+    assert broken.evaluated + harness.evaluated == [("flex", "count"), ("flex", "text")]
+    assert "flex on text is done again: its cell does not say with which weights" in display.said
+    assert "weights" in store.cell("flex", "text")
+
+
+def test_weights_that_are_words_need_no_record(config):
+    run(config(methods=[{"method": "tokenflex", "weights": "pool"}]), harness=FakeHarness())
+    assert "weights" not in Store(config().output).cell("tokenflex-64-weights=pool", "text")
+
+
+def test_other_weights_are_timed_again(config, trained):
+    settings = config(methods=["divprune", trained(seed=1)])
+    run(settings, harness=FakeHarness())
+    shutil.rmtree(config().output / "cells" / "flex")
+    trained(seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, harness=FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt()))
+    rows = {row.label: row for row in Leaderboard.read(config().output).rows}
+    assert rows["flex"].prefill_ms is None and rows["divprune-64"].prefill_ms is not None  # not the old one's time
+    harness = FakeHarness()
+    run(settings, harness=harness)
+    assert [label for label, _ in harness.evaluated] == ["flex"]
+    assert "flex" in harness.timed and "none" in harness.timed
+
+
+def test_weights_that_are_replaced_during_the_run_stop_it(config, trained):
+    class Impatient(FakeHarness):
+        def evaluate(self, variant, task):
+            if (variant.label, task) == ("flex", "text"):
+                trained(seed=2)
+            return super().evaluate(variant, task)
+
+    with pytest.raises(CellError, match="weights of flex were replaced meanwhile"):
+        run(config(methods=[trained(seed=1)]), harness=Impatient())
+    assert Store(config().output).cell("flex", "text") is None
+
+
+def test_a_cost_is_solved_anew_for_other_weights(config, trained):
+    settings = config(methods=[trained(seed=1, keep=None, budgets=[COST])])
+    run(settings, harness=Solving())
+    shutil.rmtree(config().output / "cells" / "flex")
+    trained(seed=2)
+    harness = Solving()
+    run(settings, harness=harness)
+    assert harness.solved == ["flex"]
+
+
+def test_a_clip_of_ones_own_counts_as_weights(config, tmp_path):
+    (tmp_path / "clip").mkdir()
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.write_bytes(b"first")
+    (tmp_path / "clip" / "config.json").write_text("{}")
+    methods = [{"method": "recoverable", "keep": 64, "clip": str(tmp_path / "clip"), "label": "mine"}]
+    run(config(methods=methods), harness=FakeHarness())
+    weights.write_bytes(b"other")
+    with pytest.raises(ConfigError, match="the weights of mine changed"):
+        run(config(methods=methods), harness=FakeHarness())
+
+
+def test_a_saved_patch_as_the_checkpoint_brings_its_weights(config, trained):
+    """The base lies elsewhere, so its hash is not that of the trained part: that one is in the row."""
+    folder = trained(seed=1)["weights"]
+    settings = config(model={"pretrained": folder}, methods=["tokenflex"], budgets=[64])
+    stages = {variant.label: variant.stages for variant in settings.variants()}
+    assert stages["tokenflex-64"] == ({"method": "tokenflex", "keep": 64, "weights": folder},)
+    run(settings, harness=FakeHarness())
+    trained(seed=2)
+    with pytest.raises(ConfigError, match="the weights of tokenflex-64 changed"):
+        run(settings, harness=FakeHarness())
+
+
+def test_weights_that_cannot_be_read_are_a_clear_error(config, trained):
+    entry = trained(seed=1)
+    (Path(entry["weights"]) / "vlmslim.json").write_text("{}")
+    with pytest.raises(ConfigError, match="flex: .*vlmslim.json is no configuration of vlmslim"):
+        run(config(methods=[entry]), harness=FakeHarness())
+
+
+# ---------------------------------------------------------------------- costs
+
+COST = {"equivalent_tokens": 40}
+
+
+class Solving(FakeHarness):
+    """Solves every budget by keep=40, which costs what was asked, or `cost`."""
+
+    def __init__(self, cost=40.0, impossible=(), **options):
+        super().__init__(**options)
+        self.solved, self.cost, self.impossible = [], cost, impossible
+
+    def solve(self, variant):
+        self.solved.append(variant.label)
+        if variant.label in self.impossible:
+            raise BudgetError("it cannot")
+        stages = ({**variant.stages[0], "keep": 40},)
+        return Solution(stages, "keep", 40, variant.budget, 40.0, 4)
+
+    def evaluate(self, variant, task):
+        plain = replace(variant, budget=self.cost) if isinstance(variant.budget, dict) else variant
+        return super().evaluate(plain, task)
+
+
+SOLVED_ROWS = ["random-equivalent_tokens=40", "divprune-equivalent_tokens=40"]
+
+
+def test_costs_are_solved_before_anything_is_evaluated(config):
+    harness = Solving()
+    board = run(config(budgets=[64, COST]), harness=harness)
+    assert harness.solved == SOLVED_ROWS
+    assert harness.loads == 1
+    assert [row.label for row in board.rows if row.budget == COST] == SOLVED_ROWS
+    cell = Store(config().output).cell("divprune-equivalent_tokens=40", "text")
+    assert cell["stages"] == [{"method": "divprune", "keep": 40}]
+    assert cell["budget"] == {
+        "knob": "keep",
+        "value": 40,
+        "target": COST,
+        "achieved": 40.0,
+        "prompts": 4,
+        "spent": 40.0,
+    }
+    assert "budget" not in Store(config().output).cell("divprune-64", "text")
+
+
+def test_a_solution_is_kept_for_later_calls(config):
+    run(config(budgets=[COST]), harness=Solving())
+    again = Solving()
+    run(config(budgets=[COST]), harness=again)
+    assert (again.solved, again.evaluated, again.loads) == ([], [], 0)
+    more = Solving()
+    run(config(budgets=[COST], tasks=["count", "text", "spatial"], methods=["divprune", "uniform"]), harness=more)
+    assert more.solved == ["uniform-equivalent_tokens=40"]
+    (config().output / "solutions.json").unlink()  # or damaged: the solver is deterministic, so nothing is lost
+    once_more = Solving()
+    run(config(budgets=[COST]), harness=once_more)
+    assert (once_more.solved, once_more.evaluated) == (SOLVED_ROWS, [])
+
+
+def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
+    harness = Solving(impossible=SOLVED_ROWS)
+    with pytest.raises(ConfigError, match="random.*=40: it cannot\ndivprune.*=40: it cannot"):
+        run(config(budgets=[64, COST]), harness=harness)
+    assert harness.evaluated == []
+
+
+class Listening(Display):
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_every_finished_row_says_what_it_did(config):
+    display = Listening()
+    run(config(), harness=FakeHarness(), display=display)
+    rows = [text for text in display.said if ", as on " in text]
+    assert [text.split(",")[0] for text in rows] == ROWS
+    assert "144.0 -> 64.0 visual tokens" in next(text for text in rows if text.startswith("divprune-64"))
+
+
+def test_a_task_that_costs_otherwise_than_the_sample_is_named(config):
+    display = Listening()
+    run(config(budgets=[COST]), harness=Solving(cost=50.0), display=display)
+    assert "divprune-equivalent_tokens=40 costs 50 on text: its questions differ from the sample's" in display.said
+    assert Store(config().output).cell("divprune-equivalent_tokens=40", "text")["budget"]["spent"] == 50.0
+
+
+def test_a_method_without_effect_fails_the_run(config):
+    with pytest.raises(CellError, match="divprune-64 on count failed: .*no effect on any of 4 images: 144.0 visual"):
+        run(config(), harness=FakeHarness(without_effect={"divprune-64"}))
+
+
+def test_what_counts_as_an_effect(config):
+    patched, unpatched = config().variants()[-1], config().variants()[0]
+    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 64.0, "kept": 144.0}
+    check_effect(unpatched, idle)
+    check_effect(patched, idle | {"had_effect": True})
+    check_effect(patched, idle | {"requested": 144.0})  # asked to keep everything
+    with pytest.raises(RuntimeError, match="no effect"):
+        check_effect(patched, idle | {"requested": None})  # a method that decides itself
+    with pytest.raises(RuntimeError, match="no image reached the model"):
+        check_effect(patched, idle | {"images": 0})
+
+
+@pytest.mark.parametrize(
+    "stages, allowed",
+    [
+        ([("divprune", 1.0), ("fastv", 16)], False),
+        ([("divprune", 64), ("fastv", 1.0)], False),
+        ([("divprune", 1.0), ("drop_visual", None)], False),  # decides itself
+        ([("divprune", 1.0), ("fastv", 144)], True),
+        ([("none", None), ("fastv", 1.0)], True),
+        ([("none", None), ("none", None)], True),
+    ],
+)
+def test_every_stage_has_to_be_asked_for_everything(config, stages, allowed):
+    listed = [{"method": name} | ({} if keep is None else {"keep": keep}) for name, keep in stages]
+    variant = replace(config().variants()[-1], stages=tuple(listed))
+    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 144.0, "kept": 144.0}
+    if allowed:
+        check_effect(variant, idle)
+    else:
+        with pytest.raises(RuntimeError, match="no effect"):
+            check_effect(variant, idle)
+    check_effect(variant, idle | {"had_effect": True})
+
+
+def test_two_runs_do_not_write_to_one_directory(config):
+    config().output.mkdir(parents=True)
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(config().output / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()  # it holds the lock now
+        with pytest.raises(ConfigError, match="another run is writing"):
+            run(config(), harness=FakeHarness())
+        other.communicate(b"\n")
+
+
+def test_several_processes_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="accelerate launch -m lmms_eval --config"):
+        run(config(), harness=FakeHarness())
+
+
+def test_what_a_cell_records(config):
+    run(config(), harness=FakeHarness())
+    cell = Store(config().output).cell("divprune-16", "text")
+    assert cell["stages"] == [{"method": "divprune", "keep": 16}]
+    assert cell["seed"] == 0
+    assert {"vlmslim", "torch", "transformers", "pillow", "lmms_eval"} <= cell["versions"].keys()
+    assert cell["hardware"] and cell["config_hash"] and cell["seconds"] >= 0
+    assert "git_commit" in cell
+    assert cell["receipt"]["kept"] == 16
+    assert len(Store(config().output).samples("divprune-16", "text")) == 4
+
+
+def test_fresh_spares_other_files(config):
+    config().output.mkdir(parents=True)
+    (config().output / "notes.txt").write_text("mine")
+    run(config(), fresh=True, harness=FakeHarness())
+    assert (config().output / "notes.txt").read_text() == "mine"
+
+
+def test_a_fresh_run_leaves_no_old_leaderboard_behind(config):
+    run(config(), harness=FakeHarness())
+    with pytest.raises(KeyboardInterrupt):
+        run(config(), fresh=True, harness=FakeHarness(fail_at=("none", "text"), failure=KeyboardInterrupt()))
+    assert not list(config().output.glob("leaderboard.*"))
+
+
+def test_cells_without_a_run_are_not_trusted(config):
+    run(config(), harness=FakeHarness())
+    (config().output / "run.json").unlink()
+    with pytest.raises(ConfigError, match="no readable run.json"):
+        run(config(), harness=FakeHarness())
+
+
+def test_without_timing(config):
+    harness = FakeHarness()
+    board = run(config(timing=None), harness=harness)
+    assert harness.timed == []
+    assert all(row.prefill_ms is None for row in board.rows)
+
+
+def test_questions_are_told_apart_by_what_is_asked():
+    from vlmslim.evaluation.run import _questions
+
+    sample = {"doc_id": 0, "target": "a", "arguments": ["how many?", {"until": ["x"]}], "doc_hash": "at 0x7f"}
+    assert _questions([sample], {}) == _questions([sample | {"doc_hash": "at 0x80", "resps": [["b"]]}], {})
+    assert _questions([sample], {}) != _questions([sample | {"arguments": ["how many now?"]}], {})
+    short, long = ({"generation_kwargs": {"max_new_tokens": n}, "doc_to_text": f"at 0x{n}"} for n in (1, 512))
+    assert _questions([sample], short) != _questions([sample], long)
+    assert _questions([sample], short) == _questions([sample], short | {"doc_to_text": "at 0x9"})
+
+
+def test_provenance(tmp_path, monkeypatch):
+    from vlmslim.io import provenance
+
+    assert provenance.fingerprint("org/on-the-hub") is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    first = provenance.fingerprint(str(tmp_path))
+    (tmp_path / "README.md").write_text("words do not matter")
+    assert provenance.fingerprint(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(b"13")
+    assert provenance.fingerprint(str(tmp_path)) != first
+    monkeypatch.setattr(provenance, "_WHOLE", 2**20)  # a large file, of which the middle alone is trained
+    weights = bytearray(5 * 2**20 + 7)
+    seen = set()
+    for change in (slice(0, 1), slice(2 * 2**20 + 2**19, 3 * 2**20 + 2**19), slice(-1, None)):
+        weights[change] = b"1" * len(weights[change])
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        seen.add(provenance.fingerprint(str(tmp_path)))
+    assert len(seen) == 3
+    assert "threads" in provenance.hardware("cpu")
+
+
+def test_the_files_of_a_run_are_plain_json_and_yaml(config):
+    run(config(), harness=FakeHarness())
+    written = config().output
+    assert json.loads((written / "leaderboard.json").read_text())["facts"]["model"] == "tiny"
+    assert SimpleNamespace(**json.loads((written / "cells/none/text.json").read_text())).task == "text"
+    assert not yaml.safe_load((written / "leaderboard.json").read_text())["facts"]["limit"]

@@ -1,0 +1,287 @@
+"""`vlmslim run` through the real lmms-eval, on a tiny random LLaVA and a dozen questions."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+
+from lmms_fixtures import checkpoint, questions  # noqa: E402
+
+from vlmslim.cost import DecoderShape, kv_bytes  # noqa: E402
+from vlmslim.evaluation import harness  # noqa: E402
+from vlmslim.evaluation.config import ConfigError, TaskConfig, Variant, load_config  # noqa: E402
+from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
+from vlmslim.evaluation.run import CellError, run  # noqa: E402
+from vlmslim.evaluation.store import Store  # noqa: E402
+from vlmslim.patching import build  # noqa: E402
+
+UTILS = """
+def images(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def score(doc, results):
+    return {"length": float(len(results[0])), "acc": float(len(results[0]) % 2)}
+"""
+LABELS = ["none", "random-4", "divprune-4", "fastv-4", "divprune-8+fastv-4"]
+STAGES = [{"method": "divprune", "keep": 8}, {"method": "fastv", "keep": 4}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of 16 visual tokens, and a group of two tasks."""
+    folder = tmp_path_factory.mktemp("micro")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (tasks / "utils.py").write_text(UTILS)
+    common = {
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": questions(tasks / "questions.parquet")}},
+        "test_split": "test",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "metadata": {"version": 1.0},
+    }
+    generate = common | {
+        "task": "micro_words",
+        "output_type": "generate_until",
+        "generation_kwargs": {"max_new_tokens": 6, "until": ["\n\n"], "do_sample": False},
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("length", "acc")],
+    }
+    choose = common | {
+        "task": "micro_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (generate, choose):
+        functions = "doc_to_visual: !function utils.images\n"
+        if task is generate:
+            functions += "process_results: !function utils.score\n"
+        (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump(task) + functions)
+    (tasks / "micro.yaml").write_text(yaml.safe_dump({"group": "micro", "task": ["micro_words", "micro_choice"]}))
+    config = {
+        "model": {"pretrained": checkpoint("llava", folder), "device": "cpu"},
+        "tasks": ["micro"],
+        "include_path": [str(tasks)],
+        "budgets": [4],
+        "baselines": ["random"],
+        "methods": ["divprune", "fastv", {"stages": STAGES}],
+        "batch_size": 4,
+        "limit": 6,
+        "timing": {"prompts": 3, "repeats": 2, "new_tokens": 2},
+        "output": str(folder / "whole"),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run without an interruption."""
+    return run(load_config(folder / "config.yaml"))
+
+
+def answers(output) -> dict:
+    """Every answer of a run."""
+    store = Store(output)
+    pairs = [
+        (row["label"], task["task"]) for row in store.run["config"]["rows"] for task in store.run["config"]["tasks"]
+    ]
+    return {pair: [sample["filtered_resps"] for sample in store.samples(*pair)] for pair in pairs}
+
+
+def test_the_leaderboard(whole):
+    assert [row.label for row in whole.rows] == LABELS
+    assert whole.tasks == ["micro_words", "micro_choice"]
+    rows = {row.label: row for row in whole.rows}
+    for row in whole.rows:
+        assert row.scores["micro_choice"].questions == 6
+        assert row.scores["micro_choice"].stderr is not None
+        assert row.prefill_ms > 0 and row.decode_ms > 0
+    assert (rows["none"].prefill_ratio, rows["none"].decode_ratio, rows["none"].flops_ratio) == (1, 1, 1)
+    assert (rows["none"].kept, rows["none"].equivalent, rows["none"].requested) == (16, 16, 16)
+    assert (rows["divprune-4"].kept, rows["divprune-4"].equivalent) == (4, 4)
+    assert rows["fastv-4"].equivalent == (16 + 16 + 4 + 4) / 4
+    assert rows["divprune-8+fastv-4"].equivalent == (8 + 8 + 4 + 4) / 4
+    assert rows["divprune-4"].flops_ratio < rows["fastv-4"].flops_ratio < 1
+
+
+def test_kv_bytes_equal_theory(whole, folder):
+    store = Store(folder / "whole")
+    shape = DecoderShape(**store.run["config"]["checkpoint"]["shape"])
+    for label in LABELS:
+        receipt = store.cell(label, "micro_words")["receipt"]
+        lengths = [v + receipt["text_tokens"] for v in receipt["visual_tokens_per_layer"]]
+        assert receipt["kv_bytes"] == pytest.approx(kv_bytes(shape, lengths, "float32"))
+
+
+def test_methods_change_answers(whole, folder):
+    given = answers(folder / "whole")
+    assert given["none", "micro_words"] != given["divprune-4", "micro_words"]
+
+
+def test_the_model_is_left_unpatched(folder, whole, monkeypatch):
+    config = load_config(folder / "config.yaml", output=folder / "failing")
+    loaded = []
+    generate_until = VlmSlim.generate_until
+
+    def failing(self, requests):
+        loaded.append(self.model)
+        if self.receipt["method"].startswith("DivPrune"):
+            raise MemoryError("no space")
+        return generate_until(self, requests)
+
+    monkeypatch.setattr(VlmSlim, "generate_until", failing)
+    with pytest.raises(CellError, match="divprune-4 on micro_words failed: MemoryError: no space"):
+        run(config)
+    assert len({id(model) for model in loaded}) == 1  # loaded once
+    assert getattr(loaded[0], "_vlmslim", None) is None
+
+
+def test_an_interrupted_run_resumes_to_the_same_answers(folder, whole, monkeypatch):
+    config = load_config(folder / "config.yaml", output=folder / "interrupted")
+    score = VlmSlim.loglikelihood
+
+    def interrupted(self, requests):
+        if self.receipt["method"].startswith("DivPrune"):
+            raise KeyboardInterrupt
+        return score(self, requests)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VlmSlim, "loglikelihood", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    done = {p: p.stat().st_mtime_ns for p in config.output.rglob("cells/*/*.json")}
+    assert len(done) == 5  # none and random on both tasks, divprune on the first
+    board = run(config)
+    assert all(p.stat().st_mtime_ns == when for p, when in done.items())
+    assert answers(folder / "interrupted") == answers(folder / "whole")
+    assert [row.scores for row in board.rows] == [row.scores for row in whole.rows]
+    assert [row.flops for row in board.rows] == [row.flops for row in whole.rows]
+
+
+def test_unknown_tasks_name_the_nearest(folder):
+    text = (folder / "config.yaml").read_text().replace("- micro\n", "- micro_wrods\n")
+    (folder / "typo.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="no task 'micro_wrods'. Did you mean 'micro_words'?"):
+        run(load_config(folder / "typo.yaml", output=folder / "typo"))
+
+
+def test_unknown_metrics_are_told_before_anything_is_evaluated(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["tasks"] = [{"task": "micro_words", "metric": "lenght"}]
+    (folder / "metric.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(
+        ConfigError, match="micro_words reports no metric 'lenght'. Did you mean 'length'. It has length, acc"
+    ):
+        run(load_config(folder / "metric.yaml", output=folder / "metric"))
+
+
+def test_the_own_entry_of_a_task_says_more_than_its_groups(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["tasks"] = [{"task": "micro", "group": "OCR"}, {"task": "micro_words", "metric": "acc"}]
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    leaves = {leaf.task: leaf for leaf in harness.Tasks(load_config(folder / "own.yaml")).leaves}
+    assert list(leaves) == ["micro_words", "micro_choice"]
+    assert (leaves["micro_words"].metric, leaves["micro_choice"].group) == ("acc", "OCR")
+
+
+def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
+    """Its YAML, what that includes, its functions and its data; not comments, and not when a file was written."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.json").write_text("[1]")
+    (tmp_path / "code.py").write_text("def images(doc): return []")
+    (tmp_path / "_base").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: [data/*.json]}}\n")
+    (tmp_path / "own.yaml").write_text("task: own\ninclude: _base\ndoc_to_visual: !function code.images\n")
+    config = load_config(folder / "config.yaml").model_copy(
+        update={"tasks": [TaskConfig(task="own")], "include_path": [tmp_path]}
+    )
+    tasks = harness.Tasks(config)
+    before = tasks.definition("own")
+    assert sorted(before) == ["data in questions.json", "functions in code.py", "settings"]
+    os.utime(tmp_path / "data" / "questions.json", (1, 1))
+    (tmp_path / "own.yaml").write_text("# words\n" + (tmp_path / "own.yaml").read_text())
+    assert tasks.definition("own") == before
+    for name, text, part in (
+        ("data/questions.json", "[2]", "data in questions.json"),
+        ("data/more.json", "[3]", "data in more.json"),
+        ("code.py", "def images(doc): return [1]", "functions in code.py"),
+        ("_base", (tmp_path / "_base").read_text() + "generation_kwargs: {max_new_tokens: 1}\n", "settings"),
+    ):
+        (tmp_path / name).write_text(text)
+        now = tasks.definition("own")
+        assert {key for key in now if now[key] != before.get(key)} == {part}
+        before = now
+
+
+def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, tmp_path):
+    config = load_config(folder / "config.yaml")
+    before = harness.Tasks(config).definition("micro_words")
+    data = folder / "tasks" / "questions.parquet"
+    kept = data.read_bytes()
+    data.write_bytes(kept[:5000] + bytes([kept[5000] ^ 1]) + kept[5001:])
+    try:
+        now = harness.Tasks(config).definition("micro_words")
+    finally:
+        data.write_bytes(kept)
+    assert {part for part in now if now[part] != before[part]} == {"data in questions.parquet"}
+    assert "functions in utils.py" in now
+
+
+def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, tmp_path, monkeypatch):
+    stages = [{"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 4}]
+    config = load_config(folder / "config.yaml", output=tmp_path / "idle")
+    loaded = harness.Harness(config)
+    variant = Variant("idle", tuple(stages))
+    assert loaded.evaluate(variant, "micro_words").receipt["had_effect"]
+    monkeypatch.setattr(type(build(stages[1])), "retain", lambda self, tokens: tokens.image >= 0)
+    for task in ("micro_words", "micro_choice"):
+        with pytest.raises(RuntimeError, match="no effect on any of"):  # of the lmms-eval model itself
+            loaded.evaluate(variant, task)
+    assert getattr(loaded.model, "_vlmslim", None) is None
+    everything = Variant("all", ({"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 16}))
+    assert not loaded.evaluate(everything, "micro_words").receipt["had_effect"]
+
+
+@pytest.fixture(scope="module")
+def exported(folder, whole):
+    config = load_config(folder / "config.yaml")
+    return harness.export(config, harness.Tasks(config), folder / "plain")
+
+
+def test_every_cell_is_exported(exported):
+    assert [path.stem for path in exported] == [f"{a}__{b}" for a in LABELS for b in ("micro_words", "micro_choice")]
+    plain = yaml.safe_load(exported[-1].read_text())
+    assert plain["model"] == "vlmslim"
+    assert plain["limit"] == 6
+    assert plain["seed"] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+def test_exported_cells_give_the_same_numbers(folder, exported, tmp_path):
+    chosen = [path for path in exported if path.stem in ("divprune-8+fastv-4__micro_words", "random-4__micro_choice")]
+    merged = tmp_path / "both.yaml"  # lmms-eval takes a list of configurations, which loads the libraries once
+    merged.write_text(yaml.safe_dump([yaml.safe_load(path.read_text()) for path in chosen]))
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "lmms_eval", "--config", str(merged)]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    store = Store(folder / "whole")
+    for path in chosen:
+        label, task = path.stem.split("__")
+        (results,) = (folder / "plain" / "results" / path.stem).rglob("*_results.json")
+        theirs = json.loads(results.read_text())["results"][task]
+        ours = store.cell(label, task)["lmms_eval"]["results"][task]
+        assert {k: v for k, v in theirs.items() if "," in k} == {k: v for k, v in ours.items() if "," in k}
+        (samples,) = (folder / "plain" / "results" / path.stem).rglob("*_samples_*.jsonl")
+        given = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+        ours = [sample["filtered_resps"] for sample in store.samples(label, task)]
+        # lmms-eval writes numbers as text, and a list of one answer as the answer
+        assert re.sub(r"[\[\]']", "", str(given)) == re.sub(r"[\[\]']", "", str(ours))

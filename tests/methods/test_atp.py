@@ -1,0 +1,504 @@
+"""ATP-LLaVA: its maths against loops in float64, soft masks against removal, patched models against a hand-run one."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from doubles import Blind, Halve, PairMean, Stairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import (
+    BOS,
+    EQUAL,
+    LONG_ROWS,
+    ROWS,
+    SEVERAL,
+    Picture,
+    batch,
+    close,
+    greedy,
+    lengths,
+    reference,
+    tiny,
+    words,
+)
+
+import vlmslim
+from vlmslim.engine.families import kv_cache
+from vlmslim.methods import atp
+from vlmslim.methods.atp import ATP, placed
+from vlmslim.methods.atp.score_maps import normalise, received_attention
+from vlmslim.ops.attention import weighted
+
+repeatable = settings(deadline=None, derandomize=True, max_examples=30)
+seeds = st.integers(0, 10_000)
+
+
+def patched(model, logits=(0.0, 0.5), **options):
+    """A patch whose thresholds lie in the middle of the scores and differ from image to image."""
+    slim = vlmslim.patch(model, "atp", weights="random", **options)
+    with torch.no_grad():
+        for thresholds in slim.trained["atp"].after.values():
+            thresholds.mix.weight.mul_(3)
+            thresholds.heads.bias.copy_(torch.tensor(logits))
+    return slim
+
+
+def totals(slim) -> list[float]:
+    """Visual tokens that each layer has seen."""
+    seen = slim.receipt.summary()
+    return [seen["prompts"] * tokens for tokens in seen["visual_tokens_per_layer"]]
+
+
+def watch(slim) -> list:
+    """Every (layer, LayerInput, kept (B, S)) of the forwards to come."""
+    seen, stage = [], next(iter(slim._decoder.pruners.values()))
+    retain = stage.retain
+
+    def spy(tokens):
+        keep = retain(tokens)
+        seen.append((tokens.layer, tokens, keep))
+        return keep
+
+    stage.retain = spy
+    return seen
+
+
+# --- the maths, in loops ---------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(full, image, text):
+    """(B, H, S, S), (B, S), (B, S) -> the two sums for each token."""
+    rows, heads, size, _ = full.shape
+    own, cross = np.zeros((rows, size)), np.zeros((rows, size))
+    for b in range(rows):
+        for key in range(size):
+            if not image[b, key]:
+                continue
+            for query in range(size):
+                paid = sum(full[b, h, query, key] for h in range(heads)) / heads
+                if image[b, query] == image[b, key]:
+                    own[b, key] += paid
+                elif text[b, query]:
+                    cross[b, key] += paid
+    return own, cross
+
+
+@repeatable
+@given(seeds, st.integers(1, 9), st.booleans())
+def test_received_attention_is_that_of_a_loop(seed, chunk, blind):
+    rng = np.random.default_rng(seed)
+    full = rng.dirichlet(np.ones(9), (2, 3, 9))
+    kind = rng.integers(0, 2 if blind else 4, (2, 9))  # 0 padding, 1 text, 2 and 3 two images
+    image, text = np.where(kind > 1, kind - 1, 0), kind == 1
+    asked = []
+
+    def attend(rows):
+        asked.append(rows.shape[1])
+        return torch.from_numpy(full).float().gather(2, rows[:, None, :, None].expand(-1, 3, -1, 9))
+
+    got = received_attention(attend, torch.from_numpy(image), torch.from_numpy(text), chunk)
+    for a, b in zip(got, attention_by_hand(full, image, text), strict=True):
+        np.testing.assert_allclose(a.numpy(), b, atol=1e-5)
+    assert max(asked, default=0) <= chunk
+
+
+@repeatable
+@given(seeds, st.integers(1, 12))
+def test_masks_are_those_of_a_loop(seed, n):
+    rng = np.random.default_rng(seed)
+    score, alive = rng.random((2, n)).round(2), rng.random((2, n)) < 0.7
+    spatial, theta_r, theta_s = rng.choice([0, 0.25, 0.75], n), rng.random(2), rng.random(2)
+    tensors = [torch.from_numpy(x) for x in (score, spatial, theta_r, theta_s)]
+    flat = normalise(tensors[0], torch.from_numpy(alive))
+    soft, hard = atp.soft_mask(*tensors, 10.0), atp.hard_mask(*tensors)
+    strong = atp.strongest(tensors[0], torch.from_numpy(alive), 2)
+    for b in range(2):
+        values = [score[b, i] for i in range(n) if alive[b, i]]
+        best = sorted((i for i in range(n) if alive[b, i]), key=lambda i: (-score[b, i], i))[:2]
+        for i in range(n):
+            spread = max(values) - min(values) if values else 0
+            want = (score[b, i] - min(values)) / spread if alive[b, i] and spread else 0
+            assert math.isclose(flat[b, i], want, abs_tol=1e-5)
+            parts = [1 / (1 + math.exp(-10 * x)) for x in (score[b, i] - theta_r[b], spatial[i] - theta_s[b])]
+            assert math.isclose(soft[b, i], max(parts), rel_tol=1e-9)
+            assert hard[b, i] == (score[b, i] > theta_r[b] or spatial[i] > theta_s[b])
+            assert strong[b, i] == (i in best)
+
+
+@pytest.mark.parametrize(("side", "strides"), [(24, (2, 3, 4, 6, 8, 12)), (12, (6, 2)), (5, (2, 3)), (4, ())])
+def test_a_patch_scores_by_its_coarsest_grid(side, strides):
+    score = atp.spatial_score(side, strides).view(side, side)
+    for row in range(side):
+        for column in range(side):
+            grids = [1 - 3 / s**2 for s in strides if row % s == 0 and column % s == 0]
+            assert math.isclose(score[row, column], max(grids, default=0), rel_tol=1e-6)
+    if strides == (2, 3, 4, 6, 8, 12):
+        assert int((score > 0).sum()) == 192  # strides 2 and 3 are not nested
+        assert int((score > 0.95).sum()) == 12  # strides 8 and 12 share the corner
+
+
+@repeatable
+@given(seeds)
+def test_losses_are_those_of_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    counts, layers, full, depth = rng.random((3, 2)) * 16, (1, 4), 16, 8
+    got = torch.from_numpy(counts)
+    want = sum(np.mean(counts[:, m]) / full * layer for m, layer in enumerate(layers))
+    assert math.isclose(atp.depth_loss(got, layers, full), want)
+    seen = [[full if i <= 1 else row[0] if i <= 4 else row[1] for i in range(depth)] for row in counts]
+    everywhere = atp.mean_tokens(got, layers, full, depth)
+    np.testing.assert_allclose(everywhere, np.mean(seen, axis=1))
+    assert math.isclose(atp.target_loss(everywhere, 5), abs(np.mean(seen) - 5))
+    assert math.isclose(atp.target_loss(atp.mean_tokens(got, layers, full), 5), abs(np.mean(counts) - 5))
+
+
+def test_modules_stand_where_the_paper_has_them():
+    shares = ATP().after
+    places = {32: (4, 14, 24), 40: (5, 17, 30), 28: (3, 12, 21), 24: (3, 10, 18), 8: (1, 3, 6), 4: (0, 1, 2)}
+    for depth, layers in places.items():
+        assert tuple(placed(share, depth) for share in shares) == layers
+
+
+# --- soft masks in the engine ----------------------------------------------------------------------------------------
+
+
+def test_weights_count_in_the_softmax():
+    logits, weight = torch.randn(2, 3, 2, 5), torch.rand(2, 5)
+    weight[0, 1] = 0
+    weight.requires_grad_()
+    rows = torch.tensor([[3, 4], [1, 2]])
+    got = weighted(logits, weight, rows).softmax(-1)
+    for b in range(2):
+        for q in range(2):
+            w = weight[b].detach().clone()
+            w[rows[b, q]] = 1
+            mass = logits[b, :, q].exp() * w
+            close(got[b, :, q], mass / mass.sum(-1, keepdim=True), 1e-6)
+    got[0, 0, 0, 1].backward()  # what a hidden key would do if it were seen
+    assert weight.grad[0, 1] > 0.01
+
+
+def hiding(rule):
+    """The same rule, in training: it hides what it would drop."""
+
+    class Hiding(type(rule)):
+        def weigh(self, tokens):
+            if tokens.weight is not None:
+                alive = tokens.weight > 0.5
+                tokens = replace(tokens, image=tokens.image * alive, mask=tokens.mask & alive)
+            return self.retain(tokens).float()
+
+    return Hiding()
+
+
+@pytest.mark.parametrize("rule", [Halve(), Stairs(), Blind()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_weights_of_zero_and_one_are_removal(family, backend, padding, rule):
+    model = tiny(family, backend)
+    for rows in (LONG_ROWS, SEVERAL if family != "onevision" else SEVERAL[:1]):
+        inputs = batch(model, rows, padding)
+        with vlmslim.patch(model, rule):
+            want = model(**inputs, use_cache=False).logits
+        with vlmslim.patch(model, hiding(rule)):
+            got = model(**inputs, use_cache=False).logits
+        text = (inputs["input_ids"] < 98) & (inputs["attention_mask"] > 0)
+        close(got[text], want[text])
+
+
+@torch.no_grad()
+def test_what_soft_masks_cannot_do_is_refused():
+    model = tiny("llava")
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, hiding(Halve())), pytest.raises(ValueError, match="use_cache=False"):
+        model(**inputs)
+
+    class Elsewhere(Halve):
+        def weigh(self, tokens):
+            model.model.language_model.config._attn_implementation = "flash_attention_2"
+            return self.retain(tokens).float()
+
+    with vlmslim.patch(model, Elsewhere()), pytest.raises(ValueError, match="set_attn_implementation"):
+        model(**inputs, use_cache=False)
+
+
+# --- the method in a model -------------------------------------------------------------------------------------------
+
+single_grid = pytest.mark.parametrize("family", ["llava", "siglip"])
+
+
+@single_grid
+@pytest.mark.parametrize("options", [{}, dict(mean="visible"), dict(normalised=False)], ids=str)
+@torch.no_grad()
+def test_it_keeps_what_the_equations_say(family, options):
+    """Every decision again, from the model's own attention maps, in loops."""
+    model = tiny(family, "eager")
+    row = SEVERAL[0]
+    maps = []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda m, a, out: maps.append(out[1][0].double().mean(0).numpy()))
+    logits = (-1.0, 0.8) if options.get("normalised", True) else (-4.0, 0.8)
+    with patched(model, logits, **options) as slim:
+        seen = watch(slim)
+        model(**batch(model, [row]))
+        modules = slim.trained["atp"]
+    dropped = 0
+    for number, (layer, tokens, keep) in enumerate(seen):
+        attention, image, slot = maps[number], tokens.image[0].tolist(), tokens.slot[0].tolist()
+        own, cross = np.zeros((2, 16)), np.zeros((2, 16))
+        size = len(image)
+        for key in range(size):
+            if image[key]:
+                peers = [q for q in range(size) if image[q] == image[key]]
+                many = [q for q in peers if q >= key] if options.get("mean") == "visible" else peers
+                behind = [q for q in range(key, size) if not image[q]]
+                own[image[key] - 1, slot[key]] = sum(attention[q, key] for q in peers) / len(many)
+                cross[image[key] - 1, slot[key]] = sum(attention[q, key] for q in behind) / len(behind)
+        for i in range(2):
+            here = sorted(slot[k] for k in range(size) if image[k] == i + 1)
+            for score in (own, cross):
+                if options.get("normalised", True):
+                    values = score[i, here]
+                    score[i, here] = (values - values.min()) / (np.ptp(values) + 1e-9)
+            red = (own[i] + cross[i]) / 2
+            theta = modules.after[str(layer - 1)](torch.tensor(own[i]).float(), torch.tensor(cross[i]).float())
+            spatial = {0: 1 - 3 / 16, 2: 0.25, 8: 0.25, 10: 0.25}  # strides 2 and 4 of 4 x 4; 3 below
+            spatial |= {3: 1 - 3 / 9, 12: 1 - 3 / 9, 15: 1 - 3 / 9}
+            spatial[0] = 1 - 3 / 144
+            want = {s for s in here if red[s] > theta[0] or spatial.get(s, 0) > theta[1]}
+            want |= {max(here, key=lambda s: (red[s], -s))}
+            got = {slot[k] for k in range(size) if image[k] == i + 1 and keep[0, k]}
+            assert got == want
+            dropped += len(here) - len(got)
+    assert len(seen) == 3 and dropped > 4
+
+
+@single_grid
+@torch.no_grad()
+def test_dropping_is_what_a_hand_run_model_does(family, backend):
+    """Original rotary positions, in prefill and while decoding with the shortened cache."""
+    model = tiny(family, backend)
+    for row in LONG_ROWS[:2]:
+        inputs = batch(model, [row])
+        with patched(model) as slim:
+            seen = watch(slim)
+            out, logits = greedy(model, inputs)
+            per_layer = slim.receipt.summary()["visual_tokens_per_layer"]
+        drops, size = {}, inputs["input_ids"].shape[1]
+        for layer, tokens, keep in seen:
+            gone = torch.zeros(size + 5, dtype=torch.bool)
+            gone[tokens.origin[0][~keep[0]]] = True
+            drops[layer] = gone
+        assert sum(int(gone.sum()) for gone in drops.values()) > 3
+        ids = out.sequences[:, :-1]
+        ref = reference(model, inputs | dict(input_ids=ids), drops=drops)
+        close(logits[0], ref.logits()[size - 1 :])
+        kept = [16 - sum(int(g.sum()) for at, g in drops.items() if at <= layer) for layer in range(4)]
+        assert per_layer == kept
+        assert lengths(kv_cache(out)) == [k + size - 16 + 5 for k in kept]
+
+
+@pytest.mark.parametrize("rows", [LONG_ROWS, SEVERAL, EQUAL], ids=["long", "several", "equal"])
+@single_grid
+@torch.no_grad()
+def test_a_batch_equals_its_rows_one_by_one(family, rows):
+    model = tiny(family)
+    with patched(model) as slim:
+        out, logits = greedy(model, batch(model, rows))
+        together = totals(slim)
+        right = model(**batch(model, rows, "right")).logits
+        slim.reset_receipt()
+        for i, row in enumerate(rows):
+            single, alone = greedy(model, batch(model, [row]))
+            close(logits[i], alone[0])
+            close(right[i, sum(16 if isinstance(x, Picture) else 1 for x in row) - 1], alone[0, 0])
+        apart = totals(slim)
+    np.testing.assert_allclose(together, apart)
+    assert together[0] > together[-1]
+
+
+@single_grid
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_training_with_hard_masks_sees_what_inference_sees(family, backend, padding):
+    """Straight-through masks are 0 or 1, so nothing but the gradient tells training from dropping."""
+    model = tiny(family, backend).requires_grad_(False)
+    inputs = batch(model, SEVERAL, padding)
+    with patched(model, hardened=True) as slim:
+        want = model(**inputs).logits
+        per_layer = slim.receipt.summary()["visual_tokens_per_layer"]
+        slim.trained.train()
+        got = model(**inputs, use_cache=False).logits
+        modules = slim.trained["atp"]
+    text = (inputs["input_ids"] < 98) & (inputs["attention_mask"] > 0)
+    close(got[text], want[text])
+    assert torch.equal(modules.counts("soft"), modules.counts("hard").float())
+    np.testing.assert_allclose(modules.counts("hard").sum(0) / 2, per_layer[1:], rtol=1e-6)  # two prompts, three images
+    assert modules.counts().shape == (3, 3)
+    got[text].logsumexp(-1).sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in modules.named_parameters() if "heads" in n)
+
+
+@pytest.mark.parametrize("options", [{}, dict(hardened=True), dict(detached=False)], ids=str)
+def test_gradients_reach_the_thresholds_alone(options):
+    model = tiny("llava").requires_grad_(False)
+    inputs = batch(model, LONG_ROWS[:2])
+    with patched(model, **options) as slim:
+        slim.trained.train()
+        out = model(**inputs, labels=inputs["input_ids"].where(inputs["input_ids"] < 98, -100), use_cache=False)
+        modules = slim.trained["atp"]
+        (out.loss + modules.counts().mean()).backward()
+    for name, p in modules.named_parameters():
+        assert torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_row_without_an_image_or_with_fewer_trains():
+    model = tiny("llava")
+    inputs = batch(model, [*SEVERAL, LONG_ROWS[2]])
+    with patched(model, detached=False) as slim:
+        slim.trained.train()
+        out = model(**inputs, use_cache=False)
+        assert slim.trained["atp"].counts().shape == (3, 3)
+        out.logits.logsumexp(-1).mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.model.language_model.parameters())
+    with patched(model) as slim, torch.no_grad():
+        close(model(**inputs).logits[2, -1], model(**batch(model, [LONG_ROWS[2]])).logits[0, -1])
+
+
+def test_the_budget_is_learned():
+    """A few steps on the budget alone bring the soft count to the target, and the hard one near it."""
+    model = tiny("llava").requires_grad_(False)
+    inputs = batch(model, EQUAL)
+    with vlmslim.patch(model, "atp", weights="random") as slim:
+        modules = slim.trained["atp"].train()
+        optimizer = torch.optim.Adam(modules.parameters(), 0.01)
+        losses = []
+        for step in range(60):
+            modules.temperature = 10 * 6 ** (step / 60)
+            model(**inputs, use_cache=False)
+            average = atp.mean_tokens(modules.counts(), modules.layers, modules.patches)
+            loss = atp.target_loss(average, 5)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[0] > 2 and sum(losses[-10:]) / 10 < 0.5
+        modules.eval()
+        slim.reset_receipt()
+        with torch.no_grad():
+            model(**inputs)
+        kept = slim.receipt.summary()["visual_tokens_per_layer"][1:]
+    assert abs(sum(kept) / 3 - 5) < 2
+
+
+@single_grid
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_runs(family, dtype):
+    model = tiny(family, dtype=dtype)
+    with patched(model) as slim:
+        _, logits = greedy(model, batch(model, LONG_ROWS))
+        assert {p.dtype for p in slim.trained.parameters()} == {torch.float32}
+        slim.trained.train()
+        assert torch.isfinite(model(**batch(model, LONG_ROWS), use_cache=False).logits).all()
+    assert torch.isfinite(logits).all()
+    assert slim.receipt.summary()["had_effect"]
+
+
+@torch.no_grad()
+def test_at_least_so_many_stay():
+    model = tiny("llava")
+    inputs = batch(model, SEVERAL)
+    for least in (0, 1, 3):
+        with patched(model, (20.0, 20.0), at_least=least) as slim:
+            logits = model(**inputs).logits
+            assert slim.receipt.summary()["visual_tokens_per_layer"] == [24, *[1.5 * least] * 3]
+        assert torch.isfinite(logits).all()
+    with patched(model, (-20.0, 0.0)) as slim:  # all but the weakest of each image, which scores 0 on both maps or not
+        model(**inputs)
+        assert slim.receipt.summary()["visual_tokens_per_layer"][-1] >= 24 - 3 * 1.5
+
+
+@torch.no_grad()
+def test_a_method_before_it_has_to_say_where_its_tokens_are():
+    model = tiny("llava")
+    inputs = batch(model, ROWS)
+    stages = [vlmslim.method("divprune", keep=9), ATP(weights="random")]
+    with vlmslim.patch(model, stages) as slim:
+        seen = watch(slim)
+        model(**inputs)
+    place, slot = seen[0][1].origin[0], seen[0][1].slot[0]
+    first = int((inputs["input_ids"][0] == 99).nonzero()[0])
+    visual = slot >= 0
+    assert int(visual.sum()) == 9 and torch.equal(place[visual] - first, slot[visual])
+    with vlmslim.patch(model, [PairMean(), ATP(weights="random")]), pytest.raises(ValueError, match="merged"):
+        model(**inputs)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_saved_and_loaded(tmp_path):
+    model = tiny("llava")
+    inputs = batch(model, LONG_ROWS)
+    with patched(model, mean="visible", width=8) as slim:
+        want = model(**inputs).logits
+        kept = slim.receipt.summary()["visual_tokens_per_layer"]
+        slim.save_pretrained(tmp_path / "atp")
+    for options in (
+        dict(method_=tmp_path / "atp"),
+        dict(method_="atp", weights=str(tmp_path / "atp"), mean="visible", width=8),
+    ):
+        with vlmslim.patch(model, **options) as slim:
+            assert torch.equal(model(**inputs).logits, want)
+            assert slim.receipt.summary()["visual_tokens_per_layer"] == kept
+    with pytest.raises(ValueError, match="trained with mean='visible'"):
+        vlmslim.patch(model, "atp", weights=str(tmp_path / "atp"), width=8)
+    with pytest.raises(ValueError, match="other options"):
+        vlmslim.patch(model, "atp", weights=str(tmp_path / "atp"), mean="visible", width=9)
+    with pytest.raises(ValueError, match="another backbone"):
+        vlmslim.patch(tiny("siglip"), tmp_path / "atp")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(after=()), dict(after=(-1,)), dict(after=(1.0,)), dict(after=(True,)), dict(strides=(1, 2)),
+        dict(strides=(2.0,)), dict(mean="some"), dict(at_least=-1), dict(width=0), dict(keep=4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError):
+        vlmslim.method("atp", **options)
+
+
+def test_what_a_model_cannot_have_is_refused():
+    for family in ("next", "onevision"):
+        with pytest.raises(ValueError, match="single grid"):
+            vlmslim.patch(tiny(family), "atp", weights="random")
+    model = tiny("llava")
+    with pytest.raises(ValueError, match=r"scripts/train_atp\.py"):
+        vlmslim.patch(model, "atp")
+    for after in ((2, 1), (1, 1), (3,), (0.1, 0.2)):
+        with pytest.raises(ValueError, match="ascend"):
+            vlmslim.patch(model, "atp", weights="random", after=after)
+    vlmslim.patch(model, "none").remove()
+
+
+def test_the_method_has_no_state_of_its_own():
+    """Two models patched with one object do not share modules."""
+    method = ATP(weights="random")
+    models = [tiny("llava"), tiny("llava")]
+    slims = [vlmslim.patch(model, method) for model in models]
+    parts = [slim.trained["atp"] for slim in slims]
+    assert parts[0] is not parts[1] and copy.copy(method) == method
+    assert not any("atp" in name for name in models[0].state_dict())
+    row = [BOS, Picture(0), *words(0, 5)]
+    with torch.no_grad():
+        close(*(model(**batch(model, [row])).logits for model in models), 1e-6)

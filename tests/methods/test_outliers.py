@@ -1,0 +1,70 @@
+"""Outliers among numbers, against plain loops in float64."""
+
+import numpy as np
+import torch
+from hypothesis import assume, currently_in_test_context, given
+from hypothesis import strategies as st
+from strategies import noise, seeds, some
+
+from vlmslim.ops.outliers import beyond_quartiles, local_outlier_factor
+
+
+def factor_by_hand(x: list[float], k: int) -> list[float]:
+    n = len(x)
+    k = min(k, n - 1)
+    if k < 1:
+        return [1.0] * n
+    near = [sorted((j for j in range(n) if j != i), key=lambda j: (abs(x[i] - x[j]), x[j], j))[:k] for i in range(n)]
+    far = [abs(x[i] - x[near[i][-1]]) for i in range(n)]
+    density = [1 / (sum(max(far[j], abs(x[i] - x[j])) for j in near[i]) / k + 1e-10) for i in range(n)]
+    return [sum(density[j] for j in near[i]) / k / density[i] for i in range(n)]
+
+
+def sure(clear: bool) -> None:
+    """A decision that the last bits of a float would take is no test."""
+    if currently_in_test_context():
+        assume(clear)
+    assert clear
+
+
+def outliers_by_hand(x: list[float], k: int) -> int:
+    factors = factor_by_hand(x, k)
+    sure(all(abs(f - 1.5) > 1e-9 for f in factors))
+    return sum(f > 1.5 for f in factors)
+
+
+@some
+@given(x=st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=30), k=st.integers(1, 25))
+def test_outlier_factor_with_ties(x, k):
+    got = local_outlier_factor(torch.tensor(x), k)
+    np.testing.assert_allclose(got.numpy(), factor_by_hand(x, k), rtol=1e-9)
+
+
+@some
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 60), k=st.integers(1, 25), heavy=st.booleans())
+def test_outlier_factor(seed, n, k, heavy):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    x = x.mul(3).exp() if heavy else x
+    np.testing.assert_allclose(local_outlier_factor(x, k).numpy(), factor_by_hand(x.tolist(), k), rtol=1e-7)
+
+
+def test_an_outlier_is_one():
+    x = torch.cat([torch.linspace(0, 1, 50), torch.tensor([9.0, -9.0])])
+    assert (local_outlier_factor(x, 20) > 1.5).nonzero()[:, 0].tolist() == [50, 51]
+    assert not (local_outlier_factor(torch.ones(40), 20) > 1.5).any()
+
+
+@some
+@given(seeds, st.integers(1, 40), st.floats(0, 3))
+def test_beyond_quartiles(seed, m, factor):
+    x = noise(seed, m).exp()
+
+    def quartile(p: float) -> float:
+        values, at = sorted(x.double().tolist()), p * (m - 1)
+        below = int(at)
+        return values[below] + (at - below) * (values[min(below + 1, m - 1)] - values[below])
+
+    limit = quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
+    got = beyond_quartiles(x, factor).tolist()
+    assert all(flag == (v > limit) for flag, v in zip(got, x.double().tolist(), strict=True) if abs(v - limit) > 1e-9)
+    assert not beyond_quartiles(torch.full((m,), 0.1), factor).any()

@@ -1,0 +1,488 @@
+"""Recoverable Compression: against plain loops in float64, the prompt's text, its CLIPs, and the engine."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_outliers import outliers_by_hand, sure
+from tiny import BOS, DEPTH, Picture, batch, greedy, lengths, tiny, visual_tokens
+from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+import vlmslim
+from vlmslim.compressor import ImageTokens
+from vlmslim.engine.families import kv_cache
+from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
+from vlmslim.ops.selection import largest_remainder
+
+QUICK = settings(max_examples=25, deadline=None)
+
+# --- plain loops, float64 ------------------------------------------------------------------------------------------
+
+
+def best(score: list[float], k: int, among=None) -> list[int]:
+    return sorted(range(len(score)) if among is None else among, key=lambda i: (-score[i], i))[:k]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    length = math.sqrt(sum(u * u for u in a)) * math.sqrt(sum(v * v for v in b))
+    return sum(u * v for u, v in zip(a, b, strict=True)) / length
+
+
+def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
+    """Kept tokens and merged vectors, one step of the specification after the other."""
+    n, width = len(x), len(x[0])
+    parts = largest_remainder(budget, method.shares) if budget else None
+    first, second, third = method.neighbours
+    seen = best(a, parts[0] if parts else outliers_by_hand(a, first))
+    unseen = [i for i in range(n) if i not in seen]
+    if parts:
+        found = best(t, parts[1], unseen)
+    elif method.recovery == "all":
+        found = best(t, outliers_by_hand(t, second))
+    else:
+        if method.recovery == "minimum":
+            count = int(len(unseen) * (outliers_by_hand([min(t) if i in seen else t[i] for i in range(n)], second) / n))
+        else:
+            count = outliers_by_hand([t[i] for i in unseen], second)
+        found = best(t, count, unseen)
+    kept = sorted({*seen, *found})
+    rest = [i for i in range(n) if i not in kept]
+    if parts:
+        count = max(parts[2] - 1, 0)
+    else:
+        number = outliers_by_hand([a[i] for i in rest], third)
+        base = {"rest": len(rest), "selected": len(kept), "image": n, "width": width}[method.centres]
+        count = number if method.centres == "rest" else int(base * (number / len(rest)))
+        count = min(count, len(rest))
+    centres = best(a, count, rest)
+    others = [i for i in rest if i not in centres]
+    key = {i: keys[i] if method.keys == "own" else keys[place] for place, i in enumerate(rest)}
+    merged = []
+    for c in centres:
+        pool = [i for i in centres if i != c] + others
+        affinity = {i: cosine(key[c], key[i]) + method.text_weight * t[i] for i in pool}
+        ranked = sorted(pool, key=lambda i: -affinity[i])
+        members = ranked[: method.cluster]
+        if len(ranked) > len(members) and members:
+            sure(affinity[members[-1]] - affinity[ranked[len(members)]] > 1e-4)
+        merged.append([x[c][d] + sum(a[i] * x[i][d] for i in members) for d in range(width)])
+    if others and (parts[2] > 0 if parts else centres or method.extra == "keep"):
+        merged.append([sum(a[i] * x[i][d] for i in others) for d in range(width)])
+    return kept, merged
+
+
+@QUICK
+@given(seed=st.integers(0, 10**6), p=st.integers(1, 9), heads=st.integers(1, 3))
+def test_attention_of_one_wide_head(seed, p, heads):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 2, heads, p + 1, 4, generator=generator)
+    got = joint_cls_attention(q, k)
+    for c in range(2):
+        wide = lambda t, i, c=c: [v for h in range(heads) for v in t[c, h, i].tolist()]  # noqa: E731
+        logits = [
+            sum(u * v for u, v in zip(wide(q, 0), wide(k, i), strict=True)) / (heads * 4) ** 0.5 for i in range(p + 1)
+        ]
+        total = sum(map(math.exp, logits))
+        np.testing.assert_allclose(got[c].numpy(), [math.exp(v) / total for v in logits[1:]], rtol=2e-5)
+
+
+@QUICK
+@given(seed=st.integers(0, 10**6), p=st.integers(1, 9), d=st.integers(2, 9))
+def test_text_similarity(seed, p, d):
+    generator = torch.Generator().manual_seed(seed)
+    patches, text = torch.randn(p, d, generator=generator), torch.randn(d, generator=generator)
+    want = [cosine(row, text.tolist()) / d**0.5 for row in patches.tolist()]
+    np.testing.assert_allclose(text_similarity(patches, text).numpy(), want, rtol=1e-4, atol=1e-6)
+
+
+def method_strategy():
+    return st.builds(
+        Recoverable,
+        preset=st.sampled_from(["corrected", "released", "released_alt"]),
+        recovery=st.sampled_from([None, "minimum", "rest", "all"]),
+        centres=st.sampled_from([None, "rest", "selected", "image", "width"]),
+        extra=st.sampled_from([None, "keep", "drop"]),
+        neighbours=st.sampled_from([(20, 20, 10), (4, 4, 3), (7, 5, 2)]),
+        cluster=st.sampled_from([1, 5, 32]),
+        text_weight=st.sampled_from([0.0, 50.0]),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 48), method=method_strategy(), data=st.data())
+def test_the_whole_of_it(seed, n, method, data):
+    budget = data.draw(st.none() | st.integers(1, n - 1), label="budget")
+    generator = torch.Generator().manual_seed(seed)
+    x, keys = torch.randn(n, 6, generator=generator), torch.randn(n, 5, generator=generator)
+    a = (torch.randn(n, generator=generator) * 1.5).softmax(0)
+    t = torch.randn(n, generator=generator) ** 3 * 0.02
+    kept, merged = recover_by_hand(x.tolist(), a.tolist(), t.tolist(), keys.tolist(), method, budget)
+    got_kept, got_merged = method.recover(x, a, t, keys, budget)
+    assert got_kept.tolist() == kept
+    assert len(got_merged) == len(merged)
+    np.testing.assert_allclose(got_merged.numpy(), np.array(merged).reshape(-1, 6), rtol=1e-4, atol=1e-5)
+    if budget:
+        assert len(kept) + len(merged) == budget
+    assert len(kept) + len(merged) <= n
+
+
+def test_ties_go_to_the_lower_index():
+    method = Recoverable(keep=4, shares=(0.5, 0.5, 0))
+    ones = torch.ones(9)
+    kept, merged = method.recover(torch.eye(9), ones / 9, ones, torch.eye(9), 4)
+    assert kept.tolist() == [0, 1, 2, 3]
+    assert len(merged) == 0
+    weights = clusters(ones / 9, ones, torch.ones(9, 2), torch.tensor([5, 2]), 3, 50.0)
+    assert [row.nonzero()[:, 0].tolist() for row in weights] == [[0, 1, 2], [0, 1, 5]]
+
+
+def test_a_share_of_the_whole_is_the_count():
+    assert all(share_of(count, n, n) == count for n in (1, 49, 100, 576) for count in range(n + 1))
+    assert share_of(9, 459, 1024) == 20
+    assert share_of(0, 0, 64) == 0
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (dict(keep=0), "at least one"),
+        (dict(keep=1.5), "share"),
+        (dict(preset="fixed"), "preset"),
+        (dict(text_source="first"), "text_source"),
+        (dict(centres="N"), "centres"),
+        (dict(shares=(0.5, 0.5)), "three shares"),
+        (dict(shares=(0.5, 0.5, 0.5)), "sum to 1"),
+        (dict(neighbours=(20, 0, 10)), "neighbours"),
+        (dict(cluster=0), "cluster"),
+        (dict(pad_length=1), "pad_length"),
+    ],
+)
+def test_bad_options(options, word):
+    with pytest.raises(ValueError, match=word):
+        Recoverable(**options)
+
+
+def test_a_template_of_ones_own_has_one_group():
+    with pytest.raises(ValueError, match="exactly one group"):
+        Recoverable(turn="Q: .*")
+
+
+def test_presets_fill_in_what_is_not_given():
+    assert Recoverable(preset="released").keys == "shifted"
+    assert Recoverable(preset="released", keys="own").keys == "own"
+    assert "keys='own'" in str(vlmslim.method("recoverable"))
+
+
+# --- in the engine ---------------------------------------------------------------------------------------------------
+
+
+def asked(seed: int, question: list[int], image=None, system: int = 0) -> list:
+    return [BOS, *[SYS] * system, USER, image or Picture(seed), LINE, *question, LINE, 90, 91, ASSISTANT]
+
+
+ROWS = [asked(0, [10, 11, 12]), asked(1, [20, 21, 22, 23, 24], system=3)]
+SEVERAL = [BOS, USER, Picture(2), Picture(3, (32, 64)), LINE, 30, 31, ASSISTANT]
+
+
+@pytest.fixture(params=["hf", "open_clip"])
+def folder(request):
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
+def method_for(folder: str, **options) -> Recoverable:
+    return Recoverable(clip=folder, tokenizer=Words(), **dict(neighbours=(3, 3, 3)) | options)
+
+
+def spy(monkeypatch) -> list:
+    """What every image was compressed from and into, in the order of the images."""
+    seen = []
+    compress_images = Recoverable.compress_images
+
+    def recording(self, images):
+        results = compress_images(self, images)
+        seen.extend(zip([self] * len(images), images, results, strict=True))
+        return results
+
+    monkeypatch.setattr(Recoverable, "compress_images", recording)
+    return seen
+
+
+def patched(folder, family="llava", dtype=torch.float32, backend="sdpa"):
+    model = tiny(family, backend, dtype)
+    if family == "next":  # the fixtures' CLIPs are on the LLaVA's tower
+        model.model.vision_tower.load_state_dict(tiny("llava", backend, dtype).model.vision_tower.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(preset="released", pad_length=12), dict(preset="released_alt", pad_length=12)]
+)
+@pytest.mark.parametrize("keep", [None, 1, 7, 0.5])
+@torch.no_grad()
+def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
+    """From pixels to the language model, with every input of the method computed by hand."""
+    model, seen = patched(hf_folder), spy(monkeypatch)
+    inputs = batch(model, [ROWS[1]])
+    with vlmslim.patch(model, method_for(hf_folder, keep=keep, **options)):
+        model(**inputs)
+    [(method, _, result)] = seen
+    clip, tower = CLIPModel.from_pretrained(hf_folder).eval(), model.model.vision_tower
+    states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layer = tower.encoder.layers[-1]
+    normed = layer.layer_norm1(states[-2])[0]
+    q, k = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
+    a = (k @ q[0] / 16**0.5).softmax(0)[1:]
+    if options:
+        ids = [100, 2, 2, 2, 3] + [101] * 7  # the first line: three words of the system prompt and "USER:"
+        text = clip.text_projection(clip.text_model(torch.tensor([ids])).last_hidden_state[0, -1])
+    else:
+        text = clip.get_text_features(torch.tensor([[100, 20, 21, 22, 23, 24, 101]]))
+        text = getattr(text, "pooler_output", text)[0]
+    patches = states[-1][0, 1:] @ clip.visual_projection.weight.T
+    t = torch.cosine_similarity(patches, text[None]) / 12**0.5
+    x = states[-2][0, 1:]
+    budget = None if keep is None else keep if isinstance(keep, int) else 8
+    kept, merged = recover_by_hand(x.tolist(), a.tolist(), t.tolist(), k[1:].tolist(), method, budget)
+    want = model.model.multi_modal_projector(torch.cat([x[kept], torch.tensor(merged).view(-1, 16)]))
+    if len(want):
+        torch.testing.assert_close(result.features, want, rtol=1e-4, atol=1e-4)
+    else:
+        assert len(result.features) == 1
+
+
+@pytest.mark.parametrize("family", ["llava", "next"])
+@pytest.mark.parametrize("keep", [None, 1, 5, 0.4])
+@torch.no_grad()
+def test_batch_is_singles(folder, family, keep):
+    model = patched(folder, family)
+    rows = [*ROWS, SEVERAL]
+    inputs = batch(model, rows)
+    with vlmslim.patch(model, method_for(folder, keep=keep)) as slim:
+        out, logits = greedy(model, inputs)
+        summary = slim.receipt.summary()
+        sizes = []
+        for i, row in enumerate(rows):
+            single = batch(model, [row])
+            alone, alone_logits = greedy(model, single)
+            torch.testing.assert_close(logits[i : i + 1], alone_logits, rtol=2e-4, atol=2e-4)
+            sizes.append(lengths(kv_cache(alone)))
+    assert lengths(kv_cache(out)) == [max(size) for size in zip(*sizes, strict=True)]
+    assert summary["images"] == 4
+    assert summary["had_effect"]
+    images = [part for row in rows for part in row if isinstance(part, Picture)]
+    whole = [visual_tokens(family, image.size) for image in images]
+    if keep is None:
+        assert summary["requested"] is None
+        assert 1 <= summary["kept"] < summary["visual_tokens"]
+    else:
+        asked_for = [keep if isinstance(keep, int) else round(keep * n) for n in whole]
+        assert summary["kept"] == summary["requested"] == sum(asked_for) / 4
+
+
+@pytest.mark.parametrize("keep", [1.0, "all"])
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(hf_folder, backend, keep):
+    for family in ("llava", "next"):
+        model = patched(hf_folder, family, backend=backend)
+        inputs = batch(model, [ROWS[0]])
+        n = visual_tokens(family, Picture(0).size)
+        want, want_logits = greedy(model, inputs)
+        with vlmslim.patch(model, method_for(hf_folder, keep=n if keep == "all" else keep)) as slim:
+            got, logits = greedy(model, inputs)
+            assert not slim.receipt.had_effect
+        assert torch.equal(got.sequences, want.sequences)
+        assert torch.equal(logits, want_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llava", "next"])
+@torch.no_grad()
+def test_half_precision(folder, family, dtype):
+    model = patched(folder, family, dtype)
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, method_for(folder, keep=6)) as slim:
+        out, logits = greedy(model, inputs)
+        assert logits.isfinite().all()
+        assert slim.receipt.summary()["kept"] == 6
+    with vlmslim.patch(model, method_for(folder)) as slim:
+        assert greedy(model, inputs)[1].isfinite().all()
+        assert 1 <= slim.receipt.summary()["kept"] < slim.receipt.summary()["visual_tokens"]
+
+
+@torch.no_grad()
+def test_the_question_decides_and_the_system_prompt_does_not(hf_folder, monkeypatch):
+    model, seen = patched(hf_folder), spy(monkeypatch)
+    rows = [asked(0, [10, 11]), asked(0, [10, 11], system=4), *(asked(0, [40 + i, 41 + i]) for i in range(6))]
+    answered = [*asked(0, [10, 11]), 70, 71, 72]
+
+    def kept(row, **options):
+        seen.clear()
+        with vlmslim.patch(model, method_for(hf_folder, keep=4, shares=(0, 1, 0), **options)):
+            model(**batch(model, [row]))
+        return seen[0][2].features
+
+    first, again, *others = map(kept, rows)
+    assert torch.equal(first, again)
+    assert torch.equal(first, kept(answered)), "the answer being scored leaked into the question"
+    assert any(not torch.equal(first, other) for other in others)
+    slip = partial(kept, text_source="system")  # trap 25, on request only
+    assert all(torch.equal(slip(rows[0]), slip(row)) for row in rows[2:])
+    assert not torch.equal(slip(rows[0]), slip(rows[1])) or torch.equal(first, slip(rows[1]))
+
+
+@torch.no_grad()
+def test_anyres_crops_share_the_budget(hf_folder, monkeypatch):
+    model, seen = patched(hf_folder, "next"), spy(monkeypatch)
+    inputs = batch(model, [asked(0, [10], Picture(0, (60, 30)))])
+    n = visual_tokens("next", (60, 30))
+    for keep in (1, 2, 3, 10, n - 1, n):
+        with vlmslim.patch(model, method_for(hf_folder, keep=keep)):
+            model(**inputs)
+        _, image, result = seen.pop()
+        assert len(result.features) == keep
+        newlines = int((image.grid[:, 0] < 0).sum())
+        assert newlines > 0
+        if keep == n - 1:  # patches go last
+            index = result.index.tolist()
+            assert set((image.grid[:, 0] >= 0).nonzero()[:, 0].tolist()) <= set(index)
+
+
+@torch.no_grad()
+def test_an_image_is_never_left_empty(hf_folder):
+    model = patched(hf_folder)
+    options = dict(preset="released", pad_length=12, neighbours=(20, 20, 10))  # 16 patches: nothing is an outlier
+    with vlmslim.patch(model, method_for(hf_folder, **options)) as slim:
+        model(**batch(model, [ROWS[0]]))
+        assert slim.receipt.summary()["kept"] >= 1
+
+
+@torch.no_grad()
+def test_through_generate_with_beams(hf_folder):
+    model = patched(hf_folder)
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, method_for(hf_folder, keep=6)):
+        out = model.generate(**inputs, max_new_tokens=4, num_beams=2, return_dict_in_generate=True)
+        assert lengths(kv_cache(out))[0] < inputs["input_ids"].shape[1]
+        assert len(lengths(kv_cache(out))) == DEPTH
+
+
+def test_gradients_reach_the_projector(hf_folder):
+    model = patched(hf_folder)
+    inputs = batch(model, [ROWS[0]])
+    with vlmslim.patch(model, method_for(hf_folder, keep=6)):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+BUNDLED = Path(vlmslim.__file__).parent / "bundled"
+
+
+@pytest.mark.skipif(
+    not (BUNDLED / "tiny-llava").is_dir() or not (BUNDLED / "tiny-clip").is_dir(), reason="not bundled yet"
+)
+@pytest.mark.parametrize("keep", [None, 16])
+@torch.no_grad()
+def test_the_bundled_checkpoint_needs_no_options(monkeypatch, keep):
+    pytest.importorskip("open_clip")
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    folder = BUNDLED / "tiny-llava"
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    question = "Is there a dog in the picture?"
+    said = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{question}\nAnswer yes or no."}]},
+    ]
+    text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (192, 192, 3), dtype=np.uint8))
+    seen = spy(monkeypatch)
+    with vlmslim.patch(model, "recoverable", keep=keep) as slim:
+        model.generate(**processor(text=text, images=picture, return_tensors="pt"), max_new_tokens=2)
+        kept = slim.receipt.summary()["kept"]
+    method, image, _ = seen[0]
+    assert method._text(image) == question
+    assert kept == keep or (keep is None and 1 <= kept < len(image.features))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["siglip", "onevision"])
+def test_towers_without_cls_are_refused(hf_folder, family):
+    with pytest.raises(ValueError, match="CLS"):
+        vlmslim.patch(tiny(family), method_for(hf_folder))
+
+
+def test_onevision_is_refused_on_any_tower(hf_folder):
+    with pytest.raises(ValueError, match="OneVision"):
+        method_for(hf_folder).setup(tiny("onevision"))
+
+
+def test_cls_in_the_language_model_is_refused(hf_folder):
+    model = tiny("llava")
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="vision_feature_select_strategy"):
+        vlmslim.patch(model, method_for(hf_folder))
+
+
+def test_a_foreign_clip_is_refused(hf_folder, tmp_path):
+    model = tiny("llava")
+    with torch.no_grad():
+        stem_of(model).normal_()
+    with pytest.raises(ValueError, match="vision tower"):
+        vlmslim.patch(model, method_for(hf_folder))
+    model = tiny("llava")
+    with torch.no_grad():
+        stem_of(model).mul_(1.05)
+    vlmslim.patch(model, method_for(hf_folder)).remove()  # fine-tuned a little
+
+
+def test_defaults_that_cannot_be_known(hf_folder):
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="give clip="):
+        vlmslim.patch(model, "recoverable", keep=4)
+    with pytest.raises(ValueError, match="give tokenizer="):
+        vlmslim.patch(model, "recoverable", keep=4, clip=hf_folder)
+    with pytest.raises(ValueError, match="pad_length"):
+        vlmslim.patch(model, method_for(hf_folder, text_pool="last_pad", pad_length=77))
+
+
+@torch.no_grad()
+def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<pad>").save_pretrained(tmp_path)
+    patched(hf_folder).save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    seen, inputs = spy(monkeypatch), batch(model, [ROWS[1]])
+    with vlmslim.patch(model, replace(method_for(hf_folder, keep=5), tokenizer=None)):
+        model(**inputs)
+    method, image, result = seen[0]
+    assert method._text(image) == "w20 w21 w22 w23 w24"
+    with vlmslim.patch(model, method_for(hf_folder, keep=5)):
+        model(**inputs)
+    assert torch.equal(seen[1][2].features, result.features)
+
+
+def test_embeddings_hide_the_question(hf_folder):
+    method = method_for(hf_folder, keep=1)
+    method.setup(tiny("llava"))
+    image = ImageTokens(features=torch.zeros(16, 32), tower=torch.zeros(1, 16, 16), pixels=torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="input_ids"):
+        method.compress(image)

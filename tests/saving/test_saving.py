@@ -1,0 +1,309 @@
+"""Patches on disk: written, restored in every way, and refused where they do not fit."""
+
+import json
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from doubles import BUDGETED, First, options_of, registered
+from tiny import ROWS, batch, close, tiny
+from transformers import AutoModelForImageTextToText
+
+import vlmslim
+from vlmslim.saving import folder as saving
+
+TRAINED = [name for name in vlmslim.method_names() if "weights" in options_of(name)]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**batch(model, ROWS)).logits
+
+
+def saved_flex(folder, model=None, **options):
+    model = tiny("llava") if model is None else model
+    with vlmslim.patch(model, "tokenflex", **dict(weights="random:3", keep=4) | options) as slim:
+        slim.save_pretrained(folder)
+        return logits(model)
+
+
+@pytest.mark.parametrize("name", [name for name in vlmslim.method_names() if "clip" not in options_of(name)])
+def test_every_method_is_written_and_restored_with_all_its_options(name, tmp_path):
+    model = tiny("llava")
+    unset = {"weights": "random"} if name in TRAINED else {}
+    given = registered(name, 5) if name in BUDGETED else vlmslim.method(name, **unset)
+    with vlmslim.patch(model, given) as slim:
+        slim.save_pretrained(tmp_path)
+        want, parts = logits(model), {k: v.clone() for k, v in slim.trained.state_dict().items()}
+    assert (tmp_path / "model.safetensors").exists() == bool(parts) == (name in TRAINED)
+    again = tiny("llava")
+    with vlmslim.patch(again, str(tmp_path)) as slim:
+        assert torch.equal(logits(again), want)
+        assert slim.trained.state_dict().keys() == parts.keys()
+        assert all(torch.equal(v, parts[k]) for k, v in slim.trained.state_dict().items())
+        (restored,) = slim.methods
+        for f in fields(given):
+            if f.init and f.name != "weights":
+                assert getattr(restored, f.name) == getattr(given, f.name), f.name
+
+
+def test_several_stages(tmp_path):
+    stages = [{"method": "divprune", "keep": 8}, {"method": "fastv", "keep": 4, "layer": 2}]
+    model = tiny("llava")
+    with vlmslim.patch(model, stages) as slim:
+        slim.save_pretrained(tmp_path)
+        want, description = logits(model), str(slim)
+    again = tiny("llava")
+    with vlmslim.patch(again, tmp_path) as slim:
+        assert str(slim) == description
+        assert torch.equal(logits(again), want)
+    with pytest.raises(ValueError, match="several methods.*keep"):
+        vlmslim.patch(again, tmp_path, keep=4)
+
+
+def test_a_trained_stage_behind_another(tmp_path):
+    model = tiny("llava")
+    stages = [{"method": "tokenflex", "weights": "random", "keep": 9}, {"method": "fastv", "keep": 4}]
+    with vlmslim.patch(model, stages) as slim:
+        slim.save_pretrained(tmp_path)
+        want = logits(model)
+    again = tiny("llava")
+    with vlmslim.patch(again, tmp_path):
+        assert torch.equal(logits(again), want)
+
+
+def test_what_is_on_disk(tmp_path):
+    model = tiny("llava")
+    saved_flex(tmp_path / "deep" / "er", model)
+    config = json.loads((tmp_path / "deep" / "er" / "vlmslim.json").read_text())
+    assert config["methods"][0]["method"] == "tokenflex" and config["methods"][0]["keep"] == 4
+    assert "weights" not in config["methods"][0], "a path of the machine it was trained on"
+    assert config["versions"]["vlmslim"] == vlmslim.__version__
+    assert config["base"]["shape"]["hidden_size"] == 32
+    from safetensors.torch import load_file
+
+    state = load_file(tmp_path / "deep" / "er" / "model.safetensors")
+    assert {k.split(".")[0] for k in state} == {"tokenflex"}
+    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == ["model.safetensors", "vlmslim.json"]
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+    saved_flex(tmp_path)
+    want = saved_flex(tmp_path, weights="random:4")
+    model = tiny("llava")
+    with vlmslim.patch(model, tmp_path):
+        assert torch.equal(logits(model), want)
+    with vlmslim.patch(tiny("llava"), "divprune", keep=4) as slim:
+        slim.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["vlmslim.json"]
+
+
+def test_options_replace_saved_ones(tmp_path):
+    saved_flex(tmp_path)
+    model = tiny("llava")
+    with vlmslim.patch(model, tmp_path, keep=9) as slim:
+        logits(model)
+        assert slim.receipt.summary()["kept"] == 9
+    with vlmslim.patch(model, "tokenflex", weights=str(tmp_path), keep=1) as slim:
+        logits(model)
+        assert slim.receipt.summary()["kept"] == 1
+
+
+def test_another_backbone_is_refused_and_the_model_stays_as_it_was(tmp_path):
+    saved_flex(tmp_path)
+    for family in ("siglip", "next"):
+        other = tiny(family)
+        with pytest.raises(ValueError, match="another backbone.*tower_feature_layer|another backbone.*model_type"):
+            vlmslim.patch(other, tmp_path)
+        assert not hasattr(other, "_vlmslim")
+        vlmslim.patch(other, "none").remove()
+
+
+def test_weights_of_other_options_are_refused(tmp_path):
+    saved_flex(tmp_path)
+    with pytest.raises(ValueError, match="other options.*gate.weight"):
+        vlmslim.patch(tiny("llava"), tmp_path, expansion=2)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    saved_flex(tmp_path / "a")
+    saved_flex(tmp_path / "b", weights="random:5")
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    for folder in ("a", "b"):
+        with pytest.raises(ValueError, match="model.safetensors is missing or not the file"):
+            vlmslim.patch(tiny("llava"), tmp_path / folder)
+
+
+@pytest.mark.parametrize("spoil", ["cut", "newer", "empty"])
+def test_a_configuration_that_cannot_be_read(spoil, tmp_path):
+    saved_flex(tmp_path)
+    path = tmp_path / "vlmslim.json"
+    text = path.read_text()
+    path.write_text({"cut": text[:60], "newer": text.replace('"format": 1', '"format": 2'), "empty": "{}"}[spoil])
+    with pytest.raises(ValueError, match="written by vlmslim" if spoil == "newer" else "no configuration of vlmslim"):
+        vlmslim.patch(tiny("llava"), tmp_path)
+
+
+def test_weights_of_another_method_are_refused(tmp_path):
+    with vlmslim.patch(tiny("llava"), "divprune", keep=4) as slim:
+        slim.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no weights of 'tokenflex', only of nothing"):
+        vlmslim.patch(tiny("llava"), "tokenflex", weights=str(tmp_path), keep=4)
+
+
+def test_an_object_without_a_file_cannot_be_saved(tmp_path):
+    with vlmslim.patch(tiny("llava"), First()) as slim, pytest.raises(ValueError, match="First.*no name"):
+        slim.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_without_a_patch_is_an_unknown_method(tmp_path):
+    with pytest.raises(ValueError, match="unknown method"):
+        vlmslim.patch(tiny("llava"), str(tmp_path))
+
+
+# --- with the checkpoint ----------------------------------------------------------------------------------------------
+
+
+class Processor:
+    """Stands in for one: what matters here is that it is saved along."""
+
+    def save_pretrained(self, folder):
+        (folder / "processor.txt").write_text("saved")
+
+
+@pytest.fixture
+def loads_processors(monkeypatch):
+    seen = []
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path, **_: seen.append(str(path)) or "it")
+    return seen
+
+
+def test_a_whole_checkpoint_in_one_call(tmp_path, loads_processors):
+    model = tiny("llava")
+    with vlmslim.patch(model, "tokenflex", weights="random", keep=4) as slim:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the base is meant to be saved without the patch
+            slim.save_pretrained(tmp_path, with_base=True, processor=Processor())
+        want = logits(model)
+    assert (tmp_path / "base" / "processor.txt").exists()
+    assert not any("tmp" in p.name for p in tmp_path.rglob("*"))
+    slim = vlmslim.from_pretrained(tmp_path, dtype=torch.float32)
+    close(logits(slim.model), want)
+    assert slim.processor == "it" and loads_processors == [str(tmp_path / "base")]
+    assert not slim.model.training
+    slim.remove()
+    close(logits(slim.model), logits(tiny("llava")))
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    close(logits(plain), logits(tiny("llava")))
+    with pytest.raises((OSError, ValueError)):  # never the unpatched model by accident
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_a_patch_beside_its_base(tmp_path, loads_processors):
+    tiny("llava").save_pretrained(tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    want = saved_flex(tmp_path / "flex", model)
+    slim = vlmslim.from_pretrained(tmp_path / "flex")
+    close(logits(slim.model), want)
+    other = vlmslim.from_pretrained(tmp_path / "flex", "divprune", keep=4)
+    assert str(other).startswith("DivPrune")
+    third = vlmslim.from_pretrained(tmp_path / "flex", "tokenflex", keep=9)
+    logits(third.model)
+    assert third.receipt.summary()["kept"] == 9
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="base=.*"):
+        vlmslim.from_pretrained(tmp_path / "flex")
+    close(logits(vlmslim.from_pretrained(tmp_path / "flex", base=str(tmp_path / "moved")).model), want)
+
+
+def test_a_base_without_a_name(tmp_path):
+    saved_flex(tmp_path)
+    with pytest.raises(ValueError, match="had no name.*base="):
+        vlmslim.from_pretrained(tmp_path)
+
+
+def test_a_plain_checkpoint(tmp_path, loads_processors):
+    tiny("llava").save_pretrained(tmp_path)
+    assert vlmslim.from_pretrained(tmp_path).methods == [vlmslim.method("none")]
+    slim = vlmslim.from_pretrained(tmp_path, "divprune", keep=4)
+    logits(slim.model)
+    assert slim.receipt.summary()["kept"] == 4
+    with pytest.raises(ValueError, match="base=.*saved patch"):
+        vlmslim.from_pretrained(tmp_path, base="elsewhere")
+    with pytest.raises(ValueError, match="unknown option"):
+        vlmslim.from_pretrained(tmp_path, "divprune", kep=4)
+
+
+def test_a_bundled_base_is_known_by_its_bundled_name(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(saving.bundled.resolve("bundled/tiny-llava"))
+    with vlmslim.patch(model, "none") as slim:
+        slim.save_pretrained(tmp_path)
+    assert saving.read(tmp_path).base["name"] == "bundled/tiny-llava"
+    slim = vlmslim.from_pretrained(tmp_path)
+    assert slim.processor.image_token == "<image>"
+
+
+def test_saving_the_model_alone_says_how_to_save_the_patch(tmp_path):
+    with (
+        vlmslim.patch(tiny("llava"), "divprune", keep=4) as slim,
+        pytest.warns(UserWarning, match="without its patch.*slim.save_pretrained"),
+    ):
+        slim.model.save_pretrained(tmp_path)
+
+
+# --- in lmms-eval -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_in_lmms_eval(tmp_path):
+    pytest.importorskip("lmms_eval")
+    from lmms_fixtures import checkpoint
+
+    from vlmslim.evaluation.lmms_model import VlmSlim
+
+    base = checkpoint("llava", tmp_path)
+    with vlmslim.from_pretrained(base, "tokenflex", weights="random", keep=4) as slim:
+        slim.save_pretrained(tmp_path / "flex")
+    return VlmSlim, base, str(tmp_path / "flex")
+
+
+def test_lmms_eval_takes_a_saved_patch(model_in_lmms_eval):
+    make, base, folder = model_in_lmms_eval
+    described = {
+        "saved": make(folder, device="cpu").receipt["method"],
+        "other count": make(folder, keep=9, device="cpu").receipt["method"],
+        "other method": make(folder, method="divprune", keep=4, device="cpu").receipt["method"],
+        "same method": make(folder, method="tokenflex", keep=9, device="cpu").receipt["method"],
+        "none": make(folder, method="none", device="cpu").receipt["method"],
+        "plain": make(base, device="cpu").receipt["method"],
+    }
+    assert "keep=4" in described["saved"] and "TokenFlex" in described["saved"]
+    assert "keep=9" in described["other count"] and "TokenFlex" in described["other count"]
+    assert "DivPrune" in described["other method"]
+    assert "keep=9" in described["same method"]
+    assert described["none"] == described["plain"]
+    with pytest.raises(ValueError, match="unknown option of tokenflex 'kep'"):
+        make(folder, kep=9, device="cpu")
+    with pytest.raises(ValueError, match="is larger|use 4 or 9"):
+        make(folder, keep=5, device="cpu")
+
+
+def test_vlmslim_run_describes_the_checkpoint_under_a_saved_patch(model_in_lmms_eval, tmp_path):
+    from vlmslim.evaluation.config import RunConfig
+    from vlmslim.evaluation.harness import describe_checkpoint
+
+    _, base, folder = model_in_lmms_eval
+    common = dict(tasks=["scenes_count"], methods=["none"], output=tmp_path / "run")
+    patched, plain = (describe_checkpoint(RunConfig(model={"pretrained": p}, **common)) for p in (folder, base))
+    assert patched == plain and plain["identity"]
+
+
+def test_weights_are_told_apart_by_what_is_in_them(tmp_path):
+    saved_flex(tmp_path / "a")
+    saved_flex(tmp_path / "b")
+    saved_flex(tmp_path / "c", weights="random:9")
+    a, b, c = ([{"method": "tokenflex", "weights": str(tmp_path / n)}] for n in "abc")
+    assert saving.seals(a) == saving.seals(b) != saving.seals(c)
+    assert saving.seals([{"method": "divprune", "keep": 4}, {"method": "tokenflex", "weights": "pool"}]) == []

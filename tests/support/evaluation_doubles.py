@@ -1,0 +1,124 @@
+"""A stand-in for `vlmslim.evaluation.harness` that evaluates nothing and always says the same."""
+
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+from vlmslim.cost import DecoderShape
+from vlmslim.evaluation.harness import Cell
+
+SHAPE = DecoderShape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=300)
+
+
+def write_config(folder: Path, **changes) -> Path:
+    config = {
+        "model": {"pretrained": "tiny"},
+        "tasks": ["count", "text"],
+        "budgets": [64, 16],
+        "methods": ["divprune"],
+        "baselines": ["random"],
+        "output": str(folder / "out"),
+    } | changes
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def receipt(kept: float, requested: float | None) -> dict:
+    return {
+        "method": "Fake()",
+        "images": 4,
+        "prompts": 4,
+        "visual_tokens": 144.0,
+        "requested": requested,
+        "kept": kept,
+        "visual_tokens_per_layer": [kept] * 4,
+        "equivalent_tokens": kept,
+        "text_tokens": 20.0,
+        "kv_bytes": (kept + 20) * 4 * 2 * 2 * 16 * 4,
+        "selection_ms": 0.5,
+        "had_effect": kept < 144,
+        "positions": "renumbered",
+        "backend": "sdpa",
+        "dtype": "float32",
+    }
+
+
+class FakeHarness:
+    """Behaves like the module, and like the `Harness` in it."""
+
+    def __init__(
+        self,
+        fail_at=None,
+        failure=None,
+        without_effect=(),
+        identity="weights-1",
+        scores=None,
+        questions=4,
+        definition="as it was",
+    ):
+        self.definition = {"settings": definition}
+        self.fail_at, self.failure, self.without_effect, self.identity = fail_at, failure, without_effect, identity
+        self.scores, self.questions = scores or {}, questions
+        self.evaluated, self.timed, self.loads = [], [], 0
+        self.tokens = None  # visual tokens of every image, where the checkpoint tells
+
+    def Tasks(self, config):  # noqa: N802
+        return SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
+
+    def describe_checkpoint(self, config):
+        known = {} if self.tokens is None else {"visual_tokens": self.tokens}
+        return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6, **known}
+
+    def Harness(self, config, progress):  # noqa: N802
+        self.loads += 1
+        return self
+
+    def evaluate(self, variant, task) -> Cell:
+        if self.fail_at == (variant.label, task):
+            raise self.failure
+        self.evaluated.append((variant.label, task))
+        right = self.scores.get(
+            (variant.label, task), zlib.crc32(f"{variant.label} {task}".encode()) % self.questions + 1
+        )
+        samples = [
+            {
+                "doc_id": i,
+                "target": "yes",
+                "arguments": [f"{task} {i}?"],
+                "resps": [["yes" if i < right else "no"]],
+                "filtered_resps": ["yes" if i < right else "no"],
+                "doc_hash": "x",
+                "acc": float(i < right),
+            }
+            for i in range(self.questions)
+        ]
+        results = {
+            "results": {
+                task: {
+                    "alias": task,
+                    "acc,none": right / self.questions,
+                    "acc_stderr,none": 0.05,
+                    "submission,none": "N/A",
+                }
+            },
+            "higher_is_better": {task: {"acc": True, "submission": True}},
+        }
+        budget = variant.budget
+        keeps_all = budget is None or variant.label in self.without_effect
+        return Cell(results, samples, receipt(144.0 if keeps_all else float(budget), budget and float(budget)))
+
+    def time(self, variants, tick) -> dict:
+        self.timed = [v.label for v in variants]
+        return {
+            v.label: {
+                "prefill_ms": 10.0 * (i + 1),
+                "prefill_ratio": 1.0 * (i + 1),
+                "decode_ms": 2.0,
+                "decode_ratio": 1.0,
+            }
+            for i, v in enumerate(variants)
+        }

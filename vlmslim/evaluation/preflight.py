@@ -1,0 +1,146 @@
+"""What can be refused before anything is measured, and the check afterwards that a method did something."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlmslim import bundled
+from vlmslim.compressor import Compressor
+from vlmslim.patching import build
+from vlmslim.registry import name_of
+
+
+def check_writable(directory: Path | str) -> None:
+    """Make a directory, and see that files can be written into it.
+
+    Raises:
+        ValueError: a file is in the way, or there is no permission, or no space.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written to: {error.strerror or error}") from error
+
+
+def check_file(path: Path) -> None:
+    """See that a file can be written, without touching it.
+
+    Raises:
+        ValueError: it is a directory, or its directory cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give a file")
+    check_writable(path.parent)
+
+
+def check_checkpoint(name: str) -> str:
+    """The folder behind `bundled/NAME` or a path, or the hub id as it is; the hub itself is not asked.
+
+    Raises:
+        ValueError: there is no such bundled checkpoint or path, or no model in the folder.
+    """
+    place = bundled.resolve(name)
+    folder = Path(place)
+    if not folder.exists():
+        if os.path.isabs(place) or place.startswith(("./", "../", "~")) or place.count("/") > 1:
+            raise ValueError(f"the path {place} does not exist")
+        return place
+    if not folder.is_dir():
+        raise ValueError(f"{place} is a file; give the folder of a checkpoint")
+    if not any((folder / file).is_file() for file in ("config.json", "vlmslim.json")):
+        raise ValueError(f"the folder {place} holds no model: there is no config.json in it")
+    return place
+
+
+def check_device(device: str | None) -> None:
+    """See that a device is there.
+
+    Raises:
+        ValueError: it is no device, or this machine has none.
+    """
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: there is no such device; use cpu, cuda or cuda:0") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this PyTorch sees no GPU; use cpu")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message that says anything."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def visual_tokens(config) -> int | None:
+    """Visual tokens of every image, from a checkpoint's configuration; None where that takes the image's size."""
+    tower = getattr(config, "vision_config", None)
+    kinds = {"clip_vision_model": 1, "siglip_vision_model": 0}  # -> CLS tokens
+    if getattr(config, "model_type", None) != "llava" or getattr(tower, "model_type", None) not in kinds:
+        return None
+    patches = (tower.image_size // tower.patch_size) ** 2
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    return patches + kinds[tower.model_type] - dropped
+
+
+def check_counts(stages: Sequence[dict | Compressor], tokens: int) -> None:
+    """See that no stage is to keep more tokens than an image has.
+
+    Raises:
+        ValueError: one is; the message says how many there are.
+    """
+    for stage in stages:
+        build(stage).requested(tokens)
+
+
+def check_effect(stages: Sequence[dict | Compressor], receipt: dict) -> None:
+    """Refuse numbers in whose making a method was on and did nothing.
+
+    Args:
+        stages: dictionaries of a method's name and its options, or methods.
+        receipt: `Receipt.summary()`.
+
+    Raises:
+        RuntimeError: no image lost a token, although not every stage was asked to keep all of them.
+    """
+    if receipt["had_effect"]:
+        return
+    active = [whole for whole in map(build, stages) if name_of(whole) != "none"]
+    if not active:
+        return
+    if not receipt["images"]:
+        raise RuntimeError("no image reached the model, so the method had nothing to do; take the task out")
+    if not _keeps_everything(active, receipt):
+        raise RuntimeError(
+            f"the method had no effect on any of {receipt['images']} images: {receipt['visual_tokens']:.1f} visual "
+            f"tokens went in and {receipt['kept']:.1f} came out"
+        )
+
+
+def _keeps_everything(methods: list[Compressor], receipt: dict) -> bool:
+    """Whether every method was asked for all tokens; one that decides itself was not.
+
+    The receipt counts image by image, but only for the first of several methods.
+    """
+    if len(methods) == 1:
+        return receipt["requested"] is not None and receipt["requested"] >= receipt["visual_tokens"]
+    sizes = receipt.get("visual_tokens_range") or [round(receipt["visual_tokens"])]
+    return all(_asked_for_all(method, n) for method in methods for n in sizes)
+
+
+def _asked_for_all(method: Compressor, n: int) -> bool:
+    try:
+        requested = method.requested(n)
+    except ValueError:  # a count above the image's
+        return True
+    return requested is not None and requested >= n

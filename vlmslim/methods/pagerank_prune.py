@@ -1,0 +1,150 @@
+"""PageRank pruning: fewer tokens layer by layer, until none is left; the second stage of AIM (arXiv 2412.03248)."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmslim.compressor import Compressor, LayerInput
+from vlmslim.ops.selection import full_precision, rank_within_groups
+
+ROWS = 256  # query rows of an attention map that exist at once
+
+
+@dataclass
+class PageRankPrune(Compressor):
+    """Drop visual tokens layer by layer, least important first, until none is left.
+
+    Layer l sees r(l) of the visual tokens that entered: all up to layer `start`, then linearly fewer, none from layer
+    `stop` on. Those stay that rank highest in the sharpened attention of layer l - 1, taken as a graph in which every
+    token, text included, hands its importance to what it looks at. The images of a prompt share its budget; text
+    always stays, and so does a prompt's last token, which predicts the next; kept tokens keep their rotary positions.
+
+    The release only hides pruned tokens as keys: they go on voting and cost what they did. Here they are gone, so
+    that the graph is that of the survivors (keep sets differ by about one token a layer). Also unlike the release,
+    every sample has a budget of its own, decoding sees what prefill kept, and equal scores go to the lower index.
+
+    start       : l1, last layer that sees everything: a number, or a share of the depth. By default the paper's 14 of
+                  28 layers and 13 of 32; half of any other depth
+    stop        : l2, first layer that sees nothing. By default 22 of 28 and 21 of 32; 11/14 of any other depth
+    temperature : of the softmax of the graph; below 1 sharpens
+    iterations  : steps from the uniform distribution
+    damping     : share that is spread evenly at each step
+    """
+
+    knobs: ClassVar = ("stop", "start")
+
+    start: int | float | None = None
+    stop: int | float | None = None
+    temperature: float = 0.1
+    iterations: int = 5
+    damping: float = 0.0
+
+    def __post_init__(self):
+        for name in ("start", "stop"):
+            layer = getattr(self, name)
+            if layer is None:
+                continue
+            if isinstance(layer, bool) or not isinstance(layer, int | float):
+                raise ValueError(f"{name}={layer!r}: give a decoder layer (14) or a share of the depth (0.5)")
+            if layer < 0 or isinstance(layer, float) and layer > 1:
+                raise ValueError(f"{name}={layer}: a layer is not negative, and a share of the depth lies in [0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: it must be positive; the paper's is 0.1")
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations!r}: at least one; the paper's number is 5")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping={self.damping!r}: a share lies in [0, 1); the release has 0")
+
+    def setup(self, model: nn.Module) -> None:
+        """Turn the schedule into layers of this model."""
+        depth = len(model.model.language_model.layers)
+        self.span = self.span_of(depth)
+        self.layers = tuple(range(self.span[0] + 1, min(self.span[1], depth - 1) + 1))
+
+    def span_of(self, depth: int) -> tuple[int, int]:
+        """Last layer that sees everything and first that sees nothing, of `depth`.
+
+        Raises:
+            ValueError: the second is not beyond the first.
+        """
+        usual = (13, 21) if depth == 32 else (1 / 2, 11 / 14)
+        start, stop = (
+            default if layer is None else layer for layer, default in zip((self.start, self.stop), usual, strict=True)
+        )
+        first, none = (round(layer * depth) if isinstance(layer, float) else layer for layer in (start, stop))
+        if isinstance(stop, float) and stop * depth > (start * depth if isinstance(start, float) else start):
+            none = max(none, first + 1)  # in a shallow decoder, rounding must not make one layer of two shares
+        if first >= none:
+            raise ValueError(f"pruning from layer {first} to {none} of {depth}: give a stop beyond the start")
+        return first, none
+
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """The schedule."""
+        return [scheduled(n, layer, *self.span_of(depth)) for layer in range(depth)]
+
+    def retain(self, tokens: LayerInput) -> Tensor:
+        """Keep the highest ranks of every sample."""
+        visual = tokens.image > 0
+        place = torch.arange(visual.shape[1], device=visual.device)
+        visual &= place != tokens.last[:, None]
+        budget = [scheduled(sum(row), tokens.layer, *self.span) for row in tokens.entered]
+        if not any(budget):
+            return ~visual
+        score = pagerank(
+            tokens.mask, previous_attention(tokens, self.temperature), iterations=self.iterations, damping=self.damping
+        )
+        rank = rank_within_groups(score.to(visual.device), visual.long())
+        return ~visual | (rank < torch.tensor(budget, device=visual.device)[:, None])
+
+
+def scheduled(n: int, layer: int, start: int, stop: int) -> int:
+    """How many of `n` visual tokens decoder layer `layer` sees: all up to `start`, none from `stop` on."""
+    return n * min(max(stop - layer, 0), stop - start) // (stop - start)
+
+
+def previous_attention(tokens: LayerInput, temperature: float = 1.0, rows: int = ROWS) -> Iterator[Tensor]:
+    """Attention of layer `tokens.layer - 1`, a few rows at a time, the last ones first.
+
+    Yields:
+        (B, heads, q, end) in fp32: what rows end - q .. end - 1 pay to the tokens 0 .. end - 1, all that they can see.
+    """
+    batch, size = tokens.mask.shape
+    rows = min(rows, -(-size // 2))  # never the whole map at once, however short the prompt
+    for end in range(size, 0, -rows):
+        row = torch.arange(max(0, end - rows), end, device=tokens.mask.device).expand(batch, -1)
+        yield tokens.attention(row, temperature, end)
+
+
+@full_precision
+def pagerank(real: Tensor, attention: Iterable[Tensor], *, iterations: int = 5, damping: float = 0.0) -> Tensor:
+    """Importance of tokens: where a uniform distribution goes in a few steps along causal attention.
+
+    Every head is a graph of its own, and their results are joined by the root mean square. As nobody looks ahead,
+    what a row passes on is settled once all rows behind it are done: taken from the last row to the first, all steps
+    can be made at once, so that each row of attention is needed just once.
+
+    Args:
+        real: (B, S) 1 at tokens, 0 at padding.
+        attention: blocks (B, heads, q, end): rows end - q .. end - 1, last rows first, all rows in the end.
+        iterations: number of steps.
+        damping: share of every step that is spread evenly.
+
+    Returns:
+        (B, S).
+    """
+    uniform = real / real.sum(1, keepdim=True)
+    rank: list[Tensor] = []
+    for block in attention:
+        heads, q, end = block.shape[1:]
+        uniform = uniform.to(block.device)
+        if not rank:
+            start = uniform[:, None].repeat(1, heads, 1)
+            rank = [start, *(damping * start for _ in range(iterations))]
+        for now, then in zip(rank, rank[1:], strict=False):
+            then[..., :end] += (1 - damping) * (now[..., None, end - q : end] @ block)[..., 0, :]
+    last = rank[-1]
+    scale = last.amax(1, keepdim=True).clamp(min=torch.finfo(last.dtype).tiny)  # squares of small ranks underflow
+    return (scale * (last / scale).square().mean(1, keepdim=True).sqrt())[:, 0]
