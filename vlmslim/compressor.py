@@ -288,13 +288,13 @@ class Compressor:
     tower_layers : vision-tower layers whose queries and keys `ImageTokens.qk` can compute; negative from the end
     needs_cls    : the method reads the tower's CLS token
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
-    knobs        : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
+    budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
 
     layers: ClassVar[tuple[int | float, ...]] = ()
     tower_layers: ClassVar[tuple[int, ...]] = ()
     needs_cls: ClassVar[bool] = False
-    knobs: ClassVar[tuple[str, ...]] = ("keep",)
+    budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
 
     def setup(self, model: nn.Module) -> None:
@@ -334,7 +334,7 @@ class Compressor:
         """(B, S) bool, True at the tokens that stay from `tokens.layer` on. Text always stays."""
         raise NotImplementedError(f"{type(self).__name__} sets `layers` but does not override `retain`")
 
-    def weigh(self, tokens: LayerInput) -> Tensor | None:
+    def soft_retain(self, tokens: LayerInput) -> Tensor | None:
         """(B, S) in [0, 1]: how strongly each token may be attended to from `tokens.layer` on; None asks `retain`.
 
         For methods in training: nothing is dropped, gradients pass, and weights of successive layers multiply. A

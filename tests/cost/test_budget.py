@@ -57,7 +57,7 @@ def cost(model, inputs, method, **options) -> dict[str, float]:
     count = len(rows)
     return {
         "equivalent_tokens": visual / images,
-        "tflops_ratio": flops([n / count for n in lengths]) / flops([whole / count] * len(layers)),
+        "flops_ratio": flops([n / count for n in lengths]) / flops([whole / count] * len(layers)),
     }
 
 
@@ -75,7 +75,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("currency", ["equivalent_tokens", "tflops_ratio"])
+@pytest.mark.parametrize("currency", ["equivalent_tokens", "flops_ratio"])
 def test_every_method_costs_what_another_costs(family, currency):
     """All of them are brought to the cost of `random` at a keep that every grid of counts can meet."""
     model = tiny(family)
@@ -232,11 +232,11 @@ def test_what_cannot_be_met_says_how_near_it_gets(method, target, message):
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        ("divprune", {}, "a budget is one of equivalent_tokens=64 and tflops_ratio=0.15"),
-        ("divprune", {"equivalent_tokens": 4, "tflops_ratio": 0.5}, "a budget is one of"),
+        ("divprune", {}, "a budget is one of equivalent_tokens=64 and flops_ratio=0.15"),
+        ("divprune", {"equivalent_tokens": 4, "flops_ratio": 0.5}, "a budget is one of"),
         ("divprune", {"equivalent_tokens": 0}, "equivalent_tokens=0: give a positive number"),
         ("divprune", {"equivalent_tokens": float("nan")}, "give a positive number"),
-        ("divprune", {"tflops_ratio": 1.5}, "lies in .0, 1."),
+        ("divprune", {"flops_ratio": 1.5}, "lies in .0, 1."),
         ("divprune", {"equivalent_tokens": 4, "keep": 3}, "nothing is left to solve; leave out the option"),
         ("none", {"equivalent_tokens": 4}, "nothing is left to solve"),
         ("divprun", {"equivalent_tokens": 4}, "Did you mean 'divprune'"),
@@ -266,7 +266,7 @@ def test_prompts_must_bring_images_one_at_a_time():
 
 def test_the_solution_is_the_same_twice_and_json():
     model = tiny("next")
-    once, twice = (solve(model, "todre", prompts(model), tflops_ratio=0.5) for _ in range(2))
+    once, twice = (solve(model, "todre", prompts(model), flops_ratio=0.5) for _ in range(2))
     assert once == twice
     assert json.loads(json.dumps(once.record())) == once.record()
 
@@ -312,7 +312,7 @@ def test_a_run_at_equal_cost(tmp_path):
     config = {
         "model": {"pretrained": "bundled/tiny-llava", "device": "cpu"},
         "tasks": ["scenes_count"],
-        "budgets": [{"equivalent_tokens": 48}, {"tflops_ratio": 0.5}],
+        "budgets": [{"equivalent_tokens": 48}, {"flops_ratio": 0.5}],
         "methods": ["divprune", "fastv", "aim", "todre"],
         "limit": 3,
         "timing": None,
@@ -324,7 +324,7 @@ def test_a_run_at_equal_cost(tmp_path):
     rows = {row.label: row for row in board.rows}
     for method in ("random", "divprune", "fastv", "aim", "todre"):
         assert rows[f"{method}-equivalent_tokens=48"].equivalent == pytest.approx(48, rel=0.02)
-        assert rows[f"{method}-tflops_ratio=0.5"].flops_ratio == pytest.approx(0.5, rel=0.02)
+        assert rows[f"{method}-flops_ratio=0.5"].flops_ratio == pytest.approx(0.5, rel=0.02)
     cell = Store(tmp_path / "out").cell("fastv-equivalent_tokens=48", "scenes_count")
     assert cell["stages"][0]["keep"] == cell["budget"]["value"] == 16
     assert cell["budget"]["spent"] == cell["budget"]["achieved"] == 48

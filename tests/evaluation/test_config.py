@@ -77,15 +77,15 @@ def test_stages(load):
 
 
 def test_costs_are_budgets(load):
-    config = load({"budgets": [64, {"equivalent_tokens": 64}, {"tflops_ratio": 0.15}]})
+    config = load({"budgets": [64, {"equivalent_tokens": 64}, {"flops_ratio": 0.15}]})
     assert labels(config) == [
         "none",
         "random-64",
         "random-equivalent_tokens=64",
-        "random-tflops_ratio=0.15",
+        "random-flops_ratio=0.15",
         "divprune-64",
         "divprune-equivalent_tokens=64",
-        "divprune-tflops_ratio=0.15",
+        "divprune-flops_ratio=0.15",
     ]
     plain, cost = config.variants()[4:6]
     assert not plain.unsolved
@@ -98,20 +98,20 @@ def test_costs_are_budgets(load):
 def test_costs_of_one_method(load):
     methods = [
         {"method": "fastv", "layer": 3, "budget": {"equivalent_tokens": 70}},
-        {"method": "fastv", "keep": 16, "budget": {"tflops_ratio": 0.4}},
+        {"method": "fastv", "keep": 16, "budget": {"flops_ratio": 0.4}},
         {"method": "divprune", "budgets": [32, {"equivalent_tokens": 64.5}], "label": "mine"},
     ]
     rows = load({"methods": methods, "budgets": [], "baselines": []}).variants()
     assert [row.label for row in rows] == [
         "none",
         "fastv-layer=3-equivalent_tokens=70",
-        "fastv-16-tflops_ratio=0.4",
+        "fastv-16-flops_ratio=0.4",
         "mine-32",
         "mine-equivalent_tokens=64.5",
     ]
     assert [row.budget for row in rows[1:]] == [
         {"equivalent_tokens": 70},
-        {"tflops_ratio": 0.4},
+        {"flops_ratio": 0.4},
         32,
         {"equivalent_tokens": 64.5},
     ]
@@ -198,10 +198,10 @@ def test_what_makes_runs_comparable(load):
         ({"baselines": ["rndom"]}, "unknown method 'rndom'. Did you mean 'random'?"),
         ({"limit": 0}, "limit"),
         ({"budgets": [{"equivalent_token": 3}]}, "budgets.0: unknown key 'equivalent_token'. Did you mean"),
-        ({"budgets": [{}]}, "budgets.0: give one of {equivalent_tokens: 64} and {tflops_ratio: 0.15}"),
-        ({"budgets": [{"equivalent_tokens": 3, "tflops_ratio": 0.1}]}, "budgets.0: give one of"),
+        ({"budgets": [{}]}, "budgets.0: give one of {equivalent_tokens: 64} and {flops_ratio: 0.15}"),
+        ({"budgets": [{"equivalent_tokens": 3, "flops_ratio": 0.1}]}, "budgets.0: give one of"),
         ({"budgets": [{"equivalent_tokens": 0}]}, "budgets.0.equivalent_tokens: Input should be greater than 0"),
-        ({"budgets": [{"tflops_ratio": 1.5}]}, "budgets.0.tflops_ratio: Input should be less than or equal to 1"),
+        ({"budgets": [{"flops_ratio": 1.5}]}, "budgets.0.flops_ratio: Input should be less than or equal to 1"),
         ({"budgets": ["many"]}, "budgets.0"),
         ({"methods": [{"method": "fastv", "budget": 3, "budgets": [4]}]}, "give either 'budget' or 'budgets'"),
         (
@@ -209,10 +209,10 @@ def test_what_makes_runs_comparable(load):
             "next to 'keep' or 'stages', 'budgets' lists costs",
         ),
         (
-            {"methods": [{"method": "divprune", "keep": 3, "budget": {"tflops_ratio": 0.1}}]},
+            {"methods": [{"method": "divprune", "keep": 3, "budget": {"flops_ratio": 0.1}}]},
             "divprune: nothing is left to solve; leave out the option that the budget shall decide",
         ),
-        ({"methods": [{"method": "none", "budget": {"tflops_ratio": 0.1}}]}, "none: nothing is left to solve"),
+        ({"methods": [{"method": "none", "budget": {"flops_ratio": 0.1}}]}, "none: nothing is left to solve"),
         ("just words", "a configuration is a mapping"),
         ("model: [", "not readable as YAML"),
         ({"tasks": ["count", {"task": "count", "metric": "acc"}]}, "tasks: listed twice: count"),
@@ -310,7 +310,7 @@ def test_baselines_meet_the_runs_budgets_where_no_method_has_one(load):
 
 
 @pytest.mark.parametrize(
-    "cost", [{"equivalent_tokens": True}, {"equivalent_tokens": float("inf")}, {"tflops_ratio": True}]
+    "cost", [{"equivalent_tokens": True}, {"equivalent_tokens": float("inf")}, {"flops_ratio": True}]
 )
 def test_costs_are_finite_numbers(load, cost):
     with pytest.raises(ConfigError, match="Input should be a"):

@@ -195,11 +195,11 @@ def test_the_range_of_kept_tokens_is_shown_where_images_differ():
 
 def test_what_a_cost_came_to_stands_beside_it():
     solved = {"knob": "keep", "value": 11, "target": {"equivalent_tokens": 64}, "achieved": 63.9, "prompts": 16}
-    share = solved | {"value": 0.11213, "target": {"tflops_ratio": 0.15}}
+    share = solved | {"value": 0.11213, "target": {"flops_ratio": 0.15}}
     rows = [
         Row("none", None),
         Row("fastv", {"equivalent_tokens": 64}, solved=solved, spent=63.97, spent_low=63.97, spent_high=63.97),
-        Row("aim", {"tflops_ratio": 0.15}, solved=share, spent=0.1532, spent_low=0.1488, spent_high=0.1571),
+        Row("aim", {"flops_ratio": 0.15}, solved=share, spent=0.1532, spent_low=0.1488, spent_high=0.1571),
     ]
     texts = cost_texts(rows)
     assert texts["solved"] == ["–", "keep=11", "keep=0.11213"]

@@ -186,7 +186,7 @@ def hiding(rule):
     """The same rule, in training: it hides what it would drop."""
 
     class Hiding(type(rule)):
-        def weigh(self, tokens):
+        def soft_retain(self, tokens):
             if tokens.weight is not None:
                 alive = tokens.weight > 0.5
                 tokens = replace(tokens, image=tokens.image * alive, mask=tokens.mask & alive)
@@ -218,7 +218,7 @@ def test_what_soft_masks_cannot_do_is_refused():
         model(**inputs)
 
     class Elsewhere(Halve):
-        def weigh(self, tokens):
+        def soft_retain(self, tokens):
             model.model.language_model.config._attn_implementation = "flash_attention_2"
             return self.retain(tokens).float()
 

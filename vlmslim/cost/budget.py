@@ -8,7 +8,7 @@ ToDRE that drops its 64 near the end cost differently. A cost is stated in one o
 
 equivalent_tokens : visual tokens of an image, averaged over the decoder layers. For a method that works before the
                     language model it is the count it keeps.
-tflops_ratio      : prefill FLOPs of the language model, over those of the unpatched model on the same prompts. Text
+flops_ratio      : prefill FLOPs of the language model, over those of the unpatched model on the same prompts. Text
                     tokens count on both sides; a multiply-add is 2, the MLP has three matrices, attention is counted
                     in full. Left out: vision tower, projector, LM head and the method's own work. It is the ratio of
                     the mean prompt, as in the leaderboard.
@@ -30,7 +30,7 @@ from vlmslim.engine.families import family_of
 from vlmslim.patching import build, patch
 from vlmslim.registry import method_class
 
-CURRENCIES = ("equivalent_tokens", "tflops_ratio")
+CURRENCIES = ("equivalent_tokens", "flops_ratio")
 TOLERANCE = 0.02
 SHARES = 100_000  # steps of a share
 TRIES = 12  # prefills of the sample, at most
@@ -66,7 +66,7 @@ class Solution:
 
 
 def solve(model: nn.Module, method: str | Part | Sequence, prompts: Iterable[Mapping], **options) -> Solution:
-    """Find the option of a method that makes it cost `equivalent_tokens=...` or `tflops_ratio=...`.
+    """Find the option of a method that makes it cost `equivalent_tokens=...` or `flops_ratio=...`.
 
     For several methods or budgets on the same prompts make one `Solver`.
 
@@ -192,21 +192,20 @@ def check_target(target: Mapping[str, float]) -> tuple[str, float]:
         ValueError: not exactly one known currency, or a number out of range.
     """
     if len(target) != 1 or not set(target) <= set(CURRENCIES):
-        raise ValueError(f"a budget is one of equivalent_tokens=64 and tflops_ratio=0.15, not {dict(target)}")
+        raise ValueError(f"a budget is one of equivalent_tokens=64 and flops_ratio=0.15, not {dict(target)}")
     ((currency, wanted),) = target.items()
     if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not wanted > 0:
         raise ValueError(f"{currency}={wanted!r}: give a positive number")
-    if currency == "tflops_ratio" and wanted > 1:
-        raise ValueError(f"tflops_ratio={wanted}: a share of the unpatched model's FLOPs lies in (0, 1]")
+    if currency == "flops_ratio" and wanted > 1:
+        raise ValueError(f"flops_ratio={wanted}: a share of the unpatched model's FLOPs lies in (0, 1]")
     return currency, wanted
 
 
 def free_knob(parts: Sequence[str | Part]) -> tuple[int, str]:
-    """Which stage, and which option of it, a budget solves: the first knob that is not given.
+    """Which stage, and which option of it, a budget solves: the first of its `budget_options` that is not given.
 
-    The knobs of a method are its `Compressor.knobs`, by default `keep`. FastV's are `keep` and `layer`: without
-    `keep` that is solved at its layer, and with `keep=16` the layer is. A method object has all its options, so there
-    the first knob is solved.
+    The default is `keep`. FastV's are `keep` and `layer`: without `keep` that is solved at its layer, and with `keep=16`
+    the layer is. A method object has all its options, so there the first one is solved.
 
     Raises:
         ValueError: every knob is given, or the method has none.
@@ -215,7 +214,7 @@ def free_knob(parts: Sequence[str | Part]) -> tuple[int, str]:
         given = part if isinstance(part, dict) else {}
         cls = type(part) if isinstance(part, Compressor) else method_class(_name(part))
         options = {f.name for f in fields(cls) if f.init}
-        for knob in cls.knobs:
+        for knob in cls.budget_options:
             if knob in options and knob not in given:
                 return i, knob
     names = "+".join(map(_name, parts))
@@ -234,7 +233,7 @@ def spent(receipt: Mapping, shape: DecoderShape) -> dict[str, float]:
     whole = prefill_flops(shape, receipt["visual_tokens"] * images + text)
     return {
         "equivalent_tokens": equivalent_tokens(visual) / images,
-        "tflops_ratio": prefill_flops(shape, [count + text for count in visual]) / whole,
+        "flops_ratio": prefill_flops(shape, [count + text for count in visual]) / whole,
     }
 
 

@@ -102,7 +102,7 @@ class Notes:
 
         return asked
 
-    def weigh(self, ask: Callable) -> Callable:
+    def soft_retain(self, ask: Callable) -> Callable:
         """In place of a stage's method of that name."""
 
         def asked(tokens: LayerInput) -> Tensor | None:
@@ -126,7 +126,7 @@ def noted(slim: Slim) -> Iterator[Notes]:
 
     cover(slim._decoder.before_llm, "compress_images")
     for pruner in slim._decoder.pruners.values():
-        cover(pruner, "retain", "weigh")
+        cover(pruner, "retain", "soft_retain")
     try:
         yield notes
     finally:

@@ -495,7 +495,7 @@ class DecoderHooks:
             keys=cached_keys(cache, i - 1, hidden),
         )
         with call.timed(hidden.device):
-            weight = self.pruners[i].weigh(tokens)
+            weight = self.pruners[i].soft_retain(tokens)
             if weight is None:
                 with torch.no_grad():
                     keep = self.pruners[i].retain(tokens)

@@ -101,12 +101,12 @@ class Cost(_Strict):
     """A budget that costs every method the same; what the two currencies count is said in `vlmslim.cost.budget`."""
 
     equivalent_tokens: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
-    tflops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    flops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _one(self):
-        if (self.equivalent_tokens is None) == (self.tflops_ratio is None):
-            raise ValueError("give one of {equivalent_tokens: 64} and {tflops_ratio: 0.15}")
+        if (self.equivalent_tokens is None) == (self.flops_ratio is None):
+            raise ValueError("give one of {equivalent_tokens: 64} and {flops_ratio: 0.15}")
         return self
 
     def target(self) -> dict[str, int | float]:
@@ -374,7 +374,9 @@ def _knob(stages: list[dict]) -> tuple[int, str]:
 def _has_knob(entry: MethodConfig) -> bool:
     from vlmslim.registry import method_class
 
-    return any(k in _options(entry.method) and k not in entry.options for k in method_class(entry.method).knobs)
+    return any(
+        k in _options(entry.method) and k not in entry.options for k in method_class(entry.method).budget_options
+    )
 
 
 def _budget(stages: list[dict]) -> int | float | None:

@@ -1,8 +1,8 @@
 """Published results next to ours: the papers' tables, and the cells that are really comparable.
 
 The tables lie in `vlmslim/leaderboard/papers/*.yaml`, one file a paper, with the source of every number. A published
-cell is compared with one of ours only if checkpoint, task, metric, method with its options, and budget are the same, and
-if the whole task was run.
+cell is compared with one of ours only if checkpoint, task, metric, method with its options, and budget are the same,
+and if the whole task was run.
 """
 
 from dataclasses import dataclass, fields

@@ -94,7 +94,7 @@ def _solved_columns(rows: list[Row]) -> list[Column]:
 
 def _spent_text(row: Row) -> str:
     """What a cost really was; shares of the FLOPs are less than one."""
-    digits = 3 if row.solved and "tflops_ratio" in row.solved["target"] else 1
+    digits = 3 if row.solved and "flops_ratio" in row.solved["target"] else 1
     return _with_range(*(number(value, 1, digits) for value in (row.spent, row.spent_low, row.spent_high)))
 
 

@@ -31,7 +31,7 @@ class AIM(Compressor):
     temperature, iterations, damping : of the importance
     """
 
-    knobs: ClassVar = ("keep", "stop")
+    budget_options: ClassVar = ("keep", "stop")
 
     keep: Keep = 0.25
     start: int | float | None = None

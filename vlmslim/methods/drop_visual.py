@@ -30,7 +30,7 @@ class DropVisual(Compressor):
     text  : what T is: "after" the first visual token, or "all" text, system prompt included
     """
 
-    knobs: ClassVar = ("layer",)
+    budget_options: ClassVar = ("layer",)
 
     layer: int | float | Sequence[int | float] = 7 / 8
     tau: float | None = 0.1

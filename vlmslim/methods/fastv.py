@@ -23,7 +23,7 @@ class FastV(Compressor):
     layer : K, a number from 1 or a share of the depth, rounded down; the paper uses 2
     """
 
-    knobs: ClassVar = ("keep", "layer")
+    budget_options: ClassVar = ("keep", "layer")
 
     keep: Keep
     layer: int | float = 2

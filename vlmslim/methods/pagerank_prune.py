@@ -34,7 +34,7 @@ class PageRankPrune(Compressor):
     damping     : share that is spread evenly at each step
     """
 
-    knobs: ClassVar = ("stop", "start")
+    budget_options: ClassVar = ("stop", "start")
 
     start: int | float | None = None
     stop: int | float | None = None

@@ -34,7 +34,7 @@ class Schedule(Compressor):
     seed   : of "random"
     """
 
-    knobs: ClassVar[tuple[str, ...]] = ()
+    budget_options: ClassVar[tuple[str, ...]] = ()
 
     layer: Sequence[int | float] = (0.25, 0.5, 0.75)
     counts: Sequence[Keep] = (0.5, 0.25, 0.125)

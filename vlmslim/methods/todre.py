@@ -104,7 +104,7 @@ class ToDRE(Diversify):
     tau   : attention share under which they are dropped; None drops unconditionally
     """
 
-    knobs: ClassVar = ("keep", "layer")
+    budget_options: ClassVar = ("keep", "layer")
 
     layer: int | float | list[int | float] | None = 7 / 8
     tau: float | None = 0.1

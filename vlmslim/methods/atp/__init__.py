@@ -201,7 +201,7 @@ class ATP(Compressor):
     detached   : in training, no gradient from the thresholds through the scores into the language model
     """
 
-    knobs: ClassVar[tuple[str, ...]] = ()  # how much is kept is trained
+    budget_options: ClassVar[tuple[str, ...]] = ()  # how much is kept is trained
 
     weights: str = ""
     after: Sequence[int | float] = (0.125, 0.4375, 0.75)
@@ -274,7 +274,7 @@ class ATP(Compressor):
         maps = self._maps(tokens)
         return (tokens.image == 0) | maps.read(self._keep(maps, *self._thresholds(tokens, maps))).bool()
 
-    def weigh(self, tokens: LayerInput) -> Tensor | None:
+    def soft_retain(self, tokens: LayerInput) -> Tensor | None:
         """The soft masks of training."""
         if not self.modules.training:
             return None
