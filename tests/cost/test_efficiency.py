@@ -1,5 +1,7 @@
 """The ledger: analytic FLOPs against the papers and against a counter, KV bytes against a cache, timings."""
 
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, permutations
@@ -12,32 +14,31 @@ from doubles import Rule
 from tiny import BACKENDS, BOS, FAMILIES, Picture, anatomy, batch, lengths, tiny, words
 
 import vlmslim
-from vlmslim.cost import (
-    CONVENTIONS,
-    DecoderShape,
-    Ledger,
-    Spread,
-    Timing,
-    cache_bytes,
-    count_flops,
-    equivalent_tokens,
-    flop_counter,
-    interleave,
-    kv_bytes,
-    measure,
-    measure_together,
-    peak_memory,
-    prefill_flops,
-    projector_flops,
-    summarise,
-    time_generation,
-    time_parts,
-    time_steady,
-    tower_flops,
-)
 from vlmslim.cost.bench.ideal import ideal
 from vlmslim.cost.bench.prompt import Prompt
 from vlmslim.cost.bench.shapes import SHAPES, build, shape_config
+from vlmslim.cost.flops import (
+    CONVENTIONS,
+    DecoderShape,
+    Ledger,
+    equivalent_tokens,
+    kv_bytes,
+    prefill_flops,
+    projector_flops,
+    tower_flops,
+)
+from vlmslim.cost.memory import cache_bytes, peak_memory
+from vlmslim.cost.parts import count_flops, flop_counter, time_parts
+from vlmslim.cost.timing import (
+    Spread,
+    Timing,
+    interleave,
+    measure,
+    measure_together,
+    summarise,
+    time_generation,
+    time_steady,
+)
 from vlmslim.engine.families import kv_cache
 
 VICUNA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000)
@@ -65,6 +66,12 @@ PUBLISHED = [  # model, tokens, convention, TFLOPs as printed
     ("Recoverable Compression", VICUNA_7B, 576 + 60, "roofline", 8.45),
     ("GlobalCom2", VICUNA_7B, 2880, "roofline", 41.70),
 ]
+
+
+def test_counting_flops_loads_no_torch():
+    """The leaderboard counts FLOPs of stored runs, and must start at once."""
+    code = "import sys, vlmslim.cost.flops; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("paper, shape, tokens, convention, tera", PUBLISHED, ids=[row[0] for row in PUBLISHED])
@@ -112,7 +119,7 @@ def test_the_tower_and_the_kv_cache_of_llava_15():
     assert round(tower_flops(CLIP_L_336) / 1e12, 2) == 0.38
     assert round(kv_bytes(VICUNA_7B, 622) / 2**20) == 311
     assert round(kv_bytes(VICUNA_7B, 64 + 46) / 2**20) == 55
-    assert kv_bytes(VICUNA_7B, 10, "float32") == 2 * kv_bytes(VICUNA_7B, 10, torch.bfloat16)
+    assert kv_bytes(VICUNA_7B, 10, torch.float32.itemsize) == 2 * kv_bytes(VICUNA_7B, 10)
 
 
 def test_equivalent_tokens_of_fastv():
@@ -211,7 +218,7 @@ def test_kv_bytes_against_a_cache(family, patch):
         cache = kv_cache(model(**prompt.inputs(), use_cache=True))
         if patch is not None:
             visual = slim.receipt.summary()["visual_tokens_per_layer"]
-    theory = kv_bytes(DecoderShape.from_config(model.config), [v + 12 for v in visual], model.dtype)
+    theory = kv_bytes(DecoderShape.from_config(model.config), [v + 12 for v in visual], model.dtype.itemsize)
     assert cache_bytes(cache) == 2 * theory
 
 

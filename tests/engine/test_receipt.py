@@ -13,7 +13,7 @@ from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, l
 
 import vlmslim
 from vlmslim import Receipt
-from vlmslim.cost import cache_bytes
+from vlmslim.cost.memory import cache_bytes
 from vlmslim.engine.families import KV_CACHE, kv_cache
 from vlmslim.receipt import Image, Prefill, Span, Tally, headline
 

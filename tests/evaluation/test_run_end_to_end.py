@@ -13,7 +13,7 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 
 from lmms_fixtures import checkpoint, questions  # noqa: E402
 
-from vlmslim.cost import DecoderShape, kv_bytes  # noqa: E402
+from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
 from vlmslim.evaluation import harness  # noqa: E402
 from vlmslim.evaluation.config import ConfigError, TaskConfig, Variant, load_config  # noqa: E402
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
@@ -119,7 +119,7 @@ def test_kv_bytes_equal_theory(whole, folder):
     for label in LABELS:
         receipt = store.cell(label, "micro_words")["receipt"]
         lengths = [v + receipt["text_tokens"] for v in receipt["visual_tokens_per_layer"]]
-        assert receipt["kv_bytes"] == pytest.approx(kv_bytes(shape, lengths, "float32"))
+        assert receipt["kv_bytes"] == pytest.approx(kv_bytes(shape, lengths, 4))
 
 
 def test_methods_change_answers(whole, folder):

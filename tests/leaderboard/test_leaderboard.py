@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from evaluation_doubles import SHAPE, FakeHarness, write_config
 
-from vlmslim.cost import prefill_flops
 from vlmslim.cost.budget import Solution
+from vlmslim.cost.flops import prefill_flops
 from vlmslim.evaluation.config import ConfigError, load_config
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store

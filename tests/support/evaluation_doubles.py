@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from vlmslim.cost import DecoderShape
+from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.harness import Cell
 
 SHAPE = DecoderShape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=300)

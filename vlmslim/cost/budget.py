@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from vlmslim.compressor import Compressor
-from vlmslim.cost import DecoderShape, equivalent_tokens, prefill_flops
+from vlmslim.cost.flops import DecoderShape, equivalent_tokens, prefill_flops
 from vlmslim.engine.decoder import compresses
 from vlmslim.engine.families import family_of
 from vlmslim.patching import build, patch
@@ -204,8 +204,8 @@ def check_target(target: Mapping[str, float]) -> tuple[str, float]:
 def free_knob(parts: Sequence[str | Part]) -> tuple[int, str]:
     """Which stage, and which option of it, a budget solves: the first of its `budget_options` that is not given.
 
-    The default is `keep`. FastV's are `keep` and `layer`: without `keep` that is solved at its layer, and with `keep=16`
-    the layer is. A method object has all its options, so there the first one is solved.
+    The default is `keep`. FastV's are `keep` and `layer`: without `keep` that is solved at its layer, and with
+    `keep=16` the layer is. A method object has all its options, so there the first one is solved.
 
     Raises:
         ValueError: every knob is given, or the method has none.

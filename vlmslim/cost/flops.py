@@ -13,8 +13,6 @@ the other ways of counting in use, so that a paper's number can be reproduced.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Convention:
@@ -158,10 +156,15 @@ def crop_tokens(config) -> int:
     return (vision.image_size // vision.patch_size) ** 2 + cls
 
 
-def kv_bytes(shape: DecoderShape, tokens: float | Sequence[float], dtype: torch.dtype | str = torch.float16) -> float:
-    """Bytes of one prompt's KV cache: keys and values of the tokens cached by each layer, without padding."""
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return 2 * shape.kv_heads * shape.head_dim * dtype.itemsize * sum(shape.per_layer(tokens))
+def kv_bytes(shape: DecoderShape, tokens: float | Sequence[float], bytes_per_number: int = 2) -> float:
+    """Count the bytes of one prompt's KV cache: keys and values of the tokens that each layer caches, without padding.
+
+    Args:
+        shape: sizes of the language model.
+        tokens: text and visual tokens in each layer's cache, one number per layer, or one for all of them.
+        bytes_per_number: 2 for float16 and bfloat16, 4 for float32 (`dtype.itemsize`).
+    """
+    return 2 * shape.kv_heads * shape.head_dim * bytes_per_number * sum(shape.per_layer(tokens))
 
 
 def equivalent_tokens(per_layer: Sequence[float]) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor
-from vlmslim.cost import DecoderShape, cache_bytes, kv_bytes, peak_memory
+from vlmslim.cost.flops import DecoderShape, kv_bytes
+from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.doctor.pristine_copy import Fresh, twin_of
 from vlmslim.doctor.prompts import LONG, VIDEO, Prompts, why_no_video
 from vlmslim.doctor.receipt_audit import Told, counted
@@ -225,7 +226,7 @@ def kv(patient: Patient) -> Outcome:
             continue
         tokens = [receipt.last.text[0] + visual for (visual,) in receipt.last.visual]
         held += cache_bytes(kv_cache(out))
-        theory += kv_bytes(shape, tokens, model.dtype)
+        theory += kv_bytes(shape, tokens, model.dtype.itemsize)
         strange += sum(abs(a - b) for a, b in zip(computed, tokens, strict=True))
         told.prompt(prompts.visual(row), prompts.media(row), computed, kv_cache(out))
     told.summary(receipt, texts)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vlmslim.cost import peak_memory
+from vlmslim.cost.memory import peak_memory
 from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.doctor.snapshots import Watch
 from vlmslim.engine.families import KV_CACHE, kv_cache

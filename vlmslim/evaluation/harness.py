@@ -17,8 +17,9 @@ from loguru import logger
 
 import vlmslim
 import vlmslim.tasks
-from vlmslim.cost import DecoderShape, measure_together, summarise, tower_flops
 from vlmslim.cost.budget import Solution, Solver
+from vlmslim.cost.flops import DecoderShape, tower_flops
+from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
 from vlmslim.evaluation.preflight import check_checkpoint, check_writable, one_line, visual_tokens
 from vlmslim.evaluation.store import digest

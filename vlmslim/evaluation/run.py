@@ -10,8 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vlmslim.cost import DecoderShape
 from vlmslim.cost.budget import TOLERANCE, spent
+from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight as checks
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
 from vlmslim.evaluation.store import Store, digest

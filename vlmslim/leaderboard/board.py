@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlmslim.cost import DecoderShape
+from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.evaluation.store import Store, digest
 from vlmslim.leaderboard.comparison import Comparison, TaskAnswers, compare

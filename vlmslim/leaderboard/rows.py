@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass, field
 
-from vlmslim.cost import DecoderShape, prefill_flops
+from vlmslim.cost.flops import DecoderShape, prefill_flops
 from vlmslim.leaderboard.scores import Score
 
 #: What every cell records; weights only those of trained methods.

@@ -309,7 +309,7 @@ def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: in
         "flops": ledger.as_dict(),
         "flops_counted": {part: total / prompt.batch for part, total in counted.items()},
         "kv_bytes": held,
-        "kv_theory_bytes": prompt.batch * kv_bytes(shape, tokens, model.dtype),
+        "kv_theory_bytes": prompt.batch * kv_bytes(shape, tokens, model.dtype.itemsize),
         "peak_bytes": peak,
     }
 
