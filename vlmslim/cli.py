@@ -142,7 +142,7 @@ def bench(
 
     from vlmslim.cost import bench
     from vlmslim.cost.bench.report import write
-    from vlmslim.evaluation.preflight import check_file
+    from vlmslim.io.files import check_file
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

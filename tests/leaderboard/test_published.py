@@ -4,6 +4,8 @@ import copy
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -14,7 +16,7 @@ from vlmslim.cli import app
 from vlmslim.evaluation.config import ConfigError, load_config
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard
-from vlmslim.leaderboard.published import DIRECTORY, Paper, Published, load_papers
+from vlmslim.leaderboard.published import Paper, Published, load_papers
 from vlmslim.leaderboard.render import FORMATS, render
 from vlmslim.leaderboard.scores import Score
 from vlmslim.registry import method, method_names
@@ -59,8 +61,13 @@ def board(folder, harness=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return board(tmp_path_factory.mktemp("llava"))
+def llava_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llava")
+
+
+@pytest.fixture(scope="module")
+def llava(llava_folder):
+    return board(llava_folder)
 
 
 @pytest.fixture(scope="module")
@@ -295,5 +302,18 @@ def test_the_command(tmp_path):
     assert result.exit_code == 2
 
 
-def test_the_default_directory_is_the_checkouts():
-    assert DIRECTORY.parts[-2:] == ("assets", "published")
+def test_reading_and_rendering_load_no_torch(llava, llava_folder):
+    """Neither a board nor the papers' tables need torch, unless a row's options are written otherwise than there."""
+    script = """
+import sys
+from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.published import Published, load_papers
+from vlmslim.leaderboard.render import FORMATS, render
+
+board = Leaderboard.read(sys.argv[1])
+published = Published.compare(board, load_papers())
+assert published.lines
+assert all(render(board, format, published) for format in FORMATS)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, llava_folder / "out"], check=True)

@@ -21,10 +21,10 @@ from vlmslim.cost.budget import Solution, Solver
 from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
-from vlmslim.evaluation.preflight import check_checkpoint, check_writable, one_line, visual_tokens
+from vlmslim.evaluation.preflight import check_checkpoint, one_line, visual_tokens
 from vlmslim.evaluation.store import digest
 from vlmslim.io import provenance
-from vlmslim.io.files import write_atomically
+from vlmslim.io.files import check_writable, write_atomically
 from vlmslim.saving.folder import located
 
 BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent

@@ -1,7 +1,6 @@
 """What can be refused before anything is measured, and the check afterwards that a method did something."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,31 +10,6 @@ from vlmslim import bundled
 from vlmslim.compressor import Compressor
 from vlmslim.patching import build
 from vlmslim.registry import name_of
-
-
-def check_writable(directory: Path | str) -> None:
-    """Make a directory, and see that files can be written into it.
-
-    Raises:
-        ValueError: a file is in the way, or there is no permission, or no space.
-    """
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(f"{directory} cannot be written to: {error.strerror or error}") from error
-
-
-def check_file(path: Path) -> None:
-    """See that a file can be written, without touching it.
-
-    Raises:
-        ValueError: it is a directory, or its directory cannot be written to.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give a file")
-    check_writable(path.parent)
 
 
 def check_checkpoint(name: str) -> str:

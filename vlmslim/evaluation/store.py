@@ -15,8 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlmslim.evaluation.config import ConfigError
-from vlmslim.evaluation.preflight import check_writable
-from vlmslim.io.files import write_atomically
+from vlmslim.io.files import check_writable, write_atomically
 
 #: Files beside the cells that `clear` deletes.
 RESULTS = (

@@ -1,6 +1,7 @@
 """Files that are whole or absent, and tables in Markdown."""
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,31 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file `atomically`."""
     with atomically(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def check_writable(directory: Path | str) -> None:
+    """Make a directory and write a temporary file into it.
+
+    Raises:
+        ValueError: a file is in the way, permission is missing, or the disk is full.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written to: {error.strerror or error}") from error
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be written, without touching it.
+
+    Raises:
+        ValueError: the path is a directory, or its directory cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give a file")
+    check_writable(path.parent)
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -277,11 +277,10 @@ def _is_same(row: Row, published: PublishedRow, table: PublishedTable, board: Le
         return False
     if published.method == UNPATCHED:
         return True
-    ours = _options(row.stages[0])
-    asked = ours.pop("keep", None)
-    ways = [_options({"method": published.method, **published.options, **also}) for also in ({}, *table.also)]
-    return any(ours == {k: v for k, v in way.items() if k != "keep"} for way in ways) and _is_same_budget(
-        asked, row, published, table.visual_tokens or board.facts["visual_tokens"]
+    asked, ours = _options(row.stages[0])
+    ways = [_options({"method": published.method, **published.options, **also})[1] for also in ({}, *table.also)]
+    return _is_same_budget(asked, row, published, table.visual_tokens or board.facts["visual_tokens"]) and any(
+        ours == way or _differ_by_defaults(published.method, ours, way) for way in ways
     )
 
 
@@ -297,12 +296,20 @@ def _is_same_budget(asked, row: Row, published: PublishedRow, tokens: float) -> 
     return row.requested is not None and abs(row.requested - (keep * tokens if isinstance(keep, float) else keep)) < 0.5
 
 
-def _options(stage: dict) -> dict:
-    """A method's options with the defaults filled in; the seed is no option."""
+def _options(stage: dict) -> tuple[int | float | None, dict]:
+    """The `keep` of a stage, and its other options; the seed is no option."""
+    return stage.get("keep"), {name: value for name, value in stage.items() if name not in ("method", "keep", "seed")}
+
+
+def _differ_by_defaults(method: str, ours: dict, theirs: dict) -> bool:
+    """Whether options are the same once the method's defaults are filled in.
+
+    The registry loads torch, so it is imported only for a row whose options are not written as in the table.
+    """
     from vlmslim.registry import method_class
 
-    defaults = {f.name: f.default for f in fields(method_class(stage["method"])) if f.init}
-    return {name: value for name, value in (defaults | stage).items() if name not in ("method", "seed")}
+    defaults = {f.name: f.default for f in fields(method_class(method)) if f.init}
+    return defaults | ours == defaults | theirs
 
 
 def _scale(board: Leaderboard, task: str, unit: str) -> int:
