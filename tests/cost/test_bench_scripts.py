@@ -60,7 +60,7 @@ def test_difference(bench, ours, plain, difference):
 
 def test_the_committed_figures_are_the_scripts(bench):
     """The page in assets/bench is what the script makes of the record beside it, and names every case."""
-    base = SCRIPT.parents[1] / "assets" / "bench" / "selection_cpu"
+    base = SCRIPT.parents[2] / "assets" / "bench" / "selection_cpu"
     record = json.loads(base.with_suffix(".json").read_text())
     assert base.with_suffix(".md").read_text() == bench.markdown(record)
     assert {(r["n"], r["k"]) for r in record["results"] if r["k"]} == {

@@ -12,7 +12,7 @@ from tiny import BOS, DEPTH, Clip, Picture, batch, tiny, words
 
 import vlmslim
 from vlmslim.compressor import Compressed, Compressor
-from vlmslim.cost.budget import BudgetError, Solver, nearest, solve
+from vlmslim.cost.budget import BudgetError, Solver, search_nearest, solve
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.drop_visual import DropVisual
@@ -88,7 +88,7 @@ def test_every_method_costs_what_another_costs(family, currency):
         solved = solver.solve({"method": name} | options, **{currency: target})
         assert solved.achieved == pytest.approx(target, rel=0.02), label
         assert cost(model, inputs, list(solved.stages))[currency] == pytest.approx(solved.achieved, rel=1e-9), label
-        assert solved.knob == "keep"
+        assert solved.option == "keep"
         if family in ("llava", "siglip"):
             assert solved.value == 9, label
         else:
@@ -121,12 +121,12 @@ def test_videos():
     assert cost(model, inputs, list(solved.stages))["equivalent_tokens"] == pytest.approx(7, rel=0.02)
 
 
-def test_the_knob_is_the_first_that_is_not_given():
+def test_the_solved_option_is_the_first_that_is_not_given():
     model = tiny("llava")
     inputs = prompts(model)
     target = (16 * 3 + 4) / 4
     assert solve(model, {"method": "fastv", "keep": 4}, inputs, equivalent_tokens=target).record() == {
-        "knob": "layer",
+        "option": "layer",
         "value": 3,
         "target": {"equivalent_tokens": target},
         "achieved": target,
@@ -161,7 +161,7 @@ def test_aim_solves_its_schedule_where_the_merging_is_given():
     inputs = prompts(model)
     target = cost(model, inputs, "aim", keep=12, start=1, stop=3)["equivalent_tokens"]
     solved = solve(model, "aim", inputs, equivalent_tokens=target, keep=12, start=1)
-    assert (solved.knob, solved.value) == ("stop", 3)
+    assert (solved.option, solved.value) == ("stop", 3)
 
 
 @dataclass
@@ -274,7 +274,7 @@ def test_the_solution_is_the_same_twice_and_json():
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60), st.floats(0.1, 120), st.integers(0, 59))
 def test_nearest_finds_the_nearest(costs, target, start):
     costs.sort()
-    index, found = nearest(costs.__getitem__, len(costs), target, start % len(costs))
+    index, found = search_nearest(costs.__getitem__, len(costs), target, start % len(costs))
     assert found == costs[index]
     assert abs(found - target) == min(abs(c - target) for c in costs)
 
@@ -287,7 +287,7 @@ def test_nearest_keeps_to_its_tries(size, at):
         calls.append(i)
         return float(i > at * size)
 
-    nearest(step, size, 0.5, tries=5)
+    search_nearest(step, size, 0.5, tries=5)
     assert len(calls) <= 5
     assert len(set(calls)) == len(calls)
 

@@ -91,7 +91,7 @@ def test_costs_are_budgets(load):
     assert not plain.unsolved
     assert cost.unsolved
     assert (cost.stages, cost.budget) == (({"method": "divprune"},), {"equivalent_tokens": 64})
-    solved = cost.solve([{"method": "divprune", "keep": 64}], {"knob": "keep"})
+    solved = cost.solve([{"method": "divprune", "keep": 64}], {"option": "keep"})
     assert (solved.unsolved, solved.label, solved.stages[0]["keep"]) == (False, cost.label, 64)
 
 

@@ -410,7 +410,7 @@ def test_other_weights_are_timed_again(config, trained):
     with pytest.raises(KeyboardInterrupt):
         run(settings, harness=FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt()))
     rows = {row.label: row for row in Leaderboard.read(config().output).rows}
-    assert rows["flex"].prefill_ms is None and rows["divprune-64"].prefill_ms is not None  # not the old one's time
+    assert rows["flex"].ttft_ms is None and rows["divprune-64"].ttft_ms is not None  # not the old one's time
     harness = FakeHarness()
     run(settings, harness=harness)
     assert [label for label, _ in harness.evaluated] == ["flex"]
@@ -506,7 +506,7 @@ def test_costs_are_solved_before_anything_is_evaluated(config):
     cell = Store(config().output).cell("divprune-equivalent_tokens=40", "text")
     assert cell["stages"] == [{"method": "divprune", "keep": 40}]
     assert cell["budget"] == {
-        "knob": "keep",
+        "option": "keep",
         "value": 40,
         "target": COST,
         "achieved": 40.0,
@@ -654,7 +654,7 @@ def test_without_timing(config):
     harness = FakeHarness()
     board = run(config(timing=None), harness=harness)
     assert harness.timed == []
-    assert all(row.prefill_ms is None for row in board.rows)
+    assert all(row.ttft_ms is None for row in board.rows)
 
 
 def test_questions_are_told_apart_by_what_is_asked():

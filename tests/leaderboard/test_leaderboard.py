@@ -84,7 +84,7 @@ def test_cost_is_computed_from_what_was_kept(board):
     assert rows["divprune-16"].flops == prefill_flops(SHAPE, 36)
     assert rows["divprune-16"].flops_ratio == prefill_flops(SHAPE, 36) / prefill_flops(SHAPE, 164)
     assert rows["divprune-16"].kv_bytes == 36 * 4 * 2 * 2 * 16 * 4
-    assert rows["random-16"].prefill_ratio is not None
+    assert rows["random-16"].ttft_ratio is not None
     assert rows["random-16"].selection_ms == 0.5
     assert rows["random-16"].positions == "renumbered"
     assert "sdpa in float32" in render(board, "md")
@@ -194,7 +194,7 @@ def test_the_range_of_kept_tokens_is_shown_where_images_differ():
 
 
 def test_what_a_cost_came_to_stands_beside_it():
-    solved = {"knob": "keep", "value": 11, "target": {"equivalent_tokens": 64}, "achieved": 63.9, "prompts": 16}
+    solved = {"option": "keep", "value": 11, "target": {"equivalent_tokens": 64}, "achieved": 63.9, "prompts": 16}
     share = solved | {"value": 0.11213, "target": {"flops_ratio": 0.15}}
     rows = [
         Row("none", None),
@@ -223,7 +223,7 @@ def test_costs_from_the_run_to_every_format(tmp_path):
     config = load_config(write_config(tmp_path, budgets=[16, {"equivalent_tokens": 40}]))
     board = run(config, harness=Costly())
     row = next(row for row in board.rows if row.label.startswith("divprune-equivalent"))
-    assert row.solved["knob"] == "keep" and row.solved["achieved"] == 40
+    assert row.solved["option"] == "keep" and row.solved["achieved"] == 40
     assert (row.spent, row.spent_low, row.spent_high) == (42, 40, 44)
     markdown = render(board, "md")
     assert "| keep=40 | 42.0 (40.0–44.0) |" in " ".join(markdown.split())
@@ -376,7 +376,7 @@ def test_an_unfinished_run_shows_what_is_there(tmp_path):
     assert rows["divprune-64"].relative is None
     assert rows["random-64"].relative is not None
     assert rows["divprune-16"].kept is None
-    assert rows["random-64"].prefill_ms is None
+    assert rows["random-64"].ttft_ms is None
     assert board.facts["cells"] == "7 of 10"
     for format in FORMATS:
         assert render(board, format)

@@ -115,8 +115,8 @@ class FakeHarness:
         self.timed = [v.label for v in variants]
         return {
             v.label: {
-                "prefill_ms": 10.0 * (i + 1),
-                "prefill_ratio": 1.0 * (i + 1),
+                "ttft_ms": 10.0 * (i + 1),
+                "ttft_ratio": 1.0 * (i + 1),
                 "decode_ms": 2.0,
                 "decode_ratio": 1.0,
             }

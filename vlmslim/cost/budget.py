@@ -1,4 +1,4 @@
-"""Equal budgets: turn the knob of each method until all of them cost the same.
+"""Equal budgets: find the option of each method with which all of them cost the same.
 
     solved = solve(model, "fastv", prompts, equivalent_tokens=64, layer=3)
     vlmslim.patch(model, solved.stages)
@@ -32,14 +32,14 @@ from vlmslim.registry import method_class
 
 CURRENCIES = ("equivalent_tokens", "flops_ratio")
 TOLERANCE = 0.02
-SHARES = 100_000  # steps of a share
-TRIES = 12  # prefills of the sample, at most
+SHARE_STEPS = 100_000  # steps of a share
+MAX_PREFILLS = 12  # prefills of the sample, at most
 
 Part = dict | Compressor
 
 
 class BudgetError(ValueError):
-    """No value of the knob meets the cost; the message names the nearest."""
+    """No value of the option meets the cost; the message names the nearest."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Solution:
     """A method that costs what it was told to.
 
     stages   : for `vlmslim.patch`
-    knob     : the option that was solved, and its `value`
+    option   : the option that was solved, and its `value`
     target   : the cost asked for: currency -> number
     achieved : what the sample prompts cost, in the same currency
     prompts  : how many sample prompts with images there were
     """
 
     stages: tuple[Part, ...]
-    knob: str
+    option: str
     value: int | float
     target: dict[str, float]
     achieved: float
@@ -72,7 +72,7 @@ def solve(model: nn.Module, method: str | Part | Sequence, prompts: Iterable[Map
 
     Args:
         model: a loaded, unpatched model.
-        method: as for `vlmslim.patch`, without the option to be solved; see `free_knob`.
+        method: as for `vlmslim.patch`, without the option to be solved; see `free_option`.
         prompts: model inputs of one prompt each, on the model's device. Where images differ in size (anyres) take
             enough of them: `keep` is then solved as a share, and meets the budget on average.
         **options: the budget; and options of the method, if it is given by name.
@@ -115,11 +115,11 @@ class Solver:
         """As `solve`; options of a method stand in its dictionary."""
         currency, wanted = check_target(target)
         parts = [method] if isinstance(method, str | dict | Compressor) else list(method)
-        place, knob = free_knob(parts)
-        values = self._values(parts[place], knob)
+        place, option = free_option(parts)
+        values = self._values(parts[place], option)
 
         def stages(i: int) -> list[Part]:
-            return [*parts[:place], _turned(parts[place], knob, values[i]), *parts[place + 1 :]]
+            return [*parts[:place], _with_option(parts[place], option, values[i]), *parts[place + 1 :]]
 
         def planned(i: int) -> float:
             try:
@@ -128,29 +128,29 @@ class Solver:
                 return -math.inf
 
         def measured(i: int) -> float:
-            return spent(self._measure(stages(i)), self.shape)[currency]
+            return cost_of(self._measure(stages(i)), self.shape)[currency]
 
-        guess, expected = nearest(planned, len(values), wanted)
+        guess, expected = search_nearest(planned, len(values), wanted)
         cost = measured(guess)
         if abs(cost - expected) > 1e-6 * expected:  # the method decides something itself
             near = abs(cost - wanted) <= TOLERANCE / 4 * wanted
             if not near:
-                guess, cost = nearest(measured, len(values), wanted, guess, TRIES, TOLERANCE / 4)
+                guess, cost = search_nearest(measured, len(values), wanted, guess, MAX_PREFILLS, TOLERANCE / 4)
         if abs(cost - wanted) > TOLERANCE * wanted:
             names = "+".join(map(_name, parts))
             raise BudgetError(
                 f"{names} cannot cost {currency}={wanted:g} to within {TOLERANCE:.0%}: the nearest is "
-                f"{knob}={values[guess]} with {cost:.4g}. Change another option of it, or its budget"
+                f"{option}={values[guess]} with {cost:.4g}. Change another option of it, or its budget"
             )
-        return Solution(tuple(stages(guess)), knob, values[guess], target, cost, len(self.sizes))
+        return Solution(tuple(stages(guess)), option, values[guess], target, cost, len(self.sizes))
 
-    def _values(self, part: str | Part, knob: str) -> Sequence[int | float]:
-        """What a knob can be set to, cheapest first."""
-        if knob == "keep" and family_of(self.model).anyres:  # images differ in size
-            return [i / SHARES for i in range(1, SHARES + 1)]
-        most = max(n for _, n in self.sizes) if knob == "keep" else self.shape.layers - 1
-        build(_turned(part, knob, 1))  # one of anything is a setting, so this fails for other reasons only
-        return [value for value in range(1, most + 1) if _accepts(part, knob, value)]
+    def _values(self, part: str | Part, option: str) -> Sequence[int | float]:
+        """List the values that an option can take, cheapest first."""
+        if option == "keep" and family_of(self.model).anyres:  # images differ in size
+            return [i / SHARE_STEPS for i in range(1, SHARE_STEPS + 1)]
+        most = max(n for _, n in self.sizes) if option == "keep" else self.shape.layers - 1
+        build(_with_option(part, option, 1))  # one of anything is a setting, so this fails for other reasons only
+        return [value for value in range(1, most + 1) if _accepts(part, option, value)]
 
     def _planned(self, stages: list[Part]) -> dict[str, float]:
         """What the sample should cost by the methods' own account."""
@@ -171,7 +171,7 @@ class Solver:
             "visual_tokens_per_layer": [t / prompts for t in total],
             "text_tokens": self.text,
         }
-        return spent(receipt, self.shape)
+        return cost_of(receipt, self.shape)
 
     def _measure(self, stages: list[Part]) -> dict:
         """The receipt's summary of the sample."""
@@ -201,27 +201,27 @@ def check_target(target: Mapping[str, float]) -> tuple[str, float]:
     return currency, wanted
 
 
-def free_knob(parts: Sequence[str | Part]) -> tuple[int, str]:
+def free_option(parts: Sequence[str | Part]) -> tuple[int, str]:
     """Which stage, and which option of it, a budget solves: the first of its `budget_options` that is not given.
 
     The default is `keep`. FastV's are `keep` and `layer`: without `keep` that is solved at its layer, and with
     `keep=16` the layer is. A method object has all its options, so there the first one is solved.
 
     Raises:
-        ValueError: every knob is given, or the method has none.
+        ValueError: every option is given, or the method has none.
     """
     for i, part in enumerate(parts):
         given = part if isinstance(part, dict) else {}
         cls = type(part) if isinstance(part, Compressor) else method_class(_name(part))
         options = {f.name for f in fields(cls) if f.init}
-        for knob in cls.budget_options:
-            if knob in options and knob not in given:
-                return i, knob
+        for option in cls.budget_options:
+            if option in options and option not in given:
+                return i, option
     names = "+".join(map(_name, parts))
     raise ValueError(f"{names}: nothing is left to solve; leave out the option that the budget shall decide, as 'keep'")
 
 
-def spent(receipt: Mapping, shape: DecoderShape) -> dict[str, float]:
+def cost_of(receipt: Mapping, shape: DecoderShape) -> dict[str, float]:
     """What the mean prompt of a receipt's summary cost, in every currency.
 
     Args:
@@ -237,7 +237,7 @@ def spent(receipt: Mapping, shape: DecoderShape) -> dict[str, float]:
     }
 
 
-def nearest(
+def search_nearest(
     cost: Callable[[int], float],
     size: int,
     target: float,
@@ -275,17 +275,17 @@ def nearest(
     return best, seen[best]
 
 
-def _turned(part: str | Part, knob: str, value: int | float) -> Part:
-    """The part with its knob at a value."""
+def _with_option(part: str | Part, option: str, value: int | float) -> Part:
+    """The part with its option at a value."""
     if isinstance(part, Compressor):
-        return replace(part, **{knob: value})
-    return ({"method": part} if isinstance(part, str) else part) | {knob: value}
+        return replace(part, **{option: value})
+    return ({"method": part} if isinstance(part, str) else part) | {option: value}
 
 
-def _accepts(part: str | Part, knob: str, value: int) -> bool:
+def _accepts(part: str | Part, option: str, value: int) -> bool:
     """Whether the method takes this value: some take squares only."""
     try:
-        build(_turned(part, knob, value))
+        build(_with_option(part, option, value))
     except ValueError:
         return False
     return True

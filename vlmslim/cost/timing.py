@@ -21,18 +21,18 @@ Clock = Callable[[], float]  # seconds
 class Timing:
     """One timed generation.
 
-    prefill_ms        : time to first token: image encoding, compression, prefill and the first choice
+    ttft_ms        : time to first token: image encoding, compression, prefill and the first choice
     decode_ms         : time of each later token, on average
     peak_bytes        : peak CUDA memory of this generation alone, weights included; None on a CPU
-    language_model_ms : the part of `prefill_ms` inside the language model, compression included
-    total_ms          : from the call to the last token
+    prefill_ms : the part of `ttft_ms` inside the language model, compression included
+    latency_ms          : from the call to the last token
     """
 
-    prefill_ms: float
+    ttft_ms: float
     decode_ms: float
     peak_bytes: int | None
-    language_model_ms: float | None = None
-    total_ms: float | None = None
+    prefill_ms: float | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def summarise(timings: Sequence[Timing], reference: Sequence[Timing]) -> dict:
         pairs = zip(timings, reference, strict=True)
         return statistics.median(getattr(ours, field) / getattr(theirs, field) for ours, theirs in pairs)
 
-    prefill, decode = Spread.of(t.prefill_ms for t in timings), Spread.of(t.decode_ms for t in timings)
+    prefill, decode = Spread.of(t.ttft_ms for t in timings), Spread.of(t.decode_ms for t in timings)
     peaks = [t.peak_bytes for t in timings if t.peak_bytes is not None]
     return {
-        "prefill_ms": prefill.median,
+        "ttft_ms": prefill.median,
         "prefill_ms_iqr": prefill.iqr,
-        "prefill_ratio": ratio("prefill_ms"),
+        "ttft_ratio": ratio("ttft_ms"),
         "decode_ms": decode.median,
         "decode_ms_iqr": decode.iqr,
         "decode_ratio": ratio("decode_ms"),

@@ -126,7 +126,7 @@ class MethodConfig(_Strict):
 
     keep    : one budget or several, instead of the run's
     budgets : likewise, with costs among them. With a cost, options that are given stay, and the first of the others
-              that `vlmslim.cost.budget.free_knob` knows is solved
+              that `vlmslim.cost.budget.free_option` knows is solved
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -235,8 +235,8 @@ class RunConfig(_Strict):
         for budget in budgets:
             stage = {"method": entry.method} | ({} if entry.keep is None else {"keep": entry.keep}) | entry.options
             if isinstance(budget, Cost):
-                knob = _knob([stage])[1]
-                seeded, budget = self._seeded(stage, knob), budget.target()
+                option = _free_option([stage])[1]
+                seeded, budget = self._seeded(stage, option), budget.target()
             else:
                 stage |= {} if budget is None else {"keep": budget}
                 seeded = self._seeded(stage)
@@ -248,8 +248,8 @@ class RunConfig(_Strict):
 
     def _staged(self, entry: MethodConfig, cost: Cost | None) -> "Variant":
         """The row of several stages, with everything given or with one option left to a cost."""
-        place, knob = (None, None) if cost is None else _knob(entry.stages)
-        stages = tuple(self._seeded(s, knob if i == place else None) for i, s in enumerate(entry.stages))
+        place, option = (None, None) if cost is None else _free_option(entry.stages)
+        stages = tuple(self._seeded(s, option if i == place else None) for i, s in enumerate(entry.stages))
         label = entry.label or "+".join(_label(**stage) for stage in entry.stages)
         if cost is None:
             return Variant(label, stages, _budget(entry.stages))
@@ -265,7 +265,7 @@ class RunConfig(_Strict):
             return entry.keep if isinstance(entry.keep, list) else [entry.keep]
         options = _options(entry.method)
         if "keep" not in options:
-            costs = [budget for budget in self.budgets if isinstance(budget, Cost) and _has_knob(entry)]
+            costs = [budget for budget in self.budgets if isinstance(budget, Cost) and _has_free_option(entry)]
             return costs if costs and costs == self.budgets else [None, *costs]
         given = self.budgets or ([] if options["keep"] is MISSING else [options["keep"]])
         if not given:
@@ -361,17 +361,17 @@ def _text(budget: int | float | dict) -> str:
     return ",".join(f"{k}={v}" for k, v in budget.items()) if isinstance(budget, dict) else str(budget)
 
 
-def _knob(stages: list[dict]) -> tuple[int, str]:
+def _free_option(stages: list[dict]) -> tuple[int, str]:
     """The stage and the option of it that a cost solves."""
-    from vlmslim.cost.budget import free_knob
+    from vlmslim.cost.budget import free_option
 
     try:
-        return free_knob(stages)
+        return free_option(stages)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _has_knob(entry: MethodConfig) -> bool:
+def _has_free_option(entry: MethodConfig) -> bool:
     from vlmslim.registry import method_class
 
     return any(

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from vlmslim.cost.budget import TOLERANCE, spent
+from vlmslim.cost.budget import TOLERANCE, cost_of
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight as checks
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
@@ -284,7 +284,7 @@ class _Run:
     def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
         """What a task really cost; said aloud where that is not what the sample prompts cost."""
         ((currency, target),) = variant.budget.items()
-        cost = spent(receipt, self.shape)[currency]
+        cost = cost_of(receipt, self.shape)[currency]
         if abs(cost - target) > TOLERANCE * target:
             self.display.say(f"{variant.label} costs {cost:.4g} on {task}: its questions differ from the sample's")
         return cost

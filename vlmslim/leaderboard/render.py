@@ -78,7 +78,7 @@ def _csv(board: Leaderboard, published: Published | None) -> str:
             line[f"{task}:p"] = None if pair is None else pair.p_adjusted
         line |= {f"group:{name}": row.groups.get(name) for name in sorted(set(board.groups.values()))}
         line |= {name: getattr(row, name) for name in plain} | {"pareto": "; ".join(row.pareto)}
-        line["solved"] = None if row.solved is None else f"{row.solved['knob']}={row.solved['value']}"
+        line["solved"] = None if row.solved is None else f"{row.solved['option']}={row.solved['value']}"
         lines.append(line | {name: row.provenance.get(name) for name in PROVENANCE})
     return _lines_of(lines, list(lines[0]))
 

@@ -34,7 +34,7 @@ class Row:
     kv_bytes   : of the prompt's KV cache
     selection_ms : measured time that a prompt of the evaluation spent in the methods; None in old receipts
     positions  : what the language model saw, "renumbered" or "original"
-    prefill_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
+    ttft_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
     """
 
     label: str
@@ -64,8 +64,8 @@ class Row:
     kv_bytes: float | None = None
     selection_ms: float | None = None
     positions: str | None = None
-    prefill_ms: float | None = None
-    prefill_ratio: float | None = None
+    ttft_ms: float | None = None
+    ttft_ratio: float | None = None
     decode_ms: float | None = None
     decode_ratio: float | None = None
     stages: list[dict] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Row:
         row._add_solution([cell["budget"] for cell in cells if "budget" in cell])
         weights = [cell["weights"] for cell in cells[:1] if "weights" in cell]
         if timing and [row.label, row.stages, *weights] in timing["settings"]["rows"]:
-            for name in ("prefill_ms", "prefill_ratio", "decode_ms", "decode_ratio"):
+            for name in ("ttft_ms", "ttft_ratio", "decode_ms", "decode_ratio"):
                 setattr(row, name, timing["times"][row.label][name])
         row.provenance = _provenance(cells)
         return row

@@ -76,7 +76,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         Column("tokens kept", [_kept_text(r) for r in rows]),
         Column("equivalent tokens", [number(r.equivalent, 1, 1) for r in rows]),
         Column(f"prefill {name}", [_with_ratio(r.flops, r.flops_ratio, 1 / unit, 2) for r in rows]),
-        Column("TTFT ms", [_with_ratio(r.prefill_ms, r.prefill_ratio, 1, 1) for r in rows]),
+        Column("TTFT ms", [_with_ratio(r.ttft_ms, r.ttft_ratio, 1, 1) for r in rows]),
         Column("decode ms/token", [_with_ratio(r.decode_ms, r.decode_ratio, 1, 2) for r in rows]),
         Column("selection ms", [number(r.selection_ms, 1, 2) for r in rows]),
         Column(f"KV cache {bytes_name}", [number(r.kv_bytes, 1 / bytes_, 1) for r in rows]),
@@ -88,7 +88,7 @@ def _solved_columns(rows: list[Row]) -> list[Column]:
     """Beside budgets that are costs: the option that was solved, and what was spent; nothing where no budget is one."""
     if all(row.solved is None for row in rows):
         return []
-    solved = [NOTHING if row.solved is None else f"{row.solved['knob']}={row.solved['value']:g}" for row in rows]
+    solved = [NOTHING if row.solved is None else f"{row.solved['option']}={row.solved['value']:g}" for row in rows]
     return [Column("solved", solved), Column("spent", [_spent_text(row) for row in rows])]
 
 

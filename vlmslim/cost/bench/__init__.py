@@ -32,7 +32,7 @@ UNPATCHED = "unpatched"
 PREFILL_BOUND = {("cpu", False): 1.05, ("cuda", False): 1.03, ("cpu", True): 1.10, ("cuda", True): 1.10}
 
 #: A field of `Timing` -> its name in a row.
-TIMES = {"language_model_ms": "prefill", "prefill_ms": "ttft", "decode_ms": "decode", "total_ms": "latency"}
+TIMES = {"prefill_ms": "prefill", "ttft_ms": "ttft", "decode_ms": "decode", "latency_ms": "latency"}
 
 
 @dataclass(frozen=True)
