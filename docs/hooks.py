@@ -1,0 +1,42 @@
+"""Let the documentation site show pages that live outside `docs/`, so that one link works on GitHub and on the site.
+
+A page of `docs/` links to the rest of the repository as `../assets/leaderboard_quickstart.md` or `../vlmslim/cli.py`.
+The site has pages for `CHANGELOG.md`, `CONTRIBUTING.md` and everything in Markdown under `assets/`. Links to other
+files lead to the repository.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)(?=[)#])")
+
+
+def on_files(files, config):
+    """Add the pages and pictures from outside `docs/`."""
+    outside = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    outside += [path for path in sorted((ROOT / "assets").rglob("*")) if path.suffix in {".md", ".png"}]
+    for path in outside:
+        if "bank" not in path.parts:  # the pictures that the benchmarks are made of
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Rewrite links of a page from places in the repository to places on the site."""
+    page_on_site = page.file.src_uri
+    page_in_repo = f"docs/{page_on_site}" if (ROOT / "docs" / page_on_site).exists() else page_on_site
+
+    def rewrite(match):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page_in_repo), match[1]))
+        on_site = target.removeprefix("docs/")
+        if files.get_file_from_path(on_site) is not None:
+            return posixpath.relpath(on_site, posixpath.dirname(page_on_site) or ".")
+        if (ROOT / target).exists():
+            return f"{config.repo_url}/blob/main/{target}"
+        return match[0]  # a dead link, which the strict build reports
+
+    return LINK.sub(rewrite, markdown)
