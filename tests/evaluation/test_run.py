@@ -19,11 +19,18 @@ from vlmslim.cost.budget import BudgetError, Solution
 from vlmslim.evaluation.config import ConfigError, load_config
 from vlmslim.evaluation.run import CellError, Display, check_effect, run
 from vlmslim.evaluation.store import Store
+from vlmslim.io.code import code_hash
 from vlmslim.io.files import write_atomically
 from vlmslim.leaderboard.board import Leaderboard
 
-OURS = {"label", "task", "samples_sha256"}  # what the store adds to a record
+ADDED = {"label", "task", "samples_sha256"}  # by the store
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
+
+
+def rewrite(store: Store, label: str, task: str, without: str = "", **changes) -> None:
+    """Save a cell again, without a part of its record, or with another one."""
+    kept = {name: value for name, value in store.cell(label, task).items() if name not in ADDED | {without}}
+    store.save_cell(label, task, kept | changes, store.samples(label, task))
 
 
 @pytest.fixture
@@ -253,16 +260,88 @@ def test_a_task_that_is_edited_during_the_run_stops_it(config):
     assert Store(config().output).cell("none", "count") is None
 
 
-def test_a_cell_that_does_not_say_its_task_is_done_again(config):
+def test_a_cell_of_an_older_vlmslim_is_refused(config):
+    """It does not record its code. To do it again without a word would throw away what may have taken days."""
     run(config(), harness=FakeHarness())
     store = Store(config().output)
-    cell, samples = store.cell("none", "text"), store.samples("none", "text")
-    store.save_cell("none", "text", {k: v for k, v in cell.items() if k not in OURS | {"definition"}}, samples)
-    with pytest.raises(ConfigError, match="text was changed between"):
-        Leaderboard.read(config().output)
+    rewrite(store, "none", "text", without="code")
+    before = stored(config().output)
+    with pytest.raises(ConfigError) as error:
+        run(config(), harness=FakeHarness())
+    assert str(error.value) == (
+        f"{config().output} holds a cell none / text of an older vlmslim, which did not record the code that made it, "
+        "so it is unknown whether its numbers may be mixed with new ones; use another --output directory, or start "
+        "over with --fresh"
+    )
+    assert stored(config().output) == before
+    assert Leaderboard.read(config().output).rows  # an old directory can still be read
+
+
+@pytest.fixture
+def edit(monkeypatch):
+    """Pretends that files of code were edited."""
+
+    def edit(*files):
+        def edited(classes):
+            return {name: hash + name * (name in files) for name, hash in code_hash(classes).items()}
+
+        monkeypatch.setattr("vlmslim.evaluation.run.code_hash", edited)
+
+    return edit
+
+
+def test_a_method_that_was_edited_is_not_mixed(config, edit):
+    run(config(), harness=FakeHarness())
+    edit("vlmslim/methods/divprune.py")
+    with pytest.raises(ConfigError) as error:
+        run(config(), harness=FakeHarness())
+    assert str(error.value) == (
+        "the method divprune-64 changed in the middle of the run (vlmslim/methods/divprune.py): "
+        f"{config().output} holds its cell count, made before, and numbers must not be mixed. Undo the change, give "
+        "the changed method another 'label', use another --output directory, or start over with --fresh"
+    )
+    harness = FakeHarness()
+    run(config(methods=[{"method": "divprune", "label": "mine"}]), harness=harness)
+    assert {label for label, _ in harness.evaluated} == {"mine-64", "mine-16"}  # the other rows keep their cells
+    edit()
+    harness = FakeHarness()
+    run(config(), harness=harness)  # as it was
+    assert harness.evaluated == []
+
+
+def test_an_engine_that_was_edited_is_not_mixed(config, edit):
+    run(config(), harness=FakeHarness())
+    edit("vlmslim/compressor.py", "vlmslim/patching.py")
+    with pytest.raises(ConfigError) as error:
+        run(config(), harness=FakeHarness())
+    assert str(error.value) == (
+        "the engine changed in the middle of the run (vlmslim/compressor.py, vlmslim/patching.py): "
+        f"{config().output} holds its cell count, made before, and numbers must not be mixed. Undo the change, use "
+        "another --output directory, or start over with --fresh"
+    )
+
+
+def test_a_cost_is_solved_anew_for_edited_code(config, edit):
+    run(config(budgets=[COST]), harness=Solving())
+    shutil.rmtree(config().output / "cells" / SOLVED_ROWS[1])
+    edit("vlmslim/methods/divprune.py")
+    harness = Solving()
+    run(config(budgets=[COST]), harness=harness)
+    assert harness.solved == SOLVED_ROWS[1:]
+
+
+def test_edited_code_is_timed_again(config, edit):
+    run(config(), harness=FakeHarness())
+    shutil.rmtree(config().output / "cells" / "divprune-16")
+    shutil.rmtree(config().output / "cells" / "divprune-64")
+    edit("vlmslim/methods/divprune.py")
+    with pytest.raises(KeyboardInterrupt):
+        run(config(), harness=FakeHarness(fail_at=("divprune-16", "count"), failure=KeyboardInterrupt()))
+    rows = {row.label: row for row in Leaderboard.read(config().output).rows}
+    assert rows["divprune-64"].ttft_ms is None and rows["random-64"].ttft_ms is not None
     harness = FakeHarness()
     run(config(), harness=harness)
-    assert harness.evaluated == [("none", "text")]
+    assert harness.timed == ROWS
 
 
 @pytest.mark.parametrize(
@@ -297,10 +376,7 @@ def test_more_tokens_than_an_image_has_are_refused_at_once(config):
 
 def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
     run(config(), harness=FakeHarness())
-    store = Store(config().output)
-    cell, samples = store.cell("random-16", "text"), store.samples("random-16", "text")
-    cell = {k: v for k, v in cell.items() if k not in OURS}
-    store.save_cell("random-16", "text", cell | {"config_hash": "0" * 64}, samples)
+    rewrite(Store(config().output), "random-16", "text", config_hash="0" * 64)
     with pytest.raises(ConfigError, match="cell random-16 / text of another run .configuration 000000000000, now "):
         run(config(), harness=FakeHarness())
 
@@ -374,27 +450,6 @@ def test_weights_in_a_later_stage_count_too(config, trained):
     trained(seed=2)
     with pytest.raises(ConfigError, match="the weights of both changed"):
         run(config(methods=methods), harness=FakeHarness())
-
-
-def test_a_cell_that_does_not_say_its_weights_is_done_again(config, trained):
-    """Cells of before weights were recorded. Other rows keep theirs."""
-    settings = config(methods=["divprune", trained(seed=1)])
-    run(settings, harness=FakeHarness())
-    store = Store(config().output)
-    for task in ("count", "text"):
-        cell, samples = store.cell("flex", task), store.samples("flex", task)
-        store.save_cell("flex", task, {k: v for k, v in cell.items() if k not in OURS | {"weights"}}, samples)
-    assert Leaderboard.read(config().output)  # an old directory can be read
-    broken = FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, harness=broken)
-    with pytest.raises(ConfigError, match="cells of flex were made with different weights"):
-        Leaderboard.read(config().output)
-    harness, display = FakeHarness(), Listening()
-    run(settings, harness=harness, display=display)
-    assert broken.evaluated + harness.evaluated == [("flex", "count"), ("flex", "text")]
-    assert "flex on text is done again: its cell does not say with which weights" in display.said
-    assert "weights" in store.cell("flex", "text")
 
 
 def test_weights_that_are_words_need_no_record(config):
@@ -666,28 +721,6 @@ def test_questions_are_told_apart_by_what_is_asked():
     short, long = ({"generation_kwargs": {"max_new_tokens": n}, "doc_to_text": f"at 0x{n}"} for n in (1, 512))
     assert _questions([sample], short) != _questions([sample], long)
     assert _questions([sample], short) == _questions([sample], short | {"doc_to_text": "at 0x9"})
-
-
-def test_provenance(tmp_path, monkeypatch):
-    from vlmslim.io import provenance
-
-    assert provenance.fingerprint("org/on-the-hub") is None
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"12")
-    first = provenance.fingerprint(str(tmp_path))
-    (tmp_path / "README.md").write_text("words do not matter")
-    assert provenance.fingerprint(str(tmp_path)) == first
-    (tmp_path / "model.safetensors").write_bytes(b"13")
-    assert provenance.fingerprint(str(tmp_path)) != first
-    monkeypatch.setattr(provenance, "_WHOLE", 2**20)  # a large file, of which the middle alone is trained
-    weights = bytearray(5 * 2**20 + 7)
-    seen = set()
-    for change in (slice(0, 1), slice(2 * 2**20 + 2**19, 3 * 2**20 + 2**19), slice(-1, None)):
-        weights[change] = b"1" * len(weights[change])
-        (tmp_path / "model.safetensors").write_bytes(weights)
-        seen.add(provenance.fingerprint(str(tmp_path)))
-    assert len(seen) == 3
-    assert "threads" in provenance.hardware("cpu")
 
 
 def test_the_files_of_a_run_are_plain_json_and_yaml(config):

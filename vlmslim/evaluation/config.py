@@ -217,7 +217,7 @@ class RunConfig(_Strict):
         base = [MethodConfig(method=name, budgets=budgets) for name in self.baselines or [] if budgets]
         baselines = list(chain.from_iterable(self._expand(entry) for entry in base))
         mentioned = {v.identity for v in listed}
-        rows = [Variant("none", ({"method": "none"},))]
+        rows = self._expand(MethodConfig(method="none"))
         rows += [v for v in baselines if v.identity not in mentioned]
         rows += [v for v in listed if v.identity != rows[0].identity]
         seen = {}
@@ -236,26 +236,29 @@ class RunConfig(_Strict):
             stage = {"method": entry.method} | ({} if entry.keep is None else {"keep": entry.keep}) | entry.options
             if isinstance(budget, Cost):
                 option = _free_option([stage])[1]
-                seeded, budget = self._seeded(stage, option), budget.target()
+                seeded, classes = self._seeded(stage, option)
+                budget = budget.target()
             else:
                 stage |= {} if budget is None else {"keep": budget}
-                seeded = self._seeded(stage)
+                seeded, classes = self._seeded(stage)
             label = entry.label or _label(**stage, budget=budget)
             if entry.label and len(budgets) > 1:
                 label = f"{entry.label}-{_text(budget)}"
-            rows.append(Variant(label, (seeded,), budget))
+            rows.append(Variant(label, (seeded,), budget, classes=classes))
         return rows
 
     def _staged(self, entry: MethodConfig, cost: Cost | None) -> "Variant":
         """The row of several stages, with everything given or with one option left to a cost."""
         place, option = (None, None) if cost is None else _free_option(entry.stages)
-        stages = tuple(self._seeded(s, option if i == place else None) for i, s in enumerate(entry.stages))
+        seeded = [self._seeded(s, option if i == place else None) for i, s in enumerate(entry.stages)]
+        stages = tuple(stage for stage, _ in seeded)
+        classes = frozenset().union(*(own for _, own in seeded))
         label = entry.label or "+".join(_label(**stage) for stage in entry.stages)
         if cost is None:
-            return Variant(label, stages, _budget(entry.stages))
+            return Variant(label, stages, _budget(entry.stages), classes=classes)
         target = cost.target()
         alone = entry.label and len(entry.budgets) == 1
-        return Variant(label if alone else f"{label}-{_text(target)}", stages, target)
+        return Variant(label if alone else f"{label}-{_text(target)}", stages, target, classes=classes)
 
     def _budgets(self, entry: MethodConfig) -> list:
         """The budgets of a method: its own, else the run's as far as they mean something to it, else its default."""
@@ -272,10 +275,13 @@ class RunConfig(_Strict):
             raise ConfigError(f"{entry.method}: how many tokens? Give 'keep' here, or 'budgets' for all methods")
         return given
 
-    def _seeded(self, stage: dict, unsolved: str | None = None) -> dict:
-        """The stage checked; with the run's seed if its method draws random numbers, and with the checkpoint's weights.
+    def _seeded(self, stage: dict, unsolved: str | None = None) -> tuple[dict, frozenset[type]]:
+        """Check a stage, and add the run's seed if its method draws random numbers, and the checkpoint's weights.
 
         Those are the weights that come with `pretrained` where that is a saved patch, as for the lmms-eval model.
+
+        Returns:
+            The stage, and the classes of its method and of the stages that this is made of.
         """
         from vlmslim.registry import method
         from vlmslim.saving.folder import read
@@ -289,10 +295,10 @@ class RunConfig(_Strict):
                 saved = read(self.model.pretrained, self.model.revision)
                 if saved is not None and name in saved.trained:
                     stage["weights"] = str(saved.folder) if self.model.revision else self.model.pretrained
-            method(name, **stage | ({} if unsolved is None else {unsolved: 1}))
+            whole = method(name, **stage | ({} if unsolved is None else {unsolved: 1}))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return {"method": name, **stage}
+        return {"method": name, **stage}, frozenset(map(type, [whole, *whole.stages()]))
 
     def shared(self) -> dict:
         """What changes the numbers of every cell, JSON-able; two runs that differ here are not comparable."""
@@ -312,12 +318,14 @@ class Variant:
     stages : dictionaries of a method's name and its options
     budget : what rows are grouped by: `keep`, or a cost such as {"equivalent_tokens": 64}; None where there is none
     solved : what a cost came to, once that is known: `Solution.record()`. Until then `stages` lack one option
+    classes : the classes of the methods and of the stages that they are made of
     """
 
     label: str
     stages: tuple[dict, ...] = field(hash=False)
     budget: int | float | dict | None = field(default=None, hash=False)
     solved: dict | None = field(default=None, hash=False)
+    classes: frozenset[type] = field(default=frozenset(), repr=False)
 
     @property
     def identity(self) -> str:

@@ -14,8 +14,9 @@ from vlmslim.cost.budget import TOLERANCE, cost_of
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight as checks
 from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
-from vlmslim.evaluation.store import Store, digest
+from vlmslim.evaluation.store import Store, digest, timing_key
 from vlmslim.io import provenance
+from vlmslim.io.code import SourceError, code_hash, outside_files
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.render import write_all
 from vlmslim.receipt import headline
@@ -86,6 +87,7 @@ class _Run:
         self.fresh = fresh
         self.variants = config.variants()
         self.weights = {variant.label: _weights(variant) for variant in self.variants}
+        self.code = {variant.label: _code(variant) for variant in self.variants}
         self._tasks = harness.Tasks(config)
         self.tasks: list[TaskConfig] = self._tasks.leaves
         self.definitions = {task.task: self._tasks.definition(task.task) for task in self.tasks}
@@ -94,6 +96,7 @@ class _Run:
             "seed": config.seed,
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
+            "uncommitted": provenance.uncommitted(),
             "hardware": provenance.hardware(config.model.device),
         }
         checkpoint = harness.describe_checkpoint(config)
@@ -124,6 +127,9 @@ class _Run:
             {} if self.fresh else {(v.label, t.task): self._kept(v, t.task) for v in self.variants for t in self.tasks}
         )
         self.variants = self._solved()
+        if self.record["uncommitted"]:
+            names = _listed(self.record["uncommitted"])
+            self.display.say(f"uncommitted changes of vlmslim: {names}; the commit in the results is marked with +")
         cells = [(variant, task.task) for variant in self.variants for task in self.tasks]
         todo = [(v, task) for v, task in cells if not self._is_finished(v, kept.get((v.label, task)))]
         self._begin()
@@ -171,7 +177,7 @@ class _Run:
         rows, failures = [], []
         for variant in self.variants:
             if variant.unsolved:
-                asked = {"stages": list(variant.stages), "budget": variant.budget, **self._vouched(variant)}
+                asked = {"budget": variant.budget, **self._made_with(variant)}
                 found = known.get(variant.label)
                 if found is None or found["asked"] != json.loads(json.dumps(asked)):
                     self.display.say(f"solving {variant.label}")
@@ -192,15 +198,17 @@ class _Run:
             raise ConfigError("\n".join(failures))
         return rows
 
-    def _vouched(self, variant: Variant) -> dict:
-        """The record of a row's weights; empty for a method without any."""
-        return {"weights": self.weights[variant.label]} if self.weights[variant.label] else {}
+    def _made_with(self, variant: Variant) -> dict:
+        """Record what the numbers of a row depend on: its stages, its code, and its weights if it has any."""
+        weights = self.weights[variant.label]
+        made = {"stages": list(variant.stages), "code": self.code[variant.label]}
+        return made | ({"weights": weights} if weights else {})
 
     def _kept(self, variant: Variant, task: str) -> dict | None:
-        """The cell that is there; None if it is to be done, for the first time or again.
+        """Return the finished cell, None if it is still to be done.
 
-        A cell of a trained method from before weights were recorded is done again: it cannot say whose numbers it
-        holds, and to refuse it would leave --fresh alone, which throws away the other rows too.
+        Raises:
+            ConfigError: its numbers must not be mixed with those of this run.
         """
         cell = self.store.cell(variant.label, task)
         if cell is None:
@@ -210,18 +218,28 @@ class _Run:
                 f"{self.store.directory} holds a cell {variant.label} / {task} of another run (configuration "
                 f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {WAY_OUT}"
             )
-        if "definition" not in cell:
-            self.display.say(f"{variant.label} on {task} is done again: its cell does not say how its task was defined")
-            return None
+        if "code" not in cell or "definition" not in cell:
+            raise ConfigError(
+                f"{self.store.directory} holds a cell {variant.label} / {task} of an older vlmslim, which did not "
+                "record the code that made it, so it is unknown whether its numbers may be mixed with new ones; "
+                f"{WAY_OUT}"
+            )
+        methods, before = ([stage["method"] for stage in stages] for stages in (variant.stages, cell["stages"]))
+        changed = _changed(cell["code"], self.code[variant.label])
+        if changed and methods == before:  # else the label stands for other methods now, which is refused later
+            own = [name for name in changed if not _is_engine(name)]
+            what = f"the method {variant.label}" if own else "the engine"
+            label = "give the changed method another 'label', " if own else ""
+            raise ConfigError(
+                f"{what} changed in the middle of the run ({_listed(own or changed)}): {self.store.directory} holds "
+                f"its cell {task}, made before, and numbers must not be mixed. Undo the change, {label}{WAY_OUT}"
+            )
         if changed := _changed(cell["definition"], self.definitions[task]):
             raise ConfigError(
-                f"the task {task} changed in the middle of the run ({changed}): {self.store.directory} holds its cell "
-                f"{variant.label}, made before, and numbers must not be mixed. Undo the change, {WAY_OUT}"
+                f"the task {task} changed in the middle of the run ({_listed(changed)}): {self.store.directory} holds "
+                f"its cell {variant.label}, made before, and numbers must not be mixed. Undo the change, {WAY_OUT}"
             )
         now = self.weights[variant.label]
-        if now and "weights" not in cell:
-            self.display.say(f"{variant.label} on {task} is done again: its cell does not say with which weights")
-            return None
         for name, before in cell.get("weights", {}).items():
             same_place = any(name in stage.values() for stage in variant.stages)  # else the stages differ
             if same_place and now.get(name) != before:
@@ -257,12 +275,12 @@ class _Run:
         self._check_weights(variant)
         self._check_definition(task)
         record = {
-            "stages": list(variant.stages),
-            **self._vouched(variant),
+            **self._made_with(variant),
             "config_hash": self.hash,
             **self.record,
             "seconds": round(time.perf_counter() - started, 3),
             "definition": self.definitions[task],
+            **_versions_of_files(variant),
             "questions": _questions(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
             "lmms_eval": cell.results,
@@ -279,7 +297,7 @@ class _Run:
     def _check_definition(self, task: str) -> None:
         """Refuse numbers of a task that was edited while it was in use."""
         if changed := _changed(self.definitions[task], self._tasks.definition(task)):
-            raise CellError(f"the task {task} was changed meanwhile ({changed}); undo the change, {WAY_OUT}")
+            raise CellError(f"the task {task} was changed meanwhile ({_listed(changed)}); undo the change, {WAY_OUT}")
 
     def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
         """What a task really cost; said aloud where that is not what the sample prompts cost."""
@@ -296,7 +314,7 @@ class _Run:
         settings = {
             "config_hash": self.hash,
             "timing": self.config.timing.model_dump(),
-            "rows": [[v.label, list(v.stages), *self._vouched(v).values()] for v in self.variants],
+            "rows": [timing_key(v.label, self._made_with(v)) for v in self.variants],
         }
         before = self.store.timing
         if before is not None and before["settings"] == settings:
@@ -323,9 +341,33 @@ def _refuse(check, *arguments, where: str):
         raise ConfigError(f"{where}: {checks.one_line(error)}") from error
 
 
-def _changed(before: dict[str, str], now: dict[str, str]) -> str:
-    """The parts of a task's definition that differ, in words; empty if none."""
-    return ", ".join(sorted(part for part in before.keys() | now.keys() if before.get(part) != now.get(part)))
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """List the parts that differ between two records of hashes."""
+    return sorted(part for part in before.keys() | now.keys() if before.get(part) != now.get(part))
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    """Join names for a message, the first few of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _is_engine(file: str) -> bool:
+    """Tell whether a file of `code_hash` is part of this package and of no method."""
+    return file.startswith("vlmslim/") and not file.startswith("vlmslim/methods/")
+
+
+def _code(variant: Variant) -> dict[str, str]:
+    """Hash the code of a row's methods."""
+    try:
+        return code_hash(variant.classes)
+    except SourceError as error:
+        raise ConfigError(f"{variant.label}: {error}") from error
+
+
+def _versions_of_files(variant: Variant) -> dict[str, dict[str, str]]:
+    """Record which versions of other authors' files a row runs; nothing for methods of this package."""
+    versions = {name: provenance.file_version(name, file) for name, file in outside_files(variant.classes).items()}
+    return {"method_versions": versions} if versions else {}
 
 
 def _weights(variant: Variant) -> dict[str, str | None]:

@@ -31,6 +31,18 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def timing_key(label: str, made_with: dict) -> list:
+    """Return what the times of a row belong to.
+
+    Args:
+        label: of the row.
+        made_with: a record of the row's stages, and of its weights and its code where they are known, as in a cell.
+    """
+    weights = [made_with["weights"]] if "weights" in made_with else []
+    code = [digest(made_with["code"])] if "code" in made_with else []
+    return [label, made_with["stages"], *weights, *code]
+
+
 def _sealed(record: dict) -> str:
     record = json.loads(json.dumps(record, default=str))
     return json.dumps({**record, "seal": digest(record)}, indent=1, ensure_ascii=False) + "\n"

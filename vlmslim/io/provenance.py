@@ -4,13 +4,15 @@ import hashlib
 import platform
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 
 import vlmslim
 from vlmslim import bundled
 from vlmslim.saving.folder import seals
 
+_PACKAGE = Path(vlmslim.__file__).resolve().parent
+_INSTALLED = {"site-packages", "dist-packages"}
 _WHOLE = 64 * 2**20  # bytes: files up to this size are hashed whole
 _STRIDE, _SAMPLE = 2**20, 2**12  # of larger ones, bytes at the start of every stride
 
@@ -21,30 +23,74 @@ def versions() -> dict[str, str]:
     return {"vlmslim": vlmslim.__version__, **{name: version(name) for name in others}}
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with "+" if files differ; None elsewhere."""
-    package = Path(vlmslim.__file__).parent
+def git_commit(package: Path = _PACKAGE) -> str | None:
+    """Return the commit of the checkout that holds a package, with "+" if `uncommitted` lists files.
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or inside a stranger's repository
-            return None
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
-    except FileNotFoundError:  # no git on this machine
+    Outside of a checkout, as after `pip install`, the answer is None.
+    """
+    if not _is_tracked(package / "__init__.py"):  # installed, perhaps inside a stranger's repository
         return None
+    return _head(package, _changes(package))
+
+
+def uncommitted(package: Path = _PACKAGE) -> list[str]:
+    """List the files of a package that its commit does not hold as they are, new files included."""
+    return _changes(package) if _is_tracked(package / "__init__.py") else []
+
+
+def file_version(name: str, file: Path) -> str:
+    """Say which version of another author's file this is.
+
+    Args:
+        name: the path by which Python imports it, such as `package/file.py`.
+        file: the file.
+
+    Returns:
+        The commit of its repository, with "+" if the file was changed since; or the name and version of the installed
+        package that it belongs to; or "uncommitted".
+    """
+    if _is_tracked(file):
+        return _head(file.parent, _changes(file)) or "uncommitted"
+    known = packages_distributions() if _INSTALLED & set(file.parts) else {}
+    for package in known.get(name.partition("/")[0].removesuffix(".py"), ()):
+        if Path(str(distribution(package).locate_file(name))).resolve() == file:
+            return f"{package} {version(package)}"
+    return "uncommitted"
+
+
+def _is_tracked(file: Path) -> bool:
+    return _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None
+
+
+def _head(folder: Path, changes: list[str]) -> str | None:
+    """Return the commit of a folder's repository, with "+" if there are changes; None before the first commit."""
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
     return f"{commit}+" if commit and changes else commit
+
+
+def _changes(path: Path) -> list[str]:
+    """List what is changed or new in a file or folder of a repository, as paths within the repository."""
+    folder = path if path.is_dir() else path.parent
+    status = _git(folder, "status", "--porcelain", "--untracked-files=all", "--", str(path)) or ""
+    return [line[3:] for line in status.splitlines()]
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Run git in a folder and return what it prints; None if it fails, or if there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
 
 def hardware(device: str | None = None) -> str:
     """The device that computes, in words; by default the GPU if there is one."""
     import torch
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from vlmslim.cost.flops import DecoderShape, prefill_flops
+from vlmslim.evaluation.store import timing_key
 from vlmslim.leaderboard.scores import Score
 
 #: What every cell records; weights only those of trained methods.
@@ -88,13 +89,12 @@ class Row:
             entry: the configuration's: label, budget, and stages, in which a cost is not solved yet.
             cells: records of its finished cells.
             shape: of the language model.
-            timing: what was timed; of another method, or other weights, of the same label it says nothing here.
+            timing: what was timed; times of other options, weights or code under the same label do not count.
         """
         row = cls(entry["label"], entry["budget"], stages=cells[0]["stages"] if cells else entry["stages"])
         row._add_cost([cell["receipt"] for cell in cells], shape)
         row._add_solution([cell["budget"] for cell in cells if "budget" in cell])
-        weights = [cell["weights"] for cell in cells[:1] if "weights" in cell]
-        if timing and [row.label, row.stages, *weights] in timing["settings"]["rows"]:
+        if timing and cells and timing_key(row.label, cells[0]) in timing["settings"]["rows"]:
             for name in ("ttft_ms", "ttft_ratio", "decode_ms", "decode_ratio"):
                 setattr(row, name, timing["times"][row.label][name])
         row.provenance = _provenance(cells)
