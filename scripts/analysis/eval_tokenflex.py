@@ -1,6 +1,6 @@
-"""Cross-entropy of the answers under TokenFLEX projectors at several counts, on held-out scenes.
+"""Print the cross-entropy of the answers under TokenFLEX projectors at several counts, on held-out scenes.
 
-It resolves differences that the accuracy of a few hundred questions cannot. Accuracy comes from lmms-eval:
+Cross-entropy resolves differences that the accuracy of a few hundred questions cannot. Accuracy comes from lmms-eval:
 `vlmslim run eval_configs/tokenflex_tiny.yaml`.
 
     python scripts/analysis/eval_tokenflex.py runs/tokenflex/flex-0/final runs/tokenflex/fixed16-0/final pool
@@ -14,22 +14,23 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bundled"))
 import argparse
 
 import torch
+from training_data import Scenes
 
 import vlmslim
-from vlmslim.training.conversations import Collator, Scenes
+from vlmslim.training.conversations import Collator
 from vlmslim.training.finetune import Settings, Tuned, load
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print a Markdown table: one row for each set of weights, one column for each count."""
+    """Print a Markdown table with one row for each set of weights and one column for each count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", help='folders of trained weights, or "pool" for the control')
     parser.add_argument("--keep", type=int, nargs="+", default=[16, 25, 36, 49, 64])
     parser.add_argument("--pictures", type=int, default=48)
     parser.add_argument("--questions", type=int, default=6, help="about each picture")
     args = parser.parse_args()
-    model, processor, _ = load(Settings(attn_implementation="eager"))
+    model, processor = load(Settings(attn_implementation="eager"))
     data, collate = Scenes(args.pictures, args.questions, first=7_000_000, split="test"), Collator(processor)
     batches = [collate([data[i] for i in range(first, min(first + 8, len(data)))]) for first in range(0, len(data), 8)]
     batches = [{k: v for k, v in batch.items() if k not in ("skipped", "where")} for batch in batches]

@@ -1,16 +1,22 @@
-"""The command line and the configuration of a training script."""
+"""The command line and the YAML configuration of a training script."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 
 def command_line(description: str, config: Path, result: str) -> argparse.ArgumentParser:
-    """The command line of a training script: `--config FILE --out DIR [--stop STEP] [KEY=VALUE ...]`.
+    """Make the parser of a training script: `--config FILE --out DIR [--stop STEP] [KEY=VALUE ...]`.
 
-    `config` is the default configuration, `result` what lies in DIR at the end. Parse with `parse_intermixed_args`.
+    Parse with `parse_intermixed_args`, because options and KEY=VALUE may stand in any order.
+
+    Args:
+        description: docstring of the script, whose first line becomes the help text.
+        config: the default configuration.
+        result: says in the help text what a finished run leaves in DIR.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--config", type=Path, default=config)
@@ -20,33 +26,33 @@ def command_line(description: str, config: Path, result: str) -> argparse.Argume
     return parser
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """Read a YAML config and `override` its values."""
-    return override(yaml.safe_load(Path(path).read_text()) or {}, overrides)
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML configuration and replace values, see `override`."""
+    return override(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, overrides)
 
 
-def override(config: dict, overrides: Sequence[str]) -> dict:
-    """The config with other values: KEY=VALUE, or KEY.OPTION=VALUE for one option of a key that has several.
+def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Replace values of a configuration: KEY=VALUE, or KEY.OPTION=VALUE for one option of a key that has several.
 
     Raises:
         ValueError: there is no such key, or no value.
     """
     config = dict(config)
-    for given in overrides:
-        names, equals, text = given.partition("=")
+    for text in overrides:
+        names, equals, value = text.partition("=")
         key, dot, option = names.partition(".")
         if not equals:
-            raise ValueError(f"{given!r} sets nothing: use KEY=VALUE")
+            raise ValueError(f"{text!r} sets nothing: use KEY=VALUE")
         if key not in config:
             raise ValueError(f"no setting {key!r}; there are {', '.join(config)}")
         if dot and not isinstance(config[key], dict):
             raise ValueError(f"{key} has no options: use {key}=VALUE")
-        config[key] = {**config[key], option: _value(text)} if dot else _value(text)
+        config[key] = {**config[key], option: _parsed(value)} if dot else _parsed(value)
     return config
 
 
-def _value(text: str):
-    """What YAML reads, and numbers such as 5e-4, which it takes for words."""
+def _parsed(text: str) -> Any:
+    """Read a value as YAML, and numbers such as 5e-4 too, because YAML takes those for words."""
     value = yaml.safe_load(text)
     try:
         return float(value) if isinstance(value, str) else value

@@ -1,7 +1,7 @@
-r"""Training data of `finetune.py`: LLaVA's conversation JSON or the bundled scenes, and the collator for both.
+r"""Conversations about pictures as training data: LLaVA's JSON format, and the collator that makes batches of them.
 
-An item is one picture (or none) with one or more conversations about it, each a list of turns as LLaVA writes them:
-`{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}`.
+An item is one picture (or none) with one or more conversations about it. A conversation is a list of turns as LLaVA
+writes them: `{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}`.
 """
 
 import json
@@ -10,24 +10,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
 
 PLACEHOLDER, ROLES = "<image>", {"human": "user", "gpt": "assistant"}
-IGNORED = -100
+IGNORED = -100  # the label of a token that is not supervised
 
 
 class RecordError(ValueError):
-    """A record that cannot be trained on; the message names it."""
+    """A record that cannot be trained on; the message names the record."""
 
 
 @dataclass
 class Item:
-    """One picture, or none, with the conversations about it; `skipped` records were left out for it."""
+    """One picture, or none, with the conversations about it.
+
+    where   : the name of the record, for error messages
+    picture : the picture; None in a record of text alone
+    rows    : the conversations; each becomes one row of the batch
+    skipped : records before this one that were left out because their pictures cannot be read
+    """
 
     where: str
     picture: Image.Image | None
@@ -35,23 +40,33 @@ class Item:
     skipped: int = 0
 
 
-class Conversations(Dataset):
+class Items(Dataset[Item]):
+    """A training set of known length: `finetune` takes any data set of `Item`s."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Item:
+        raise NotImplementedError
+
+
+class Conversations(Items):
     """LLaVA's format (the 665k instruction-tuning mix): a JSON list or JSON lines of `id`, `image`, `conversations`.
 
-    Records are checked when the file is read, pictures are opened when their turn comes.
+    The records are checked when the file is read. A picture is opened when its record is used.
 
     Args:
         file: `.json` (one list) or `.jsonl` (one record a line).
         images: the folder that `image` is relative to.
-        on_error: "raise" stops at the first bad record; "skip" leaves bad records out and counts them. In the place of
-            a picture that turns out to be unreadable comes the next record.
+        on_error: "raise" stops at the first bad record. "skip" leaves bad records out and counts them; the next record
+            takes the place of one whose picture cannot be read.
 
     Attributes:
-        skipped: (record, reason) of what was left out while reading.
+        skipped: (record, reason) for each record that was left out while the file was read.
 
     Raises:
-        RecordError: a broken line, a missing picture, turns that do not alternate, or `<image>` in a number that is
-            not that of the pictures; names the record.
+        RecordError: a broken line, a missing picture, turns that do not alternate, or another number of `<image>` than
+            of pictures; the message names the record.
     """
 
     def __init__(self, file: str | Path, images: str | Path = ".", on_error: str = "raise"):
@@ -72,7 +87,7 @@ class Conversations(Dataset):
             raise RecordError(f"{self.file}: none of its {len(self.skipped)} records can be trained on")
 
     def _read(self) -> Iterator[tuple[str, Any, str]]:
-        """(where, record, problem) of each record; the problem is why it cannot be parsed, if so."""
+        """Yield (where, record, problem) for each record; the problem is empty if the record can be parsed."""
         text = self.file.read_text(encoding="utf-8")
         if self.file.suffix != ".jsonl":
             try:
@@ -92,15 +107,17 @@ class Conversations(Dataset):
                     problem = f"not readable as JSON: {error}"
                 yield self._where(number - 1, record, f"line {number}"), record, problem
 
-    def _where(self, index: int, record, place: str = "") -> str:
+    def _where(self, index: int, record: Any, place: str = "") -> str:
         name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
         return f"{self.file.name}, {place or f'record {index}'}{name}"
 
-    def _problem(self, record) -> str:
-        """What is wrong with a record; nothing if it is fine."""
+    def _problem(self, record: Any) -> str:
+        """Say what is wrong with a record; return an empty text if nothing is."""
         turns = record.get("conversations") if isinstance(record, dict) else None
-        whole = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-        if not whole or not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
+            for turn in turns
+        ):
             return "'conversations' is not a list of turns with 'from' and 'value', both text"
         if len(turns) < 2 or [t["from"] for t in turns] != ["human", "gpt"] * (len(turns) // 2):
             return "turns must alternate, 'human' first and 'gpt' last"
@@ -131,96 +148,55 @@ class Conversations(Dataset):
         where = f"{self.file.name} (id {record.get('id', index)!r})"
         if record.get("image") is None:
             return Item(where, None, (record["conversations"],))
+        path = self.images / record["image"]
         try:
-            with Image.open(self.images / record["image"]) as picture:
+            with Image.open(path) as picture:
                 return Item(where, picture.convert("RGB"), (record["conversations"],))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's formats have it
-            path = self.images / record["image"]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
             raise RecordError(f"{where}: the picture {path} cannot be read: {error}") from error
 
 
-class Scenes(Dataset):
-    """The bundled generator's scenes, made as they are read: picture `i` is scene `first + i`.
-
-    Args:
-        count: pictures.
-        questions: about each picture, each a conversation of its own.
-        first: number of the first scene; those from 1,000,000 on trained the bundled tiny LLaVA itself.
-        mixture: how often each task is asked, by name.
-        split: "train", or "test" for the pictures, styles and codes that are held out.
-    """
-
-    MIXTURE = {"presence": 2, "colour": 2, "count": 2, "spatial": 2, "detail": 3, "text": 2, "choice": 2}
-
-    def __init__(
-        self,
-        count: int,
-        questions: int = 8,
-        first: int = 5_000_000,
-        mixture: dict | None = None,
-        split: str = "train",
-    ):
-        self.count, self.questions, self.first, self.split = count, questions, first, split
-        self.mixture = mixture or self.MIXTURE
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Item:
-        from scenes import ask, make_scene
-
-        number = self.first + index
-        scene, rng = make_scene(number, self.split), np.random.default_rng([number, 3])
-        weights = np.array(list(self.mixture.values()), float)
-        asked = {}
-        for attempt, task in enumerate(rng.choice(list(self.mixture), 20 * self.questions, p=weights / weights.sum())):
-            question = ask(scene, str(task), rng)
-            if question:  # late on, a scene about which there is little to ask may be asked the same again
-                asked[question.text if attempt < 10 * self.questions else attempt] = question
-            if len(asked) == self.questions:
-                break
-        rows = tuple(
-            [{"from": "human", "value": f"{PLACEHOLDER}\n{q.text}"}, {"from": "gpt", "value": q.answer}]
-            for q in asked.values()
-        )
-        return Item(f"scene {number}", scene.image, rows)
-
-
 class Collator:
-    """Items to one batch, with the checkpoint's own processor and chat template; labels on the answers only.
+    """Makes one batch of items, with the checkpoint's own processor and chat template. Labels are on the answers only.
 
-    The batch holds what the model's forward takes, and
-        labels  : (B, L)  the answers' tokens, their end-of-sequence token included; -100 elsewhere
-        copies  : int     rows that share a picture, in turn
+    The batch holds the inputs of the model's forward, with rows padded on the right, and
+        labels  : (B, L)  the tokens of the answers and of their ends of sequence; -100 elsewhere
+        copies  : int     rows that share a picture; these rows follow each other
         where   : list    the record of each row
-        skipped : int     records left out because of their picture
-    Rows are padded on the right.
+        skipped : int     records that were left out because their pictures cannot be read
 
     Raises:
-        RecordError: the template does not write a record's turns, or `<image>` into the text, in their places.
+        ValueError: the tokenizer is not a fast one, or the items have different numbers of conversations.
+        RecordError: the chat template changes earlier turns of a conversation, or does not keep its `<image>`.
     """
 
-    def __init__(self, processor: ProcessorMixin):
+    def __init__(self, processor: Any):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
         if not self.tokenizer.is_fast:
-            raise ValueError("labels need the places of tokens in the text: load the fast version of this tokenizer")
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not say where in the text a token stands, which labels need: "
+                "load the fast version of this tokenizer"
+            )
 
-    def __call__(self, items: list[Item]) -> dict:
-        """One batch."""
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        """Make one batch."""
         copies = {len(item.rows) for item in items}
         if len(copies) > 1:
-            raise ValueError("all pictures of a batch need equally many conversations")
-        batch = {"skipped": sum(item.skipped for item in items), "copies": copies.pop()}
+            raise ValueError(
+                f"the pictures of a batch have {sorted(copies)} conversations; give all pictures the same number"
+            )
+        batch: dict[str, Any] = {"skipped": sum(item.skipped for item in items), "copies": copies.pop()}
         batch["where"] = [item.where for item in items for _ in item.rows]
-        pictures = [self._picture(item.picture) for item in items if item.picture is not None]
-        sizes = iter([size for size, _ in pictures])
-        ids, labels = [], []
+        pictures, ids, labels = [], [], []
         for item in items:
-            size = next(sizes) if item.picture is not None else 0
+            visual_tokens = 0
+            if item.picture is not None:
+                visual_tokens, inputs = self._picture(item.picture)
+                pictures.append(inputs)
             for row in item.rows:
-                tokens, targets = self._row(row, size, item.where)
+                tokens, targets = self._row(row, visual_tokens, item.where)
                 ids.append(tokens)
                 labels.append(targets)
         pad = self.tokenizer.pad_token_id
@@ -228,34 +204,35 @@ class Collator:
         batch["labels"] = pad_sequence(labels, True, IGNORED)
         batch["attention_mask"] = pad_sequence([torch.ones_like(x) for x in ids], True, 0)
         if pictures:
-            crops = max(p["pixel_values"].shape[1] if p["pixel_values"].ndim == 5 else 1 for _, p in pictures)
-            batch["pixel_values"] = torch.cat([_padded(p["pixel_values"], crops) for _, p in pictures])
-            if "image_sizes" in pictures[0][1]:
-                batch["image_sizes"] = torch.cat([p["image_sizes"] for _, p in pictures])
+            crops = max(p["pixel_values"].shape[1] if p["pixel_values"].ndim == 5 else 1 for p in pictures)
+            batch["pixel_values"] = torch.cat([_padded(p["pixel_values"], crops) for p in pictures])
+            if "image_sizes" in pictures[0]:
+                batch["image_sizes"] = torch.cat([p["image_sizes"] for p in pictures])
         return batch
 
-    def _picture(self, picture: Image.Image) -> tuple[int, dict]:
-        """How many visual tokens the processor gives a picture, and what it makes of it."""
-        made = dict(self.processor(images=picture, text=self.image, return_tensors="pt"))
-        return int((made.pop("input_ids") == self.image_id).sum()), made
+    def _picture(self, picture: Image.Image) -> tuple[int, dict[str, Tensor]]:
+        """Process one picture: its number of visual tokens, and the model's inputs."""
+        inputs = dict(self.processor(images=picture, text=self.image, return_tensors="pt"))
+        return int((inputs.pop("input_ids") == self.image_id).sum()), inputs
 
-    def _row(self, turns: list[dict], visual: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels (L,) each of one conversation, with `visual` tokens in the place of the picture."""
+    def _row(self, turns: list[dict], visual_tokens: int, where: str) -> tuple[Tensor, Tensor]:
+        """Token ids (L,) and labels (L,) of one conversation, with a placeholder for each visual token."""
         text, answers = self._text(turns, where)
         encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            many = visual if token == self.image_id else 1
+            copies = visual_tokens if token == self.image_id else 1
             answer = token != self.image_id and start < end and any(a <= start and end <= b for a, b in answers)
-            ids += [token] * many
-            labels += [token if answer else IGNORED] * many
+            ids += [token] * copies
+            labels += [token if answer else IGNORED] * copies
         found = encoded["input_ids"].count(self.image_id)
-        if found != int(visual > 0):
-            raise RecordError(f"{where}: {found} {self.image} in the prompt, but {int(visual > 0)} picture")
+        if found != int(visual_tokens > 0):
+            raise RecordError(f"{where}: {found} {self.image} in the prompt, but {int(visual_tokens > 0)} picture")
         return torch.tensor(ids), torch.tensor(labels)
 
     def _text(self, turns: list[dict], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the chat template writes it, and where its answers begin and end."""
+        """Write a conversation with the chat template: the text, and (start, end) of each answer in it."""
         messages, text, done, answers = [], "", "", []
         for turn in turns:
             words = turn["value"].replace(PLACEHOLDER, "").strip()
@@ -269,7 +246,7 @@ class Collator:
                 raise RecordError(f"{where}: the chat template rewrites earlier turns when a conversation goes on")
             text += asked[len(done) :]
             answer, end, rest = whole[len(asked) :].partition(self.tokenizer.eos_token)
-            if not end:  # LLaVA-1.5's template leaves it out, but its authors trained with it
+            if not end:  # LLaVA-1.5's template has no end of sequence, but its authors trained with one
                 answer, end = answer.rstrip(), self.tokenizer.eos_token
             answers.append((len(text), len(text) + len(answer + end)))
             text += answer + end + rest
@@ -277,8 +254,8 @@ class Collator:
         return text, answers
 
 
-def _padded(pixels: torch.Tensor, crops: int) -> torch.Tensor:
-    """Pixels with as many crops as the others of the batch; those without crops as they are."""
+def _padded(pixels: Tensor, crops: int) -> Tensor:
+    """Pad pixels (1, c, 3, h, w) with empty crops to `crops`; leave pixels without a dimension of crops as they are."""
     if pixels.ndim == 5 and pixels.shape[1] < crops:
         fill = pixels.new_zeros(len(pixels), crops - pixels.shape[1], *pixels.shape[2:])
         return torch.cat([pixels, fill], 1)

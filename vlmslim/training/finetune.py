@@ -1,8 +1,13 @@
-"""Fine-tune the trained part of a compression method on LLaVA conversations: the loop that `train_*.py` share.
+"""Fine-tune the trained part of a compression method on conversations about pictures.
 
-The backbone stays frozen unless `train_decoder` is set. Runs in one process or under `accelerate launch`. A run that
-was interrupted and is started again goes on from its last checkpoint, to the same loss: batches, dropout and whatever
-a method draws follow from the seed and the step alone.
+    settings = read_settings(Path("scripts/tokenflex.yaml"))
+    model, processor = load(settings)
+    slim = vlmslim.patch(model, "tokenflex", weights="random", keep=64)
+    finetune(slim, processor, open_conversations(settings), settings, Path("runs/tokenflex"))
+
+The backbone stays frozen unless `train_decoder` is set. Training runs in one process or under `accelerate launch`. An
+interrupted run continues from its last checkpoint and reaches the same loss, because batches, dropout and the random
+draws of a method follow from the seed and the step alone.
 """
 
 import argparse
@@ -12,46 +17,46 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import vlmslim
 from vlmslim import bundled
 from vlmslim.io.files import atomically
 from vlmslim.training.config import command_line, override, read_config
-from vlmslim.training.conversations import IGNORED, Collator, Conversations, Scenes
+from vlmslim.training.conversations import IGNORED, Collator, Conversations, Items
 
-#: YAML reads a bare `no` as false
+#: YAML reads a bare `no` as false.
 Precision = Annotated[Literal["bf16", "fp16", "no"], BeforeValidator(lambda given: "no" if given is False else given)]
 
 
 @checked
 class Settings:
-    """A run. A batch is `batch` pictures in each process; a step takes `accumulate` batches of every process."""
+    """A run. A batch has `batch` pictures in each process; a step takes `accumulate` batches of every process."""
 
     model: str = "bundled/tiny-llava"
-    dtype: str = "float32"  # of what is frozen; bfloat16 halves its memory on a GPU. What is trained is float32
+    dtype: str = "float32"  # of frozen weights; bfloat16 halves their memory on a GPU. Trained weights are float32
     attn_implementation: str = "sdpa"
-    data: str = "scenes"  # the bundled training set, or a .json / .jsonl of conversations
-    images: str = "."  # folder of the conversations' pictures
+    data: str = "scenes"  # a .json or .jsonl file of conversations; "scenes" is the data set of the project's scripts
+    images: str = "."  # the folder of the conversations' pictures
     on_error: Literal["raise", "skip"] = "raise"  # "skip" leaves bad records out and counts them
-    pictures: PositiveInt = 2400  # of the bundled training set
-    questions: PositiveInt = 8  # about each picture of the bundled training set
+    pictures: PositiveInt = 2400  # scenes
+    questions: PositiveInt = 8  # about each scene
     steps: NonNegativeInt = 300  # 0: as many as `epochs` take
-    epochs: PositiveFloat = 1.0  # over the data, where steps is 0
+    epochs: PositiveFloat = 1.0  # over the data, if `steps` is 0
     batch: PositiveInt = 8
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-3
-    warmup: float = 0.03  # share of the steps
+    warmup: float = 0.03  # fraction of the steps
     decay: float = 0.0
     clip: PositiveFloat = 1.0
     precision: Precision = "bf16"
@@ -63,65 +68,77 @@ class Settings:
     log_every: PositiveInt = 10
     save_every: PositiveInt = 100
     method: dict = field(default_factory=dict)  # options of the method
-    script: dict = field(default_factory=dict)  # options of the method's own training script
+    script: dict = field(default_factory=dict)  # options of the method's own training
 
-    #: what may differ between a run and its continuation
-    FREE: ClassVar = ("workers", "device", "log_every", "save_every", "images")
+    #: Settings that a continued run may change.
+    MAY_CHANGE: ClassVar = ("workers", "device", "log_every", "save_every", "images")
 
 
-def parse(description: str, config: Path) -> tuple[Settings, argparse.Namespace]:
+def parse_arguments(description: str, config: Path) -> tuple[Settings, argparse.Namespace]:
     """Read the command line: `--config FILE --out DIR [--stop STEP] [--train-decoder] [KEY=VALUE ...]`.
+
+    A mistake ends the program with a message.
 
     Returns:
         The settings, and the arguments `out` and `stop`.
-
-    Raises:
-        ValueError: a key that is no setting, or a value that does not suit it.
     """
     parser = command_line(description, config, "the trained part ends up in OUT/final")
     parser.add_argument("--train-decoder", action="store_true", help="train the language model and projector as well")
     args = parser.parse_intermixed_args()
-    settings = settings_from(args.config, args.overrides)
+    try:
+        settings = read_settings(args.config, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
     settings.train_decoder |= args.train_decoder
     return settings, args
 
 
-def settings_from(config: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a YAML file; `overrides` are KEY=VALUE, and `method.KEY=VALUE` for one of the method's options."""
+def read_settings(config: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read the settings in a YAML file; `overrides` are KEY=VALUE, or `method.KEY=VALUE` for one option of the method.
+
+    Raises:
+        ValueError: an unknown setting, a wrong value, or `epochs` beside a number of steps.
+    """
     defaults, given = asdict(Settings()), read_config(config)
     if unknown := given.keys() - defaults.keys():
         raise ValueError(f"{config}: no setting {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-    settings = Settings(**override(defaults | given, overrides))
+    try:
+        settings = Settings(**override(defaults | given, overrides))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{config}: {'; '.join(wrong)}") from error
     if settings.steps and "epochs" in {*given, *(text.partition("=")[0] for text in overrides)}:
         raise ValueError(f"steps={settings.steps} leaves epochs without effect: give steps=0 with them")
     return settings
 
 
-def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin, Dataset]:
-    """The frozen checkpoint, its processor, and the data."""
+def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Seed the process, and load the checkpoint and its processor."""
     set_seed(settings.seed)
     path = bundled.resolve(settings.model)
-    processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=settings.dtype, attn_implementation=settings.attn_implementation
     )
-    if settings.data == "scenes":
-        return model, processor, Scenes(settings.pictures, settings.questions)
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def open_conversations(settings: Settings) -> Conversations:
+    """Open the file of conversations that the settings name, and print how many records are skipped."""
     data = Conversations(settings.data, settings.images, settings.on_error)
     if data.skipped:
         where, reason = data.skipped[0]
         print(f"{len(data.skipped)} of {len(data) + len(data.skipped)} records are skipped; {where}: {reason}")
-    return model, processor, data
+    return data
 
 
 @dataclass
 class Answers:
-    """What the model makes of the answers of a batch.
+    """Predictions of the model at the answers of a batch.
 
-    loss    : ()      mean cross-entropy of their tokens
+    loss    : ()      mean cross-entropy of the N answer tokens
     logits  : (N, V)  fp32, one row for each answer token
-    targets : (N,)    the tokens
-    row     : (N,)    the row of the batch that each belongs to
+    targets : (N,)    the answer tokens
+    row     : (N,)    the row of the batch that each answer token belongs to
     """
 
     loss: Tensor
@@ -131,16 +148,16 @@ class Answers:
 
 
 class Tuned(nn.Module):
-    """The patched model and its trained parts as one module, so that DistributedDataParallel sees both."""
+    """The patched model and its trained parts as one module, because DistributedDataParallel must see both."""
 
     def __init__(self, slim: vlmslim.Slim):
         super().__init__()
         self.model, self.trained = slim.model, slim.trained
 
-    def forward(self, input_ids: Tensor, labels: Tensor, copies: int = 1, **inputs: Tensor) -> Answers:
-        """Logits at the answers only: over a whole prompt they would need more memory than the model."""
+    def forward(self, input_ids: Tensor, labels: Tensor, copies: int = 1, **inputs: Any) -> Answers:
+        """Compute logits at the answers only, because those of a whole prompt need more memory than the model."""
         core = self.model.model
-        if copies > 1:  # the rows that ask about one picture share its encoding
+        if copies > 1:  # rows that ask about one picture share its encoding
             pictures = {k: inputs.pop(k) for k in ("pixel_values", "image_sizes") if k in inputs}
             encoded = core.get_image_features(**pictures, return_dict=True)
             encoded.pooler_output = [x for x in encoded.pooler_output for _ in range(copies)]
@@ -149,47 +166,51 @@ class Tuned(nn.Module):
         answer = labels[:, 1:] != IGNORED
         logits, targets = self.model.lm_head(hidden[answer]).float(), labels[:, 1:][answer]
         loss = F.cross_entropy(logits, targets)
-        # Zero, but it reaches every parameter that is trained and that the batch may not need, as DDP wants it: a batch
-        # without pictures needs no projector, and a method may have one of its own.
+        # Zero, but with a gradient for every trained parameter, because DDP waits for all of them: a batch without
+        # pictures needs no projector, and a method may have a projector of its own.
         optional = (*self.trained.parameters(), *core.multi_modal_projector.parameters())
         loss = loss + sum(p.sum() * 0.0 for p in optional if p.requires_grad)
         return Answers(loss, logits, targets, answer.nonzero()[:, 0])
 
 
+#: A loss takes the answers, the batch and the step (from 0). It returns the value to minimise, and numbers to log.
 Loss = Callable[[Answers, dict, int], tuple[Tensor, dict[str, float | Tensor]]]
 
 
 def answer_loss(answers: Answers, batch: dict, step: int) -> tuple[Tensor, dict]:
-    """Next-token cross-entropy on the answers: what visual instruction tuning minimises."""
+    """Return the next-token cross-entropy of the answers, which visual instruction tuning minimises."""
     return answers.loss, {}
 
 
 def finetune(
     slim: vlmslim.Slim,
     processor: ProcessorMixin,
-    data: Dataset,
+    data: Items,
     settings: Settings,
     out: Path,
     loss: Loss = answer_loss,
     before_step: Callable[[int], None] = lambda step: None,
     stop: int | None = None,
 ) -> int:
-    """Train `slim.trained`, write `out/log.csv`, checkpoints and at the end `out/final`; returns the steps done.
+    """Train `slim.trained`; write `out/log.csv`, checkpoints and, at the end, `out/final`.
 
     With `train_decoder`, `out/final` holds the tuned checkpoint as well.
 
     Args:
         slim: the patched model.
-        processor: the checkpoint's.
-        data: `Conversations`, `Scenes`, or any map-style dataset of `conversations.Item`.
+        processor: the checkpoint's processor.
+        data: `Conversations`, or another data set of `Item`s.
         settings: the run.
-        out: the run's folder. If it has a checkpoint of the same settings, training goes on from there.
-        loss: called with the answers, the batch and the step (from 0); returns what to minimise and numbers to log.
-        before_step: called with each step, before its batches: schedules of a method.
+        out: the run's folder. If it has a checkpoint of the same settings, training continues from there.
+        loss: the value to minimise, see `Loss`.
+        before_step: called with each step (from 0) before its batches; a method can set its schedules there.
         stop: last step of this call, for a run in pieces.
 
+    Returns:
+        The steps done.
+
     Raises:
-        ValueError: nothing to train, or `out` holds a run with other settings.
+        ValueError: there is nothing to train, or `out` holds a run with other settings.
         RuntimeError: the loss is not finite.
     """
     accelerator = Accelerator(
@@ -197,21 +218,21 @@ def finetune(
         cpu=settings.device == "cpu",
         gradient_accumulation_steps=settings.accumulate,
     )
-    tuned, accumulate = prepared(slim, settings), settings.accumulate
+    tuned, accumulate = prepare(slim, settings), settings.accumulate
     named = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(f"{slim} has nothing to train; set train_decoder to train the language model under it")
-    steps = settings.steps or _steps(settings, len(data), accelerator.num_processes)
+    steps = settings.steps or _step_count(settings, len(data), accelerator.num_processes)
     optimizer = torch.optim.AdamW(named.values(), lr=settings.lr, weight_decay=settings.decay, betas=(0.9, 0.98))
     tuned, optimizer = accelerator.prepare(tuned, optimizer)
-    run = Run(out, settings, accelerator)
+    run = RunFolder(out, settings, accelerator)
     first = run.resume(named, optimizer)
     last = max(first, steps if stop is None else min(stop, steps))
-    micro = Batches(len(data), settings, accelerator, first * accumulate, last * accumulate)
-    loader = iter(DataLoader(data, batch_sampler=micro, collate_fn=Collator(processor), num_workers=settings.workers))
+    batches = Batches(len(data), settings, accelerator, first * accumulate, last * accumulate)
+    loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=Collator(processor), num_workers=settings.workers))
     for step in range(first, last):
         set_seed(hash((settings.seed, step, accelerator.process_index)) % 2**32)
-        rate = settings.lr * schedule(step, steps, settings.warmup)
+        rate = settings.lr * learning_rate_factor(step, steps, settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         before_step(step)
@@ -230,7 +251,7 @@ def finetune(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             run.mean(loss=total, answer=answers.loss, **numbers)
-        run.mean(**_kept(slim))
+        run.mean(**_kept_tokens(slim))
         if (step + 1) % settings.log_every == 0 or step + 1 == last:
             run.log(step + 1, lr=rate)
         if (step + 1) % settings.save_every == 0 or step + 1 == last:
@@ -241,8 +262,8 @@ def finetune(
     return last
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero; step counts from 0."""
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Rise linearly over the fraction `warmup` of the steps, then fall to zero as a cosine; `step` counts from 0."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
@@ -250,7 +271,10 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 class Batches(Sampler[list[int]]):
-    """Indices of one process's batches `first` .. `last` - 1, shuffled anew each epoch. Resuming needs no state."""
+    """Indices of the batches `first` .. `last` - 1 of one process, in a new order each epoch.
+
+    The seed and the number of a batch decide its indices, so resuming needs no state.
+    """
 
     def __init__(self, size: int, settings: Settings, accelerator: Accelerator, first: int, last: int):
         self.size, self.batch, self.seed, self.first, self.last = size, settings.batch, settings.seed, first, last
@@ -260,7 +284,7 @@ class Batches(Sampler[list[int]]):
         return self.last - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, []
+        epoch, order = -1, list[int]()
         for number in range(self.first, self.last):
             indices = []
             for place in range(self.batch):
@@ -273,15 +297,19 @@ class Batches(Sampler[list[int]]):
             yield indices
 
 
-class Run:
-    """A run's folder: log.csv (and TensorBoard's events, where it is installed) and last.pt, replaced atomically."""
+class RunFolder:
+    """The folder of a run: log.csv, TensorBoard's events if TensorBoard is installed, and the checkpoint last.pt.
+
+    Files are replaced atomically.
+    """
 
     def __init__(self, out: Path, settings: Settings, accelerator: Accelerator):
         self.out, self.settings, self.accelerator = Path(out), settings, accelerator
-        self.started, self.before = time.time(), 0.0  # seconds of earlier calls
-        self.sums, self.skipped = {}, 0
-        self.lines: list[dict] = []
-        self.board = None
+        self.started, self.seconds_before = time.time(), 0.0  # seconds of earlier calls
+        self.sums: dict[str, tuple[float, int]] = {}  # of each number since the last line: total, and how many
+        self.skipped = 0
+        self.lines: list[dict[str, Any]] = []
+        self.board: Any = None
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             try:
@@ -291,41 +319,42 @@ class Run:
             self.board = SummaryWriter(str(self.out / "tensorboard"))
 
     def count(self, skipped: int) -> None:
-        """Count records whose picture could not be read."""
+        """Count records that were left out because their pictures cannot be read."""
         self.skipped += skipped
 
     def mean(self, **numbers: float | Tensor) -> None:
-        """Note numbers; the log shows their mean since its last line, over all processes."""
+        """Note numbers; the log shows the mean of each since the last line, over all processes."""
         for name, value in numbers.items():
-            value = value.detach().float().item() if isinstance(value, Tensor) else float(value)
+            number = value.detach().float().item() if isinstance(value, Tensor) else float(value)
             total, times = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value, times + 1
+            self.sums[name] = total + number, times + 1
 
     def log(self, step: int, **numbers: float) -> None:
-        """Write one line. Every process has to call this."""
+        """Write one line. Every process must call this."""
         everyone = gather_object([(self.sums, self.skipped)])
         self.sums = {}
         if not self.accelerator.is_main_process:
             return
-        line = {"step": step}
-        for name in dict.fromkeys(name for sums, _ in everyone for name in sums):  # some may have seen no picture
+        line: dict[str, Any] = {"step": step}
+        for name in dict.fromkeys(name for sums, _ in everyone for name in sums):  # a process may have seen no picture
             totals, times = zip(*(sums[name] for sums, _ in everyone if name in sums), strict=True)
             line[name] = sum(totals) / sum(times)
-        line |= numbers | {"skipped": sum(n for _, n in everyone), "seconds": self.before + time.time() - self.started}
+        line |= numbers | {"skipped": sum(n for _, n in everyone)}
+        line["seconds"] = self.seconds_before + time.time() - self.started
         self.lines.append(line)
         with atomically(self.out / "log.csv") as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for line in self.lines for name in line))
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in self.lines for name in line)))
             writer.writeheader()
             writer.writerows(self.lines)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
-        for name, value in line.items():
-            if self.board and name != "step":
-                self.board.add_scalar(name, value, step)
         if self.board:
+            for name, value in line.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, step)
             self.board.flush()
 
-    def save(self, step: int, named: dict[str, nn.Parameter], optimizer) -> None:
-        """Checkpoint after `step` steps."""
+    def save(self, step: int, named: dict[str, nn.Parameter], optimizer: Any) -> None:
+        """Write a checkpoint after `step` steps."""
         if not self.accelerator.is_main_process:
             return
         state = {"step": step, "settings": asdict(self.settings), "optimizer": optimizer.state_dict()}
@@ -336,15 +365,19 @@ class Run:
         with atomically(self.out / "last.pt") as part:
             torch.save(state, part)
 
-    def resume(self, named: dict[str, nn.Parameter], optimizer) -> int:
-        """Take up the last checkpoint, if there is one; returns the steps done."""
+    def resume(self, named: dict[str, nn.Parameter], optimizer: Any) -> int:
+        """Load the last checkpoint, if there is one; return the steps done.
+
+        Raises:
+            ValueError: the checkpoint is of a run with other settings, or with another number of processes.
+        """
         path = self.out / "last.pt"
         if not path.exists():
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = asdict(self.settings) | {"processes": self.accelerator.num_processes}
         theirs = state["settings"] | {"processes": state["processes"]}
-        differs = [k for k in ours if k not in Settings.FREE and ours[k] != theirs.get(k)]
+        differs = [k for k in ours if k not in Settings.MAY_CHANGE and ours[k] != theirs.get(k)]
         if differs:
             raise ValueError(f"{path} was trained with other values of {', '.join(differs)}: use another --out")
         with torch.no_grad():
@@ -354,15 +387,16 @@ class Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process and (self.out / "log.csv").exists():
-            with (self.out / "log.csv").open(newline="") as file:  # lines behind the checkpoint will come again
+            with (self.out / "log.csv").open(newline="") as file:  # the run repeats the steps after the checkpoint
                 self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state["step"]]
             if self.lines:
-                self.before, self.skipped = float(self.lines[-1]["seconds"]), int(self.lines[-1]["skipped"])
+                self.seconds_before = float(self.lines[-1]["seconds"])
+                self.skipped = int(self.lines[-1]["skipped"])
         return state["step"]
 
 
-def prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
-    """The patched model ready to train: what is not trained is frozen, what is trained is fp32."""
+def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:
+    """Freeze the patched model except for the parts to train, which become fp32."""
     model, tuned = slim.model, Tuned(slim)
     model.requires_grad_(False)
     if settings.train_decoder:
@@ -374,12 +408,12 @@ def prepared(slim: vlmslim.Slim, settings: Settings) -> Tuned:
     return tuned.train()
 
 
-def _steps(settings: Settings, size: int, processes: int) -> int:
+def _step_count(settings: Settings, size: int, processes: int) -> int:
     return max(1, math.ceil(settings.epochs * size / (settings.batch * settings.accumulate * processes)))
 
 
-def _kept(slim: vlmslim.Slim) -> dict[str, float]:
-    """Visual tokens kept per image at the entrance, and per prompt averaged over the layers, since the last call."""
-    seen = slim.receipt.summary()
+def _kept_tokens(slim: vlmslim.Slim) -> dict[str, float]:
+    """Visual tokens since the last call: per image before the language model, and per prompt averaged over layers."""
+    summary = slim.receipt.summary()
     slim.reset_receipt()
-    return {"kept": seen["kept"], "equivalent_tokens": seen["equivalent_tokens"]} if seen["images"] else {}
+    return {name: summary[name] for name in ("kept", "equivalent_tokens")} if summary["images"] else {}
