@@ -83,48 +83,25 @@ def check_choices(options: object, **known: tuple[str, ...]) -> None:
 
 @dataclass
 class Compressed:
-    """What one image sends to the language model.
+    """What one image sends to the language model: k tokens, in the order the language model reads them.
 
-    features : (k, d)          tokens, in the order the language model reads them
-    index    : (k,) or None    the slot each token takes among the image's n, ascending; None means the first k.
-                               Slots decide which rotary position a token keeps under `positions="original"`.
+    features : (k, d), or None for the image's own tokens at `index`, unchanged. The prompt already contains those, so
+               the engine moves them by index and never copies their features
+    index    : (k,) positions among the image's n tokens, each at most once. With `features`, the slots that the tokens
+               take; None then means the first k. Slots decide which rotary position a token keeps under
+               `positions="original"`
     """
 
-    features: Tensor
+    features: Tensor | None
     index: Tensor | None = None
 
-    untouched: ClassVar[bool] = False  # the image's tokens as they are
-
     def __len__(self) -> int:
-        return len(self.features)
+        tokens = self.index if self.features is None else self.features
+        return 0 if tokens is None else len(tokens)
 
-
-class Picked(Compressed):
-    """Tokens of an image as they are. They stand in the prompt already, so nothing is copied until somebody asks.
-
-    order : (k,) which ones, in the order the language model reads them
-    """
-
-    def __init__(self, image: "ImageTokens", order: Tensor):
-        self.image, self.order = image, order
-
-    def __len__(self) -> int:
-        return len(self.features if "features" in vars(self) else self.order)
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nobody has asked for the features, or the index, and so may have changed them."""
-        return vars(self).keys() == {"image", "order"}
-
-    @cached_property
-    def features(self) -> Tensor:
-        """(k, d)."""
-        return self.image.features[self.order]
-
-    @cached_property
-    def index(self) -> Tensor:
-        """(k,)."""
-        return self.order.sort().values
+    def vectors(self, image: "ImageTokens") -> Tensor:
+        """Return the features (k, d) that `image` sends, also where they are its own tokens."""
+        return image.features[self.index] if self.features is None else self.features
 
 
 @dataclass
@@ -208,8 +185,8 @@ class ImageTokens:
         return tower_qk(*self.taps[layer])
 
     def pick(self, index: Tensor) -> Compressed:
-        """Keep the tokens `index` (k,), in that order."""
-        return Picked(self, index)
+        """Keep the image's own tokens at `index` (k,), in that order."""
+        return Compressed(None, index)
 
 
 @dataclass

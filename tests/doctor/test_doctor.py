@@ -177,8 +177,7 @@ def test_keep_all_that_is_not_the_identity(failed):
     class Rescaled(Plain):
         def compress(self, image):
             kept = super().compress(image)
-            kept.features = kept.features * (1 + 1e-5)
-            return kept
+            return replace(kept, features=kept.vectors(image) * (1 + 1e-5))
 
     assert list(failed(Rescaled())) == ["keep-all"]
 
@@ -451,7 +450,9 @@ def of_features(edit):
     @wraps(DecoderHooks, "_close_gaps")
     def plant(original, self, call, embeds, found, text, results):
         if sum(map(len, results)) < sum(len(columns) for _, columns, _ in found):
-            results = edit(results)
+            results = edit(
+                [Compressed(x.vectors(image), x.index) for (*_, image), x in zip(found, results, strict=True)]
+            )
         return original(self, call, embeds, found, text, results)
 
     return plant
@@ -792,7 +793,7 @@ def test_faults_that_only_everything_shows(failed):
         def compress(self, image):
             kept = super().compress(image)
             if isinstance(self.keep, int):
-                kept.features = 1.5 * kept.features
+                kept.features = 1.5 * kept.vectors(image)
             return kept
 
     found = failed(Leaving())
@@ -828,7 +829,7 @@ def of_videos(base):
 class Rescaling(Plain):
     def compress(self, image):
         kept = super().compress(image)
-        kept.features = kept.features * (1 + 1e-5)
+        kept.features = kept.vectors(image) * (1 + 1e-5)
         return kept
 
 
@@ -845,7 +846,7 @@ class Drifting(Plain):
     def compress(self, image):
         self.calls[0] += 1
         kept = super().compress(image)
-        kept.features = kept.features * (1 + 0.01 * self.calls[0])
+        kept.features = kept.vectors(image) * (1 + 0.01 * self.calls[0])
         return kept
 
 
@@ -1034,7 +1035,7 @@ def test_the_command(folder, monkeypatch):
 
     def wrong(self, image):
         kept = compress(self, image)
-        kept.features = kept.features * 1.00001
+        kept.features = kept.vectors(image) * 1.00001
         return kept
 
     monkeypatch.setattr(Uniform, "compress", wrong)

@@ -19,6 +19,7 @@ import vlmslim
 from vlmslim.methods.bipartite_merge import BipartiteMerge
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.todre import Diversify
+from vlmslim.registry import method_class
 
 METHODS = [name for name in BUDGETED if name != "tokenflex"]  # it keeps as many of every frame: see test_tokenflex
 BY_COUNT = ["random", "uniform", "pool", "divprune", "bipartite_merge", "globalcom2", "tokencorr"]
@@ -157,7 +158,7 @@ def test_merging_stays_within_a_frame():
 def test_the_more_telling_frame_keeps_more():
     """GlobalCom²: frames are its crops, and their budgets differ though they are of one size."""
     model = tiny("onevision")
-    spy, seen = watched(vlmslim.methods.method_class("globalcom2"), keep=9, newline="drop", temperature=0.1)
+    spy, seen = watched(method_class("globalcom2"), keep=9, newline="drop", temperature=0.1)
     inputs = inputs_of(model, [[BOS, Clip(0, 4), 5]])
     odd = torch.cat([film(0, 1).expand(3, -1, -1, -1), film(9, 1)])  # three alike, and one that is unlike the mean
     with vlmslim.patch(model, spy):

@@ -64,7 +64,7 @@ def test_divprune_newlines():
     for newline in ("pool", "drop", "rows"):
         _, _, ((image, result),), _ = kept_of(model, row, DivPrune, keep=20, newline=newline)
         index = result.index
-        assert len(index) == 20 == len(set(index.tolist())) == len(result.features)
+        assert len(index) == 20 == len(set(index.tolist())) == len(result)
         component, line, _ = image.mosaic.unbind(1)
         newlines = index[component[index] < 0]
         counts[newline] = len(newlines)

@@ -169,7 +169,7 @@ def test_planted_patches_keep_their_places(top, left, monkeypatch):
     assert set(at) <= set(found.index.tolist())
     assert len(found.index) == 30
     assert (found.index.diff() > 0).all()
-    assert found.features[:, 0].tolist() == found.index.tolist()
+    assert found.vectors(image)[:, 0].tolist() == found.index.tolist()
     # a newline ends each row that kept a token, and no other
     grid, kept = image.mosaic, set(found.index.tolist())
     newlines = (grid[:, 0] < 0).nonzero()[:, 0].tolist()
@@ -182,8 +182,8 @@ def test_the_release_misplaces_them_on_padded_images(monkeypatch):
     where = [(1, 0, 2), (1, 0, 9), (1, 7, 3)]
     orders = {}
     for mode in ("corrected", "released"):
-        _, _, found = planted(6, (2, 2), 0, 2, where, monkeypatch, keep=0.3, mode=mode)
-        orders[mode] = [x for x in found.features[:, 0].tolist()]
+        image, _, found = planted(6, (2, 2), 0, 2, where, monkeypatch, keep=0.3, mode=mode)
+        orders[mode] = found.vectors(image)[:, 0].tolist()
     assert orders["corrected"] == sorted(orders["corrected"])
     assert orders["released"] != sorted(orders["released"])
 

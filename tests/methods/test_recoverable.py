@@ -235,7 +235,7 @@ def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
     inputs = batch(model, [ROWS[1]])
     with vlmslim.patch(model, method_for(hf_folder, keep=keep, **options)):
         model(**inputs)
-    [(method, _, result)] = seen
+    [(method, image, result)] = seen
     clip, tower = CLIPModel.from_pretrained(hf_folder).eval(), model.model.vision_tower
     states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
     layer = tower.encoder.layers[-1]
@@ -255,9 +255,9 @@ def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
     kept, merged = recover_by_hand(x.tolist(), a.tolist(), t.tolist(), k[1:].tolist(), method, budget)
     want = model.model.multi_modal_projector(torch.cat([x[kept], torch.tensor(merged).view(-1, 16)]))
     if len(want):
-        torch.testing.assert_close(result.features, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.vectors(image), want, rtol=1e-4, atol=1e-4)
     else:
-        assert len(result.features) == 1
+        assert len(result) == 1
 
 
 @pytest.mark.parametrize("family", ["llava", "next"])
@@ -329,7 +329,8 @@ def test_the_question_decides_and_the_system_prompt_does_not(hf_folder, monkeypa
         seen.clear()
         with vlmslim.patch(model, method_for(hf_folder, keep=4, shares=(0, 1, 0), **options)):
             model(**batch(model, [row]))
-        return seen[0][2].features
+        _, image, result = seen[0]
+        return result.vectors(image)
 
     first, again, *others = map(kept, rows)
     assert torch.equal(first, again)
@@ -349,7 +350,7 @@ def test_anyres_crops_share_the_budget(hf_folder, monkeypatch):
         with vlmslim.patch(model, method_for(hf_folder, keep=keep)):
             model(**inputs)
         _, image, result = seen.pop()
-        assert len(result.features) == keep
+        assert len(result) == keep
         newlines = int((image.grid[:, 0] < 0).sum())
         assert newlines > 0
         if keep == n - 1:  # patches go last
@@ -477,7 +478,8 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, mon
     assert method._text(image) == "w20 w21 w22 w23 w24"
     with vlmslim.patch(model, method_for(hf_folder, keep=5)):
         model(**inputs)
-    assert torch.equal(seen[1][2].features, result.features)
+    _, image_again, again = seen[1]
+    assert torch.equal(again.vectors(image_again), result.vectors(image))
 
 
 def test_embeddings_hide_the_question(hf_folder):

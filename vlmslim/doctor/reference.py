@@ -50,11 +50,10 @@ class Sent:
 
     @classmethod
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":
-        """Copies. A `Picked` must not be asked for its features: the engine would take another path then."""
-        crops = len(image.tower)
-        if result.untouched:
-            return cls(before, before[result.order], result.order.sort().values, crops)
-        index = result.index
+        """Copy what a method returned for `image`, whose features were `before` (n, d)."""
+        crops, index = len(image.tower), result.index
+        if result.features is None:
+            return cls(before, before[index], index.sort().values, crops)
         return cls(before, result.features.detach().clone(), None if index is None else index.clone(), crops)
 
 

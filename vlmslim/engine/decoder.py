@@ -29,7 +29,7 @@ from vlmslim.receipt import Image, Prefill, Receipt, Span
 
 def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
     """Which of its image's tokens each result holds; None where it does not say. Waits for the device, once."""
-    told = [result.order if result.untouched else result.index for result in results]
+    told = [result.index for result in results]
     known = [order for order in told if order is not None]
     if not known:
         return told
@@ -337,7 +337,7 @@ class DecoderHooks:
             call.features[row].append(image)
             if self.pruners:
                 layout.image[row, columns] = len(call.images[row])
-                if result is None or result.untouched or result.index is not None:
+                if result is None or result.index is not None:
                     layout.place[row, columns] = np.arange(1, n + 1)
 
     def _close_gaps(
@@ -345,12 +345,12 @@ class DecoderHooks:
     ) -> Tensor:
         """Put kept tokens into their slots and drop the slots of the others: (B, L, d) -> (B, S, d)."""
         keep, rows, slots, made = text.copy(), [], [], []
-        for (row, columns, _), result, order in zip(found, results, _on_host(results), strict=True):
+        for (row, columns, image), result, order in zip(found, results, _on_host(results), strict=True):
             taken, ascending = self._slots(result, order, len(columns))
             places = columns[taken]
             keep[row, places] = True
-            if not (result.untouched and ascending):  # the prompt does not hold them so
-                rows, slots, made = [*rows, np.full(len(result), row)], [*slots, places], [*made, result.features]
+            if result.features is not None or not ascending:  # the prompt does not hold them so
+                rows, slots, made = [*rows, np.full(len(result), row)], [*slots, places], [*made, result.vectors(image)]
         renumbered = self.positions == "renumbered"
         selection = call.segments[0].layout.select(keep, renumbered)
         if selection is not None:
