@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted
-from vlmslim.ops.selection import rank_within_groups
+from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
+from vlmslim.ops.ranking import rank_within_groups
 
 Keep = int | float
 
@@ -237,7 +237,7 @@ class LayerInput:
         rows = rows.to(attended.mask.device)
         logits = attended.logits(rows, end)
         if self.weight is not None:
-            logits = weighted(logits, self.weight[:, :end].to(logits.device), rows)
+            logits = weighted_logits(logits, self.weight[:, :end].to(logits.device), rows)
         return logits.div_(temperature).softmax(-1).to(self.hidden.device)
 
     def top(self, score: Tensor, keep: Keep) -> Tensor:

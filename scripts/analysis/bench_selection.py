@@ -27,19 +27,19 @@ from torch.nn import functional as F
 
 from vlmslim.io import provenance
 from vlmslim.io.files import write_atomically
-from vlmslim.methods.atp import strongest
+from vlmslim.methods.atp import top_k_alive
 from vlmslim.methods.bipartite_merge import merge_tokens
 from vlmslim.methods.divprune import farthest_points
-from vlmslim.methods.globalcom2 import by_quota, holistic, unlikeness
+from vlmslim.methods.globalcom2 import combined_score, merge_rankings_by_quota, unlikeness
 from vlmslim.methods.pagerank_prune import pagerank
 from vlmslim.methods.recoverable import clusters
+from vlmslim.methods.recoverable.lof import local_outlier_factor
 from vlmslim.methods.todre import diverse
-from vlmslim.methods.tokencorr import absorb, repetition
+from vlmslim.methods.tokencorr import absorb, beyond_quartiles, repetition
 from vlmslim.methods.tokenflex import pool_square
-from vlmslim.methods.uniform import _even_cells, even_cells
 from vlmslim.ops.attention import DecoderAttention, cls_attention, cls_logits, received_attention
-from vlmslim.ops.outliers import beyond_quartiles, local_outlier_factor
-from vlmslim.ops.selection import rank_within_groups
+from vlmslim.ops.cells import even_cells
+from vlmslim.ops.ranking import rank_within_groups
 
 BUDGETS = {576: (192, 128, 64), 2880: (640, 320, 160)}
 QUICK = {60: (20, 7)}
@@ -243,12 +243,6 @@ def plain_strongest(score: Tensor, alive: Tensor, k: int) -> Tensor:
     return keep
 
 
-def cells_anew(mosaic: Tensor, k: int) -> Tensor:
-    """`even_cells` of an arrangement that was not met before."""
-    _even_cells.cache_clear()
-    return even_cells(mosaic, k)
-
-
 def plain_cells(height: int, width: int, k: int) -> Tensor:
     """`uniform`'s partition of a grid: bands of rows, cells in a band, token by token."""
     bands = min(height, k, max(1, round((k * height / width) ** 0.5), -(-k // width)))
@@ -361,7 +355,7 @@ def scores(i: SimpleNamespace) -> list[tuple]:
         (
             "holistic scores",
             "globalcom2",
-            lambda: holistic(i.own, i.command, home),
+            lambda: combined_score(i.own, i.command, home),
             lambda: plain_holistic(i.own, i.command, home),
         ),
         ("received attention", "tokencorr", lambda: received_attention(i.q, i.k), lambda: plain_received(i.q, i.k)),
@@ -394,7 +388,7 @@ def selections(i: SimpleNamespace, k: int) -> list[tuple]:
         (
             "crop budgets",
             "globalcom2",
-            lambda: by_quota(i.own, home, i.weight)[:k],
+            lambda: merge_rankings_by_quota(i.own, home, i.weight)[:k],
             lambda: plain_quota(i.own, home, i.weight, k),
         ),
         (
@@ -412,11 +406,11 @@ def selections(i: SimpleNamespace, k: int) -> list[tuple]:
         (
             "top-k of alive tokens",
             "atp",
-            lambda: strongest(i.content, i.alive, k),
+            lambda: top_k_alive(i.content, i.alive, k),
             lambda: plain_strongest(i.content, i.alive, k),
         ),
         ("square pooling", "tokenflex", lambda: pool_square(i.image, square), lambda: plain_square(i.image, square)),
-        ("even cells", "uniform, pool", lambda: cells_anew(mosaic, k), lambda: plain_cells(height, width, k)),
+        ("even cells", "uniform, pool", lambda: even_cells(mosaic, k), lambda: plain_cells(height, width, k)),
         ("cell means", "pool", lambda: our_pool(i.x, cell, k), lambda: plain_pool(i.x, cell, k)),
     ]
 

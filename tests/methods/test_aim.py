@@ -433,7 +433,7 @@ def test_what_makes_no_sense_is_refused(options):
 
 def test_a_schedule_that_ends_before_it_begins_is_refused():
     model = tiny("llava")
-    with pytest.raises(ValueError, match="stop beyond the start"):
+    with pytest.raises(ValueError, match="stop after the start"):
         vlmslim.patch(model, "aim", start=3, stop=3)
     with pytest.raises(ValueError, match="larger than the image"), vlmslim.patch(model, "aim", keep=17):
         model(**batch(model, ROWS))

@@ -29,9 +29,9 @@ from tiny import (
 import vlmslim
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods import atp
-from vlmslim.methods.atp import ATP, placed
-from vlmslim.methods.atp.score_maps import normalise, received_attention
-from vlmslim.ops.attention import weighted
+from vlmslim.methods.atp import ATP, layer_index, losses
+from vlmslim.methods.atp.score_maps import attention_from_image_and_text, normalise
+from vlmslim.ops.attention import weighted_logits
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=30)
 seeds = st.integers(0, 10_000)
@@ -100,7 +100,7 @@ def test_received_attention_is_that_of_a_loop(seed, chunk, blind):
         asked.append(rows.shape[1])
         return torch.from_numpy(full).float().gather(2, rows[:, None, :, None].expand(-1, 3, -1, 9))
 
-    got = received_attention(attend, torch.from_numpy(image), torch.from_numpy(text), chunk)
+    got = attention_from_image_and_text(attend, torch.from_numpy(image), torch.from_numpy(text), chunk)
     for a, b in zip(got, attention_by_hand(full, image, text), strict=True):
         np.testing.assert_allclose(a.numpy(), b, atol=1e-5)
     assert max(asked, default=0) <= chunk
@@ -115,7 +115,7 @@ def test_masks_are_those_of_a_loop(seed, n):
     tensors = [torch.from_numpy(x) for x in (score, spatial, theta_r, theta_s)]
     flat = normalise(tensors[0], torch.from_numpy(alive))
     soft, hard = atp.soft_mask(*tensors, 10.0), atp.hard_mask(*tensors)
-    strong = atp.strongest(tensors[0], torch.from_numpy(alive), 2)
+    strong = atp.top_k_alive(tensors[0], torch.from_numpy(alive), 2)
     for b in range(2):
         values = [score[b, i] for i in range(n) if alive[b, i]]
         best = sorted((i for i in range(n) if alive[b, i]), key=lambda i: (-score[b, i], i))[:2]
@@ -148,19 +148,19 @@ def test_losses_are_those_of_a_loop(seed):
     counts, layers, full, depth = rng.random((3, 2)) * 16, (1, 4), 16, 8
     got = torch.from_numpy(counts)
     want = sum(np.mean(counts[:, m]) / full * layer for m, layer in enumerate(layers))
-    assert math.isclose(atp.depth_loss(got, layers, full), want)
+    assert math.isclose(losses.depth_loss(got, layers, full), want)
     seen = [[full if i <= 1 else row[0] if i <= 4 else row[1] for i in range(depth)] for row in counts]
-    everywhere = atp.mean_tokens(got, layers, full, depth)
+    everywhere = losses.mean_tokens(got, layers, full, depth)
     np.testing.assert_allclose(everywhere, np.mean(seen, axis=1))
-    assert math.isclose(atp.target_loss(everywhere, 5), abs(np.mean(seen) - 5))
-    assert math.isclose(atp.target_loss(atp.mean_tokens(got, layers, full), 5), abs(np.mean(counts) - 5))
+    assert math.isclose(losses.target_loss(everywhere, 5), abs(np.mean(seen) - 5))
+    assert math.isclose(losses.target_loss(losses.mean_tokens(got, layers, full), 5), abs(np.mean(counts) - 5))
 
 
 def test_modules_stand_where_the_paper_has_them():
     shares = ATP().after
     places = {32: (4, 14, 24), 40: (5, 17, 30), 28: (3, 12, 21), 24: (3, 10, 18), 8: (1, 3, 6), 4: (0, 1, 2)}
     for depth, layers in places.items():
-        assert tuple(placed(share, depth) for share in shares) == layers
+        assert tuple(layer_index(share, depth) for share in shares) == layers
 
 
 # --- soft masks in the engine ----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_weights_count_in_the_softmax():
     weight[0, 1] = 0
     weight.requires_grad_()
     rows = torch.tensor([[3, 4], [1, 2]])
-    got = weighted(logits, weight, rows).softmax(-1)
+    got = weighted_logits(logits, weight, rows).softmax(-1)
     for b in range(2):
         for q in range(2):
             w = weight[b].detach().clone()
@@ -376,17 +376,17 @@ def test_the_budget_is_learned():
     with vlmslim.patch(model, "atp", weights="random") as slim:
         modules = slim.trained["atp"].train()
         optimizer = torch.optim.Adam(modules.parameters(), 0.01)
-        losses = []
+        found = []
         for step in range(60):
             modules.temperature = 10 * 6 ** (step / 60)
             model(**inputs, use_cache=False)
-            average = atp.mean_tokens(modules.counts(), modules.layers, modules.patches)
-            loss = atp.target_loss(average, 5)
-            losses.append(loss.item())
+            average = losses.mean_tokens(modules.counts(), modules.layers, modules.patches)
+            loss = losses.target_loss(average, 5)
+            found.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert losses[0] > 2 and sum(losses[-10:]) / 10 < 0.5
+        assert found[0] > 2 and sum(found[-10:]) / 10 < 0.5
         modules.eval()
         slim.reset_receipt()
         with torch.no_grad():

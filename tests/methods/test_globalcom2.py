@@ -89,7 +89,7 @@ def test_quota_gives_websters_seats(seed, groups, n):
         _, i, g = min(due)
         want.append(i)
         taken[g] += 1
-    assert core.by_quota(score, group, weight).tolist() == want
+    assert core.merge_rankings_by_quota(score, group, weight).tolist() == want
 
 
 def release_by_loops(b, crops, side, tiles, valid, share):

@@ -11,15 +11,14 @@ import torch
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_outliers import outliers_by_hand, sure
+from test_lof import outliers_by_hand, sure
 from tiny import BOS, DEPTH, Picture, batch, greedy, lengths, tiny, visual_tokens
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 import vlmslim
-from vlmslim.compressor import ImageTokens
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
-from vlmslim.ops.selection import largest_remainder
+from vlmslim.ops.budgets import largest_remainder
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -413,7 +412,7 @@ def test_the_bundled_checkpoint_needs_no_options(monkeypatch, keep):
         model.generate(**processor(text=text, images=picture, return_tensors="pt"), max_new_tokens=2)
         kept = slim.receipt.summary()["kept"]
     method, image, _ = seen[0]
-    assert method._text(image) == question
+    assert method.text_of(image) == question
     assert kept == keep or (keep is None and 1 <= kept < len(image.features))
 
 
@@ -475,7 +474,7 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, mon
     with vlmslim.patch(model, replace(method_for(hf_folder, keep=5), tokenizer=None)):
         model(**inputs)
     method, image, result = seen[0]
-    assert method._text(image) == "w20 w21 w22 w23 w24"
+    assert method.text_of(image) == "w20 w21 w22 w23 w24"
     with vlmslim.patch(model, method_for(hf_folder, keep=5)):
         model(**inputs)
     _, image_again, again = seen[1]
@@ -483,8 +482,8 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, mon
 
 
 def test_embeddings_hide_the_question(hf_folder):
-    method = method_for(hf_folder, keep=1)
-    method.setup(tiny("llava"))
-    image = ImageTokens(features=torch.zeros(16, 32), tower=torch.zeros(1, 16, 16), pixels=torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="input_ids"):
-        method.compress(image)
+    model = tiny("llava")
+    inputs = batch(model, [ROWS[0]])
+    inputs = dict(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), pixel_values=inputs["pixel_values"])
+    with vlmslim.patch(model, method_for(hf_folder, keep=1)), pytest.raises(ValueError, match="input_ids"):
+        model(**inputs)

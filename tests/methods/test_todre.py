@@ -31,7 +31,7 @@ import vlmslim
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.methods.drop_visual import DropVisual
-from vlmslim.methods.todre import Diversify, ToDRE, at_tokens, diverse, to_mean
+from vlmslim.methods.todre import Diversify, ToDRE, at_tokens, diverse, similarity_to_mean
 
 OBJECTIVES = ("max_sum", "k_center")
 
@@ -112,7 +112,7 @@ def test_search_properties(objective, monkeypatch):
     assert torch.equal(diverse(x * 2.0 ** torch.randint(-9, 9, (3, 40, 1)), 40, pivot, objective), order)
     for i in range(3):  # alone as in a batch
         assert torch.equal(diverse(x[i], 40, pivot[i], objective), order[i])
-    monkeypatch.setattr("vlmslim.methods.todre.GRAM_LIMIT", 39)  # too many for a matrix of all pairs
+    monkeypatch.setattr("vlmslim.methods.todre.MATRIX_LIMIT", 39)  # too many for a matrix of all pairs
     assert torch.equal(diverse(x, 40, pivot, objective), order)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(diverse(x, 40, pivot, objective), order)
@@ -248,7 +248,7 @@ def test_pivots_by_the_mean(pivot):
     unit = torch.nn.functional.normalize(image.features.double(), dim=-1)
     likeness = torch.nn.functional.cosine_similarity(unit, unit.mean(0), dim=-1)
     assert index.item() == (likeness.argmax() if pivot == "center" else likeness.argmin())
-    torch.testing.assert_close(to_mean(image.features).argsort(), likeness.argsort())
+    torch.testing.assert_close(similarity_to_mean(image.features).argsort(), likeness.argsort())
 
 
 def test_clips_are_searched_as_one(monkeypatch):
@@ -354,7 +354,7 @@ def test_half_precision_selects_in_full_precision(family, dtype):
     for image, index in kept_by(model, inputs, keep=5, newline="drop", pivot="center"):
         x = image.features.double()
         pool = (image.grid[:, 0] >= 0).nonzero()[:, 0]
-        start = int(to_mean(x[pool].float()).argmax())
+        start = int(similarity_to_mean(x[pool].float()).argmax())
         assert index.tolist() == sorted(pool[plain(x[pool].tolist(), 5, start, "max_sum")].tolist())
     out, logits = _greedy_under(model, inputs, "todre", keep=5, layer=2, tau=0.3)
     assert torch.isfinite(logits).all()

@@ -103,6 +103,22 @@ def test_blank_and_dense_crops():
         assert view.samples(0.8) == int(view.keep(0.8).sum()) == want
 
 
+@some
+@given(seeds, st.integers(1, 40), st.floats(0, 3))
+def test_beyond_quartiles(seed, m, factor):
+    x = noise(seed, m).exp()
+
+    def quartile(p: float) -> float:
+        values, at = sorted(x.double().tolist()), p * (m - 1)
+        below = int(at)
+        return values[below] + (at - below) * (values[min(below + 1, m - 1)] - values[below])
+
+    limit = quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
+    got = core.beyond_quartiles(x, factor).tolist()
+    assert all(flag == (v > limit) for flag, v in zip(got, x.double().tolist(), strict=True) if abs(v - limit) > 1e-9)
+    assert not core.beyond_quartiles(torch.full((m,), 0.1), factor).any()
+
+
 # --- on whole models --------------------------------------------------------------------------------------------------
 
 ROWS = [*LONG_ROWS, *SEVERAL]
@@ -138,11 +154,11 @@ def test_merging_happens_before_the_projector(family, merge):
     kept[got.index] = True
     want = image.features.clone()
     for view in method.views(image):
-        keep = kept[view.at]
-        x = torch.stack([image.tower[c, r * 4 + col] for c, r, col in image.grid[view.at].tolist()])
+        keep = kept[view.slots]
+        x = torch.stack([image.tower[c, r * 4 + col] for c, r, col in image.grid[view.slots].tolist()])
         if not keep.all():
             y = core.absorb(x, view.keys, view.low, keep, merge, 3)
-            want[view.at[keep]] = model.model.multi_modal_projector(y)
+            want[view.slots[keep]] = model.model.multi_modal_projector(y)
     close(got.features, want[kept])
     if family == "next":  # the thumbnail stays as it is, and so do newlines
         alone = image.grid[:, 0] <= 0
@@ -195,11 +211,11 @@ def test_padding_takes_no_part():
     _, _, ((image, _),), _ = kept_of(model, [BOS, Picture(0, (64, 23)), 5], TokenCorr, alpha=0.3)
     method = TokenCorr(alpha=0.3)
     method.setup(model)
-    _, k = image.qk(method.low)
+    _, k = image.qk(method.low_layer)
     views = method.views(image)
-    assert sum(len(v.at) for v in views) == int((image.grid[:, 0] > 0).sum()) < 16 * (len(image.tower) - 1)
+    assert sum(len(v.slots) for v in views) == int((image.grid[:, 0] > 0).sum()) < 16 * (len(image.tower) - 1)
     for view in views:
-        for i, (crop, row, column) in enumerate(image.grid[view.at].tolist()):
+        for i, (crop, row, column) in enumerate(image.grid[view.slots].tolist()):
             close(view.keys[i], k[crop, :, 1 + row * 4 + column].flatten())
 
 
@@ -245,6 +261,6 @@ def test_layers_follow_the_towers_depth():
     for family, deep in (("llava", -2), ("siglip", -1), ("next", -2), ("onevision", -1)):
         method = TokenCorr()
         method.setup(tiny(family))
-        assert (method.low, method.deep) == (0, deep)
+        assert (method.low_layer, method.deep_layer) == (0, deep)
         assert set(method.tower_layers) == {0, deep}
     assert round(0.08 * 24) == round(0.08 * 26) == 2

@@ -224,7 +224,7 @@ def test_anyres_images_are_packed_as_a_model_of_that_side_would(family, side):
     core, strategy = model.model, dict(vision_feature_select_strategy="default") if family == "next" else {}
     for (image, result), size in zip(seen, sizes, strict=True):
         crops, newline = torch.randn(len(image.tower), side**2, 32), image.features[-1]
-        method._most = 9 if family == "onevision" else 0
+        method.most_tiles = 9 if family == "onevision" else 0
         core.config.vision_config.patch_size = {1: 32, 2: 16, 3: 10}[side]  # the model takes its side from this
         want, _ = core.pack_image_features([crops], torch.tensor([size]), image_newline=newline, **strategy)
         core.config.vision_config.patch_size = 8

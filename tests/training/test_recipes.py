@@ -13,7 +13,7 @@ pytest.importorskip("pydantic", reason="the extra vlmslim[train] is not installe
 from training_data import Scenes  # noqa: E402
 
 import vlmslim  # noqa: E402
-from vlmslim.methods.atp import Decision, Modules  # noqa: E402
+from vlmslim.methods.atp import Decision, ThresholdModules  # noqa: E402
 from vlmslim.training import atp, tokenflex  # noqa: E402
 from vlmslim.training.finetune import Answers, Settings, load  # noqa: E402
 
@@ -63,7 +63,7 @@ def test_atp_needs_a_number_of_steps(tmp_path):
 
 
 def test_the_temperature_rises_geometrically():
-    modules = Modules((0, 2), 4, 3)
+    modules = ThresholdModules((0, 2), 4, 3)
     set_temperature = atp.BudgetLoss(target=2).anneal(modules, 5)
     seen = []
     for step in range(5):
@@ -75,7 +75,7 @@ def test_the_temperature_rises_geometrically():
 @pytest.mark.parametrize(("average", "away"), [("modules", 1.0), ("layers", 4 * 1 / 4 + 3 * 2 / 4 + 3 / 4 - 2)])
 def test_the_loss_is_the_sum_of_equation_14(average, away):
     """Four layers, the first and the third followed by modules: the mean row has 4, 3, 3 and 3 tokens."""
-    modules = Modules((0, 2), 4, 3)
+    modules = ThresholdModules((0, 2), 4, 3)
     answers = Answers(torch.tensor(0.5), None, None, None)
     loss = atp.BudgetLoss(target=2, average=average).loss(modules, depth=4)
     assert loss(answers, {}, 0) == (answers.loss, {})  # text alone

@@ -23,7 +23,7 @@ from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, 
 from vlmslim.engine.encoder import RecordingEncoder, is_recorded, recorded
 from vlmslim.engine.families import cached_keys, kv_cache, placeholders
 from vlmslim.engine.plan import Layout, Plan, Segment, joined, pick_rows, upload
-from vlmslim.ops.attention import soft_mask
+from vlmslim.ops.attention import weighted_causal_mask
 from vlmslim.receipt import Image, Prefill, Receipt, Span
 
 
@@ -545,5 +545,5 @@ class DecoderHooks:
         segment, weight = call.segments[i], call.weights[i]
         key = id(segment), id(weight)
         if key not in call.masks:
-            call.masks[key] = soft_mask(segment.mask, weight, hidden.dtype)
+            call.masks[key] = weighted_causal_mask(segment.mask, weight, hidden.dtype)
         return call.masks[key].to(hidden.device)

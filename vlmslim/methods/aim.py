@@ -10,25 +10,27 @@ from vlmslim.methods.pagerank_prune import PageRankPrune
 
 @dataclass
 class AIM(Compressor):
-    """Merge alike visual tokens before the language model, then prune them progressively inside it.
+    """Merge similar visual tokens before the language model, then prune them progressively inside it.
 
-    Two stages, `BipartiteMerge` and `PageRankPrune`, which say more and can be used apart. The paper's settings:
-    OneVision-7B video keep=0.25; LLaVA-1.5 keep=0.4375 (252 tokens) or keep=0.125 (72). What a prefill costs follows
-    `equivalent_tokens` in the receipt, far below `keep`. keep=1.0 keeps everything, inside the language model too;
-    to prune only, use the stage `PageRankPrune()`.
+    The two stages are `BipartiteMerge` and `PageRankPrune`; their docstrings give the rules, and each can be used by
+    itself. The paper's settings: keep=0.25 for OneVision-7B videos; keep=0.4375 (252 tokens) or keep=0.125 (72) for
+    LLaVA-1.5. The cost of a prefill follows `equivalent_tokens` in the receipt, which is far below `keep`. keep=1.0
+    keeps everything, inside the language model too; to prune only, use `PageRankPrune`.
 
-    Departures from the release (commit edc24e9): likeness, means and importance are computed in fp32; a zero token is
-    like no other instead of NaN; a merge asked to remove nothing is the identity; ties go to the lower index; tokens
-    stand in reading order by default; pruned tokens are removed rather than hidden, per sample; batches, several
-    images a prompt and any depth work. `order="released", newline="extra"` sends the language model what the release
-    does.
+    Differs from the release (commit edc24e9): similarity, means and importance are computed in fp32; a zero token is
+    similar to no other token, instead of NaN; a merge that has to remove nothing changes nothing; ties go to the lower
+    index; tokens stand in reading order by default; pruned tokens are removed rather than hidden, sample by sample;
+    batches, several images a prompt and any depth work. `order="released", newline="extra"` sends the language model
+    the tokens that the release sends.
 
     keep        : visual tokens to send per image, a count or a share
-    start, stop : decoder layers (or shares of the depth) between which the schedule falls from all tokens to none
-    order       : "raster", or "released" for the release's order
+    start, stop : decoder layers, or shares of the depth, between which the schedule falls from all tokens to none
+    order       : "raster" for reading order, or "released" for the release's order
     newline     : "within" the budget, or "extra" to it, for the token that ends a video or an untiled image
     positions   : "renumbered" (as released) or "original" rotary positions
-    temperature, iterations, damping : of the importance
+    temperature : of the importance's softmax
+    iterations  : steps of the importance's random walk
+    damping     : share of each step that is spread evenly
     """
 
     budget_options: ClassVar = ("keep", "stop")
@@ -43,11 +45,11 @@ class AIM(Compressor):
     iterations: int = 5
     damping: float = 0.0
 
-    def __post_init__(self):
-        self.stages()
+    def __post_init__(self) -> None:
+        self.stages()  # each stage checks its options
 
     def stages(self) -> list[Compressor]:
-        """Merging, and pruning unless everything is to be kept."""
+        """Return the two stages, or only the first if everything is to be kept."""
         merge = BipartiteMerge(self.keep, self.order, self.newline, self.positions)
         prune = PageRankPrune(self.start, self.stop, self.temperature, self.iterations, self.damping)
         return [merge] if isinstance(self.keep, float) and self.keep == 1 else [merge, prune]

@@ -8,25 +8,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices, check_keep
-from vlmslim.methods._greedy import GreedySelection, least_close
-from vlmslim.ops.selection import full_precision
+from vlmslim.methods._greedy import GreedySelection
+from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
+from vlmslim.ops.ranking import full_precision
 
 
 @dataclass
 class DivPrune(GreedySelection):
-    """Keep the subset of visual tokens whose smallest pairwise cosine distance is large (algorithm 1 of the paper).
+    """Keep a subset of visual tokens whose smallest pairwise cosine distance is large (algorithm 1 of the paper).
 
-    Departures from the release (commit 799e2d9), each because the release misbehaves there: distances are computed
-    in fp32, not in the model's dtype, where rounding re-picks tokens; a picked token is never picked again; a zero
-    token is at distance 1 from all others instead of NaN; every image of every sample is pruned, wherever it stands;
-    at least one token stays. On distinct fp32 tokens the picks are those of the release.
+    Differs from the release (commit 799e2d9) where the release misbehaves. Distances are computed in fp32 instead of
+    the model's dtype, because rounding changes which tokens are picked. No token is picked twice. A zero token is at
+    distance 1 from all others, instead of NaN. Every image of every sample is pruned, wherever it stands in the
+    prompt. At least one token stays. On distinct fp32 tokens the picks are those of the release.
 
-    keep      : visual tokens to keep per image, a count or a share. The paper uses 0.098
+    keep      : visual tokens to keep per image, a count or a share; the paper uses 0.098
     order     : "raster" feeds the kept tokens in reading order, as the release does; "selection" in the order in
-                which they were picked, as the runs behind the paper's tables did
-    newline   : newline tokens of anyres images and videos: "pool" lets them compete as the release does (they are all
-                alike, so at most one survives), "drop" removes them, "rows" keeps the newline of each row that keeps
-                a token; all within the budget
+                which they were picked, as the runs for the paper's tables did
+    newline   : newline tokens of anyres images and videos, which count within the budget. "pool" lets them compete
+                with patches, as the release does (they are identical, so at most one stays); "drop" removes them;
+                "rows" keeps the newline of each row that keeps a token
     positions : "renumbered" (as released) or "original" rotary positions
     """
 
@@ -35,7 +36,7 @@ class DivPrune(GreedySelection):
     newline: str = "pool"
     positions: str = "renumbered"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self, order=("raster", "selection"), newline=("pool", "drop", "rows"))
         if self.order == "selection" and self.positions == "original":
@@ -43,31 +44,29 @@ class DivPrune(GreedySelection):
                 "order='selection' moves tokens away from their places; use positions='renumbered' with it"
             )
 
-    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], pools: Sequence[Tensor]) -> Tensor:
-        """Farthest points."""
+    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], candidates: Sequence[Tensor]) -> Tensor:
+        """Search for the farthest points."""
         return farthest_points(x, k)
 
 
 @full_precision
 def farthest_points(x: Tensor, k: int) -> Tensor:
-    """Greedy max-min selection by cosine distance.
+    """Select tokens greedily by the largest smallest cosine distance.
 
-    The first pick is the token farthest from its nearest neighbour; each next one the token farthest from those
-    picked so far. Ties go to the lower index. O(n^2 d) once, then O(n) a pick, without synchronisation.
+    The first pick is the token farthest from its nearest neighbour. Each next pick is the token farthest from the
+    tokens picked so far. Ties go to the lower index. The cost is O(n^2 d) once, then O(n) a pick.
 
     Args:
         x: (..., n, d) tokens.
-        k: how many to pick, 1 <= k <= n.
+        k: number of picks, 1 <= k <= n.
 
     Returns:
         (..., k) indices in the order of selection; the first j of them are the selection for k = j.
     """
-    n = x.shape[-2]
-    unit = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
-    # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
-    closeness = torch.stack([one @ one.T for one in unit]).sub_(1)  # minus the distance
+    unit = F.normalize(x, dim=-1)
+    closeness = similarity_matrix(unit.reshape(-1, *x.shape[-2:])).sub_(1)  # minus the distance
     diagonal = closeness.diagonal(dim1=1, dim2=2)
     diagonal.fill_(-float("inf"))
     first = closeness.amax(2).argmin(1)
-    diagonal.fill_(float("inf"))  # once picked, a token is nobody's farthest
-    return least_close(closeness, first, k, "maximum").view(*x.shape[:-2], k)
+    diagonal.fill_(float("inf"))
+    return farthest_greedy(rows_of(closeness), first, k, torch.maximum).view(*x.shape[:-2], k)

@@ -1,4 +1,4 @@
-"""drop_visual: drop every visual token late in the decoder; the second stage of ToDRE (arXiv 2505.18757)."""
+"""drop_visual: drop all visual tokens late in the decoder; stage 2 of ToDRE (arXiv 2505.18757)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,25 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices, check_layer, resolve_layer
+from vlmslim.ops.attention import attention_rows
 
 
 @dataclass
 class DropVisual(Compressor):
     """Before a late decoder layer, drop all visual tokens of a prompt whose text has stopped looking at them.
 
-    With T the text after the first visual token, V the visual tokens and A the attention of the layer before, averaged
-    over heads, two shares are measured at prefill: what T's queries pay to V and what V's queries pay to T. If both
-    are under `tau`, V goes: the remaining layers compute text alone and cache text alone, at the rotary positions it
-    had. Each prompt of a batch decides for itself; the receipt's `visual_tokens_per_layer` tells how often it fired.
-    A prompt that ends in a visual token keeps them: its next token is predicted from there.
+    Let T be the text after the first visual token and V the visual tokens. At prefill, two shares of the attention of
+    the layer before are measured, averaged over heads: what the queries of T pay to V, and what the queries of V pay
+    to T. If both are below `tau`, V is dropped: the remaining layers compute and cache only text, at the rotary
+    positions it had. Each prompt of a batch decides for itself; the receipt says how many prompts were affected. A
+    prompt that ends in a visual token keeps them, because its next token is predicted from there.
 
-    Under a causal mask the second share is exactly zero unless text stands between images, so for one image the first
-    share decides. `tau` is no protection against an early `layer`: in the paper's ablation GQA falls from 64 to 39
-    at half depth although the test passes there.
+    Under a causal mask the second share is zero unless text stands between images, so for one image the first share
+    decides. `tau` does not protect against an early `layer`: in the paper's ablation GQA falls from 64 to 39 at half
+    depth although the test passes there.
 
-    layer : decoder layer before which they are dropped, a number from 1 or a share of the depth, rounded down (the
-            attention measured is that of the layer before). A list asks at each layer until it fires
-    tau   : threshold of both shares, in [0, 1]; None drops unconditionally. The paper uses 0.1
+    layer : decoder layer before which the tokens are dropped, a number from 1 or a share of the depth, rounded down.
+            With a list, each layer is tried until the test passes
+    tau   : threshold of both shares, in [0, 1]; None drops unconditionally; the paper uses 0.1
     text  : what T is: "after" the first visual token, or "all" text, system prompt included
     """
 
@@ -36,7 +37,7 @@ class DropVisual(Compressor):
     tau: float | None = 0.1
     text: str = "after"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layer=[] names no decoder layer; give at least one")
         for layer in self.layers:
@@ -53,17 +54,17 @@ class DropVisual(Compressor):
         self.layer = tuple(resolve_layer(layer, depth) for layer in self.layers)
 
     @property
-    def layers(self) -> tuple[int | float, ...]:
-        """The layers before which the question is asked."""
+    def layers(self) -> tuple[int | float, ...]:  # type: ignore[override]  # an option decides
+        """The layers before which the test is made."""
         return tuple(self.layer) if isinstance(self.layer, Sequence) else (self.layer,)
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """None from the first layer on, if the test passes there."""
+        """Expect no visual tokens from the first layer on, as if the test passed there."""
         first = min(resolve_layer(layer, depth) for layer in self.layers)
         return [n] * first + [0] * (depth - first)
 
     def retain(self, tokens: LayerInput) -> Tensor:
-        """All or nothing, prompt by prompt."""
+        """Keep all visual tokens of a prompt or none."""
         visual = tokens.image > 0
         drop = ~visual.gather(1, tokens.last[:, None])
         if self.tau is not None:
@@ -72,7 +73,7 @@ class DropVisual(Compressor):
                 text &= visual.cumsum(1) > 0
             share = attention_mass(tokens.attention, text, visual) / text.sum(1).clamp(min=1)
             drop &= (share < self.tau)[:, None]
-            sighted = visual & (text.cumsum(1) > 0)  # the visual tokens that have text to look back at
+            sighted = visual & (text.cumsum(1) > 0)  # visual tokens that have text before them, which they may look at
             if (sighted & drop).any():
                 share = attention_mass(tokens.attention, sighted, text) / visual.sum(1).clamp(min=1)
                 drop &= (share < self.tau)[:, None]
@@ -81,23 +82,20 @@ class DropVisual(Compressor):
 
 @torch.no_grad()
 def attention_mass(attend: Callable[[Tensor], Tensor], source: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
-    """Attention that the `source` tokens pay to the `target` tokens: mean over heads, sum over tokens.
+    """Sum the attention that the `source` tokens pay to the `target` tokens, averaged over heads.
 
     Divided by the number of source tokens this is a share, because a softmax row sums to one.
 
     Args:
-        attend: softmax attention of query rows (B, q) -> (B, heads, q, S), such as `LayerInput.attention`.
+        attend: softmax attention of query rows: (B, q) -> (B, heads, q, S), such as `LayerInput.attention`.
         source: (B, S) bool, the queries.
         target: (B, S) bool, the keys.
-        chunk: query rows computed at a time; memory is B x heads x chunk x S.
+        chunk: query rows computed at a time.
 
     Returns:
         (B,) fp32.
     """
-    width = int(source.sum(1).max())
-    rows = source.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
     mass = torch.zeros(len(source), device=source.device)
-    for part in rows.split(chunk, dim=1) if width else ():
-        paid = attend(part).float().mean(1).masked_fill(~target[:, None], 0).sum(-1)  # (B, q)
-        mass += (paid * source.gather(1, part)).sum(1)
+    for _, paid in attention_rows(attend, source, chunk):  # (B, q, S)
+        mass += paid.masked_fill(~target[:, None], 0).sum(-1).sum(1)
     return mass

@@ -1,4 +1,4 @@
-"""FastV: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, https://arxiv.org/abs/2403.06764)."""
+"""FastV: "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv 2403.06764)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +13,10 @@ class FastV(Compressor):
     """Before decoder layer K, keep the visual tokens that the last prompt token attends to most in layer K - 1.
 
     The score is the softmax attention of layer K - 1, averaged over heads (section 4.1 of the paper). Kept tokens
-    keep their rotary positions; text always stays. Layers below K see everything, so the cost is that of
-    `equivalent_tokens` in the receipt, not of `keep`.
+    keep their rotary positions, and text always stays. The layers before K see all tokens, so the cost is that of
+    `equivalent_tokens` in the receipt, not that of `keep`.
 
-    Differs from the release: each sample and each image is ranked by itself, wherever it stands in the prompt, and
+    Differs from the release: each image of each sample is ranked by itself, wherever it stands in the prompt, and
     only the last row of the attention is computed.
 
     keep  : visual tokens to keep per image from layer K on, a count or a share
@@ -28,12 +28,12 @@ class FastV(Compressor):
     keep: Keep
     layer: int | float = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
         check_layer(self.layer)
 
     @property
-    def layers(self) -> tuple[int | float]:
+    def layers(self) -> tuple[int | float]:  # type: ignore[override]  # an option decides
         """The one layer before which tokens are dropped."""
         return (self.layer,)
 

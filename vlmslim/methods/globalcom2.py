@@ -9,38 +9,40 @@ from torch.nn import functional as F
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.engine.families import family_of, has_cls
 from vlmslim.ops.attention import cls_attention, cls_logits
-from vlmslim.ops.newlines import NEWLINES, spend
-from vlmslim.ops.selection import full_precision, rank_within_groups
+from vlmslim.ops.newlines import NEWLINES, fill_budget
+from vlmslim.ops.ranking import full_precision, rank_within_groups
 
 
 @dataclass
 class GlobalCom2(Compressor):
-    """Let the thumbnail decide how many tokens each anyres crop may keep, and help to decide which.
+    """Let the thumbnail decide how many tokens each anyres crop keeps, and help to decide which.
 
-    Every patch is scored by the CLS logits of the tower's last layer. The more of the thumbnail's score lies in the
-    part that a crop covers, the larger the crop's share; within a crop a patch counts by its own score plus the
-    thumbnail's score at its place. One view alone (LLaVA-1.5, small images) keeps its best patches by its own score.
-    A video has no thumbnail: as the paper sketches it, frames are the crops and the whole video commands them.
+    Every patch is scored by the CLS logits of the tower's last layer. The larger the part of the thumbnail's score
+    that lies where a crop is, the larger is the crop's share of the budget. Within a crop, a patch is ranked by its
+    own score plus the thumbnail's score at its place (the global score). An image of one view (LLaVA-1.5, small
+    images) keeps its best patches by their own scores. A video has no thumbnail; as the paper sketches it, its frames
+    are the crops, and the mean of the whole video takes the thumbnail's part.
 
-    mode="released" reproduces the release (commit 96b2d00), slips included, for LLaVA-NeXT only: thumbnail tokens in
-    order of score; crop tokens written to the padded grid by their rank on the unpadded crop, which shuffles rows and
-    crops of padded images; newlines for padded and empty rows; `keep` as a share per view, newlines on top, rounded
-    down, and what the cap at 1 cuts off is lost; crops taken for equal parts of the thumbnail; images without crops
-    are left alone. The receipt says what it kept. `keep=1.0` is the identity in either mode; in the release it is not.
+    mode="released" reproduces the release (commit 96b2d00) with its faults, for LLaVA-NeXT only: thumbnail tokens
+    come in order of score; crop tokens are written to the padded grid by their rank on the unpadded crop, which
+    shuffles the rows and crops of padded images; padded and empty rows get newlines; `keep` is a share of each view,
+    rounded down, to which newlines are added; what the cap at 1 cuts off is lost; crops count as equal parts of the
+    thumbnail; images without crops are not compressed. The receipt tells how many tokens were kept. `keep=1.0`
+    changes nothing in either mode; in the release it does.
 
-    mode="corrected", the default, differs in each of these points: reading order; true positions; `keep` tokens of
-    the image in all, exactly, newlines included; what a full crop cannot take goes to the others; a crop commands
-    that part of the thumbnail which it really covers, and parts of unequal area compare by their mean. In either
-    mode scores are in fp32, ties go to the lower index and every image is scored by its own views.
+    mode="corrected", the default, differs in each of these points: reading order; true positions; exactly `keep`
+    tokens of the image in all, newlines included; what a full crop cannot take goes to the others; a crop is judged
+    by the part of the thumbnail that it really covers, and parts of unequal area are compared by their means. In both
+    modes scores are in fp32, ties go to the lower index, and every image is scored by its own views.
 
     keep        : visual tokens to keep per image, a count or a share
     mode        : "corrected" or "released"
-    score       : "logit" (CLS logits, as released), "softmax" (CLS attention: shares come out all but equal),
-                  "distance" (minus the cosine to the mean token of the view, which is the paper's way for towers
-                  without CLS; taken on projected tokens), or "auto": "logit" where the tower has a CLS token
+    score       : "logit" (CLS logits, as released), "softmax" (CLS attention, which makes the shares almost equal),
+                  "distance" (minus the cosine to the mean token of the view, the paper's way for towers without CLS,
+                  here taken on projected tokens), or "auto": "logit" where the tower has a CLS token, else "distance"
     temperature : of the softmax over crops
     newline     : "rows" keeps the newline of each row that keeps a token, "all" keeps every newline, "drop" none; all
-                  within the budget. mode="released" has its own rule
+                  count within the budget. mode="released" has its own rule
     positions   : "renumbered" (as released) or "original" rotary positions
     """
 
@@ -51,7 +53,7 @@ class GlobalCom2(Compressor):
     newline: str = "rows"
     positions: str = "renumbered"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(
             self,
@@ -60,17 +62,17 @@ class GlobalCom2(Compressor):
             newline=NEWLINES,
         )
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: it must be positive; the paper uses 10")
+            raise ValueError(f"temperature={self.temperature}: give a positive number; the paper uses 10")
         if self.mode == "released" and self.positions == "original":
             raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
 
     @property
-    def tower_layers(self) -> tuple[int, ...]:
+    def tower_layers(self) -> tuple[int, ...]:  # type: ignore[override]  # an option decides
         """The last layer, whose CLS query scores the patches."""
         return () if self.score == "distance" else (-1,)
 
     def setup(self, model: nn.Module) -> None:
-        """Settle `score` for this tower.
+        """Choose `score` for this tower.
 
         Raises:
             ValueError: the tower has no CLS token but the score needs one, or the release has no such model.
@@ -90,94 +92,120 @@ class GlobalCom2(Compressor):
             )
 
     def compress(self, image: ImageTokens) -> Compressed:
-        """Score on the device; decide on the CPU, in fp64, which costs one copy of n numbers."""
-        n = len(image.features)
+        """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""
+        n, device = len(image.features), image.features.device
         k = resolve_keep(self.keep, n)
-        if k == n:
-            return image.pick(torch.arange(n, device=image.features.device))
+        if k == n or self.mode == "released" and not image.tiles[1]:
+            return image.pick(torch.arange(n, device=device))
         grid, score = image.grid.cpu(), self.own_scores(image).cpu().double()
-        if self.mode == "released":
-            if not image.tiles[1]:
-                return image.pick(torch.arange(n, device=image.features.device))
-            share = self.keep if isinstance(self.keep, float) else k / n
-            order = release_order(score, grid, image.tiles, image.side, share, self.temperature)
-            order = torch.where(order < 0, int((grid[:, 0] < 0).nonzero()[0, 0]), order)
-            return Compressed(image.features[order.to(image.features.device)])
-        patch = (grid[:, 1] >= 0).nonzero()[:, 0]
-        crop = grid[patch, 0]
-        if image.video:
-            command = unlikeness(image.features, image.grid[:, 0].clamp(max=0)).cpu().double()[patch]
-            total = torch.zeros(int(crop.max()) + 1, dtype=command.dtype).index_add(0, crop, command)
-            weight, score = crop_weights(total, self.temperature), holistic(score[patch], command, crop)
-        elif image.tiles[1]:
-            weight, score = self._commanded(score[patch], crop, image, int((grid[:, 0] < 0).sum()))
-        else:
-            weight, score = torch.ones(1, dtype=score.dtype), score[patch]
-        order = patch[by_quota(score, crop, weight)]
-        kept = spend(order, grid, image.tiles, k, self.newline).sort().values
-        return image.pick(kept.to(image.features.device))
+        if self.mode == "corrected":
+            return image.pick(self._corrected(image, grid, score, k).to(device))
+        share = self.keep if isinstance(self.keep, float) else k / n
+        order = release_order(score, grid, image.tiles, image.side, share, self.temperature)
+        newline = int((grid[:, 0] < 0).nonzero()[0, 0])
+        return Compressed(image.features[torch.where(order < 0, newline, order).to(device)])
 
     def own_scores(self, image: ImageTokens) -> Tensor:
-        """(n,) fp32: how much each patch matters within its own view; at newlines the number means nothing."""
+        """Score each patch within its own view: (n,) fp32, meaningless at newlines."""
         if self.score == "distance" or image.video:
             return unlikeness(image.features, image.grid[:, 0])
         maps = {"logit": cls_logits, "softmax": cls_attention}[self.score](*image.qk(-1))
         crop, row, column = image.grid.clamp(min=0).unbind(1)
         return maps[crop, row * image.side + column]
 
-    def _commanded(self, score: Tensor, crop: Tensor, image: ImageTokens, height: int) -> tuple[Tensor, Tensor]:
-        """View weights (1 + crops,), thumbnail first, and final scores (patches,); `height` is the mosaic's."""
-        tiled = crop > 0
-        thumbnail = score[~tiled].view(image.side, image.side)
-        tile = crop[tiled] - 1
+    def _corrected(self, image: ImageTokens, grid: Tensor, score: Tensor, k: int) -> Tensor:
+        """Return the k tokens to keep, ascending."""
+        patch = (grid[:, 1] >= 0).nonzero()[:, 0]
+        view, score = grid[patch, 0], score[patch]
+        weight = torch.ones(1, dtype=score.dtype)
+        if image.video:
+            global_score = unlikeness(image.features, image.grid[:, 0].clamp(max=0)).cpu().double()[patch]
+            total = torch.zeros(int(view.max()) + 1, dtype=score.dtype).index_add(0, view, global_score)
+            weight, score = crop_weights(total, self.temperature), combined_score(score, global_score, view)
+        elif image.tiles[1]:
+            weight, score = self._led_by_thumbnail(image, view, score, lines=int((grid[:, 0] < 0).sum()))
+        order = patch[merge_rankings_by_quota(score, view, weight)]
+        return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
+
+    def _led_by_thumbnail(self, image: ImageTokens, view: Tensor, score: Tensor, lines: int) -> tuple[Tensor, Tensor]:
+        """Let the thumbnail weigh the crops and their patches.
+
+        Args:
+            image: the image.
+            view: (t,) the view of each patch, 0 for the thumbnail.
+            score: (t,) each patch's score within its view.
+            lines: rows of tokens in the mosaic.
+
+        Returns:
+            Weights (1 + crops,) of the views, thumbnail first, and final scores (t,).
+        """
+        tiled = view > 0
+        thumbnail, tile = score[~tiled].view(image.side, image.side), view[tiled] - 1
         weight = crop_weights(covered_sums(thumbnail, tile, image.tiles), self.temperature)
-        command = stretch(thumbnail, height, len(tile) // height).flatten()
+        global_score = stretch(thumbnail, lines, len(tile) // lines).flatten()
         final = score.clone()
-        final[tiled] = holistic(score[tiled], command, tile)
+        final[tiled] = combined_score(score[tiled], global_score, tile)
         return torch.cat([weight.new_ones(1), weight]), final
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 
 @full_precision
 def unlikeness(x: Tensor, group: Tensor) -> Tensor:
-    """Minus the cosine between each token and the mean token of its group: (n, d) and (n,) integers >= -1 -> (n,)."""
-    total = F.one_hot(group + 1).T.to(x) @ x  # scattered sums would not repeat to the last bit on a GPU
-    cosine = F.normalize(x, dim=-1) @ F.normalize(total, dim=-1).T  # with every group's mean: there are few
+    """Compute minus the cosine between each token and the mean token of its group.
+
+    Args:
+        x: (n, d) tokens.
+        group: (n,) integers >= -1.
+
+    Returns:
+        (n,).
+    """
+    total = F.one_hot(group + 1).T.to(x) @ x  # because scattered sums on a GPU do not repeat to the last bit
+    cosine = F.normalize(x, dim=-1) @ F.normalize(total, dim=-1).T  # with the mean of every group: there are few
     return -cosine.gather(1, group[:, None] + 1)[:, 0]
 
 
 def stretch(thumbnail: Tensor, height: int, width: int) -> Tensor:
-    """Lay the thumbnail's score map over the unpadded mosaic: (side, side) -> (height, width), bilinear."""
+    """Stretch the thumbnail's score map over the unpadded mosaic: (side, side) -> (height, width), bilinear."""
     return F.interpolate(thumbnail[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
 
-def holistic(own: Tensor, command: Tensor, crop: Tensor) -> Tensor:
-    """Own score plus the commander's, each of unit length within a crop: (t,), (t,) and (t,) >= 0 -> (t,)."""
-    return sum(x / _norms(x, crop)[crop] for x in (own, command))
+def combined_score(own: Tensor, global_score: Tensor, crop: Tensor) -> Tensor:
+    """Add own and global scores, each scaled to unit length within a crop: (t,), (t,) and (t,) >= 0 -> (t,)."""
+    return _unit_within(own, crop) + _unit_within(global_score, crop)
 
 
-def _norms(x: Tensor, group: Tensor) -> Tensor:
-    return x.new_zeros(int(group.max()) + 1).index_add(0, group, x.square()).sqrt().clamp(min=1e-12)
+def _unit_within(x: Tensor, group: Tensor) -> Tensor:
+    norm = x.new_zeros(int(group.max()) + 1).index_add(0, group, x.square()).sqrt().clamp(min=1e-12)
+    return x / norm[group]
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def crop_weights(total: Tensor, temperature: float) -> Tensor:
-    """How much more or less than the average share each crop may keep: (crops,) score sums -> (crops,) of mean 1."""
+    """Compute how much more or less than the average share each crop may keep.
+
+    Args:
+        total: (crops,) score sums.
+        temperature: of the softmax over crops.
+
+    Returns:
+        (crops,) of mean 1.
+    """
     raised = ((total - total.max()) / temperature).exp()
     share = raised / (raised.sum() + 1e-8)
     return 1 + share - share.mean()
 
 
 def covered_sums(thumbnail: Tensor, tile: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """The score of the part of the thumbnail that each crop covers, as its mean times an average part's size.
+    """Sum the thumbnail's score over the part that each crop covers, scaled to parts of average size.
 
-    The thumbnail shows the picture without padding, so the outer crops of a padded mosaic cover less of it; means
-    compare, sums would not, because logits have an arbitrary offset. Without padding, and with a side that the tiles
-    divide, this is the sum over equal blocks.
+    The thumbnail shows the picture without padding, so the outer crops of a padded mosaic cover less of it. Means of
+    unequal parts can be compared; sums cannot, because logits have an arbitrary offset. Without padding, and if the
+    tiles divide the side, this is the sum over equal blocks.
 
     Args:
         thumbnail: (side, side).
@@ -185,7 +213,7 @@ def covered_sums(thumbnail: Tensor, tile: Tensor, tiles: tuple[int, int]) -> Ten
         tiles: rows and columns of tiles.
 
     Returns:
-        (rows * columns,); -inf for a crop that is padding altogether.
+        (rows * columns,); -inf for a crop that consists of padding.
     """
     side, (rows, columns) = len(thumbnail), tiles
     down = _overlap((tile // columns).bincount(minlength=rows), side)
@@ -196,19 +224,19 @@ def covered_sums(thumbnail: Tensor, tile: Tensor, tiles: tuple[int, int]) -> Ten
 
 
 def _overlap(length: Tensor, cells: int) -> Tensor:
-    """Cut a line into `cells` equal cells, and into parts of `length` (parts,): the overlaps, (parts, cells)."""
+    """Cut a line into `cells` equal cells, and into parts of `length` (parts,); return overlaps (parts, cells)."""
     end = length.cumsum(0)[:, None].double() * cells / length.sum()
     start = torch.cat([end.new_zeros(1, 1), end[:-1]])
     cell = torch.arange(cells, device=end.device)
     return (torch.minimum(end, cell + 1) - torch.maximum(start, cell)).clamp(min=0)
 
 
-def by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Tensor:
-    """Merge the rankings of several groups into one, so that every prefix shares seats as the weights demand.
+def merge_rankings_by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Tensor:
+    """Merge the rankings of several groups into one, so that the first k tokens are shared as the weights demand.
 
-    These are Webster's seats: the token of rank r in a group of weight w and size m is due at (r + 1/2) / (w m). Each
-    budget is met exactly, a group that is used up leaves its seats to the others, and a larger budget never drops a
-    token that a smaller one kept.
+    This is Webster's method for seats in a parliament: the token of rank r in a group of weight w and size m has its
+    turn at (r + 1/2) / (w m). So every budget is met exactly, a group that is used up leaves its seats to the others,
+    and a larger budget never drops a token that a smaller one kept.
 
     Args:
         score: (t,) the ranking within each group; ties go to the lower index.
@@ -216,20 +244,20 @@ def by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Tensor:
         weight: (groups,) positive.
 
     Returns:
-        (t,) indices, first due first.
+        (t,) indices, first turn first.
     """
     rank = rank_within_groups(score[None], group[None])[0]
     size = group.bincount(minlength=len(weight))
     return ((rank + 0.5) / (weight.double() * size)[group]).argsort(stable=True)
 
 
-# -- the release ------------------------------------------------------------------------------------------------------
+# --- the release -----------------------------------------------------------------------------------------------------
 
 
 def release_sums(thumbnail: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """Sums over the release's blocks of the thumbnail: (side, side) -> (rows * columns,).
+    """Sum the thumbnail over the release's blocks: (side, side) -> (rows * columns,).
 
-    A side that the tiles do not divide leaves its remainder to the last block.
+    If the tiles do not divide the side, the last block gets the remainder.
     """
     side = torch.arange(len(thumbnail))
     row, column = (torch.clamp(side // max(1, len(side) // parts), max=parts - 1) for parts in tiles)
@@ -240,7 +268,7 @@ def release_sums(thumbnail: Tensor, tiles: tuple[int, int]) -> Tensor:
 def release_order(
     score: Tensor, grid: Tensor, tiles: tuple[int, int], side: int, share: float, temperature: float = 10.0
 ) -> Tensor:
-    """The sequence that the release sends to the language model for one image with crops.
+    """Return the sequence that the release sends to the language model for one image with crops.
 
     Args:
         score: (n,) fp64, each patch's own score.
@@ -254,16 +282,16 @@ def release_order(
         (m,) indices in the order sent, -1 for a newline.
     """
     crop = grid[:, 0]
-    at = (crop > 0).nonzero()[:, 0]  # tokens of the mosaic
-    tile = crop[at] - 1
+    mosaic = (crop > 0).nonzero()[:, 0]  # its tokens
+    tile = crop[mosaic] - 1
     first = score[crop == 0]
     thumbnail = first.view(side, side)
     ratio = (share * crop_weights(release_sums(thumbnail, tiles), temperature)).clamp(max=1)
     count = (tile.bincount(minlength=len(ratio)) * ratio).long()
     height = int((crop < 0).sum())
-    final = holistic(score[at], stretch(thumbnail, height, len(at) // height).flatten(), tile)
+    final = combined_score(score[mosaic], stretch(thumbnail, height, len(mosaic) // height).flatten(), tile)
     kept = rank_within_groups(final[None], tile[None])[0] < count[tile]
-    # The slip: a token's rank among the valid tokens of its crop is taken for its place in the padded crop.
+    # The fault: a token's number among the valid tokens of its crop is taken for its place in the padded crop.
     number = rank_within_groups(torch.zeros(1, len(tile)), tile[None])[0]
     row, column = tile // tiles[1] * side + number // side, tile % tiles[1] * side + number % side
     width = tiles[1] * side
@@ -271,5 +299,5 @@ def release_order(
     best = first.argsort(descending=True, stable=True)[: int(side**2 * share)]
     # Padding rows get newlines too. Near share = 1 that is more than the image had; then the last ones are left out.
     lines = torch.arange(min(tiles[0] * side, len(grid) - len(best) - len(place))) * (width + 1) + width
-    token = torch.cat([at[kept], torch.full_like(lines, -1)])
+    token = torch.cat([mosaic[kept], torch.full_like(lines, -1)])
     return torch.cat([(crop == 0).nonzero()[:, 0][best], token[torch.cat([place, lines]).argsort()]])

@@ -1,4 +1,4 @@
-"""none: keep every visual token. The honest baseline: the engine counts, and changes nothing."""
+"""none: keep every visual token, the control that shows what the engine itself costs."""
 
 from dataclasses import dataclass
 
@@ -6,5 +6,5 @@ from vlmslim.compressor import Compressor
 
 
 @dataclass
-class Unpruned(Compressor):
-    """Attach the recorder alone: outputs are bit-identical to the unpatched model's, but there is a receipt."""
+class NoCompression(Compressor):
+    """Attach only the recorder: outputs are bit-identical to those of the unpatched model, and there is a receipt."""

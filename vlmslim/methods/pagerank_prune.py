@@ -1,4 +1,4 @@
-"""PageRank pruning: fewer tokens layer by layer, until none is left; the second stage of AIM (arXiv 2412.03248)."""
+"""pagerank_prune: drop visual tokens layer by layer; stage 2 of AIM (ICCV 2025, arXiv 2412.03248)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,30 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor, LayerInput
-from vlmslim.ops.selection import full_precision, rank_within_groups
+from vlmslim.ops.ranking import full_precision, rank_within_groups
 
-ROWS = 256  # query rows of an attention map that exist at once
+ROWS = 256  # query rows of an attention map that are in memory at once
 
 
 @dataclass
 class PageRankPrune(Compressor):
     """Drop visual tokens layer by layer, least important first, until none is left.
 
-    Layer l sees r(l) of the visual tokens that entered: all up to layer `start`, then linearly fewer, none from layer
-    `stop` on. Those stay that rank highest in the sharpened attention of layer l - 1, taken as a graph in which every
-    token, text included, hands its importance to what it looks at. The images of a prompt share its budget; text
-    always stays, and so does a prompt's last token, which predicts the next; kept tokens keep their rotary positions.
+    Layer l sees r(l) of the visual tokens that entered the language model: all up to layer `start`, then linearly
+    fewer, none from layer `stop` on. The tokens of highest importance stay. Importance is the PageRank of the sharpened
+    attention of layer l - 1: every token, text included, hands its importance on to the tokens that it looks at. The
+    images of a prompt share its budget. Text always stays, and so does a prompt's last token, because it predicts the
+    next one. Kept tokens keep their rotary positions.
 
-    The release only hides pruned tokens as keys: they go on voting and cost what they did. Here they are gone, so
-    that the graph is that of the survivors (keep sets differ by about one token a layer). Also unlike the release,
-    every sample has a budget of its own, decoding sees what prefill kept, and equal scores go to the lower index.
+    Differs from the release, which only hides pruned tokens as keys: they still take part in the graph and cost what
+    they did. Here they are removed, so the graph is that of the surviving tokens (the kept sets differ by about one
+    token a layer). Also, every sample has its own budget, decoding sees what prefill kept, and ties go to the lower
+    index.
 
-    start       : l1, last layer that sees everything: a number, or a share of the depth. By default the paper's 14 of
-                  28 layers and 13 of 32; half of any other depth
-    stop        : l2, first layer that sees nothing. By default 22 of 28 and 21 of 32; 11/14 of any other depth
+    start       : last layer that sees everything, a number or a share of the depth. The default is the paper's 14 of
+                  28 layers and 13 of 32, and half of any other depth
+    stop        : first layer that sees nothing. The default is 22 of 28 and 21 of 32, and 11/14 of any other depth
     temperature : of the softmax of the graph; below 1 sharpens
     iterations  : steps from the uniform distribution
-    damping     : share that is spread evenly at each step
+    damping     : share of each step that is spread evenly
     """
 
     budget_options: ClassVar = ("stop", "start")
@@ -42,7 +44,7 @@ class PageRankPrune(Compressor):
     iterations: int = 5
     damping: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("start", "stop"):
             layer = getattr(self, name)
             if layer is None:
@@ -52,11 +54,11 @@ class PageRankPrune(Compressor):
             if layer < 0 or isinstance(layer, float) and layer > 1:
                 raise ValueError(f"{name}={layer}: a layer is not negative, and a share of the depth lies in [0, 1]")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}: it must be positive; the paper's is 0.1")
+            raise ValueError(f"temperature={self.temperature!r}: give a positive number; the paper uses 0.1")
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations!r}: at least one; the paper's number is 5")
+            raise ValueError(f"iterations={self.iterations!r}: give an integer from 1 on; the paper uses 5")
         if not 0 <= self.damping < 1:
-            raise ValueError(f"damping={self.damping!r}: a share lies in [0, 1); the release has 0")
+            raise ValueError(f"damping={self.damping!r}: give a share in [0, 1); the release uses 0")
 
     def setup(self, model: nn.Module) -> None:
         """Turn the schedule into layers of this model."""
@@ -65,28 +67,26 @@ class PageRankPrune(Compressor):
         self.layers = tuple(range(self.span[0] + 1, min(self.span[1], depth - 1) + 1))
 
     def span_of(self, depth: int) -> tuple[int, int]:
-        """Last layer that sees everything and first that sees nothing, of `depth`.
+        """Return the last layer that sees everything and the first that sees nothing, in a decoder of `depth` layers.
 
         Raises:
-            ValueError: the second is not beyond the first.
+            ValueError: the second is not after the first.
         """
         usual = (13, 21) if depth == 32 else (1 / 2, 11 / 14)
-        start, stop = (
-            default if layer is None else layer for layer, default in zip((self.start, self.stop), usual, strict=True)
-        )
+        start, stop = usual[0] if self.start is None else self.start, usual[1] if self.stop is None else self.stop
         first, none = (round(layer * depth) if isinstance(layer, float) else layer for layer in (start, stop))
         if isinstance(stop, float) and stop * depth > (start * depth if isinstance(start, float) else start):
             none = max(none, first + 1)  # in a shallow decoder, rounding must not make one layer of two shares
         if first >= none:
-            raise ValueError(f"pruning from layer {first} to {none} of {depth}: give a stop beyond the start")
+            raise ValueError(f"start={first} and stop={none} of {depth} decoder layers: give a stop after the start")
         return first, none
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """The schedule."""
+        """Return the schedule."""
         return [scheduled(n, layer, *self.span_of(depth)) for layer in range(depth)]
 
     def retain(self, tokens: LayerInput) -> Tensor:
-        """Keep the highest ranks of every sample."""
+        """Keep the most important tokens of every sample."""
         visual = tokens.image > 0
         place = torch.arange(visual.shape[1], device=visual.device)
         visual &= place != tokens.last[:, None]
@@ -101,15 +101,15 @@ class PageRankPrune(Compressor):
 
 
 def scheduled(n: int, layer: int, start: int, stop: int) -> int:
-    """How many of `n` visual tokens decoder layer `layer` sees: all up to `start`, none from `stop` on."""
+    """Count how many of `n` visual tokens decoder layer `layer` sees: all up to `start`, none from `stop` on."""
     return n * min(max(stop - layer, 0), stop - start) // (stop - start)
 
 
 def previous_attention(tokens: LayerInput, temperature: float = 1.0, rows: int = ROWS) -> Iterator[Tensor]:
-    """Attention of layer `tokens.layer - 1`, a few rows at a time, the last ones first.
+    """Compute the attention of layer `tokens.layer - 1`, some rows at a time, the last rows first.
 
     Yields:
-        (B, heads, q, end) in fp32: what rows end - q .. end - 1 pay to the tokens 0 .. end - 1, all that they can see.
+        (B, heads, q, end) in fp32: what rows end - q .. end - 1 pay to tokens 0 .. end - 1, which is all they can see.
     """
     batch, size = tokens.mask.shape
     rows = min(rows, -(-size // 2))  # never the whole map at once, however short the prompt
@@ -120,15 +120,15 @@ def previous_attention(tokens: LayerInput, temperature: float = 1.0, rows: int =
 
 @full_precision
 def pagerank(real: Tensor, attention: Iterable[Tensor], *, iterations: int = 5, damping: float = 0.0) -> Tensor:
-    """Importance of tokens: where a uniform distribution goes in a few steps along causal attention.
+    """Compute the importance of tokens: where a uniform distribution goes in a few steps along causal attention.
 
-    Every head is a graph of its own, and their results are joined by the root mean square. As nobody looks ahead,
-    what a row passes on is settled once all rows behind it are done: taken from the last row to the first, all steps
-    can be made at once, so that each row of attention is needed just once.
+    Every head is a graph of its own; the results of the heads are combined by the root mean square. A token hands
+    importance on only to itself and to tokens before it. So, going from the last row to the first, a row's importance
+    is final in all steps once the rows after it are done, and one pass over the rows makes all steps.
 
     Args:
         real: (B, S) 1 at tokens, 0 at padding.
-        attention: blocks (B, heads, q, end): rows end - q .. end - 1, last rows first, all rows in the end.
+        attention: blocks (B, heads, q, end) of rows end - q .. end - 1; the last rows come first, and all rows come.
         iterations: number of steps.
         damping: share of every step that is spread evenly.
 
@@ -136,12 +136,11 @@ def pagerank(real: Tensor, attention: Iterable[Tensor], *, iterations: int = 5, 
         (B, S).
     """
     uniform = real / real.sum(1, keepdim=True)
-    rank: list[Tensor] = []
+    rank: list[Tensor] = []  # (B, heads, S) after each number of steps
     for block in attention:
         heads, q, end = block.shape[1:]
-        uniform = uniform.to(block.device)
         if not rank:
-            start = uniform[:, None].repeat(1, heads, 1)
+            start = uniform.to(block.device)[:, None].repeat(1, heads, 1)
             rank = [start, *(damping * start for _ in range(iterations))]
         for now, then in zip(rank, rank[1:], strict=False):
             then[..., :end] += (1 - damping) * (now[..., None, end - q : end] @ block)[..., 0, :]

@@ -9,13 +9,13 @@ from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_
 
 @dataclass
 class Random(Compressor):
-    """Keep a uniformly random subset, drawn anew for each image.
+    """Keep a uniformly random subset of each image's tokens, in reading order.
 
-    The draw depends on the seed and on the image's pixels, so an image keeps the same tokens in any batch and in any
+    The draw depends on the seed and on the image's pixels. So an image keeps the same tokens in any batch and in any
     run, and different images keep different ones.
 
     keep      : visual tokens to keep per image, a count or a share
-    seed      : of the draw
+    seed      : seed of the draw
     positions : "renumbered" or "original" rotary positions
     """
 
@@ -23,11 +23,11 @@ class Random(Compressor):
     seed: int = 0
     positions: str = "renumbered"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
 
     def compress(self, image: ImageTokens) -> Compressed:
-        """Draw k of n."""
+        """Draw k of n tokens."""
         n = len(image.features)
         index = torch.randperm(n, generator=image.generator(self.seed))[: resolve_keep(self.keep, n)]
         return image.pick(index.sort().values.to(image.features.device))

@@ -1,11 +1,11 @@
-"""schedule: token counts for each of several decoder layers; the control for methods that spread tokens over depth."""
+"""schedule: given token counts, layer by layer; the control for methods that spread tokens over the depth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmslim.compressor import (
     Compressor,
@@ -21,27 +21,27 @@ from vlmslim.compressor import (
 
 @dataclass
 class Schedule(Compressor):
-    """Before each of several decoder layers, keep a given number of visual tokens.
+    """Before each of several decoder layers, keep a given number of visual tokens per image.
 
-    A method that decides how many tokens each layer sees has two merits, how many and which. Give its own counts to
-    this one to tell them apart: what it gains over the `schedule` is owed to its choice of tokens. Kept tokens keep
-    their rotary positions; text always stays.
+    A method that decides how many tokens each layer sees has two effects: how many tokens stay, and which. Give its
+    counts to `schedule` to separate the two: the difference between the method and `schedule` is due to the choice of
+    tokens. Kept tokens keep their rotary positions, and text always stays.
 
     layer  : decoder layers, ascending: numbers from 1, or shares of the depth, rounded down
-    counts : for each of them, visual tokens to keep per image from there on, counts or shares, not ascending
-    by     : "attention" that the last prompt token pays in the layer before, as `fastv`; or "random", fixed by seed and
-             pixels, each layer's tokens among those of the layer before
-    seed   : of "random"
+    counts : for each of these layers, visual tokens to keep per image from there on, counts or shares, not ascending
+    by     : "attention" keeps the tokens that the last prompt token attends to most in the layer before, as `fastv`
+             does; "random" draws tokens by seed and pixels, at each layer from those that are left
+    seed   : seed of the random draw
     """
 
-    budget_options: ClassVar[tuple[str, ...]] = ()
+    budget_options: ClassVar = ()
 
     layer: Sequence[int | float] = (0.25, 0.5, 0.75)
     counts: Sequence[Keep] = (0.5, 0.25, 0.125)
     by: str = "attention"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.layer, self.counts = tuple(self.layer), tuple(self.counts)
         check_choices(self, by=("attention", "random"))
         if not self.layer or len(self.layer) != len(self.counts):
@@ -54,11 +54,11 @@ class Schedule(Compressor):
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
 
     @property
-    def layers(self) -> tuple[int | float, ...]:
+    def layers(self) -> tuple[int | float, ...]:  # type: ignore[override]  # an option decides
         """The layers before which tokens are dropped."""
-        return self.layer
+        return tuple(self.layer)
 
-    def setup(self, model: torch.nn.Module) -> None:
+    def setup(self, model: nn.Module) -> None:
         """Turn shares of the depth into layers."""
         depth = len(model.model.language_model.layers)
         self.layer = tuple(resolve_layer(layer, depth) for layer in self.layer)
@@ -66,11 +66,11 @@ class Schedule(Compressor):
             raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
 
     def requested(self, n: int) -> int:
-        """What the last layer sees."""
+        """Return the count of the last layer."""
         return min(resolve_keep(count, n) for count in self.counts)
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """A staircase."""
+        """Return the schedule."""
         seen = [n] * depth
         for layer, count in zip(self.layer, self.counts, strict=True):
             at = resolve_layer(layer, depth)
@@ -83,14 +83,17 @@ class Schedule(Compressor):
         return tokens.top(score, self.counts[self.layer.index(tokens.layer)])
 
     def _drawn(self, tokens: LayerInput) -> Tensor:
-        """A random number for each visual token, (B, S), the same at every layer."""
+        """Draw a random number for each visual token, (B, S), the same at every layer."""
         score = torch.zeros(tokens.image.shape, device=tokens.image.device)
         for row, images in enumerate(tokens.images):
             for number, image in enumerate(images, 1):
                 drawn = torch.rand(len(image.features), generator=image.generator(self.seed)).to(score.device)
                 here = tokens.image[row] == number
-                place = tokens.slot[row][here]
-                if (place < 0).any():
-                    raise ValueError("by='random' draws among an image's own tokens, and a method before merged them")
-                score[row, here] = drawn[place]
+                slot = tokens.slot[row][here]
+                if (slot < 0).any():
+                    raise ValueError(
+                        "by='random' draws among an image's own tokens, and a method before merged them; put one "
+                        "there that selects, such as divprune, or use by='attention'"
+                    )
+                score[row, here] = drawn[slot]
         return score

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,31 +11,33 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
 from vlmslim.engine.families import has_cls
-from vlmslim.methods._greedy import GreedySelection, least_close, least_close_to
+from vlmslim.methods._greedy import GreedySelection
 from vlmslim.methods.drop_visual import DropVisual
 from vlmslim.ops.attention import cls_attention
-from vlmslim.ops.selection import full_precision
+from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
+from vlmslim.ops.ranking import full_precision
 
-GRAM_LIMIT = 8192  # tokens up to which all cosine similarities are held at once: 256 MiB
+MATRIX_LIMIT = 8192  # tokens up to which all similarities of an image are in memory at once: 256 MiB
 
 
 @dataclass
 class Diversify(GreedySelection):
-    """Stage 1: start from one pivot token and add, again and again, the token most unlike those chosen so far.
+    """Stage 1: start from a pivot token, and add again and again the token least similar to those chosen so far.
 
     Candidates are the projected tokens of all crops or frames together, compared by cosine similarity.
 
-    keep      : visual tokens to keep per image, a count or a share. The paper reports 0.25 and 0.1
-    objective : "max_sum" adds the token whose summed similarity to the chosen ones is smallest (second version of the
-                paper); "k_center" the one whose nearest chosen token is farthest (first version), which covers
-                clusters where max-sum goes for the outskirts
-    pivot     : "auto" is "cls" on a tower with a CLS token and "random" without; "cls" the patch with the highest CLS
-                attention (in the thumbnail, under anyres; in any frame, of a video); "random"; "center" and
-                "farthest", the token most and least similar to the mean. All within 0.4 points of one another
-    cls_layer : vision-tower layer of the CLS attention; -1 is the last, as in the paper, -2 the one LLaVA reads
-    newline   : newline tokens of anyres images and videos: "rows" keeps the newline of each row that keeps a token,
-                "drop" removes them, "pool" lets them compete; all within the budget
-    seed      : of the random pivot, which depends on the image's pixels as well
+    keep      : visual tokens to keep per image, a count or a share; the paper reports 0.25 and 0.1
+    objective : "max_sum" adds the token whose similarities to the chosen tokens have the smallest sum (version 2 of
+                the paper); "k_center" adds the token whose nearest chosen token is farthest (version 1). "k_center"
+                covers clusters, "max_sum" prefers tokens at the outskirts
+    pivot     : "cls" is the patch with the highest CLS attention (of the thumbnail, under anyres; of any frame, of a
+                video); "random" draws; "center" and "farthest" are the tokens most and least similar to the mean.
+                "auto" is "cls" on a tower with a CLS token, and "random" on others. In the paper all are within 0.4
+                points of one another
+    cls_layer : tower layer of the CLS attention; -1 is the last, as in the paper, -2 the one that LLaVA reads
+    newline   : newline tokens of anyres images and videos, which count within the budget: "rows" keeps the newline
+                of each row that keeps a token, "drop" removes them, "pool" lets them compete with patches
+    seed      : seed of the random pivot, which depends on the image's pixels as well
     positions : "renumbered" or "original" rotary positions
     """
 
@@ -46,7 +49,7 @@ class Diversify(GreedySelection):
     seed: int = 0
     positions: str = "renumbered"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(
             self,
@@ -56,112 +59,110 @@ class Diversify(GreedySelection):
         )
 
     def setup(self, model: nn.Module) -> None:
-        """See whether there is a CLS token to take the pivot from."""
+        """Choose the pivot by whether the tower has a CLS token."""
         if self.pivot == "auto":
             self.pivot = "cls" if has_cls(model.model) else "random"
         elif self.pivot == "cls" and not has_cls(model.model):
             raise ValueError(
                 f"pivot='cls' needs a CLS token, and {type(model.model.vision_tower).__name__} has none; "
-                "use 'random', which is what 'auto' takes there"
+                "use pivot='random', which is what 'auto' takes there"
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()
 
-    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], pools: Sequence[Tensor]) -> Tensor:
-        """From each image's pivot on."""
-        pivots = [self._pivot(image, pool) for image, pool in zip(images, pools, strict=True)]
+    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], candidates: Sequence[Tensor]) -> Tensor:
+        """Start from each image's pivot."""
+        pivots = [self._pivot(image, slots) for image, slots in zip(images, candidates, strict=True)]
         return diverse(x, k, torch.stack(pivots), self.objective)
 
-    def _pivot(self, image: ImageTokens, pool: Tensor) -> Tensor:
-        """Where in `pool` (m,) the search starts: a scalar."""
+    def _pivot(self, image: ImageTokens, slots: Tensor) -> Tensor:
+        """Find where in the candidates (m,) the search starts: a scalar."""
         if self.pivot == "random":
-            return torch.randint(len(pool), (), generator=image.generator(self.seed)).to(pool.device)
+            return torch.randint(len(slots), (), generator=image.generator(self.seed)).to(slots.device)
         if self.pivot == "cls":
             attention = cls_attention(*image.qk(self.cls_layer))  # (c, p)
-            attention = attention.unflatten(1, (image.side, -1)).to(pool.device)
-            if image.video:
-                side = int(image.grid[:, 1].max()) + 1  # frames are pooled after the projector: pool alike
+            attention = attention.unflatten(1, (image.side, -1)).to(slots.device)
+            if image.video:  # the model pools frames after the projector: pool the attention alike
+                side = int(image.grid[:, 1].max()) + 1
                 attention = F.interpolate(attention[:, None], (side, side), mode="bilinear")[:, 0]
             else:
                 attention = attention[:1]
-            return at_tokens(attention, image.grid[pool]).argmax()
-        likeness = to_mean(image.features[pool])
-        return likeness.argmax() if self.pivot == "center" else likeness.argmin()
+            return at_tokens(attention, image.grid[slots]).argmax()
+        similarity = similarity_to_mean(image.features[slots])
+        return similarity.argmax() if self.pivot == "center" else similarity.argmin()
 
 
 @dataclass
 class ToDRE(Diversify):
-    """Two stages: keep a diverse set of tokens (`Diversify`), drop them all late in the decoder (`DropVisual`).
+    """Keep a diverse set of tokens (stage 1, `Diversify`), and drop them all late in the decoder (`DropVisual`).
 
-    There is no official release; this follows the second version of the paper, with the first version's objective as
-    an option. Where the paper is silent: a share of tokens is rounded, not cut; kept tokens stay in reading order, at
-    renumbered rotary positions; CLS attention is a softmax over all keys, averaged over heads; the question's tokens
-    are all text behind the image; visual tokens of the early layers stay in the KV cache.
+    There is no official release. This follows version 2 of the paper; version 1's objective is an option. Where the
+    paper is silent: a share of tokens is rounded, not truncated; kept tokens stay in reading order, at renumbered
+    rotary positions; CLS attention is a softmax over all keys, averaged over heads; the question is all text after the
+    image; visual tokens of the early layers stay in the KV cache.
 
-    Options of stage 1 are those of `Diversify`; of stage 2:
+    The options of stage 1 are those of `Diversify`. Those of stage 2:
 
-    layer : decoder layer before which the visual tokens are dropped, a number or a share of the depth or a list of
-            them; None leaves stage 2 out
-    tau   : attention share under which they are dropped; None drops unconditionally
+    layer : decoder layer before which the visual tokens are dropped: a number, a share of the depth, or a list of
+            either; None leaves stage 2 out
+    tau   : share of attention below which they are dropped; None drops unconditionally
     """
 
     budget_options: ClassVar = ("keep", "layer")
 
-    layer: int | float | list[int | float] | None = 7 / 8
+    layer: int | float | Sequence[int | float] | None = 7 / 8
     tau: float | None = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.stages()  # each stage checks its options
 
     def stages(self) -> list[Compressor]:
-        """Stage 1, and stage 2 unless `layer` is None."""
+        """Return stage 1, and stage 2 unless `layer` is None."""
         first = Diversify(**{f.name: getattr(self, f.name) for f in fields(Diversify)})
         return [first] if self.layer is None else [first, DropVisual(self.layer, self.tau)]
 
 
 @full_precision
 def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Tensor:
-    """Greedy diverse selection by cosine similarity, from a given first token.
+    """Select diverse tokens greedily by cosine similarity, from a given first token. Ties go to the lower index.
 
-    Ties go to the lower index. O(n) a pick behind one O(n^2 d) matrix product, which beyond `GRAM_LIMIT` tokens is
-    computed a row a pick instead, O(n d); no synchronisation.
+    The cost is O(n^2 d) once, then O(n) a pick. Beyond `MATRIX_LIMIT` tokens it is O(n d) a pick instead.
 
     Args:
         x: (..., n, d) tokens.
-        k: how many to pick, 1 <= k <= n.
+        k: number of picks, 1 <= k <= n.
         pivot: (...) the first pick of each set.
         objective: "max_sum" or "k_center".
 
     Returns:
         (..., k) indices in the order of selection; the first j of them are the selection for k = j.
     """
-    fold = {"max_sum": "add", "k_center": "maximum"}[objective]
     n = x.shape[-2]
-    x = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
-    first = pivot.reshape(-1).to(x.device)
-
-    def similarity(pick: Tensor) -> Tensor:
-        row = torch.stack([one @ one.index_select(0, p)[0] for one, p in zip(x, pick.split(1), strict=True)])
-        return row.scatter_(1, pick[:, None], float("inf"))
-
-    if n <= GRAM_LIMIT:
-        # one image at a time: a batched product may round otherwise, and an image must not depend on its batch
-        gram = torch.stack([one @ one.T for one in x])
-        gram.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        picks = least_close(gram, first, k, fold)
+    unit = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
+    if n <= MATRIX_LIMIT:
+        similarity = similarity_matrix(unit)
+        similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        similarity_to = rows_of(similarity)
     else:
-        picks = least_close_to(similarity, first, k, fold)
-    return picks.reshape(*pivot.shape, k)
+        similarity_to = partial(similarity_row, unit)
+    reduce = {"max_sum": torch.add, "k_center": torch.maximum}[objective]
+    return farthest_greedy(similarity_to, pivot.reshape(-1).to(x.device), k, reduce).reshape(*pivot.shape, k)
+
+
+def similarity_row(unit: Tensor, pick: Tensor) -> Tensor:
+    """Compute the similarity of all unit vectors (b, n, d) to one of each image (b,): (b, n), infinite to itself."""
+    row = torch.stack([x @ x.index_select(0, p)[0] for x, p in zip(unit, pick.split(1), strict=True)])
+    return row.scatter_(1, pick[:, None], float("inf"))
 
 
 @full_precision
-def to_mean(x: Tensor) -> Tensor:
-    """Similarity of each token to the mean of all, up to a positive factor: (n, d) -> (n,), on unit vectors."""
+def similarity_to_mean(x: Tensor) -> Tensor:
+    """Compute the similarity of each unit vector to the mean of all, up to a positive factor: (n, d) -> (n,)."""
     x = F.normalize(x, dim=-1)
     return x @ x.mean(0)
 
 
 def at_tokens(maps: Tensor, grid: Tensor) -> Tensor:
-    """Read maps of values off at the tokens' places.
+    """Read maps at the places of tokens.
 
     Args:
         maps: (c, height, width) a value for every place of the first c crops.

@@ -1,4 +1,4 @@
-"""TokenFLEX: one projector for many visual-token counts (TokenFLEX, arXiv 2504.03154)."""
+"""TokenFLEX: "Unified VLM Training for Flexible Visual Tokens Inference" (arXiv 2504.03154)."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.saving.folder import load_part
@@ -18,7 +17,7 @@ class Projector(nn.Module):
     Section 3.2 of the paper; layout and sizes are those of the released code.
 
     Args:
-        width: of the tower's features.
+        width: width of the tower's features.
         hidden: width of the language model.
         expansion: inner width over `width`.
     """
@@ -31,7 +30,7 @@ class Projector(nn.Module):
         self.out = nn.Linear(expansion * width, hidden)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(..., width) -> (..., hidden)."""
+        """Project (..., width) to (..., hidden)."""
         z = self.norm(pooled)
         return self.out(F.silu(self.gate(z)) * self.value(z))
 
@@ -49,14 +48,14 @@ def pool_square(x: Tensor, side: int, how: str = "resize") -> Tensor:
         how: "resize" or "adaptive".
 
     Returns:
-        (B, side * side, C)
+        (B, side * side, C).
 
     Raises:
         ValueError: the grid is not square.
     """
     grid = math.isqrt(x.shape[1])
     if grid**2 != x.shape[1]:
-        raise ValueError(f"{x.shape[1]} features are no square grid: TokenFLEX pools square grids only")
+        raise ValueError(f"{x.shape[1]} features form no square grid: TokenFLEX pools square grids only")
     x = x.transpose(1, 2).unflatten(2, (grid, grid))
     if how == "adaptive":
         x = F.adaptive_avg_pool2d(x, side)
@@ -69,10 +68,10 @@ def pool_square(x: Tensor, side: int, how: str = "resize") -> Tensor:
 
 
 def square_side(count: int, name: str = "keep") -> int:
-    """The side of a square count.
+    """Return the side of a square count.
 
     Raises:
-        ValueError: the count is no square; names its neighbours.
+        ValueError: the count is not a square; the message names the nearest squares.
     """
     side = math.isqrt(count)
     if side**2 != count:
@@ -83,22 +82,22 @@ def square_side(count: int, name: str = "keep") -> int:
 
 @dataclass
 class TokenFlex(Compressor):
-    """Pool the tower's features to t x t and project them with a projector trained for many counts.
+    """Pool the tower's features to t x t, and project them with one projector trained for many counts.
 
-    Each crop of an anyres image and each frame of a video is pooled to the same t; unpadding and newlines follow the
-    model's own packing, at side t. Placeholders that are left over are removed by the engine, so the processor stays
-    as it is, and no more tokens than placeholders can be kept.
+    Each crop of an anyres image and each frame of a video is pooled to the same t. Unpadding and newlines follow the
+    model's own packing, at side t. Differs from the release: the engine removes the placeholders that are left over,
+    so the processor stays as it is. Therefore no more tokens than placeholders can be kept.
 
-    While the projector is in training mode, one count a forward is drawn from `counts`, and `keep` is not used.
+    While the projector is in training mode, every forward draws one count from `counts`, and `keep` is not used.
 
     keep          : visual tokens per image. A count is a square (64, 144, 256), and needs images of one crop; a share
-                    is of every crop, rounded down to a square
-    weights       : a folder of trained weights; "random" to start a training; "pool" is the training-free control:
-                    pool, then the model's own projector
+                    applies to every crop, and is rounded down to a square
+    weights       : a folder of trained weights; "random" to start a training; "pool" for the training-free control,
+                    which pools and then uses the model's own projector
     pool          : "resize" as released, or "adaptive" for an ablation; see `pool_square`
-    expansion     : inner width of the projector over the tower's
+    expansion     : inner width of the projector over the tower's width
     counts        : visual tokens per crop in training
-    probabilities : how often each of `counts` is drawn; equally if not given
+    probabilities : how often each of `counts` is drawn
     """
 
     keep: Keep = 256
@@ -108,7 +107,7 @@ class TokenFlex(Compressor):
     counts: tuple[int, ...] = (64, 144, 256)
     probabilities: tuple[float, ...] = (0.2, 0.3, 0.5)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self, pool=("resize", "adaptive"))
         if isinstance(self.keep, int):
@@ -118,53 +117,51 @@ class TokenFlex(Compressor):
             square_side(count, "counts")
         if len(self.counts) != len(self.probabilities) or min(self.probabilities, default=0) <= 0:
             raise ValueError(f"probabilities={self.probabilities}: give one above 0 for each of counts={self.counts}")
-        self.projector: nn.Module | None = None
 
     def setup(self, model: nn.Module) -> None:
         """Make the projector and load its weights."""
         config, own = model.config, model.model.multi_modal_projector
-        self._most = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
-        self.projector = own
+        #: the most tiles whose tokens OneVision does not shrink; 0 for other models
+        self.most_tiles = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
+        self.projector: nn.Module = own
         if self.weights != "pool":
             with torch.device("meta"):
                 self.projector = Projector(own.linear_1.in_features, own.linear_2.out_features, self.expansion)
             load_part(self.weights, "tokenflex", self.projector, model)
 
     def trained(self) -> nn.Module | None:
-        """The projector; None for the training-free control."""
+        """Return the projector, or None for the training-free control."""
         return None if self.weights == "pool" else self.projector
 
     def draw(self) -> int:
-        """A count for one forward of the training."""
+        """Draw a count for one forward of the training."""
         return self.counts[int(torch.multinomial(torch.tensor(self.probabilities), 1))]
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Pool and project all crops of equal grids at once. Rows of a batch may share an image."""
-        training = self.weights != "pool" and self.projector.training
-        count = self.draw() if training else None
-        unique = {id(image): image for image in images}
-        groups: dict[tuple, list[ImageTokens]] = {}
-        for image in unique.values():
+        """Pool and project the crops of all images together, those of equal grids and sides at a time."""
+        count = self.draw() if self.weights != "pool" and self.projector.training else None
+        results: dict[int, Compressed] = {}
+        groups: dict[tuple[int, torch.Size], list[int]] = {}
+        for i, image in enumerate(images):
             side = self._side(image, count)
-            groups.setdefault((side, image.tower.shape[1:]), []).append(image)
-        done = {}
-        for (side, (patches, _)), members in groups.items():
-            if self.weights == "pool" and side**2 == patches:  # nothing is pooled: keep the tokens bit for bit
-                done |= {id(image): image.features for image in members}
-                continue
-            tokens = self._project(torch.cat([image.tower for image in members]), side)
-            for image, crops in zip(members, tokens.split([len(image.tower) for image in members]), strict=True):
-                done[id(image)] = self._packed(image, crops.to(image.features.device), side)
-        return [Compressed(done[id(image)]) for image in images]
+            if self.weights == "pool" and side**2 == image.tower.shape[1]:  # nothing to pool: keep every bit
+                results[i] = image.pick(torch.arange(len(image.features), device=image.features.device))
+            else:
+                groups.setdefault((side, image.tower.shape[1:]), []).append(i)
+        for (side, _), members in groups.items():
+            tokens = self._project(torch.cat([images[i].tower for i in members]), side)
+            for i, crops in zip(members, tokens.split([len(images[i].tower) for i in members]), strict=True):
+                results[i] = Compressed(self._packed(images[i], crops.to(images[i].features.device), side))
+        return [results[i] for i in range(len(images))]
 
     def _side(self, image: ImageTokens, count: int | None) -> int:
-        """The side to pool to, in training for the count drawn."""
+        """Return the side to pool to, for the count that a training forward drew or for `keep`."""
         patches = _grid(image.tower).shape[1]
         if image.video:  # the model itself pools a frame to fewer tokens
             patches = (len(image.features) - 1) // len(image.tower)
         if count is not None:
             if count > patches:
-                raise ValueError(f"counts={self.counts}: an image here has {patches} visual tokens per crop")
+                raise ValueError(f"counts={self.counts}: an image here has only {patches} visual tokens per crop")
             return square_side(count, "counts")
         if isinstance(self.keep, float):
             return math.isqrt(resolve_keep(self.keep, patches))
@@ -176,29 +173,47 @@ class TokenFlex(Compressor):
         return square_side(resolve_keep(self.keep, patches))
 
     def _project(self, tower: Tensor, side: int) -> Tensor:
-        """(c, p, v) tower features -> (c, side * side, d)."""
+        """Pool and project tower features: (c, p, v) -> (c, side * side, d)."""
         parameter = next(self.projector.parameters())
         return self.projector(pool_square(_grid(tower).to(parameter), side, self.pool))
 
     def _packed(self, image: ImageTokens, crops: Tensor, side: int) -> Tensor:
-        """(c, side * side, d) -> (k, d): joined as the model joins the image's own tokens."""
-        newline = image.features[-1:].to(crops)  # wherever there is one, it is last
+        """Join projected crops as the model joins the image's own tokens: (c, side * side, d) -> (k, d)."""
+        newline = image.features[-1:].to(crops)  # if there is a newline, it is last
         if image.video:
             return torch.cat([crops.flatten(0, 1), newline])
         if len(crops) == 1:
             return torch.cat([crops[0], newline[: len(image.features) - image.tower.shape[1]]])
         rows, columns = image.tiles
         mosaic = crops[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
-        mosaic = unpad_image(mosaic, image.size)
+        mosaic = unpad(mosaic, image.size)
         height, width = mosaic.shape[1:]
-        ratio = math.sqrt(height * width / (self._most * side**2)) if self._most else 0
+        ratio = math.sqrt(height * width / (self.most_tiles * side**2)) if self.most_tiles else 0
         if ratio > 1.1:  # OneVision shrinks large mosaics
             mosaic = F.interpolate(mosaic[None], [int(height // ratio), int(width // ratio)], mode="bilinear")[0]
         lines = newline.T[:, None].expand(-1, mosaic.shape[1], 1)
         return torch.cat([crops[0], torch.cat([mosaic, lines], 2).flatten(1).T])
 
 
+def unpad(mosaic: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut away the padding that gave a picture the aspect ratio of its mosaic, with the rounding of LLaVA-NeXT.
+
+    Args:
+        mosaic: (d, height, width) tokens.
+        size: height and width of the picture in pixels.
+
+    Returns:
+        (d, height', width'), shorter in at most one direction.
+    """
+    height, width = mosaic.shape[1:]
+    if size[1] / size[0] > width / height:
+        lost = (height - int(round(size[0] * (width / size[1]), 7))) // 2
+        return mosaic[:, lost : height - lost]
+    lost = (width - int(round(size[1] * (height / size[0]), 7))) // 2
+    return mosaic[:, :, lost : width - lost]
+
+
 def _grid(tower: Tensor) -> Tensor:
-    """(c, p, v) tower features without a CLS token, which `vision_feature_select_strategy="full"` leaves in front."""
+    """Remove the CLS token that `vision_feature_select_strategy="full"` leaves in front of the features (c, p, v)."""
     side = math.isqrt(tower.shape[1])
     return tower[:, 1:] if side**2 == tower.shape[1] - 1 else tower

@@ -1,14 +1,17 @@
-"""Attention that fused kernels never hand out, recomputed for just the rows a method asks for."""
+"""Attention that fused kernels never return, recomputed for only the rows that a method asks for."""
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vlmslim.ops.selection import full_precision
+from vlmslim.ops.ranking import full_precision
+
+# --- vision towers ---------------------------------------------------------------------------------------------------
 
 
 def tower_qk(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of a CLIP or SigLIP encoder layer, unscaled.
+    """Compute the queries and keys of a CLIP or SigLIP encoder layer, unscaled.
 
     Args:
         layer: the encoder layer.
@@ -19,14 +22,13 @@ def tower_qk(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """
     attn = layer.self_attn
     x = layer.layer_norm1(hidden)
-    return tuple(
-        project(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for project in (attn.q_proj, attn.k_proj)
-    )
+    q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
+    return q, k
 
 
 @full_precision
 def cls_logits(q: Tensor, k: Tensor) -> Tensor:
-    """What CLS looks for in each patch, before the softmax, averaged over heads.
+    """Compute the attention logits from CLS to each patch, before the softmax, averaged over heads.
 
     Args:
         q: (c, heads, 1 + p, d) unscaled queries, CLS first.
@@ -40,7 +42,7 @@ def cls_logits(q: Tensor, k: Tensor) -> Tensor:
 
 @full_precision
 def cls_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention that CLS pays to each patch, averaged over heads; CLS itself takes part in the softmax.
+    """Compute the attention from CLS to each patch, averaged over heads. CLS itself takes part in the softmax.
 
     Args:
         q: (c, heads, 1 + p, d) unscaled queries, CLS first.
@@ -54,53 +56,60 @@ def cls_attention(q: Tensor, k: Tensor) -> Tensor:
 
 @full_precision
 def received_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention that each patch receives, averaged over queries and heads: (c, heads, p, d) twice -> (c, p).
+    """Compute the attention that each patch receives, averaged over queries and heads.
 
-    One head at a time, so that no full map is held.
+    The function goes head by head, so that only one head's map is in memory.
+
+    Args:
+        q: (c, heads, p, d) unscaled queries.
+        k: (c, heads, p, d) keys.
+
+    Returns:
+        (c, p).
     """
-    heads = zip((q / q.shape[-1] ** 0.5).unbind(1), k.float().unbind(1), strict=True)
-    return sum((qh @ kh.transpose(1, 2)).softmax(-1).mean(1) for qh, kh in heads) / q.shape[1]
+    received = torch.zeros(len(q), q.shape[2], device=q.device)
+    for q_head, k_head in zip((q / q.shape[-1] ** 0.5).unbind(1), k.float().unbind(1), strict=True):
+        received += (q_head @ k_head.transpose(1, 2)).softmax(-1).mean(1)
+    return received / q.shape[1]
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
 
 
 class DecoderAttention:
-    """Attention logits of a decoder layer (Llama, Mistral, Qwen2 and relatives), for the query rows one asks for.
+    """Attention logits of one decoder layer (Llama, Mistral, Qwen2 and relatives), for the rows one asks for.
 
-    Queries and logits are computed as they are wanted; keys once, or not at all where the KV cache has them.
-    Submodules are called, never their weights read, so that offloaded layers work too.
+    Keys are computed once, or taken from the KV cache. Queries and logits are computed on demand. The layer's
+    submodules are called and their weights never read, so that offloaded layers work too.
 
     Args:
         layer: the decoder layer.
         hidden: (B, S, d) its input.
         rope: cosine and sine, (B or 1, S, head_dim) each.
         mask: (B, S), False at padding.
-        keys: (B, kv heads, S, head_dim) the keys of the layer, rotated; computed if not given.
+        keys: (B, kv heads, S, head_dim) the layer's rotated keys; None computes them.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor,
-        keys: Tensor | None = None,
+        self, layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None = None
     ):
         self.layer, self.attn, self.hidden = layer, layer.self_attn, hidden
-        self.rope = tuple(t.to(hidden.device).expand(len(hidden), -1, -1) for t in rope)
+        self.cos, self.sin = (t.to(hidden.device).expand(len(hidden), -1, -1) for t in rope)
         self.mask = mask.to(hidden.device)
-        self.keys = (self._heads("k", hidden, *self.rope) if keys is None else keys).float()
+        self.keys = (self._heads("k", hidden, self.cos, self.sin) if keys is None else keys).float()
 
     def logits(self, rows: Tensor, end: int | None = None) -> Tensor:
-        """Scaled, masked logits of some rows.
+        """Compute the scaled and masked logits of some rows.
 
         Args:
             rows: (B, q) indices of the query tokens.
-            end: keys up to here only; rows must lie before. By default all.
+            end: look at the keys before `end` only, which is all that rows before `end` can see; None for all keys.
 
         Returns:
-            (B, heads, q, end) in fp32, -inf where a query may not look. A query always sees itself, so that a padding
-            query does not become NaN.
+            (B, heads, q, end) in fp32, -inf where a query may not look. A query always sees itself, so that the
+            softmax of a padding query does not become NaN.
         """
-        q = self._heads("q", take(self.hidden, rows), *(take(t, rows) for t in self.rope))
+        q = self._heads("q", *(gather_rows(x, rows) for x in (self.hidden, self.cos, self.sin)))
         k, mask = self.keys[:, :, :end], self.mask[:, :end]
         q = q.unflatten(1, (k.shape[1], -1)).float()  # (B, kv heads, group, q, head_dim)
         with torch.autocast(q.device.type, enabled=False):
@@ -113,49 +122,82 @@ class DecoderAttention:
         if hasattr(self.attn, f"{name}_norm"):  # Qwen3 and relatives
             x = getattr(self.attn, f"{name}_norm")(x)
         x = x.transpose(1, 2)
-        return apply_rotary_pos_emb(x, x, cos, sin)[0]
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def attention_rows(
+    attend: Callable[[Tensor], Tensor], queries: Tensor, chunk: int = 128
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute the attention of many query tokens, a few at a time, averaged over heads.
+
+    Args:
+        attend: softmax attention of query rows: (B, q) -> (B, heads, q, S), such as `LayerInput.attention`.
+        queries: (B, S) bool.
+        chunk: number of queries per step. A step needs memory for B x heads x chunk x S numbers.
+
+    Yields:
+        The indices (B, q) of some queries, and what each pays to each token, (B, q, S) in fp32. In rows with fewer
+        queries than others, other tokens fill up the last steps; their attention is zero.
+    """
+    width = int(queries.sum(1).max())
+    rows = queries.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+    for part in rows.split(chunk, dim=1) if width else ():
+        yield part, attend(part).float().mean(1) * queries.gather(1, part)[..., None]
 
 
 def visible(mask: Tensor, rows: Tensor) -> Tensor:
-    """Which keys the queries `rows` (B, q) may look at, in a causal model and past padding: (B, q, S) bool.
+    """Tell which keys the queries may look at: those before them that are not padding, and themselves.
 
-    `mask` (B, S) is False at padding. A query always sees itself.
+    Args:
+        mask: (B, S), False at padding.
+        rows: (B, q) indices of the queries.
+
+    Returns:
+        (B, q, S) bool.
     """
     key = torch.arange(mask.shape[1], device=mask.device)
     return mask[:, None] & (key <= rows[..., None]) | (key == rows[..., None])
 
 
-def weighted(logits: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Attention logits whose softmax is `exp(logit) * weight`, normalised; a query's own key counts in full.
+def weighted_logits(logits: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """Add weights to attention logits, so that their softmax is `exp(logit) * weight`, normalised.
 
-    A weight of zero hides the key, and still has the gradient that tells what the key would have done.
+    A query's own key counts in full. A weight of zero hides the key, and still has the gradient that tells what the
+    key would have changed.
 
     Args:
         logits: (B, heads, q, S) of the queries `rows`.
         weight: (B, S) in [0, 1].
         rows: (B, q).
+
+    Returns:
+        (B, heads, q, S).
     """
     floored = weight + (weight.clamp(min=1e-9) - weight).detach()
     key = torch.arange(weight.shape[1], device=weight.device)
     return logits + floored.log()[:, None].masked_fill(key == rows[..., None], 0)[:, None]
 
 
-def soft_mask(mask: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A causal attention mask that adds the log of a weight per key: (B, 1, S, S), differentiable in the weights.
+def weighted_causal_mask(mask: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make a causal attention mask that adds the logarithm of a weight per key, differentiable in the weights.
 
     Args:
         mask: (B, S), False at padding.
         weight: (B, S) in [0, 1].
         dtype: of the result.
+
+    Returns:
+        (B, 1, S, S).
     """
     rows = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     hidden = ~visible(mask, rows)[:, None]
-    return weighted(hidden * 0.0, weight, rows).to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    return weighted_logits(hidden * 0.0, weight, rows).to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Gather along the sequence: x (B, S, d), index (B, q) -> (B, q, d).
 
-    Whole rows are copied; `gather` looks every element up, and takes ten times as long on a CPU.
+    Indexing copies whole rows. `Tensor.gather` looks up every element, which takes ten times as long on a CPU.
     """
     return x[torch.arange(len(x), device=x.device)[:, None], index]

@@ -1,4 +1,4 @@
-"""Newline tokens end the rows of an anyres mosaic, or a video as a whole; here a budget pays for them."""
+"""Budgets that include newline tokens, which end the rows of an anyres mosaic, or a whole video or single view."""
 
 import torch
 from torch import Tensor
@@ -7,42 +7,51 @@ from torch.nn import functional as F
 NEWLINES = ("rows", "all", "drop")
 
 
-def closing_newline(grid: Tensor, tiles: tuple[int, int]) -> Tensor:
-    """(n,): the newline token that ends the row of each token of `ImageTokens.grid` (n, 3), -1 where none does.
+def row_end_newline(grid: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """Find the newline token that ends the row of each token.
 
-    The rows of a thumbnail have none. The one newline of a single view, or of a video, ends it as a whole.
+    The rows of a thumbnail have no newline. The one newline of a single view, or of a video, ends it as a whole.
+
+    Args:
+        grid: (n, 3) `ImageTokens.grid`.
+        tiles: `ImageTokens.tiles`.
+
+    Returns:
+        (n,) indices, -1 where no newline ends the row.
     """
     crop = grid[:, 0]
     newline = (crop < 0).nonzero()[:, 0]
-    at = torch.searchsorted(newline, torch.arange(len(grid), device=grid.device))
-    ended = (crop >= (1 if tiles[1] else 0)) & (at < len(newline))
-    return torch.where(ended, F.pad(newline, (0, 1), value=-1)[at], -1)
+    following = torch.searchsorted(newline, torch.arange(len(grid), device=grid.device))
+    ended = (crop >= (1 if tiles[1] else 0)) & (following < len(newline))
+    return torch.where(ended, F.pad(newline, (0, 1), value=-1)[following], -1)
 
 
-def spend(order: Tensor, grid: Tensor, tiles: tuple[int, int], k: int, newline: str) -> Tensor:
-    """Spend a budget on ranked patches and on their newlines.
+def fill_budget(order: Tensor, grid: Tensor, tiles: tuple[int, int], k: int, newline: str) -> Tensor:
+    """Fill a budget of k tokens with ranked patches and with newlines.
 
     Args:
-        order: (t,) patches of an image, most wanted first; at least k of them if there are that many.
+        order: (t,) patches of an image, best first; at least k of them if the image has that many.
         grid: (n, 3) `ImageTokens.grid`.
         tiles: `ImageTokens.tiles`.
         k: the budget, newlines included.
-        newline: "rows": the first token of a row brings the row's newline along (if the budget ends between the two,
-            the newline stays out); "all": every newline is kept; "drop": none is.
+        newline: "rows": the first kept patch of a row brings the row's newline along. If the budget ends between the
+            two, the newline stays out. "all": every newline is kept. "drop": no newline is kept.
 
     Returns:
-        (k,) indices: patches as ranked, then newlines. If these are used up, what is left of the image follows.
+        (k,) indices: patches in the order of their ranks, then newlines. If both are used up before the budget is, the
+        remaining tokens of the image follow.
 
     Raises:
-        ValueError: newline="all" and the newlines leave no room for a patch.
+        ValueError: newline="all", and the newlines leave no room for a patch.
     """
     if newline == "rows":
-        closes = closing_newline(grid, tiles)[order]
-        place = torch.arange(len(order), device=order.device)
-        opener = place.new_full((len(grid) + 1,), len(order)).scatter_reduce(0, closes + 1, place, "amin")
-        first = (opener[closes + 1] == place) & (closes >= 0)
-        spent = (1 + first).cumsum(0)
-        kept = torch.cat([order[spent - first.long() <= k], closes[first & (spent <= k)]])
+        end = row_end_newline(grid, tiles)[order]  # (t,)
+        rank = torch.arange(len(order), device=order.device)
+        # (n + 1,) the best rank of a row, by the row's newline; entry 0 is for rows without one
+        best = rank.new_full((len(grid) + 1,), len(order)).scatter_reduce(0, end + 1, rank, "amin")
+        brings = (end >= 0) & (best[end + 1] == rank)
+        spent = (1 + brings).cumsum(0)  # by each patch and all better ones, with their newlines
+        kept = torch.cat([order[spent - brings.long() <= k], end[brings & (spent <= k)]])
     elif newline == "all":
         newlines = (grid[:, 0] < 0).nonzero()[:, 0]
         if k <= len(newlines):

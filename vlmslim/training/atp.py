@@ -8,7 +8,8 @@ from torch import Tensor
 
 import vlmslim
 from vlmslim.compressor import check_choices
-from vlmslim.methods.atp import Modules, depth_loss, mean_tokens, target_loss
+from vlmslim.methods.atp import ThresholdModules
+from vlmslim.methods.atp.losses import depth_loss, mean_tokens, target_loss
 from vlmslim.training.conversations import Items
 from vlmslim.training.finetune import Answers, Loss, Settings, finetune, load
 
@@ -33,7 +34,7 @@ class BudgetLoss:
     def __post_init__(self):
         check_choices(self, average=("modules", "layers"))
 
-    def anneal(self, modules: Modules, steps: int) -> Callable[[int], None]:
+    def anneal(self, modules: ThresholdModules, steps: int) -> Callable[[int], None]:
         """Return a function that sets the temperature of a step (from 0)."""
         low, high = self.temperature
 
@@ -42,7 +43,7 @@ class BudgetLoss:
 
         return set_temperature
 
-    def loss(self, modules: Modules, depth: int) -> Loss:
+    def loss(self, modules: ThresholdModules, depth: int) -> Loss:
         """Return the whole loss, which logs soft and hard counts and how much the hard counts differ between rows."""
         over = {"layers": depth, "modules": None}[self.average]
 

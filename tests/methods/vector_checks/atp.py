@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from vlmslim.methods import atp
-from vlmslim.methods.atp.score_maps import normalise, received_attention
+from vlmslim.methods.atp import losses
+from vlmslim.methods.atp.score_maps import attention_from_image_and_text, normalise
 
 TOLERANCE = 1e-5
 
@@ -35,7 +36,7 @@ def _forward(arrays) -> None:
         return full.gather(2, rows[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1]))
 
     for chunk in (5, 128):
-        from_image, from_text = (x[:, visual] for x in received_attention(attend, image, text, chunk))
+        from_image, from_text = (x[:, visual] for x in attention_from_image_and_text(attend, image, text, chunk))
         from_image = from_image / alive.sum(1, keepdim=True)
         from_text = from_text / behind
         _close(from_image[alive], arrays["s_self"][alive])
@@ -48,7 +49,7 @@ def _forward(arrays) -> None:
     _close(redundancy[alive], arrays["s_red"][alive])
     spatial = atp.spatial_score(int(arrays["grid"]), arrays["strides"].tolist(), float(arrays["lam"]))
     _close(spatial, arrays["s_spatial"])
-    thresholds = atp.Thresholds(n, len(arrays["W"]))
+    thresholds = atp.ThresholdModule(n, len(arrays["W"]))
     thresholds.load_state_dict(
         {
             "mix.weight": torch.from_numpy(arrays["W"]),
@@ -68,12 +69,12 @@ def _forward(arrays) -> None:
 
 def _losses(arrays) -> None:
     counts, layers, full = torch.from_numpy(arrays["N"]), arrays["layers"].tolist(), float(arrays["N0"])
-    depth = atp.depth_loss(counts, layers, full)
+    depth = losses.depth_loss(counts, layers, full)
     _close(depth, arrays["L_atp"])
-    modules = atp.target_loss(atp.mean_tokens(counts, layers, full), float(arrays["target"]))
+    modules = losses.target_loss(losses.mean_tokens(counts, layers, full), float(arrays["target"]))
     _close(modules, arrays["L_target_modules"])
-    everywhere = atp.mean_tokens(counts, layers, full, 32)  # the paper's decoder
+    everywhere = losses.mean_tokens(counts, layers, full, 32)  # the paper's decoder
     _close(everywhere, arrays["avg_all_layers"])
-    _close(atp.target_loss(everywhere, float(arrays["target"])), arrays["L_target_all_layers"])
+    _close(losses.target_loss(everywhere, float(arrays["target"])), arrays["L_target_all_layers"])
     total = float(arrays["lambda_atp"]) * depth + float(arrays["lambda_target"]) * modules
     _close(total, arrays["total_minus_ntp"])

@@ -4,9 +4,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlmslim.methods.globalcom2 import by_quota, crop_weights, holistic, release_order, release_sums, stretch
+from vlmslim.methods.globalcom2 import (
+    combined_score,
+    crop_weights,
+    merge_rankings_by_quota,
+    release_order,
+    release_sums,
+    stretch,
+)
 from vlmslim.ops.attention import cls_logits, tower_qk
-from vlmslim.ops.newlines import spend
+from vlmslim.ops.newlines import fill_budget
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
@@ -63,7 +70,7 @@ def _check_selection(arrays: dict[str, np.ndarray]) -> None:
     command = stretch(thumbnail, height, len(at) // height).flatten()
     by_crop = tile.argsort(stable=True)
     np.testing.assert_allclose(command[by_crop].numpy(), arrays["global_on_crops"], rtol=1e-5, atol=1e-5)
-    weight, final = crop_weights(release_sums(thumbnail, tiles), 10.0), holistic(score[at], command, tile)
+    weight, final = crop_weights(release_sums(thumbnail, tiles), 10.0), combined_score(score[at], command, tile)
     for share in arrays["ratios"].tolist():
         want = {k.split("_", 1)[1]: v for k, v in arrays.items() if k.startswith(f"R{round(share * 100):03d}_")}
         ratio = (share * weight).clamp(max=1)
@@ -81,7 +88,9 @@ def _check_selection(arrays: dict[str, np.ndarray]) -> None:
 
         # The corrected mode keeps the best of each crop too, in the order of their true places.
         count = sum(counts := want["crop_keep"].tolist())
-        everything = spend(by_quota(final, tile, weight), grid[at], (0, 0), count, "drop").sort().values
+        everything = (
+            fill_budget(merge_rankings_by_quota(final, tile, weight), grid[at], (0, 0), count, "drop").sort().values
+        )
         picked = grid[at][everything]
         place = ((picked[:, 0] - 1) // columns * side + picked[:, 1]) * columns * side
         place += (picked[:, 0] - 1) % columns * side + picked[:, 2]

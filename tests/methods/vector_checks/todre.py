@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vlmslim.methods.drop_visual import attention_mass
-from vlmslim.methods.todre import at_tokens, diverse, to_mean
+from vlmslim.methods.todre import at_tokens, diverse, similarity_to_mean
 
 OBJECTIVES = {"maxsum": "max_sum", "kcenter": "k_center"}
 
@@ -31,8 +31,8 @@ def _pivots(arrays) -> None:
         if "pivot_thumbnail" in arrays:
             assert at_tokens(maps[:1], grid).argmax() == arrays["pivot_thumbnail"]
     if "pivot_center" in arrays:
-        assert to_mean(x).argmax() == arrays["pivot_center"]
-        assert to_mean(x).argmin() == arrays["pivot_farthest"]
+        assert similarity_to_mean(x).argmax() == arrays["pivot_center"]
+        assert similarity_to_mean(x).argmin() == arrays["pivot_farthest"]
 
 
 def _orders(arrays) -> None:

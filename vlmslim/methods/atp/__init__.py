@@ -1,4 +1,4 @@
-"""ATP-LLaVA: "Adaptive Token Pruning for Large Vision Language Models" (CVPR 2025, https://arxiv.org/abs/2412.00447)."""
+"""ATP-LLaVA: "Adaptive Token Pruning for Large Vision Language Models" (CVPR 2025, arXiv 2412.00447)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,12 @@ from vlmslim.saving.folder import load_part, read
 
 
 def spatial_score(side: int, strides: Sequence[int], penalty: float = 3.0) -> Tensor:
-    """Equation 5 on nested grids: a patch scores 1 - penalty / stride^2 of the coarsest grid it is on, (side^2,).
+    """Compute equation 5 on several grids: a patch scores 1 - penalty / stride^2 of the coarsest grid that it is on.
 
-    Grids are anchored at the upper left patch. A patch on none scores 0.
+    Grids are anchored at the upper left patch. A patch on no grid scores 0.
+
+    Returns:
+        (side * side,).
     """
     score = torch.zeros(side, side)
     for stride in sorted(strides):
@@ -26,7 +29,7 @@ def spatial_score(side: int, strides: Sequence[int], penalty: float = 3.0) -> Te
 
 
 def hard_mask(redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor) -> Tensor:
-    """Which patches stay: more informative than one threshold, or on a grid coarser than the other.
+    """Mark the patches that stay: those above one threshold by attention, or above the other by their place.
 
     Args:
         redundancy: (..., n).
@@ -41,64 +44,44 @@ def hard_mask(redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Ten
 
 
 def soft_mask(redundancy: Tensor, spatial: Tensor, theta_r: Tensor, theta_s: Tensor, temperature: float) -> Tensor:
-    """Equations 9 to 11, the differentiable stand-in of `hard_mask`: (..., n) in (0, 1)."""
+    """Compute equations 9 to 11, which replace `hard_mask` in training: (..., n) in (0, 1), differentiable."""
     by_content = ((redundancy - theta_r[..., None]) * temperature).sigmoid()
     by_place = ((spatial - theta_s[..., None]) * temperature).sigmoid()
     return torch.maximum(by_content, by_place)
 
 
-def strongest(score: Tensor, alive: Tensor, k: int) -> Tensor:
-    """The k alive patches of each image with the highest score, all of them if fewer: (..., n) bool."""
+def top_k_alive(score: Tensor, alive: Tensor, k: int) -> Tensor:
+    """Mark the k alive patches of each image with the highest score, all of them if fewer: (..., n) bool."""
     order = score.masked_fill(~alive, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(alive).scatter(-1, order[..., :k], True) & alive
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+def layer_index(layer: int | float, depth: int) -> int:
+    """Return the decoder layer, from 0, at a share of the depth, rounded down; a number stays as it is.
 
-
-def depth_loss(counts: Tensor, layers: Sequence[int], full: int) -> Tensor:
-    """Equation 12: tokens left by each module, as a share of the image, weighted by the layer they go on from.
-
-    Args:
-        counts: (N, modules) tokens of N images after each module.
-        layers: index, from 0, of the decoder layer that each module follows.
-        full: tokens of an image before the first module.
+    A share never gives the last layer, because after it there is nothing to prune.
     """
-    return (counts.mean(0) / full * counts.new_tensor(layers)).sum()
-
-
-def mean_tokens(counts: Tensor, layers: Sequence[int], full: int, depth: int | None = None) -> Tensor:
-    """(N,) tokens of each image on average over the modules; or, given the `depth`, over all decoder layers."""
-    if depth is None:
-        return counts.mean(1)
-    starts = [0, *(layer + 1 for layer in layers), depth]
-    spans = counts.new_tensor([b - a for a, b in zip(starts, starts[1:], strict=False)])
-    return (full * spans[0] + (counts * spans[1:]).sum(1)) / depth
-
-
-def target_loss(average: Tensor, target: float) -> Tensor:
-    """Equation 13: how far the mean of (N,) token counts is from the target, in tokens; images may differ freely."""
-    return (average.mean() - target).abs()
+    return min(int(layer * depth + 1e-9), depth - 2) if isinstance(layer, float) else layer
 
 
 # --- the trained part ------------------------------------------------------------------------------------------------
 
 
-class Heads(nn.Linear):
-    """Two logits that at first lie at -2 and 3: most tokens stay for their content, almost none for their place alone.
+class ThresholdHead(nn.Linear):
+    """Two logits that start at -2 and 3: most tokens stay for their content, almost none for their place alone.
 
-    A sampling threshold that starts between two grids keeps one of them for good, wanted or not: once the soft masks
-    are steep, it has no gradient.
+    The start matters. A sampling threshold that begins between two grids would keep one of them for good, wanted or
+    not, because it has no gradient once the soft masks are steep.
     """
 
     def reset_parameters(self) -> None:
-        """As a linear layer, but for the bias."""
+        """Draw the weights as a linear layer does, and set the bias."""
         super().reset_parameters()
         with torch.no_grad():
             self.bias.copy_(torch.tensor([-2.0, 3.0]))
 
 
-class Thresholds(nn.Module):
+class ThresholdModule(nn.Module):
     """One ATP module, equations 6 to 8: two thresholds from the score maps of an image.
 
     Args:
@@ -109,20 +92,21 @@ class Thresholds(nn.Module):
     def __init__(self, patches: int, width: int):
         super().__init__()
         self.mix = nn.Linear(2 * patches, width)
-        self.heads = Heads(width, 2)
+        self.heads = ThresholdHead(width, 2)
 
     def forward(self, from_image: Tensor, from_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Score maps (..., n) to thresholds of redundancy and of sampling, (...) each, in (0, 1)."""
+        """Turn score maps (..., n) into the thresholds of redundancy and of sampling, (...) each, in (0, 1)."""
         with torch.autocast(from_image.device.type, enabled=False):
             maps = torch.cat([from_image, from_text], dim=-1).to(self.mix.weight)
-            return self.heads(self.mix(maps)).float().sigmoid().unbind(-1)
+            theta_r, theta_s = self.heads(self.mix(maps)).float().sigmoid().unbind(-1)
+            return theta_r, theta_s
 
 
 @dataclass
 class Decision:
-    """What one module made of the N images of a forward.
+    """The result of one module for the N images of a forward.
 
-    layer   : decoder layer, from 0, after which it stands
+    layer   : decoder layer, from 0, that the module follows
     soft    : (N,) tokens left, counted by the soft masks of this module and those before; differentiable
     hard    : (N,) tokens left, counted by the rule of inference
     theta_r : (N,) threshold of redundancy
@@ -136,30 +120,25 @@ class Decision:
     theta_s: Tensor
 
 
-class Modules(nn.Module):
-    """The trained part of ATP: one `Thresholds` for each place in the decoder.
+class ThresholdModules(nn.Module):
+    """The trained part of ATP: one `ThresholdModule` for each place in the decoder.
 
     Attributes:
         layers: decoder layers, from 0, that the modules follow.
         temperature: T of the soft masks; a trainer raises it from 10 to 60.
-        decisions: while training, what the modules of the last forward did, in order.
+        decisions: while training, what the modules of the last forward decided, in order.
     """
 
     def __init__(self, layers: Sequence[int], patches: int, width: int):
         super().__init__()
         self.layers, self.patches = tuple(layers), patches
-        self.after = nn.ModuleDict({str(layer): Thresholds(patches, width) for layer in layers})
+        self.after = nn.ModuleDict({str(layer): ThresholdModule(patches, width) for layer in layers})
         self.temperature = 10.0
         self.decisions: list[Decision] = []
 
     def counts(self, kind: str = "soft") -> Tensor:
-        """(N, modules) tokens left in the last forward, by "soft" or "hard" masks."""
+        """Return the tokens left in the last forward, by "soft" or "hard" masks: (N, modules)."""
         return torch.stack([getattr(decision, kind) for decision in self.decisions], dim=1)
-
-
-def placed(layer: int | float, depth: int) -> int:
-    """The decoder layer, from 0, at a share of the depth, rounded down; the last has nothing to prune behind it."""
-    return min(int(layer * depth + 1e-9), depth - 2) if isinstance(layer, float) else layer
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -169,39 +148,40 @@ def placed(layer: int | float, depth: int) -> int:
 class ATP(Compressor):
     """After three decoder layers, keep the visual tokens that pass thresholds which are learned per image and layer.
 
-    A token's redundancy score is the mean attention that it receives from the visual tokens of its image and from the
-    text behind it, in the layer just run. It stays if that is above one threshold, or if its patch is on a sampling
-    grid coarse enough for the other. Both thresholds come from the image's two score maps by a small trained module, so
-    that an image, a question and a layer get as many tokens as they need; how many on average was set in training
-    (`scripts/train_atp.py`) and is no option here. Kept tokens keep their rotary positions, text always stays.
+    A token's redundancy score is the mean attention that it receives, in the layer that has just run, from the visual
+    tokens of its image and from the text after it. The token stays if this score exceeds one threshold, or if its
+    patch is on a sampling grid that is coarse enough for the other. A small trained module computes both thresholds
+    from the image's two score maps. So an image, a question and a layer get as many tokens as they need. How many stay
+    on average was set in training (`scripts/train_atp.py`) and is not an option. Kept tokens keep their rotary
+    positions, and text always stays.
 
-    In training nothing is dropped: masks from a sigmoid weight the attention of all later layers, which for masks of 0
-    and 1 is the same as dropping.
+    In training nothing is dropped: masks from a sigmoid weight the attention of all later layers. For masks of 0 and 1
+    this is the same as dropping.
 
-    The paper's text was not at hand; this follows secondary sources, and departs from them knowingly:
+    The paper's text was not available. This follows secondary sources, and differs from them deliberately:
     - Scores are min-max normalised per image before use. Taken literally (`normalised=False`) a score is at most about
       1 / n, and no sigmoid of temperature 10 can tell tokens apart.
-    - Several nested grids in place of one, so that the sampling rate can vary; `strides=(2,)` is the literal form.
-    - Thresholds see full score maps laid out on the patch grid, zeros where a token is gone.
+    - Several grids replace one, so that the sampling rate can vary; `strides=(2,)` is the literal form.
+    - Thresholds read full score maps on the patch grid, with zeros where a token is gone.
     - At least `at_least` tokens of an image stay.
-    Defined for images on a single grid of patches (LLaVA-1.5); LLaVA-NeXT and OneVision are refused. After a method
-    that works before the language model, a token stands on the patch whose slot it has taken.
+    Images must be single grids of patches (LLaVA-1.5); LLaVA-NeXT and OneVision are refused. After a method that acts
+    before the language model, a token belongs to the patch whose slot it has taken.
 
     weights    : folder of trained modules, or "bundled/tiny-atp-36"; "random" to train from scratch
-    after      : decoder layers, from 0, that the modules follow; shares of the depth are rounded down. The paper's
-                 4, 14 and 24 of 32
+    after      : decoder layers, from 0, that the modules follow, or shares of the depth, rounded down; by default the
+                 paper's 4, 14 and 24 of 32
     strides    : of the sampling grids
     penalty    : lambda_sample of equation 5
-    normalised : min-max normalise the scores
-    mean       : visual attention is divided by "all" visual tokens of the image, or by the "visible": those that a
-                 causal model lets see the token, which takes away the head start of upper rows
-    at_least   : tokens of an image that stay whatever the thresholds
-    width      : of a module's projection; the paper does not tell
-    hardened   : in training, attend as inference does and pass gradients straight through to the soft mask
-    detached   : in training, no gradient from the thresholds through the scores into the language model
+    normalised : apply min-max normalisation to the scores
+    mean       : attention from the image is divided by "all" visual tokens of the image, or by the "visible" ones,
+                 which a causal model lets see the token; this removes the advantage of the upper rows
+    at_least   : tokens of an image that stay, whatever the thresholds
+    width      : of a module's projection; not known from the paper
+    hardened   : in training, attend as inference does, and pass gradients straight through to the soft mask
+    detached   : in training, stop gradients from the thresholds through the scores into the language model
     """
 
-    budget_options: ClassVar[tuple[str, ...]] = ()  # how much is kept is trained
+    budget_options: ClassVar = ()  # because training sets how much is kept
 
     weights: str = ""
     after: Sequence[int | float] = (0.125, 0.4375, 0.75)
@@ -214,7 +194,7 @@ class ATP(Compressor):
     hardened: bool = False
     detached: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.after, self.strides = tuple(self.after), tuple(self.strides)
         check_choices(self, mean=("all", "visible"))
         for name, low in (("at_least", 0), ("width", 1)):
@@ -223,7 +203,7 @@ class ATP(Compressor):
                 raise ValueError(f"{name}={value!r}: give an integer from {low} on")
         for stride in self.strides:
             if isinstance(stride, bool) or not isinstance(stride, int) or stride < 2:
-                raise ValueError(f"strides={self.strides}: a grid's stride is an integer from 2 on")
+                raise ValueError(f"strides={self.strides}: give integers from 2 on")
         if not self.after:
             raise ValueError("after=() names no decoder layer; give at least one")
         for layer in self.after:
@@ -232,22 +212,27 @@ class ATP(Compressor):
                 raise ValueError(f"after={layer!r}: give a decoder layer from 0 on, or a share of the depth in [0, 1)")
 
     def setup(self, model: nn.Module) -> None:
-        """Place the modules in this model and load or draw their weights."""
+        """Place the modules in this model, and load or draw their weights.
+
+        Raises:
+            ValueError: the model has no single grid of patches, the layers do not fit its decoder, or the weights were
+                trained under other options.
+        """
         vision, decoder = model.config.vision_config, model.model.language_model.layers
         if model.config.model_type != "llava":
             raise ValueError(
-                f"atp is defined for images on a single grid of patches, and {type(model).__name__} cuts them into "
+                f"atp is defined for images on a single grid of patches, and {type(model).__name__} cuts images into "
                 "tiles or pools them; use a LLaVA-1.5 checkpoint, or another method"
             )
         self.side, depth = vision.image_size // vision.patch_size, len(decoder)
-        layers = tuple(placed(layer, depth) for layer in self.after)
+        layers = tuple(layer_index(layer, depth) for layer in self.after)
         if list(layers) != sorted(set(layers)) or layers[-1] > depth - 2:
             raise ValueError(
-                f"after={self.after} is layers {layers} of a decoder with {depth}; they must ascend and leave a layer "
-                f"to prune before: give layers such as after=({', '.join(map(str, range(min(3, depth - 1))))},)"
+                f"after={self.after} means layers {layers} of {depth}; they must ascend, and a layer must follow them "
+                f"all: give layers such as after=({', '.join(map(str, range(min(3, depth - 1))))},)"
             )
         self.layers = tuple(layer + 1 for layer in layers)
-        self.modules = Modules(layers, self.side**2, self.width)
+        self.modules = ThresholdModules(layers, self.side**2, self.width)
         load_part(self.weights, "atp", self.modules, model)
         self.modules.float()
         self._check_options()
@@ -265,36 +250,35 @@ class ATP(Compressor):
                         f"{self.weights} was trained with {other}; give these options, or patch with it alone"
                     )
 
-    def trained(self) -> Modules:
-        """The modules."""
+    def trained(self) -> ThresholdModules:
+        """Return the modules."""
         return self.modules
 
     def retain(self, tokens: LayerInput) -> Tensor:
-        """The rule of inference."""
+        """Apply the rule of inference."""
         maps = self._maps(tokens)
-        return (tokens.image == 0) | maps.read(self._keep(maps, *self._thresholds(tokens, maps))).bool()
+        return (tokens.image == 0) | maps.from_grid(self._keep(maps, *self._thresholds(tokens, maps))).bool()
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:
-        """The soft masks of training."""
+        """Apply the soft masks while the modules are in training mode."""
         if not self.modules.training:
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
             maps = self._maps(tokens)
         theta_r, theta_s = self._thresholds(tokens, maps)
         keep = self._keep(maps, theta_r, theta_s)
-        spatial = self._spatial(maps)
-        soft = soft_mask(maps.redundancy, spatial, theta_r, theta_s, self.modules.temperature)
-        soft = torch.where(strongest(maps.redundancy, maps.alive, self.at_least), 1, soft) * maps.alive
+        soft = soft_mask(maps.redundancy, self._spatial(maps), theta_r, theta_s, self.modules.temperature)
+        soft = torch.where(top_k_alive(maps.redundancy, maps.alive, self.at_least), 1, soft) * maps.alive
         if self.hardened:
             soft = keep + (soft - soft.detach())
-        before = maps.alive if tokens.weight is None else maps.lay(tokens.weight.float())
+        before = maps.alive if tokens.weight is None else maps.to_grid(tokens.weight.float())
         if tokens.layer == self.layers[0]:
             self.modules.decisions = []
         real = maps.real
         self.modules.decisions.append(
             Decision(tokens.layer - 1, (soft * before).sum(-1)[real], keep.sum(-1)[real], theta_r[real], theta_s[real])
         )
-        return torch.where(tokens.image > 0, maps.read(soft), 1)
+        return torch.where(tokens.image > 0, maps.from_grid(soft), 1)
 
     def _maps(self, tokens: LayerInput) -> Maps:
         return Maps.of(tokens, self.side, self.normalised, self.mean)
@@ -307,4 +291,4 @@ class ATP(Compressor):
 
     def _keep(self, maps: Maps, theta_r: Tensor, theta_s: Tensor) -> Tensor:
         keep = hard_mask(maps.redundancy, self._spatial(maps), theta_r, theta_s)
-        return (keep & maps.alive) | strongest(maps.redundancy, maps.alive, self.at_least)
+        return (keep & maps.alive) | top_k_alive(maps.redundancy, maps.alive, self.at_least)

@@ -1,4 +1,4 @@
-"""The text side of a CLIP, from Hugging Face or open_clip, whose vision tower a model uses."""
+"""The text tower of the CLIP whose vision tower a model uses, loaded from Hugging Face or open_clip."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,19 +8,22 @@ from torch import Tensor, nn
 
 from vlmslim import bundled
 
-TOWER_OF_THE_PAPER = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
+#: the CLIP of LLaVA-1.5, and the width, depth, patch size and image size of its vision tower
+CLIP_OF_LLAVA = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
 
 
 class ClipText(nn.Module):
     """The text tower of a CLIP, and the projection that brings patches into its space.
 
-    states     : ids (1, t) -> token states in that space (1, t, d), after the final layer norm and the projection
-    tokenize   : text, length -> ids, start and end of text included, cut to `length`
-    end        : id of the end of text
-    context    : most tokens the tower reads
-    projection : (v, d) of patches
-    norm       : the vision tower's post-layernorm
-    stem       : (v, 3, h, w) the vision tower's patch embedding: its fingerprint
+    Args:
+        modules: the modules that `states` runs, so that `.to()` moves them.
+        states: token ids (1, t) -> token states (1, t, d), after the final layer norm and the projection.
+        tokenize: text, length -> ids, with start and end of text, cut to `length`.
+        end: id of the end of text.
+        context: the most tokens that the tower reads.
+        projection: (v, d) of patches.
+        norm: the vision tower's post-layernorm.
+        stem: (v, 3, h, w) the vision tower's patch embedding, by which towers are told apart.
     """
 
     def __init__(
@@ -35,18 +38,19 @@ class ClipText(nn.Module):
         stem: Tensor,
     ):
         super().__init__()
-        self.parts = nn.ModuleList(modules)  # so that .to() moves what `states` runs
+        self.parts = nn.ModuleList(modules)
         self.states, self.tokenize, self.end, self.context = states, tokenize, end, context
         self.norm = norm
+        self.projection: Tensor
         self.register_buffer("projection", projection.detach().float())
         self.stem = stem.detach().float().cpu()
         self.requires_grad_(False).eval().float()
 
     def check_tower(self, tower: nn.Module) -> None:
-        """Refuse a CLIP of another vision tower than the model's; a fine-tuned one passes.
+        """Refuse a model whose vision tower is not this CLIP's; a fine-tuned one passes.
 
         Raises:
-            ValueError: width, patch size or weights are another tower's.
+            ValueError: width, patch size or weights are those of another tower.
         """
         stem = getattr(tower, "vision_model", tower).embeddings.patch_embedding.weight
         if stem.shape == self.stem.shape:
@@ -57,12 +61,18 @@ class ClipText(nn.Module):
                 return
         raise ValueError(
             f"the vision tower of this model (patch embedding {tuple(stem.shape)}) is not that of the CLIP "
-            f"({tuple(self.stem.shape)}), so their spaces have nothing in common; give clip=THE_CLIP_OF_THIS_TOWER"
+            f"({tuple(self.stem.shape)}), so text and patches cannot be compared; give clip=THE_CLIP_OF_THIS_TOWER"
         )
 
     @torch.no_grad()
     def embed(self, text: str, pool: str = "eot", length: int | None = None) -> Tensor:
-        """The embedding of a text, (d,) fp32: at its end ("eot"), or at the last of `length` places ("last_pad")."""
+        """Embed a text: (d,) fp32.
+
+        Args:
+            text: any length; it is cut to what the tower reads.
+            pool: "eot" takes the state at the end of the text, "last_pad" the state at the last of `length` places.
+            length: number of places, for "last_pad"; None for as many as the tower reads.
+        """
         device = self.projection.device
         length = length if length is not None and pool == "last_pad" else self.context
         ids = self.tokenize(text, length)
@@ -74,7 +84,7 @@ class ClipText(nn.Module):
 
     @torch.no_grad()
     def project(self, patches: Tensor, norm: bool = False) -> Tensor:
-        """Patches (..., v) in the space of texts (..., d), fp32; `norm` puts the post-layernorm before."""
+        """Project patches into the space of texts: (..., v) -> (..., d) fp32; `norm` applies post-layernorm first."""
         with torch.autocast(patches.device.type, enabled=False):
             patches = patches.float()
             return (self.norm(patches) if norm else patches) @ self.projection
@@ -84,9 +94,9 @@ def load_clip(name: str) -> ClipText:
     """Load a CLIP by the names that `Recoverable.clip` takes.
 
     Raises:
-        ValueError: a folder without a CLIP, or an open_clip name without weights.
+        ValueError: the folder has no CLIP, or the open_clip name comes without weights.
         ImportError: open_clip is not installed.
-        TypeError: the CLIP has another kind of tower.
+        TypeError: the CLIP's towers are not plain transformers.
     """
     name = bundled.resolve(name)
     if Path(name).is_dir():
@@ -94,7 +104,9 @@ def load_clip(name: str) -> ClipText:
             return _open_clip(f"local-dir:{name}")
         if (Path(name) / "config.json").is_file():
             return _hf_clip(name)
-        raise ValueError(f"clip={name!r}: this folder has neither open_clip_config.json nor config.json")
+        raise ValueError(
+            f"clip={name!r}: the folder has no open_clip_config.json and no config.json; give a CLIP's folder"
+        )
     if name.startswith(("hf-hub:", "local-dir:")):
         return _open_clip(name)
     if ":" in name:
@@ -103,7 +115,7 @@ def load_clip(name: str) -> ClipText:
         return _hf_clip(name)
     raise ValueError(
         f"clip={name!r}: give a folder, a HF hub id (org/name), 'hf-hub:org/name' for an open_clip hub id, or an "
-        "open_clip model with its weights ('ViT-L-14-336-quickgelu:openai')"
+        "open_clip name with its weights ('ViT-L-14-336-quickgelu:openai')"
     )
 
 
@@ -120,12 +132,12 @@ def _hf_clip(name: str) -> ClipText:
 
 
 def hf_clip_text(model: nn.Module, tokenize: Callable[[str, int], list[int]], end: int) -> ClipText:
-    """The text side of a loaded HF `CLIPModel`.
+    """Take the text tower out of a loaded HF `CLIPModel`.
 
     Args:
         model: the `CLIPModel`.
         tokenize: text, length -> ids.
-        end: id of the end of text. The configuration of older checkpoints has a wrong one, so ask the tokenizer.
+        end: id of the end of text, from the tokenizer, because the configuration of older checkpoints has a wrong one.
     """
     text, projection = model.text_model, model.text_projection
     tower = getattr(model.vision_model, "vision_model", model.vision_model)
@@ -148,25 +160,20 @@ def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
         raise ImportError(f"clip={name!r} needs open_clip: pip install 'vlmslim[clip]'") from error
     model = open_clip.create_model(name, pretrained, precision="fp32", require_pretrained=True)
     text, tower, tokenizer = getattr(model, "text", model), model.visual, open_clip.get_tokenizer(name)
-    needed = (
-        (text, "token_embedding"),
-        (text, "ln_final"),
-        (tower, "proj"),
-        (tower, "conv1"),
-        (tokenizer, "eot_token_id"),
-    )
-    for owner, attribute in needed:
-        if not hasattr(owner, attribute):
-            raise TypeError(f"clip={name!r} is no plain CLIP: its {type(owner).__name__} has no {attribute}")
+    needed = {text: ("token_embedding", "ln_final"), tower: ("proj", "conv1"), tokenizer: ("eot_token_id",)}
+    for owner, attributes in needed.items():
+        for attribute in attributes:
+            if not hasattr(owner, attribute):
+                raise TypeError(f"clip={name!r} is not a plain CLIP: its {type(owner).__name__} has no {attribute}")
     end = tokenizer.eot_token_id
 
     def tokenize(words: str, length: int) -> list[int]:
-        ids = tokenizer([words], context_length=length)[0].tolist()
+        ids = tokenizer([words], context_length=length)[0].tolist()  # with padding at the end
         return ids[: ids.index(end) + 1]
 
     stem, projection, norm = tower.conv1.weight, tower.proj, tower.ln_post
     if text is model:
-        del model.visual
+        del model.visual  # the text tower is what is left
 
     def states(ids: Tensor) -> Tensor:
         x = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
@@ -187,11 +194,18 @@ def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
 
 
 def default_clip(model: nn.Module) -> str:
-    """The CLIP that a model's vision tower comes from, as far as we know."""
+    """Return the name of the CLIP that a model's vision tower comes from.
+
+    Raises:
+        ValueError: the tower is neither a bundled checkpoint's nor that of LLaVA-1.5.
+    """
     if Path(model.config._name_or_path).resolve().parent == Path(bundled.__file__).resolve().parent:
         return "bundled/tiny-clip"
-    name, size = TOWER_OF_THE_PAPER
+    name, size = CLIP_OF_LLAVA
     vision = model.config.vision_config
     if (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size) == size:
         return name
-    raise ValueError("give clip=THE_CLIP_OF_THIS_VISION_TOWER: a hub id, a folder, or an open_clip NAME:PRETRAINED")
+    raise ValueError(
+        "this model does not tell which CLIP its vision tower comes from; give clip=THE_CLIP_OF_THIS_VISION_TOWER: a "
+        "hub id, a folder, or an open_clip NAME:PRETRAINED"
+    )

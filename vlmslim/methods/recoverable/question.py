@@ -1,6 +1,7 @@
-"""What the user said, found in a decoded prompt."""
+"""Find what the user said in a decoded prompt."""
 
 import re
+from collections.abc import Iterable
 
 # A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
 USER_TURNS = (
@@ -13,18 +14,18 @@ USER_TURNS = (
 )
 
 
-def find_text(prompt: str, source: str, turn: str | None = None, special: tuple[str, ...] | list[str] = ()) -> str:
-    """The text to compare patches with.
+def find_text(prompt: str, source: str, turn: str | None = None, special: Iterable[str] = ()) -> str:
+    """Find the text to compare patches with.
 
     Args:
         prompt: the decoded prompt, special tokens included.
-        source: "question", "user" or "system", the first line of the user's last turn, all of that turn, or
-            the first line of the whole prompt.
+        source: "question" is the first line of the user's last turn, "user" all of that turn, and "system" the first
+            line of the whole prompt.
         turn: regular expression of a user's turn; None tries those of the known chat templates.
-        special: the tokenizer's special tokens, which are cut out of the result.
+        special: the tokenizer's special tokens, which are removed from the result.
 
     Returns:
-        One string. A prompt in which no turn is found counts as a user's turn in whole.
+        The text. If no turn is found, the whole prompt counts as the user's turn.
     """
 
     def clean(text: str) -> str:

@@ -1,4 +1,7 @@
-"""TokenCorr: "Token-level Correlation-guided Compression for ... Document Understanding" (arXiv 2407.14439)."""
+"""TokenCorr: "Token-level Correlation-guided Compression for Efficient Multimodal Document Understanding".
+
+arXiv 2407.14439.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,27 +13,24 @@ from torch.nn import functional as F
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.engine.families import encoder_layers, has_cls
 from vlmslim.ops.attention import cls_attention, received_attention
-from vlmslim.ops.newlines import NEWLINES, closing_newline, spend
-from vlmslim.ops.outliers import beyond_quartiles
-from vlmslim.ops.selection import full_precision
+from vlmslim.ops.newlines import NEWLINES, fill_budget, row_end_newline
+from vlmslim.ops.ranking import full_precision
 
 
 @dataclass
 class View:
-    """What decides about one crop (or frame) of m tokens.
+    """The scores of one crop (or frame) of m patches. All but `keys` are on the CPU.
 
-    at     : (m,) its tokens among the image's
-    keys   : (m, v) its patches' keys at the low layer, all heads side by side
-    repeat : (m,) similarity that a patch's look-alikes must exceed for it not to be redundant; see `repetition`
+    slots  : (m,) where its patches are among the image's tokens
+    keys   : (m, v) keys of the low layer, all heads side by side
+    repeat : (m,) see `repetition`: a patch is redundant at every alpha below this similarity
     low    : (m,) attention of the low layer
     deep   : (m,) attention of the deep layer
     draw   : (m,) score by which patches are sampled
     iqr    : factor of the outlier rule
-
-    All but `keys` lie on the CPU.
     """
 
-    at: Tensor
+    slots: Tensor
     keys: Tensor
     repeat: Tensor
     low: Tensor
@@ -40,20 +40,20 @@ class View:
 
     @cached_property
     def ranked(self) -> Tensor:
-        """(m,) positions in this view, in the order in which they are sampled."""
+        """(m,) patches of this view in the order in which they are sampled."""
         return self.draw.argsort(descending=True, stable=True)
 
     @cached_property
     def outlier(self) -> Tensor:
-        """(m,) bool: the deep layer's outliers."""
+        """(m,) bool, True at the deep layer's outliers."""
         return beyond_quartiles(self.deep, self.iqr)
 
     def samples(self, alpha: float) -> int:
-        """How many patches are sampled: those that are not redundant, but never none."""
+        """Count the patches to sample: those that are not redundant, but at least one."""
         return max(1, int((self.repeat <= alpha).sum()))
 
     def keep(self, alpha: float) -> Tensor:
-        """(m,) bool: samples and outliers."""
+        """Mark the samples and the outliers, (m,) bool."""
         kept = self.outlier.clone()
         kept[self.ranked[: self.samples(alpha)]] = True
         return kept
@@ -61,39 +61,41 @@ class View:
 
 @dataclass
 class TokenCorr(Compressor):
-    """Sample as many patches of each crop as are not repeated in it, and add those that stand out in a deep layer.
+    """Sample as many patches of each crop as are not redundant in it, and add those that stand out in a deep layer.
 
-    A patch is redundant when more than a share `beta` of its crop's other patches have keys, at a low layer of the
-    tower, that are more similar to its own than `alpha`. As many patches as are not redundant are sampled by the low
-    layer's CLS attention; outliers of a deep layer's CLS attention join them; kept patches take in similar dropped
-    ones before the projector. The count follows from the page, unless `keep` sets it.
+    A patch is redundant if more than a share `beta` of its crop's other patches have keys, at a low layer of the
+    tower, that are more similar to its own than `alpha`. As many patches as are not redundant are sampled, by the low
+    layer's CLS attention. Outliers of a deep layer's CLS attention are added. Before the projector, kept patches take
+    in similar dropped ones. How many are kept follows from the page, unless `keep` sets it.
 
-    There is no release. Where the paper's public material leaves things open this follows the project's reading:
-    `beta` is a share, keys are compared with all heads side by side, redundant patches may still be sampled, and
-    what is dropped is merged by normalised weights. Padding is left out before anything is counted. A dropped patch is
-    merged once (`merge="assign"`): with "knn" the same few patches are mixed into many kept ones, which a model that
-    was not fine-tuned for it cannot read (docs/methods.md has figures).
+    There is no release. Where the paper's public material leaves things open, this is our reading: `beta` is a share;
+    keys are compared with all heads side by side; redundant patches may still be sampled; dropped patches are merged
+    by normalised weights; padding is left out before anything is counted. A dropped patch is merged once
+    (`merge="assign"`), because with "knn" the same few patches are mixed into many kept ones, which a model that was
+    not fine-tuned for it cannot read (docs/methods.md has figures).
 
-    `alpha` depends on the tower; `vlmslim.methods.tokencorr.calibration.calibrate` finds it, and so does
-    `scripts/calibrate_tokencorr.py`. With the wanted `keep` of an image instead, the sampling goes on from the least
-    repeated patches to the most repeated ones over all crops, until outliers, samples and newlines make exactly
-    `keep`: crops still share it by their density, and `alpha` is not used.
+    `alpha` depends on the tower. `scripts/calibrate_tokencorr.py` finds it, and in Python
+    `vlmslim.methods.tokencorr.calibration.calibrate` does. With `keep`, `alpha` is not used: sampling continues from
+    the least repeated to the most repeated patches of all crops, until outliers, samples and newlines make exactly
+    `keep`. So crops still share the budget by their density.
 
-    Towers without CLS (SigLIP) use the attention that a patch receives, on average over all queries. The frames of a
-    video are treated as crops, their keys and attention pooled as the model pools the frame. Tokens which are pooled
-    or resized after the projector (videos, very large OneVision images) merge after it too.
+    Towers without CLS (SigLIP) use the attention that a patch receives, averaged over all queries. The frames of a
+    video are treated as crops; their keys and attention are pooled as the model pools the frames. Tokens that the
+    model pools or resizes after the projector (videos, very large OneVision images) are merged after it too.
 
     keep       : None, or visual tokens to keep per image, a count or a share, newlines included
-    alpha      : key similarity beyond which two patches are alike
-    beta       : share of look-alikes beyond which a patch is redundant
-    low, deep  : tower layers, a number or a share of the depth; deep=None is the layer whose output is used
+    alpha      : key similarity above which two patches are alike
+    beta       : share of alike patches above which a patch is redundant
+    low, deep  : tower layers, a number or a share of the depth; deep=None is the layer whose output the model uses
     iqr        : a deep outlier lies more than this many interquartile ranges above the third quartile
-    sampling   : "topk" (deterministic) or "multinomial", the paper's draw: without replacement, from `seed` and pixels
-    merge      : "assign": a dropped patch goes to its most similar kept one; "knn": a kept patch takes in its
-                 `neighbours` most similar dropped ones; "none"
+    sampling   : "topk" (deterministic), or "multinomial", the paper's draw without replacement, from seed and pixels
+    merge      : "assign": a dropped patch goes to its most similar kept patch; "knn": a kept patch takes in its
+                 `neighbours` most similar dropped patches; "none"
+    neighbours : of each kept patch, for merge="knn"
     thumbnail  : "keep" it whole as the paper does, "compress" it like a crop, or "auto": keep it, unless it is the
                  only view or `keep` is set
-    newline    : as for GlobalCom2
+    newline    : "rows" keeps the newline of each row that keeps a token, "all" keeps every newline, "drop" none
+    seed       : seed of the draw
     positions  : "renumbered" or "original" rotary positions
     """
 
@@ -111,7 +113,7 @@ class TokenCorr(Compressor):
     seed: int = 0
     positions: str = "renumbered"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
         check_choices(
@@ -122,56 +124,50 @@ class TokenCorr(Compressor):
             newline=NEWLINES,
         )
         if not -1 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha}: a cosine similarity lies in [-1, 1]")
+            raise ValueError(f"alpha={self.alpha}: give a cosine similarity in [-1, 1]")
         if not 0 <= self.beta < 1:
-            raise ValueError(f"beta={self.beta}: a share of a crop's patches lies in [0, 1)")
+            raise ValueError(f"beta={self.beta}: give a share of a crop's patches in [0, 1)")
         for name in ("low", "deep"):
             layer = getattr(self, name)
             if isinstance(layer, bool) or isinstance(layer, float) and not 0 <= layer <= 1:
                 raise ValueError(f"{name}={layer}: give a tower layer (2) or a share of the tower's depth (0.08)")
         if self.iqr < 0:
-            raise ValueError(f"iqr={self.iqr}: it cannot be negative; the usual factor is 1.5")
+            raise ValueError(f"iqr={self.iqr}: give a number from 0 on; the usual factor is 1.5")
         if self.neighbours < 1:
-            raise ValueError(f"neighbours={self.neighbours}: use at least 1, or merge='none'")
-
-    @property
-    def tower_layers(self) -> tuple[int, ...]:
-        """The low and the deep layer, once `setup` knows the tower."""
-        return tuple({x for x in (self.low, self.deep) if isinstance(x, int)})
+            raise ValueError(f"neighbours={self.neighbours}: give at least 1, or use merge='none'")
 
     def setup(self, model: nn.Module) -> None:
-        """Find the layers and the projector."""
-        depth = len(encoder_layers(model.model))
-        if self.deep is None:
+        """Find the tower's layers and the projector."""
+        deep = self.deep
+        if deep is None:
             used = model.config.vision_feature_layer
             used = used if isinstance(used, int) else used[-1]
-            self.deep = used if used < 0 else max(0, used - 1)  # hidden state i is the output of layer i - 1
-        self.low, self.deep = (
-            min(depth - 1, round(x * depth)) if isinstance(x, float) else x for x in (self.low, self.deep)
+            deep = used if used < 0 else max(0, used - 1)  # hidden state i is the output of layer i - 1
+        depth = len(encoder_layers(model.model))
+        self.low_layer, self.deep_layer = (
+            min(depth - 1, round(x * depth)) if isinstance(x, float) else x for x in (self.low, deep)
         )
-        self._cls = has_cls(model.model)
-        self._project = model.model.multi_modal_projector
+        self.tower_layers = tuple({self.low_layer, self.deep_layer})
+        self.cls = has_cls(model.model)
+        self.projector = model.model.multi_modal_projector
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Score on the device, decide on the CPU, merge on the device."""
         n, device = len(image.features), image.features.device
-        if self.keep is not None and resolve_keep(self.keep, n) == n:
+        k = None if self.keep is None else resolve_keep(self.keep, n)
+        if k == n:
             return image.pick(torch.arange(n, device=device))
         grid, views = image.grid.cpu(), self.views(image)
-        if self.keep is None:
-            index = self._decided(grid, views, image.tiles)
-        else:
-            index = self._ranked(grid, views, image.tiles, resolve_keep(self.keep, n))
-        features = image.features
-        if self.merge != "none":
-            features = self._merged(image, views, index)
-        index = index.to(device)
-        return Compressed(features[index], index)
+        index = self._by_density(grid, views, image.tiles) if k is None else self._by_rank(grid, views, image.tiles, k)
+        if self.merge == "none":
+            return image.pick(index.to(device))
+        features = self._merged(image, views, index)
+        return Compressed(features[index.to(device)], index.to(device))
 
     def views(self, image: ImageTokens) -> list[View]:
-        """What decides about each crop that is to be compressed."""
+        """Score each crop that is to be compressed."""
         grid, grid_cpu = image.grid, image.grid.cpu()
-        low_keys, *attention = _maps(image, self.low, self.deep, self._cls)
+        low_keys, *attention = self._maps(image)
         noise = None
         if self.sampling == "multinomial":
             noise = torch.rand(len(grid), generator=image.generator(self.seed), dtype=torch.float64)
@@ -179,98 +175,94 @@ class TokenCorr(Compressor):
         spared = not image.video and (self.thumbnail == "keep" or beside_crops)
         views = []
         for crop in range(1 if spared else 0, int(grid_cpu[:, 0].max()) + 1):
-            at = ((grid_cpu[:, 0] == crop) & (grid_cpu[:, 1] >= 0)).nonzero()[:, 0]
-            if not len(at):
-                continue  # padding altogether
-            row, column = grid[at.to(grid.device), 1:].unbind(1)
+            slots = ((grid_cpu[:, 0] == crop) & (grid_cpu[:, 1] >= 0)).nonzero()[:, 0]
+            if not len(slots):
+                continue  # the crop consists of padding
+            row, column = grid[slots.to(grid.device), 1:].unbind(1)
             keys = low_keys[crop][row, column]
             low, deep = (x[crop][row, column].cpu() for x in attention)
-            repeat = repetition(keys, int(self.beta * len(at))).cpu()
-            draw = low if noise is None else gumbel(low, noise[at])
-            views.append(View(at, keys, repeat, low, deep, draw, self.iqr))
+            repeat = repetition(keys, int(self.beta * len(slots))).cpu()
+            draw = low if noise is None else gumbel(low, noise[slots])
+            views.append(View(slots, keys, repeat, low, deep, draw, self.iqr))
         return views
 
-    def _decided(self, grid: Tensor, views: list[View], tiles: tuple[int, int]) -> Tensor:
-        """The tokens that the page's density asks for, ascending."""
+    def _maps(self, image: ImageTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Return low keys (c, side, side, v), low and deep attention (c, side, side), on the grid of the tokens."""
+        patch_grid = (image.side, image.side)
+        attention_of = cls_attention if self.cls else received_attention
+        q, k = image.qk(self.low_layer)
+        keys = k[:, :, int(self.cls) :].transpose(1, 2).flatten(2).unflatten(1, patch_grid)
+        low = deep = attention_of(q, k).unflatten(1, patch_grid)
+        if self.deep_layer != self.low_layer:
+            deep = attention_of(*image.qk(self.deep_layer)).unflatten(1, patch_grid)
+        if image.video:  # the model pools frames
+            side = int(image.grid[:, 1].max()) + 1
+            keys = _resized(keys.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+            low, deep = (_resized(x[:, None], side)[:, 0] for x in (low, deep))
+        return keys, low, deep
+
+    def _by_density(self, grid: Tensor, views: list[View], tiles: tuple[int, int]) -> Tensor:
+        """Return the tokens that the page's density asks for, ascending."""
         keep = torch.ones(len(grid), dtype=torch.bool)
         for view in views:
-            keep[view.at] = view.keep(self.alpha)
-        newline = grid[:, 0] < 0
+            keep[view.slots] = view.keep(self.alpha)
         if self.newline != "all":
-            keep &= ~newline
+            keep &= grid[:, 0] >= 0
         if self.newline == "rows":
-            closing = closing_newline(grid, tiles)
-            keep[closing[keep & (closing >= 0)]] = True
+            end = row_end_newline(grid, tiles)
+            keep[end[keep & (end >= 0)]] = True
         return keep.nonzero()[:, 0]
 
-    def _ranked(self, grid: Tensor, views: list[View], tiles: tuple[int, int], k: int) -> Tensor:
-        """The k tokens that are kept when the sampling stops at k, ascending."""
-        rest = grid[:, 1] >= 0  # patches that no view decides about come first: a thumbnail to be kept whole
+    def _by_rank(self, grid: Tensor, views: list[View], tiles: tuple[int, int], k: int) -> Tensor:
+        """Return the k tokens that are kept when sampling stops at k, ascending."""
+        rest = grid[:, 1] >= 0  # patches without a view come first: a thumbnail that is kept whole
         for view in views:
-            rest[view.at] = False
+            rest[view.slots] = False
         first = rest.nonzero()[:, 0]
         if k <= len(first):
             raise ValueError(
                 f"keep={k} leaves no room for crops beside the thumbnail's {len(first)} tokens; "
                 "keep more, or use thumbnail='compress'"
             )
-        order = torch.cat([first, by_novelty(views)])
-        return spend(order, grid, tiles, k, self.newline).sort().values
+        return fill_budget(torch.cat([first, by_novelty(views)]), grid, tiles, k, self.newline).sort().values
 
     def _merged(self, image: ImageTokens, views: list[View], index: Tensor) -> Tensor:
-        """The image's features (n, d) with those of the kept patches replaced."""
-        device = image.features.device
+        """Return the image's features (n, d), in which kept patches have taken in dropped ones."""
+        device, grid = image.features.device, image.grid
         kept = torch.zeros(len(image.features), dtype=torch.bool)
         kept[index] = True
-        grid = image.grid
-        before = _one_patch_each(image)
+        before_projector = _one_patch_each(image)
         places, merged = [], []
         for view in views:
-            keep = kept[view.at]
+            keep = kept[view.slots]
             if keep.all() or not keep.any():
                 continue
-            at = view.at.to(device)
-            if before:
-                crop, row, column = grid[at].unbind(1)
-                offset = image.tower.shape[1] - image.side**2  # a CLS token among the features
-                x = image.tower[crop, offset + row * image.side + column]
+            slots, keep = view.slots.to(device), keep.to(device)
+            if before_projector:
+                crop, row, column = grid[slots].unbind(1)
+                ahead = image.tower.shape[1] - image.side**2  # a CLS token among the features
+                x = image.tower[crop, ahead + row * image.side + column]
             else:
-                x = image.features[at]
-            merged.append(absorb(x, view.keys, view.low.to(device), keep.to(device), self.merge, self.neighbours))
-            places.append(at[keep.to(device)])
+                x = image.features[slots]
+            merged.append(absorb(x, view.keys, view.low.to(device), keep, self.merge, self.neighbours))
+            places.append(slots[keep])
         if not merged:
             return image.features
         y = torch.cat(merged)
-        if before:
-            y = self._project(y.to(image.tower.dtype))
+        if before_projector:
+            y = self.projector(y.to(image.tower.dtype))
         return image.features.index_copy(0, torch.cat(places), y.to(image.features))
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
-
-
-def _maps(image: ImageTokens, low: int, deep: int, cls: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Low keys (c, side, side, v), low and deep attention (c, side, side), on the grid of the image's tokens."""
-    found = []
-    for layer in dict.fromkeys((low, deep)):
-        q, k = image.qk(layer)
-        if layer == low:
-            found.append(k[:, :, int(cls) :].transpose(1, 2).flatten(2).unflatten(1, (image.side, image.side)))
-        found.append((cls_attention if cls else received_attention)(q, k).unflatten(1, (image.side, image.side)))
-    keys, *attention = found if low != deep else [*found, found[-1]]
-    if image.video:
-        side = int(image.grid[:, 1].max()) + 1  # frames are pooled
-        keys = _pooled(keys.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
-        attention = [_pooled(x[:, None], side)[:, 0] for x in attention]
-    return keys, *attention
-
-
-def _pooled(x: Tensor, side: int) -> Tensor:
+def _resized(x: Tensor, side: int) -> Tensor:
     return x if x.shape[-1] == side else F.interpolate(x.float(), size=(side, side), mode="bilinear")
 
 
 def _one_patch_each(image: ImageTokens) -> bool:
-    """Whether every token is the projection of one patch: not after pooling or resizing, which leaves gaps."""
+    """Tell whether every token is the projection of one patch, so that the model neither pooled nor resized.
+
+    Resizing a mosaic to fewer tokens leaves gaps in its coordinates.
+    """
     if image.video:
         return False
     component, row, column = image.mosaic.unbind(1)
@@ -281,16 +273,19 @@ def _one_patch_each(image: ImageTokens) -> bool:
     return bool((row.max() - row.min() + 1) * (column.max() - column.min() + 1) == tiled.sum())
 
 
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
 @full_precision
 def repetition(keys: Tensor, limit: int) -> Tensor:
-    """The similarity below which a patch has more than `limit` look-alikes.
+    """Compute, for each patch, the similarity below which it has more than `limit` alike patches.
 
-    A patch has more than `limit` others more similar to it than alpha exactly when the one in place `limit` + 1 is.
-    So this one number decides whether the patch is redundant, for every alpha: it is when the number exceeds alpha.
+    A patch has more than `limit` others that are more similar to it than alpha exactly if the one in place
+    `limit` + 1 is. So one number decides for every alpha: the patch is redundant if the number exceeds alpha.
 
     Args:
         keys: (m, v).
-        limit: how many look-alikes a patch may have.
+        limit: how many alike patches a patch may have.
 
     Returns:
         (m,) cosines; -inf where there are not that many others.
@@ -303,26 +298,35 @@ def repetition(keys: Tensor, limit: int) -> Tensor:
     return similarity.topk(limit + 1).values[:, -1]
 
 
+def beyond_quartiles(x: Tensor, factor: float = 1.5) -> Tensor:
+    """Mark the numbers x (m,) that lie more than `factor` interquartile ranges above the third quartile: (m,) bool."""
+    low, high = x.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return x > high + factor * (high - low)
+
+
 def gumbel(p: Tensor, u: Tensor) -> Tensor:
-    """Scores whose m largest are a draw of m without replacement from `p` (m,), given uniform noise `u` (m,)."""
+    """Compute scores whose m largest are a draw of m without replacement from p (m,), by uniform noise u (m,)."""
     return p.double().log() - (-u.double().log()).log()
 
 
-# -- selection --------------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 
 def by_novelty(views: list[View]) -> Tensor:
-    """Tokens of all views in the order in which they come in as alpha rises; deep outliers first.
+    """Rank the patches of all views: deep outliers first, then in the order in which they come in as alpha rises.
 
-    Alpha at the r-th smallest `repeat` of a view makes room there for r samples, so that is where the r-th sample
-    is due.
+    When alpha reaches the r-th smallest `repeat` of a view, that view samples r patches. So this is when its r-th
+    sample comes in.
+
+    Returns:
+        (t,) tokens of the image.
     """
     if not views:
         return torch.empty(0, dtype=torch.long)
-    ranked = [(v.at[v.ranked], v.repeat.sort().values, v.outlier[v.ranked], v.deep[v.ranked]) for v in views]
-    at, due, outlier, deep = map(torch.cat, zip(*ranked, strict=True))
-    first = at[outlier][deep[outlier].argsort(descending=True, stable=True)]
-    return torch.cat([first, at[~outlier][due[~outlier].argsort(stable=True)]])
+    ranked = [(v.slots[v.ranked], v.repeat.sort().values, v.outlier[v.ranked], v.deep[v.ranked]) for v in views]
+    slots, due, outlier, deep = map(torch.cat, zip(*ranked, strict=True))
+    first = slots[outlier][deep[outlier].argsort(descending=True, stable=True)]
+    return torch.cat([first, slots[~outlier][due[~outlier].argsort(stable=True)]])
 
 
 def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "knn", neighbours: int = 32) -> Tensor:
@@ -330,11 +334,11 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
 
     Args:
         x: (m, v) features; gradients pass.
-        keys: (m, w) by whose cosine patches are similar.
+        keys: (m, w), by whose cosine patches are similar.
         weight: (m,) positive.
         keep: (m,) bool, neither all nor none.
-        merge: "knn" or "assign".
-        neighbours: of each kept patch for "knn"; a dropped patch may go to several kept ones.
+        merge: "knn" or "assign", as in `TokenCorr`.
+        neighbours: of each kept patch for "knn"; several kept patches may take in the same dropped patch.
 
     Returns:
         (kept, v) in fp32.

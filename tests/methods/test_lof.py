@@ -1,12 +1,12 @@
-"""Outliers among numbers, against plain loops in float64."""
+"""The local outlier factor, against plain loops in float64."""
 
 import numpy as np
 import torch
 from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
-from strategies import noise, seeds, some
+from strategies import some
 
-from vlmslim.ops.outliers import beyond_quartiles, local_outlier_factor
+from vlmslim.methods.recoverable.lof import local_outlier_factor
 
 
 def factor_by_hand(x: list[float], k: int) -> list[float]:
@@ -52,19 +52,3 @@ def test_an_outlier_is_one():
     x = torch.cat([torch.linspace(0, 1, 50), torch.tensor([9.0, -9.0])])
     assert (local_outlier_factor(x, 20) > 1.5).nonzero()[:, 0].tolist() == [50, 51]
     assert not (local_outlier_factor(torch.ones(40), 20) > 1.5).any()
-
-
-@some
-@given(seeds, st.integers(1, 40), st.floats(0, 3))
-def test_beyond_quartiles(seed, m, factor):
-    x = noise(seed, m).exp()
-
-    def quartile(p: float) -> float:
-        values, at = sorted(x.double().tolist()), p * (m - 1)
-        below = int(at)
-        return values[below] + (at - below) * (values[min(below + 1, m - 1)] - values[below])
-
-    limit = quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
-    got = beyond_quartiles(x, factor).tolist()
-    assert all(flag == (v > limit) for flag, v in zip(got, x.double().tolist(), strict=True) if abs(v - limit) > 1e-9)
-    assert not beyond_quartiles(torch.full((m,), 0.1), factor).any()

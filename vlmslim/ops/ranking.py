@@ -1,0 +1,44 @@
+"""Ranks within groups, and a decorator that keeps scores in full precision."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+
+Options = ParamSpec("Options")
+Score = Callable[Concatenate[Tensor, Options], Tensor]
+
+
+def full_precision(function: Score[Options]) -> Score[Options]:
+    """Run a scoring function in fp32 and without gradients, whatever the model runs in.
+
+    The decorator casts the first argument, and switches autocast off. It is needed because the distances between
+    similar tokens drown in the rounding of half precision, so that other tokens would be picked.
+    """
+
+    @wraps(function)
+    def scored(x: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+            return function(x.float(), *args, **kwargs)
+
+    return scored
+
+
+def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:
+    """Rank each element among those of its row and group: 0 for the highest score, ties to the lower index.
+
+    Args:
+        score: (B, S).
+        group: (B, S) non-negative integers.
+
+    Returns:
+        (B, S) long.
+    """
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # by group, then by score
+    grouped = group.gather(1, order)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    first = torch.searchsorted(grouped, grouped)  # where the group of each element begins
+    return torch.empty_like(order).scatter_(1, order, place - first)
