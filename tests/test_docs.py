@@ -25,8 +25,8 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the blocks of code in a language."""
+def blocks(page: Path, language: str = r"\w*") -> list[str]:
+    """Return the blocks of code, of one language or of all."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
@@ -62,6 +62,8 @@ def test_what_is_named_exists(page):
             assert name in known_tests(), f"{name}: there is no such test"
         elif re.fullmatch(r"vlmslim(\.\w+)+", name) and name not in ("vlmslim.json", "vlmslim.methods"):
             pkgutil.resolve_name(name)
+    for name in re.findall(r"\b(?:scripts|eval_configs)/[\w./-]+\.(?:py|yaml)", "".join(blocks(page))):
+        assert (ROOT / name).exists(), f"{name}: there is no such file"
 
 
 @each_page
