@@ -1,12 +1,9 @@
 """Shared fixtures. The tiny models, prompts and test-only compressors are in tiny.py and doubles.py."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+from contract import add_option as pytest_addoption  # noqa: F401
+from contract import choose as pytest_configure  # noqa: F401
 
 pytest_plugins = ["clip_fixtures"]
 

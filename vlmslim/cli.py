@@ -143,6 +143,7 @@ def bench(
     from vlmslim.cost import bench
     from vlmslim.cost.bench.report import write
     from vlmslim.io.files import check_file
+    from vlmslim.registry import parse_method
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -154,7 +155,7 @@ def bench(
             if output is not None:
                 check_file(output)  # now, not when everything is measured
                 check_file(output.with_suffix(".md"))
-            stages = [bench.parse_method(name) for name in methods.split(",")]
+            stages = [parse_method(name) for name in methods.split(",")]
             workload = bench.Workload(
                 batches=bench.parse_batches(batch),
                 images=images,

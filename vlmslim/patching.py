@@ -13,7 +13,7 @@ from vlmslim.engine.decoder import DecoderHooks, compresses
 from vlmslim.engine.encoder import RecordingEncoder
 from vlmslim.engine.families import encoder_layers, family_of, has_cls
 from vlmslim.receipt import Receipt
-from vlmslim.registry import method, method_names, name_of
+from vlmslim.registry import build, is_method_name, method, name_of
 
 Method = str | os.PathLike | dict | Compressor | Sequence[str | dict | Compressor]
 
@@ -147,7 +147,7 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
-    if isinstance(method_, os.PathLike) or (isinstance(method_, str) and method_ not in method_names()):
+    if isinstance(method_, os.PathLike) or (isinstance(method_, str) and not is_method_name(method_)):
         from vlmslim.saving.folder import read
 
         if (saved := read(method_)) is not None:
@@ -160,18 +160,6 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
     if not parts:
         raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
     return Slim(model, [build(part) for part in parts])
-
-
-def build(part: str | dict | Compressor) -> Compressor:
-    """A stage from what `patch` takes for one: a name, an object, or a dictionary with the key "method"."""
-    if isinstance(part, Compressor):
-        return part
-    if isinstance(part, str):
-        return method(part)
-    if isinstance(part, dict) and "method" in part:
-        options = dict(part)
-        return method(options.pop("method"), **options)
-    raise ValueError(f"a stage is a name, a method object or a dictionary with the key 'method', not {part!r}")
 
 
 def _check_stages(stages: list[Compressor]) -> None:

@@ -15,12 +15,12 @@ from vlmslim.cost.bench import (
     default_budgets,
     load,
     parse_batches,
-    parse_method,
     parse_numbers,
     parse_size,
     with_budgets,
 )
 from vlmslim.cost.bench.report import markdown, write
+from vlmslim.registry import parse_method
 
 QUICK = Workload(text_tokens=9, new_tokens=2, repeats=2)
 
@@ -37,10 +37,10 @@ def record() -> dict:
 
 
 def test_a_record_has_every_method_at_every_budget(record):
-    labels = ["unpatched", "divprune-8", "divprune-0.25", "fastv:layer=1-8", "fastv:layer=1-0.25"]
+    labels = ["unpatched", "divprune-8", "divprune-0.25", "fastv-8-layer=1", "fastv-0.25-layer=1"]
     for scenario, batch in zip(record["scenarios"], (1, 2), strict=True):
         assert scenario["batch"] == batch and scenario["visual_tokens"] == 16 and scenario["text_tokens"] == 9
-        assert [row["label"] for row in scenario["rows"]] == [*labels, "drop_visual:layer=2:tau=None"]
+        assert [row["label"] for row in scenario["rows"]] == [*labels, "drop_visual-layer=2-tau=None"]
 
 
 def test_counts_are_exact(record):
@@ -49,9 +49,9 @@ def test_counts_are_exact(record):
         per_layer = {label: row["visual_tokens_per_layer"] for label, row in found.items()}
         assert per_layer["unpatched"] == [16] * 4
         assert per_layer["divprune-8"] == [8] * 4
-        assert per_layer["fastv:layer=1-0.25"] == [16, 4, 4, 4]
-        assert per_layer["drop_visual:layer=2:tau=None"] == [16, 16, 0, 0]
-        assert found["fastv:layer=1-0.25"]["equivalent_tokens"] == 7
+        assert per_layer["fastv-0.25-layer=1"] == [16, 4, 4, 4]
+        assert per_layer["drop_visual-layer=2-tau=None"] == [16, 16, 0, 0]
+        assert found["fastv-0.25-layer=1"]["equivalent_tokens"] == 7
         for row in found.values():
             assert row["kv_bytes"] == row["kv_theory_bytes"] > 0
             assert row["targets"]["kv_over_theory"] == {"value": 1.0, "wanted": "exactly 1", "met": True}
@@ -78,7 +78,7 @@ def test_times_are_medians_with_spreads_and_ratios_in_pairs(record):
 
 def test_targets_follow_where_a_method_prunes(record):
     bounds = {label: row["targets"]["prefill_over_ideal"]["wanted"] for label, row in rows(record).items()}
-    assert bounds["divprune-8"] == "at most 1.05" and bounds["fastv:layer=1-8"] == "at most 1.10"
+    assert bounds["divprune-8"] == "at most 1.05" and bounds["fastv-8-layer=1"] == "at most 1.10"
 
 
 def test_where_it_was_measured_is_recorded(record):

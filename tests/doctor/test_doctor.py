@@ -114,7 +114,7 @@ def test_honest_methods_pass(load, family):
     given = {(finding.method, finding.check): finding.status for finding in report.findings}
     assert len(given) == 6 * len(CHECKS)
     skipped = {key for key, status in given.items() if status == "n/a"}
-    late, both = "Late(keep=0.25)", "uniform(keep=0.5) + Late(keep=0.25)"
+    late, both = "Late(keep=0.25)", "uniform-0.5+Late(keep=0.25)"
     fixed = {("Fixed()", check) for check in ("budget", "cache", "keep-all")}
     pictures_only = set() if family == "onevision" else {(method, "video") for method, _ in given}
     assert skipped == {(late, "cache"), (both, "cache"), ("none", "memory")} | fixed | pictures_only
@@ -1029,7 +1029,7 @@ def test_the_command(folder, monkeypatch):
     runner = CliRunner()
     done = runner.invoke(app, ["doctor", path, "-m", "uniform:keep=4", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    for text in (*CHECKS, "uniform(keep=4)", "16.0 -> 4.0", "0 failed", "13 checks passed"):
+    for text in (*CHECKS, "uniform-4", "16.0 -> 4.0", "0 failed", "13 checks passed"):
         assert text in done.output
     compress = Uniform.compress
 
@@ -1044,7 +1044,7 @@ def test_the_command(folder, monkeypatch):
     read = json.loads(done.stdout)
     assert read["passed"] is False and read["model"]["dtype"] == "float32" and read["noise"] > 0
     (failure,) = (finding for finding in read["findings"] if finding["status"] == "fail")
-    assert failure["method"] == "uniform(keep=0.25)" and failure["check"] == "keep-all"
+    assert failure["method"] == "uniform-0.25" and failure["check"] == "keep-all"
     assert failure["measured"] > failure["tolerance"] == 0
 
 

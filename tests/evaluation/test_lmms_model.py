@@ -311,7 +311,7 @@ def test_several_rounds(make):
     [
         ({"method": "divprun", "keep": 4}, "Did you mean 'divprune'"),
         ({"method": "divprune", "kep": 4}, "Did you mean 'keep'"),
-        ({"max_frames": 4}, "the model argument 'max_frames_num'"),
+        ({"max_frames": 4}, "argument of the model. Did you mean 'max_frames_num'"),
         ({"keep": 4}, "unknown option of none 'keep'"),
         ({"method": "divprune", "keep": 0}, "at least one visual token"),
         ({"method": "divprune", "keep": 1.5}, r"\(0, 1\]"),

@@ -19,7 +19,7 @@ from vlmslim.evaluation.config import ConfigError, TaskConfig, Variant, load_con
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.evaluation.run import CellError, run  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
-from vlmslim.patching import build  # noqa: E402
+from vlmslim.registry import build  # noqa: E402
 
 UTILS = """
 def images(doc):

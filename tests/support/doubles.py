@@ -3,15 +3,14 @@
 Each one says what it would keep (`chosen`, `left`) in a way that `expect` can apply to an unpatched model by hand.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, keep_only, reference, visual
 from torch import Tensor
 
-from vlmslim import Compressed, Compressor, method
-from vlmslim.registry import method_class, method_names
+from vlmslim import Compressed, Compressor, method, registry
 
 
 def ranks(tokens, row: int) -> list[Tensor]:
@@ -207,11 +206,15 @@ def expected_lengths(ref: Reference, depth: int = DEPTH) -> list[int]:
 
 def options_of(name: str) -> set[str]:
     """The options of a registered method."""
-    return {f.name for f in fields(method_class(name))}
+    return set(registry.options_of(name))
 
 
 #: the methods that run on any tiny model at any budget: recoverable needs a CLIP beside it, which its own tests bring
-BUDGETED = [name for name in method_names() if "keep" in options_of(name) and "clip" not in options_of(name)]
+BUDGETED = [
+    method.name
+    for method in registry.listings()
+    if method.cls and "keep" in options_of(method.name) and "clip" not in options_of(method.name)
+]
 
 
 def registered(name: str, keep: int | float, **options) -> Compressor:

@@ -27,8 +27,8 @@ from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, equivalent_tokens, prefill_flops
 from vlmslim.engine.decoder import compresses
 from vlmslim.engine.families import family_of
-from vlmslim.patching import build, patch
-from vlmslim.registry import method_class
+from vlmslim.patching import patch
+from vlmslim.registry import build, method_class, options_of
 
 CURRENCIES = ("equivalent_tokens", "flops_ratio")
 TOLERANCE = 0.02
@@ -213,9 +213,8 @@ def free_option(parts: Sequence[str | Part]) -> tuple[int, str]:
     for i, part in enumerate(parts):
         given = part if isinstance(part, dict) else {}
         cls = type(part) if isinstance(part, Compressor) else method_class(_name(part))
-        options = {f.name for f in fields(cls) if f.init}
         for option in cls.budget_options:
-            if option in options and option not in given:
+            if option in options_of(cls) and option not in given:
                 return i, option
     names = "+".join(map(_name, parts))
     raise ValueError(f"{names}: nothing is left to solve; leave out the option that the budget shall decide, as 'keep'")

@@ -18,7 +18,7 @@ What each check is for, and how its tolerance is reasoned: docs/trust.md.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmslim.compressor import Keep, check_keep, resolve_keep
-from vlmslim.cost.bench import parse_method
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.pristine_copy import twin_of
 from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
@@ -37,7 +36,7 @@ from vlmslim.doctor.snapshots import Snapshot
 from vlmslim.engine.families import family_of
 from vlmslim.evaluation.preflight import check_device
 from vlmslim.patching import Method, Slim, patch
-from vlmslim.registry import method_class, method_names
+from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
 from vlmslim.saving.folder import located
 
 __all__ = ["Finding", "Report", "examine", "load", "parse"]
@@ -84,11 +83,15 @@ def examine(
         resolve_keep(keep, _smallest(standards[False]))
     report = Report.about(model, standards[videos].baseline.noise, FACTOR)
     for given in method_names() if methods is None else methods:
-        bare = isinstance(given, str) and given in method_names()
-        name, options = label(given), {"keep": keep} if bare and takes_budget(given) else {}
-        before = look(model)
+        name, before = label(given), look(model)
         try:
-            slim = patch(model, given, **options)
+            bare = isinstance(given, str) and given in method_names()
+            slim = patch(model, given, **({"keep": keep} if bare and "keep" in options_of(given) else {}))
+        except BrokenMethod as error:
+            if methods is not None:
+                raise
+            report.add(Finding(name, "patch", "fail", note=str(error)), on_finding)
+            continue
         except (ValueError, ImportError) as error:
             if methods is not None:
                 raise
@@ -131,15 +134,11 @@ def parse(text: str, keep: Keep) -> str | list[dict]:
     Raises:
         ValueError: unknown method, or an option without a value.
     """
-    if "/" in text.split(":")[0] or Path(text).is_dir():  # a folder, bundled/NAME, or a repository on the hub
+    name = text.partition(":")[0]
+    if Path(text).is_dir() or ("/" in name and not is_method_name(name)):  # bundled/NAME, or a repository on the hub
         return text
     stages = [parse_method(part) for part in text.split("+")]
-    return [({"keep": keep} if takes_budget(stage["method"]) else {}) | stage for stage in stages]
-
-
-def takes_budget(name: str) -> bool:
-    """Whether a method has the option `keep`."""
-    return "keep" in {f.name for f in fields(method_class(name)) if f.init}
+    return [({"keep": keep} if "keep" in options_of(stage["method"]) else {}) | stage for stage in stages]
 
 
 def load(
@@ -225,13 +224,3 @@ def _check_counts(slim: Slim, standard: _Standard) -> None:
         for stage in stages:
             asked = stage.requested(left)
             left = left if asked is None else asked
-
-
-def label(method: Method) -> str:
-    """A short name of what was given for a method."""
-    if isinstance(method, dict):
-        options = ", ".join(f"{key}={value!r}" for key, value in method.items() if key != "method")
-        return f"{method.get('method')}({options})"
-    if isinstance(method, Sequence) and not isinstance(method, str):
-        return " + ".join(map(label, method))
-    return str(method)

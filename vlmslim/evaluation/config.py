@@ -14,8 +14,7 @@ first; the baselines follow.
 """
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import MISSING, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,17 +33,13 @@ from pydantic import (
     model_validator,
 )
 
+from vlmslim.io.messages import did_you_mean
+
 Keep = StrictInt | StrictFloat
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key and what to write instead."""
-
-
-def did_you_mean(name: str, known) -> str:
-    """A hint with the nearest known name, or nothing."""
-    near = get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class _Strict(BaseModel):
@@ -241,7 +236,7 @@ class RunConfig(_Strict):
             else:
                 stage |= {} if budget is None else {"keep": budget}
                 seeded, classes = self._seeded(stage)
-            label = entry.label or _label(**stage, budget=budget)
+            label = entry.label or _label(stage, budget)
             if entry.label and len(budgets) > 1:
                 label = f"{entry.label}-{_text(budget)}"
             rows.append(Variant(label, (seeded,), budget, classes=classes))
@@ -253,7 +248,7 @@ class RunConfig(_Strict):
         seeded = [self._seeded(s, option if i == place else None) for i, s in enumerate(entry.stages)]
         stages = tuple(stage for stage, _ in seeded)
         classes = frozenset().union(*(own for _, own in seeded))
-        label = entry.label or "+".join(_label(**stage) for stage in entry.stages)
+        label = entry.label or "+".join(map(_label, entry.stages))
         if cost is None:
             return Variant(label, stages, _budget(entry.stages), classes=classes)
         target = cost.target()
@@ -350,18 +345,18 @@ class Variant:
 
 def _options(name: str) -> dict:
     """Options of a method, with their defaults."""
-    from vlmslim.registry import method_class
+    from vlmslim.registry import options_of
 
     try:
-        return {f.name: f.default for f in fields(method_class(name)) if f.init}
+        return options_of(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _label(method: str, keep=None, budget=None, **options) -> str:
-    cost = [_text(budget)] if isinstance(budget, dict) else []
-    parts = [method, *([str(keep)] if keep is not None else []), *(f"{k}={v}" for k, v in sorted(options.items()))]
-    return re.sub(r"[^\w.+=,-]+", "_", "-".join(parts + cost))
+def _label(stage: dict, budget=None) -> str:
+    from vlmslim.registry import label
+
+    return label(stage) + (f"-{_text(budget)}" if isinstance(budget, dict) else "")
 
 
 def _text(budget: int | float | dict) -> str:

@@ -20,11 +20,12 @@ import vlmslim.tasks
 from vlmslim.cost.budget import Solution, Solver
 from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.cost.timing import measure_together, summarise
-from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant, did_you_mean
-from vlmslim.evaluation.preflight import check_checkpoint, one_line, visual_tokens
+from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Variant
+from vlmslim.evaluation.preflight import check_checkpoint, visual_tokens
 from vlmslim.evaluation.store import digest
 from vlmslim.io import provenance
 from vlmslim.io.files import check_writable, write_atomically
+from vlmslim.io.messages import did_you_mean, one_line
 from vlmslim.saving.folder import located
 
 BUNDLED_TASKS = Path(vlmslim.tasks.__file__).parent

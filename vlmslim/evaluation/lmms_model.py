@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache, partial
 
 import torch
@@ -30,7 +29,8 @@ import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache
 from vlmslim.evaluation.conversation import Prompt, Prompter, user_message
 from vlmslim.evaluation.preflight import check_effect
-from vlmslim.patching import build
+from vlmslim.io.messages import did_you_mean
+from vlmslim.registry import build
 from vlmslim.saving.folder import located
 
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -346,9 +346,9 @@ def _compressor(stage: str | dict | vlmslim.Compressor) -> vlmslim.Compressor:
     except ValueError as error:
         options = [option for option in stage if option != "method"] if isinstance(stage, dict) else []
         own = inspect.signature(VlmSlim).parameters
-        near = {option: get_close_matches(option, own, n=1) for option in options}
-        hints = (f" Or is {option!r} the model argument {match[0]!r}?" for option, match in near.items() if match)
-        raise ValueError(f"{error}.{''.join(hints)}") from error
+        hints = {option: did_you_mean(option, own) for option in options}
+        said = (f" Or is {option!r} an argument of the model?{hint}" for option, hint in hints.items() if hint)
+        raise ValueError(f"{error}.{''.join(said)}") from error
 
 
 def _count(name: str, value: int | str) -> int:

@@ -8,8 +8,8 @@ import torch
 
 from vlmslim import bundled
 from vlmslim.compressor import Compressor
-from vlmslim.patching import build
-from vlmslim.registry import name_of
+from vlmslim.io.messages import one_line
+from vlmslim.registry import build, name_of
 
 
 def check_checkpoint(name: str) -> str:
@@ -49,11 +49,6 @@ def check_device(device: str | None) -> None:
         torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"device {device!r} cannot be used: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def visual_tokens(config) -> int | None:

@@ -17,6 +17,7 @@ from vlmslim.evaluation.config import ConfigError, RunConfig, TaskConfig, Varian
 from vlmslim.evaluation.store import Store, digest, timing_key
 from vlmslim.io import provenance
 from vlmslim.io.code import SourceError, code_hash, outside_files
+from vlmslim.io.messages import one_line
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.render import write_all
 from vlmslim.receipt import headline
@@ -338,7 +339,7 @@ def _refuse(check, *arguments, where: str):
     except (OSError, TypeError, ValueError) as error:  # TypeError: a class of model that cannot be patched
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where}: {checks.one_line(error)}") from error
+        raise ConfigError(f"{where}: {one_line(error)}") from error
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ cell is compared with one of ours only if checkpoint, task, metric, method with 
 and if the whole task was run.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -306,9 +306,9 @@ def _differ_by_defaults(method: str, ours: dict, theirs: dict) -> bool:
 
     The registry loads torch, so it is imported only for a row whose options are not written as in the table.
     """
-    from vlmslim.registry import method_class
+    from vlmslim.registry import options_of
 
-    defaults = {f.name: f.default for f in fields(method_class(method)) if f.init}
+    defaults = options_of(method)
     return defaults | ours == defaults | theirs
 
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from vlmslim.compressor import Compressor
+from vlmslim.registry import the_method
 
 
+@the_method
 @dataclass
 class NoCompression(Compressor):
     """Attach only the recorder: outputs are bit-identical to those of the unpatched model, and there is a receipt."""

@@ -1,11 +1,10 @@
 """`vlmslim bench`: what methods cost and save, against the unpatched model and against the ideal, in one run."""
 
-import ast
 import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import vlmslim
+from vlmslim import registry
 from vlmslim.compressor import Keep
 from vlmslim.cost.bench.ideal import ideal
 from vlmslim.cost.bench.prompt import Prompt
@@ -23,9 +23,9 @@ from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.cost.parts import count_flops
 from vlmslim.cost.timing import Clock, Spread, Timing, interleave, time_steady
 from vlmslim.engine.families import kv_cache
-from vlmslim.evaluation.preflight import check_checkpoint, check_device, one_line
+from vlmslim.evaluation.preflight import check_checkpoint, check_device
 from vlmslim.io import provenance
-from vlmslim.registry import method, method_class
+from vlmslim.io.messages import one_line
 
 UNPATCHED = "unpatched"
 #: What a prefill may cost, over the ideal's: (device, prunes inside the decoder) -> bound.
@@ -63,45 +63,22 @@ class Workload:
         return time.process_time if self.cpu_time else time.perf_counter
 
 
-def parse_method(text: str) -> dict:
-    """Read `fastv` or `fastv:layer=3:keep=64` into a stage for `vlmslim.patch`.
-
-    Raises:
-        ValueError: unknown method, or an option without a value.
-    """
-    name, *options = text.strip().split(":")
-    stage = {"method": name}
-    method_class(name)  # unknown names are refused here
-    for option in options:
-        key, found, value = option.partition("=")
-        if not found:
-            raise ValueError(f"{text!r}: write options as name:option=value, such as fastv:layer=3")
-        try:
-            stage[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            stage[key] = value  # a word
-    return stage
-
-
 def with_budgets(stages: Sequence[dict], budgets: Sequence[Keep]) -> dict[str, dict]:
     """Every method at every budget, by label; one that has no `keep`, or was given one, stands once.
 
     Raises:
         ValueError: a method twice, or an option that a method does not have.
     """
-    treatments = {}
+    treatments: dict[str, dict] = {}
     for stage in stages:
-        name = stage["method"]
-        options = {key: value for key, value in stage.items() if key not in ("method", "keep")}
-        suffix = "".join(f":{key}={value}" for key, value in options.items())
-        takes_budget = "keep" not in stage and any(f.name == "keep" for f in fields(method_class(name)))
+        takes_budget = "keep" not in stage and "keep" in registry.options_of(stage["method"])
         for keep in budgets if takes_budget else [stage.get("keep")]:
             whole = stage if keep is None else stage | {"keep": keep}
-            label = name + suffix if keep is None else f"{name}{suffix}-{keep}"
-            if label in treatments:
-                raise ValueError(f"{label} is asked for twice")
-            method(name, **{key: value for key, value in whole.items() if key != "method"})  # refuses bad options
-            treatments[label] = whole
+            name = registry.label(whole)
+            if name in treatments:
+                raise ValueError(f"{name} is asked for twice")
+            registry.build(whole)  # refuses wrong options
+            treatments[name] = whole
     return treatments
 
 
@@ -202,7 +179,7 @@ def bench(
 
     Args:
         model: an unpatched LLaVA on one device.
-        stages: methods with their options, as `parse_method` gives them.
+        stages: methods with their options, as `registry.parse_method` gives them.
         budgets: visual tokens to keep per image, counts or shares; by default `default_budgets`.
         workload: prompts, generation length and rounds.
         name: what to call the model in the record.
