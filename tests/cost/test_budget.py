@@ -323,7 +323,7 @@ def test_a_run_at_equal_cost(tmp_path):
     board = run(load_config(path))
     rows = {row.label: row for row in board.rows}
     for method in ("random", "divprune", "fastv", "aim", "todre"):
-        assert rows[f"{method}-equivalent_tokens=48"].equivalent == pytest.approx(48, rel=0.02)
+        assert rows[f"{method}-equivalent_tokens=48"].cost.equivalent == pytest.approx(48, rel=0.02)
         assert rows[f"{method}-flops_ratio=0.5"].flops_ratio == pytest.approx(0.5, rel=0.02)
     cell = Store(tmp_path / "out").cell("fastv-equivalent_tokens=48", "scenes_count")
     assert cell["stages"][0]["keep"] == cell["budget"]["value"] == 16

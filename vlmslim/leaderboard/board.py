@@ -1,28 +1,33 @@
-"""The leaderboard: read from an output directory at any time; the same data gives the same bytes."""
+"""The leaderboard, read from an output directory at any time; the same data gives the same bytes."""
 
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.config import ConfigError
 from vlmslim.evaluation.store import Store, digest
-from vlmslim.leaderboard.comparison import Comparison, TaskAnswers, compare
+from vlmslim.leaderboard.comparison import Comparison, Stability, compare
 from vlmslim.leaderboard.rows import Row
-from vlmslim.leaderboard.scores import metric_of, score_of, source_of
+from vlmslim.leaderboard.samples import read_task, source_of
+from vlmslim.leaderboard.scores import Estimate, metric_of, score_of
 from vlmslim.leaderboard.significance import pareto_front
 from vlmslim.leaderboard.task_groups import GROUPS, group_of
 
-UNPATCHED = "none"
+UNPATCHED = "none"  # label of the row without a method
+
+Cells = dict[tuple[str, str], dict]  # (label, task) -> the record of a finished cell
 
 
 @dataclass
 class Leaderboard:
-    """Rows, grouped by budget, the unpatched model first; largest budget next.
+    """Rows grouped by budget: the unpatched model first, then the budgets from the largest to the smallest.
 
     metrics    : task -> (metric, whether higher is better)
     facts      : what the numbers depend on: model, seed, limit, versions, hardware, ...
-    comparison : intervals, paired tests and answer flips, question by question
+    comparison : intervals, paired tests and flips, question by question
     groups     : task -> its group
     tokens     : task -> visual tokens of an image before compression
     """
@@ -37,101 +42,90 @@ class Leaderboard:
 
     @classmethod
     def read(cls, directory: Path | str) -> "Leaderboard":
-        """Build it from what `vlmslim run` wrote so far.
+        """Read what `vlmslim run` has written so far.
 
         Raises:
-            ConfigError: there is no run in the directory, or its cells answered different questions.
+            ConfigError: the directory holds no run, or cells that cannot be compared with each other.
         """
-        if not Path(directory).is_dir():
-            what = "is a file" if Path(directory).exists() else "does not exist"
-            raise ConfigError(f"{directory} {what}; give the output directory of a vlmslim run")
-        store = Store(directory)
-        run = store.run
-        if run is None:
-            raise ConfigError(f"{directory} holds no readable run.json: is it the output directory of a vlmslim run?")
+        store, run = _open(directory)
         config = run["config"]
-        cells = {
-            (row["label"], task["task"]): cell
-            for row in config["rows"]
-            for task in config["tasks"]
-            if (cell := store.cell(row["label"], task["task"])) is not None
-        }
+        grid = [(row["label"], task["task"]) for row in config["rows"] for task in config["tasks"]]
+        cells = {place: cell for place in grid if (cell := store.cell(*place)) is not None}
         if not cells:
             raise ConfigError(f"{directory} has no finished cell yet")
-        damaged = [
-            f"{row['label']} / {task['task']}"
-            for row in config["rows"]
-            for task in config["tasks"]
-            if store.is_damaged(row["label"], task["task"])
-        ]
-        tasks = [task["task"] for task in config["tasks"] if any(key[1] == task["task"] for key in cells)]
-        _check_cells(run, cells, tasks)
-        wanted = {task["task"]: task["metric"] for task in config["tasks"]}
-        first = {task: next(cell for (_, t), cell in cells.items() if t == task) for task in tasks}
-        metrics = {task: metric_of(first[task], task, wanted[task]) for task in tasks}
-        given = {task["task"]: task.get("group") for task in config["tasks"]}
-        groups = {task: given[task] or group_of(task) for task in tasks}
-        shape = DecoderShape(**config["checkpoint"]["shape"])
-        timing = store.timing
-        timing = timing if timing and timing["settings"]["config_hash"] == digest(run["shared"]) else {}
-        own = {label: [cell for (owner, _), cell in cells.items() if owner == label] for label, _ in cells}
-        rows = [Row.read(entry, own.get(entry["label"], []), shape, timing) for entry in config["rows"]]
-        rows.sort(key=_group_order)
+        _check_cells(run, cells)
+
+        settings = {task["task"]: task for task in config["tasks"] if any(name == task["task"] for _, name in cells)}
+        tasks = list(settings)
+        first = {task: next(cell for (_, name), cell in cells.items() if name == task) for task in tasks}
+        metrics = {task: metric_of(first[task], task, settings[task]["metric"]) for task in tasks}
+        groups = {task: settings[task].get("group") or group_of(task) for task in tasks}
+
+        timing = store.timing or {}
+        if timing and timing["settings"]["config_hash"] != digest(run["shared"]):
+            timing = {}
+        rows = _rows(config, cells, timing)
         answers = []
         for task in tasks:
             samples = {row.label: store.samples(row.label, task) for row in rows if (row.label, task) in cells}
             for row in rows:
                 if row.label in samples:
                     row.scores[task] = score_of(cells[row.label, task], task, metrics[task][0], samples[row.label])
-            answers.append(TaskAnswers.collect(task, samples, *metrics[task], source_of(first[task], task)))
-        _add_ratios(rows, tasks, metrics, groups)
-        tokens = {task: _visual_tokens([cell for (_, t), cell in cells.items() if t == task]) for task in tasks}
+            answers.append(read_task(task, samples, *metrics[task], source_of(first[task], task)))
+        add_ratios(rows, tasks, metrics, groups)
+
+        damaged = [f"{label} / {task}" for label, task in grid if store.is_damaged(label, task)]
+        tokens = {task: _visual_tokens([cell for (_, name), cell in cells.items() if name == task]) for task in tasks}
         board = cls(rows, tasks, metrics, _facts(run, cells, timing, damaged), groups=groups, tokens=tokens)
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
         board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
-        _add_comparison(rows, tasks, board.comparison)
-        _add_fronts(rows)
+        board._add_comparison()
+        add_fronts(rows)
         return board
 
     def budgets(self) -> list[list[Row]]:
-        """Rows of one budget each, in order; the unpatched model comes first, by itself."""
-        groups: dict = {}
+        """Return the rows of each budget, in order; the unpatched model comes first, by itself."""
+        groups: dict[tuple[bool, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.label == UNPATCHED, row.budget_name), []).append(row)
         return list(groups.values())
 
-    def places(self, task: str | None) -> dict[str, int]:
-        """Label -> 1 (best of its budget) or 2 (not significantly worse), by a task's score or (None) the average.
+    def medals(self, task: str | None) -> dict[str, int]:
+        """Mark the best rows of each budget by the score of a task, or by the average (None).
 
-        Equal values share the first place. Where all are alike nobody is marked, and the unpatched model is out of the
-        race.
+        Equal values share a mark. Where all values are equal, no row is marked. The unpatched model does not compete.
+
+        Returns:
+            label -> 1 for the best row, or 2 for a row that is not significantly worse.
         """
         sign = 1 if task is None or self.metrics[task][1] else -1
-        places = {}
+        medals = {}
         for group in self.budgets():
-            values = {r.label: self._value(r, task) for r in group if r.label != UNPATCHED}
-            values = {label: value for label, value in values.items() if value is not None}
-            if len(set(values.values())) < 2:  # nothing tells them apart
+            values = {row.label: self._value(row, task) for row in group if row.label != UNPATCHED}
+            known = {label: value for label, value in values.items() if value is not None}
+            if len(set(known.values())) < 2:
                 continue
-            best = max(values, key=lambda label: sign * values[label])
-            for label, value in values.items():
+            best = max(known, key=lambda label: sign * known[label])
+            for label, value in known.items():
                 pair = self.comparison.pair(best, label, task)
-                if value == values[best]:
-                    places[label] = 1
+                if value == known[best]:
+                    medals[label] = 1
                 elif pair is not None and not pair.significant:
-                    places[label] = 2
-        return places
+                    medals[label] = 2
+        return medals
 
     def _value(self, row: Row, task: str | None) -> float | None:
-        """What places go by; for the average what is tested, if that is not what is shown."""
+        """Return the number that decides the medals: for the average, the tested one if it is not the shown one."""
         if task is not None:
             return row.scores[task].value if task in row.scores else None
         pair = self.comparison.pair(row.label, UNPATCHED, None)
-        return row.relative if pair is None or row.relative is None or not self.apart else pair.difference
+        if row.relative is None:
+            return None
+        return row.relative.value if pair is None or not self.not_question_means else pair.difference
 
     @property
-    def apart(self) -> list[str]:
-        """Tasks by which the average that is shown differs from the one that is tested and ranked."""
+    def not_question_means(self) -> list[str]:
+        """Tasks whose score is not the mean of its questions' scores: the tested average leaves such a score out."""
         means = self.comparison.means
         return [
             task
@@ -142,120 +136,164 @@ class Leaderboard:
         ]
 
     def scale(self, task: str) -> int:
-        """100 for a score that is a share, shown in per cent; 1 for points such as MME's or CIDEr's above one."""
+        """Return 100 for a score that is shown in per cent, or 1 for points, for example of MME or CIDEr."""
         return 100 if all(row.scores[task].value <= 1 for row in self.rows if task in row.scores) else 1
 
     def question_scale(self, task: str) -> int:
-        """The same for the scores of a task's questions, which may be shares where the task's score is in points."""
+        """Return the scale of the questions' own scores, which may be fractions where the task's score is in points."""
         means = [self.comparison.means.get((row.label, task)) for row in self.rows]
         return 100 if all(mean is None or mean <= 1 for mean in means) else 1
 
+    def _add_comparison(self) -> None:
+        """Complete the rows with what the single questions say: intervals, ranks, loyalty and flips."""
+        comparison, means = self.comparison, set(self.tasks) - set(self.not_question_means)
+        for row in self.rows:
+            own_means = [
+                t for t, score in row.scores.items() if score.is_close_to(comparison.means.get((row.label, t)))
+            ]
+            for task in own_means:
+                low, high = comparison.intervals[row.label, task]
+                row.scores[task] = replace(row.scores[task], low=low, high=high)
+            row.rank = comparison.ranks.get(row.label)
+            if row.relative is not None and row.label in comparison.relative and own_means == self.tasks:
+                row.relative = Estimate(row.relative.value, *comparison.relative[row.label])
+            for group, mean in row.groups.items():
+                members = {task for task in self.tasks if self.groups[task] == group}
+                if (row.label, group) in comparison.groups and members <= means:
+                    row.groups[group] = Estimate(mean.value, *comparison.groups[row.label, group])
+            row.stability = _mean_stability([comparison.stability.get((row.label, task)) for task in self.tasks])
 
-def _check_cells(run: dict, cells: dict, tasks: list[str]) -> None:
-    """Refuse cells of another configuration or of two trainings, and cells that answered different questions."""
+
+def _open(directory: Path | str) -> tuple[Store, dict]:
+    """Find the run in a directory, or say what is there instead."""
+    if not Path(directory).is_dir():
+        what = "is a file" if Path(directory).exists() else "does not exist"
+        raise ConfigError(f"{directory} {what}; give the output directory of a vlmslim run")
+    store = Store(directory)
+    run = store.run
+    if run is None:
+        raise ConfigError(f"{directory} holds no readable run.json; give the output directory of a vlmslim run")
+    return store, run
+
+
+def _check_cells(run: dict, cells: Cells) -> None:
+    """Refuse cells of another configuration, of two trainings, or that answered different questions."""
     shared = digest(run["shared"])
-    stages = {  # a cost is solved later, on the model
-        row["label"]: None if isinstance(row["budget"], dict) else row["stages"] for row in run["config"]["rows"]
-    }
+    stages = {row["label"]: row["stages"] for row in run["config"]["rows"]}
+    costs = {row["label"] for row in run["config"]["rows"] if isinstance(row["budget"], dict)}  # stages not solved yet
     for (label, task), cell in cells.items():
-        if cell["config_hash"] != shared or stages[label] not in (None, cell["stages"]):
+        if cell["config_hash"] != shared or (label not in costs and cell["stages"] != stages[label]):
             raise ConfigError(f"{label} on {task} was made under another configuration; start over with --fresh")
+
     weights: dict[str, dict | None] = {}
-    for (label, _), cell in cells.items():
-        if weights.setdefault(label, cell.get("weights")) != cell.get("weights"):
-            raise ConfigError(f"the cells of {label} were made with different weights; call vlmslim run again")
-    for task in tasks:
-        seen = {cell["questions"]: label for (label, t), cell in cells.items() if t == task}
-        if len(seen) > 1:
-            labels = " and ".join(seen.values())
+    code: dict[str, dict] = {}
+    first_of_task: dict[str, dict] = {}
+    for (label, task), cell in cells.items():
+        if cell.get("weights") != weights.setdefault(label, cell.get("weights")):
+            raise ConfigError(f"the cells of {label} were made with different weights; start over with --fresh")
+        if "code" in cell and cell["code"] != code.setdefault(label, cell["code"]):  # old cells do not record it
+            raise ConfigError(f"the cells of {label} were made with different code; start over with --fresh")
+        first = first_of_task.setdefault(task, cell)
+        if cell["questions"] != first["questions"]:
             raise ConfigError(
-                f"{labels} answered different questions of {task}, or under other settings; start over with --fresh"
+                f"{first['label']} and {label} answered different questions of {task}, or under different settings; "
+                "start over with --fresh"
             )
-        ways = {digest(cell.get("definition")): label for (label, t), cell in cells.items() if t == task}
-        if len(ways) > 1:
-            labels = " and ".join(ways.values())
+        if cell.get("definition") != first.get("definition"):
             raise ConfigError(
-                f"{task} was changed between {labels}: its settings, its functions or its data; call vlmslim run again "
-                "with the task as it was, or with --fresh"
+                f"the settings, functions or data of {task} changed between {first['label']} and {label}; undo the "
+                "change and call vlmslim run again, or start over with --fresh"
             )
 
 
-def _add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
-    base = next((row for row in rows if row.label == UNPATCHED), None)
-    if base is None:
-        return
-    for row in rows:
-        if row.flops and base.flops and row.scores.keys() == base.scores.keys():  # else of other prompts
-            row.flops_ratio = row.flops / base.flops
-        if all(task in row.scores and task in base.scores for task in tasks):
-            ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
-            known = {task: ratio for task, ratio in ratios.items() if ratio is not None}
-            row.relative = statistics.fmean(known.values()) if known else None
-            for group in sorted(dict.fromkeys(groups[task] for task in known), key=_known_first):
-                row.groups[group] = statistics.fmean(r for task, r in known.items() if groups[task] == group)
-
-
-def _known_first(group: str) -> tuple[int, str]:
-    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
-
-
-def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
-    if not theirs:
-        return None  # a task on which the unpatched model gets nothing tells nothing
-    return ours / theirs if higher_is_better else 2 - ours / theirs
-
-
-def _add_comparison(rows: list[Row], tasks: list[str], comparison: Comparison) -> None:
-    """Replace the intervals of scores that are a mean of questions, and add what the questions tell about each row."""
-    for row in rows:
-        means = [t for t, score in row.scores.items() if score.is_close_to(comparison.means.get((row.label, t)))]
-        for task in means:
-            low, high = comparison.intervals[row.label, task]
-            row.scores[task] = replace(row.scores[task], low=low, high=high)
-        row.rank = comparison.ranks.get(row.label)
-        if row.relative is not None and means == tasks:
-            row.relative_low, row.relative_high = comparison.relative.get(row.label, (None, None))
-        known = [comparison.stability[row.label, task] for task in tasks if (row.label, task) in comparison.stability]
-        if len(known) == len(tasks):
-            row.loyalty = statistics.fmean(one.loyalty for one in known)
-            if all(one.lost is not None for one in known):
-                row.lost, row.won = (statistics.fmean(getattr(one, name) for one in known) for name in ("lost", "won"))
-
-
-def _add_fronts(rows: list[Row]) -> None:
-    """Mark the rows that no other row beats, at any budget."""
-    for name, attribute in (("FLOPs", "flops_ratio"), ("equivalent tokens", "equivalent")):
-        placed = [row for row in rows if row.relative is not None and getattr(row, attribute) is not None]
-        if not placed:
-            continue
-        front = pareto_front([getattr(row, attribute) for row in placed], [row.relative for row in placed])
-        for row, on_it in zip(placed, front, strict=True):
-            if on_it:
-                row.pareto.append(name)
+def _rows(config: dict, cells: Cells, timing: dict) -> list[Row]:
+    """Read the rows without their scores, in the order of the leaderboard."""
+    shape = DecoderShape(**config["checkpoint"]["shape"])
+    rows = []
+    for entry in config["rows"]:
+        own = [cell for (label, _), cell in cells.items() if label == entry["label"]]
+        rows.append(Row.read(entry, own, shape, timing))
+    return sorted(rows, key=_group_order)
 
 
 def _group_order(row: Row) -> tuple:
-    """The unpatched model, then rows without a budget, then counts from the largest, shares, and costs."""
+    """Sort the unpatched model first, then rows without a budget, counts from the largest, fractions, and costs."""
     if isinstance(row.budget, dict):
         return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
     return (0 if row.label == UNPATCHED else kind, -(row.budget or 0))
 
 
+def add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[str, str]) -> None:
+    """Add each row's FLOPs and average score relative to the unpatched model's."""
+    base = next((row for row in rows if row.label == UNPATCHED), None)
+    if base is None:
+        return
+    for row in rows:
+        if row.cost and base.cost and row.scores.keys() == base.scores.keys():  # else the prompts differ
+            row.flops_ratio = row.cost.flops / base.cost.flops
+        if all(task in row.scores and task in base.scores for task in tasks):
+            ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
+            known = {task: ratio for task, ratio in ratios.items() if ratio is not None}
+            row.relative = Estimate(statistics.fmean(known.values())) if known else None
+            for group in sorted(dict.fromkeys(groups[task] for task in known), key=_known_first):
+                row.groups[group] = Estimate(statistics.fmean(r for task, r in known.items() if groups[task] == group))
+
+
+def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
+    """Divide a score by the unpatched model's; None if that is 0, because then every method's ratio is meaningless."""
+    if not theirs:
+        return None
+    return ours / theirs if higher_is_better else 2 - ours / theirs
+
+
+def _known_first(group: str) -> tuple[int, str]:
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
+
+
+def _mean_stability(tasks: list[Stability | None]) -> Stability | None:
+    """Average over the tasks; None if a task is missing."""
+    known = [one for one in tasks if one is not None]
+    if not known or len(known) < len(tasks):
+        return None
+    lost = [one.lost for one in known if one.lost is not None]
+    won = [one.won for one in known if one.won is not None]
+    flips_known = len(lost) == len(known)
+    return Stability(
+        statistics.fmean(one.loyalty for one in known),
+        statistics.fmean(lost) if flips_known else None,
+        statistics.fmean(won) if flips_known else None,
+    )
+
+
+def add_fronts(rows: list[Row]) -> None:
+    """Mark the rows that no other row beats, at any budget."""
+    flops = [(row, row.flops_ratio) for row in rows]
+    equivalent = [(row, row.cost and row.cost.equivalent) for row in rows]
+    for name, costs in (("FLOPs", flops), ("equivalent tokens", equivalent)):
+        placed = [(row, cost, row.relative.value) for row, cost in costs if cost is not None and row.relative]
+        if placed:
+            cost, value = np.array([(cost, value) for _, cost, value in placed]).T
+            for (row, *_), on_front in zip(placed, pareto_front(cost, value), strict=True):
+                if on_front:
+                    row.pareto.append(name)
+
+
 def _visual_tokens(cells: list[dict]) -> float:
-    """Of an image, before compression."""
+    """Average the visual tokens of an image before compression."""
     receipts = [cell["receipt"] for cell in cells]
     return sum(r["visual_tokens"] * r["images"] for r in receipts) / max(sum(r["images"] for r in receipts), 1)
 
 
-def _facts(run: dict, cells: dict, timing: dict, damaged: list[str]) -> dict:
+def _facts(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
+    """Collect what the numbers depend on, as the last note and the JSON show it."""
     config = run["config"]
 
-    def distinct(name: str) -> list:
+    def distinct(name: str) -> list[str]:
         return sorted({str(cell[name]) for cell in cells.values()})
 
     receipts = [cell["receipt"] for cell in cells.values()]
-    redone = f" (damaged, will be redone: {', '.join(damaged)})" if damaged else ""
+    redone = f" (damaged, will be evaluated again: {', '.join(damaged)})" if damaged else ""
     return {
         "model": config["model"],
         "checkpoint": config["checkpoint"]["identity"],

@@ -3,31 +3,34 @@
 import csv
 import io
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from vlmslim.io.files import markdown_table, write_atomically
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
+from vlmslim.leaderboard.comparison import Stability
+from vlmslim.leaderboard.notes import notes
 from vlmslim.leaderboard.published import Line, Published
-from vlmslim.leaderboard.rows import PROVENANCE, Row
-from vlmslim.leaderboard.tables import Table, notes, tables
+from vlmslim.leaderboard.rows import PROVENANCE, Cost, Row, Times
+from vlmslim.leaderboard.tables import Table, tables
 
 FORMATS = ("md", "csv", "json", "html")
 
 
 def render(board: Leaderboard, format: str, published: Published | None = None) -> str:
-    """The leaderboard as text.
+    """Write the leaderboard as text.
 
     Args:
         board: the leaderboard.
         format: one of `FORMATS`.
-        published: published numbers to show with it; CSV then holds them alone.
+        published: published numbers to show with the leaderboard; CSV then holds these alone.
 
     Raises:
         ValueError: `format` is not one of `FORMATS`.
     """
     if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
     return {"md": _markdown, "csv": _csv, "json": _json, "html": _html}[format](board, published)
 
 
@@ -37,18 +40,8 @@ def write_all(board: Leaderboard, directory: Path) -> None:
         write_atomically(Path(directory) / f"leaderboard.{format}", render(board, format))
 
 
-def _titled(table: Table) -> str:
-    """A table with its title; best values are bold, those that tie with them slanted."""
-    marks = {1: "**{}**", 2: "*{}*"}
-    cells = [
-        [marks.get(c.places.get(r.label), "{}").format(text) for r, text in zip(table.rows, c.texts, strict=True)]
-        for c in table.columns
-    ]
-    return f"## {table.title}\n\n" + markdown_table([c.name for c in table.columns], zip(*cells, strict=True))
-
-
 def _with_published(board: Leaderboard, published: Published | None) -> tuple[list[Table], list[str]]:
-    """All tables and notes."""
+    """Collect all tables and notes."""
     built, remarks = tables(board), notes(board)
     if published is not None:
         table = published.table(board)
@@ -56,39 +49,72 @@ def _with_published(board: Leaderboard, published: Published | None) -> tuple[li
     return built, remarks
 
 
+# ---------------------------------------------------------------------- Markdown
+
+
 def _markdown(board: Leaderboard, published: Published | None) -> str:
     built, remarks = _with_published(board, published)
-    return "\n\n".join([f"# {board.facts['model']}", *map(_titled, built), *remarks]) + "\n"
+    parts = [f"# {_escaped(board.facts['model'])}", *map(_titled, built), *map(_escaped, remarks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _titled(table: Table) -> str:
+    """Write a table with its title; the best values are bold, values that are not significantly worse are italic."""
+    marks = {1: "**{}**", 2: "*{}*"}
+    cells = []
+    for column in table.columns:
+        medals = [column.medals.get(row.label, 0) for row in table.rows]
+        texts = zip(medals, map(_escaped, column.texts), strict=True)
+        cells.append([marks.get(medal, "{}").format(text) for medal, text in texts])
+    names = [_escaped(column.name) for column in table.columns]
+    return f"## {_escaped(table.title)}\n\n" + markdown_table(names, zip(*cells, strict=True))
+
+
+def _escaped(text: str) -> str:
+    """Escape what Markdown would read as a mark: names of labels, tasks and models may hold anything."""
+    return re.sub(r"[\\|*`]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+
+
+# ---------------------------------------------------------------------- CSV and JSON
 
 
 def _csv(board: Leaderboard, published: Published | None) -> str:
-    """One line per row of the leaderboard, in full precision; or per published number."""
+    """Write one line per row of the leaderboard, in full precision; or one line per published number."""
     if published is not None:
-        return _lines_of([asdict(line) for line in published.lines], list(Line.__dataclass_fields__))
-    nested = ("scores", "groups", "stages", "provenance", "budget", "pareto", "solved")
-    plain = [name for name in Row.__dataclass_fields__ if name not in nested]
-    parts = ("value", "stderr", "questions", "low", "high")
+        return _lines([asdict(line) for line in published.lines], [f.name for f in fields(Line)])
     lines = []
     for row in board.rows:
-        line = {"label": row.label, "budget": row.budget_name, "stages": json.dumps(row.stages)}
+        line: dict[str, object] = {"label": row.label, "budget": row.budget_name, "stages": json.dumps(row.stages)}
         for task in board.tasks:
             score = row.scores.get(task)
-            line |= {f"{task}:{part}": getattr(score, part, None) for part in parts}
+            for part in ("value", "stderr", "questions", "low", "high"):
+                line[f"{task}:{part}"] = getattr(score, part, None)
             pair = board.comparison.pair(row.label, UNPATCHED, task)
             line[f"{task}:p"] = None if pair is None else pair.p_adjusted
-        line |= {f"group:{name}": row.groups.get(name) for name in sorted(set(board.groups.values()))}
-        line |= {name: getattr(row, name) for name in plain} | {"pareto": "; ".join(row.pareto)}
-        line["solved"] = None if row.solved is None else f"{row.solved['option']}={row.solved['value']}"
+        line |= {f"group:{name}": getattr(row.groups.get(name), "value", None) for name in sorted(_groups(board))}
+        line |= _numbers(row)
+        line["pareto"] = "; ".join(row.pareto)
+        line["activity"] = json.dumps([asdict(stage) for stage in row.activity])
+        line["solved"] = None if row.solved is None else row.solved.text()
         lines.append(line | {name: row.provenance.get(name) for name in PROVENANCE})
-    return _lines_of(lines, list(lines[0]))
+    return _lines(lines, list(lines[0]))
 
 
-def _lines_of(lines: list[dict], header: list[str]) -> str:
+def _groups(board: Leaderboard) -> set[str]:
+    return set(board.groups.values())
+
+
+def _lines(lines: list[dict], header: list[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: _harmless(value) for key, value in line.items()} for line in lines)
     return text.getvalue()
+
+
+def _harmless(value: object) -> object:
+    """Put an apostrophe before text that a spreadsheet would run as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _json(board: Leaderboard, published: Published | None) -> str:
@@ -99,7 +125,21 @@ def _json(board: Leaderboard, published: Published | None) -> str:
             task: {"metric": name, "higher_is_better": up, "group": board.groups.get(task)}
             for task, (name, up) in board.metrics.items()
         },
-        "rows": [asdict(row) for row in board.rows],
+        "rows": [
+            {
+                "label": row.label,
+                "budget": row.budget,
+                "stages": row.stages,
+                "scores": {task: asdict(score) for task, score in row.scores.items()},
+                "groups": {name: mean.value for name, mean in row.groups.items()},
+                **_numbers(row),
+                "pareto": row.pareto,
+                "activity": [asdict(stage) for stage in row.activity],
+                "solved": None if row.solved is None else row.solved.solution,
+                "provenance": row.provenance,
+            }
+            for row in board.rows
+        ],
         "pairs": [asdict(pair) for pair in comparison.pairs.values()],
         "stability": [
             {"label": label, "task": task, **asdict(one)} for (label, task), one in comparison.stability.items()
@@ -110,29 +150,45 @@ def _json(board: Leaderboard, published: Published | None) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
+def _numbers(row: Row) -> dict[str, object]:
+    """Collect the single numbers of a row under the keys of CSV and JSON; None where a number is not known."""
+    numbers: dict[str, object] = {"rank": row.rank, "flops_ratio": row.flops_ratio}
+    for key, name in (("relative", "value"), ("relative_low", "low"), ("relative_high", "high")):
+        numbers[key] = getattr(row.relative, name, None)
+    for part, kind in ((row.stability, Stability), (row.cost, Cost), (row.times, Times)):
+        numbers |= {f.name: getattr(part, f.name, None) for f in fields(kind)}
+    return numbers | {name: getattr(row.solved, name, None) for name in ("spent", "spent_low", "spent_high")}
+
+
+# ---------------------------------------------------------------------- HTML
+
+
 def _html(board: Leaderboard, published: Published | None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("vlmslim.leaderboard"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    template = environment.get_template("leaderboard.html")
     built, remarks = _with_published(board, published)
-    plain = [note.replace("*", "") for note in remarks]
-    return template.render(board=board, tables=built, notes=plain, points=_points(board)) + "\n"
+    template = environment.get_template("leaderboard.html")
+    return template.render(board=board, tables=built, notes=remarks, points=_points(board)) + "\n"
 
 
 def _points(board: Leaderboard) -> list[dict]:
-    """Where the rows lie in the picture of average against FLOPs, as shares of its width and height."""
-    placed = [row for row in board.rows if row.relative is not None and row.flops_ratio is not None]
-    top = max([1.0, *(row.relative for row in placed)])
+    """Place the rows in the picture of average against FLOPs, as fractions of its width and height."""
+    placed = [
+        (row, row.flops_ratio, row.relative.value)
+        for row in board.rows
+        if row.relative is not None and row.flops_ratio is not None
+    ]
+    top = max([1.0, *(average for _, _, average in placed)])
     return [
         {
             "label": row.label,
-            "x": round(row.flops_ratio, 4),
-            "y": round(1 - row.relative / top, 4),
-            "text": f"{row.label}: {row.relative:.1%} of unpatched at {row.flops_ratio:.1%} of the FLOPs",
+            "x": round(flops, 4),
+            "y": round(1 - average / top, 4),
+            "text": f"{row.label}: {average:.1%} of unpatched at {flops:.1%} of the FLOPs",
             "front": "FLOPs" in row.pareto,
         }
-        for row in sorted(placed, key=lambda row: row.flops_ratio)
+        for row, flops, average in sorted(placed, key=lambda point: point[1])
     ]

@@ -1,80 +1,202 @@
-"""One row of the leaderboard: a method at one budget, with what it cost, read off its cells."""
+"""One row of the leaderboard: a method at one budget, with its cost, read from its cells."""
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from vlmslim.cost.flops import DecoderShape, prefill_flops
 from vlmslim.evaluation.store import timing_key
-from vlmslim.leaderboard.scores import Score
+from vlmslim.leaderboard.comparison import Stability
+from vlmslim.leaderboard.scores import Estimate, Score
 
-#: What every cell records; weights only those of trained methods.
+#: What every cell records about its origin; only trained methods have weights.
 PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware", "weights")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prompt costs, averaged over the images or prompts of all tasks.
+
+    requested  : visual tokens that the budget asks for, per image; None where the method decides
+    kept       : visual tokens that enter the language model, per image
+    kept_low, kept_high : fewest and most visual tokens that an image keeps; None in old receipts
+    last       : visual tokens left in the last decoder layer, per image
+    equivalent : visual tokens of a prompt, averaged over the decoder layers
+    flops      : analytic prefill FLOPs of the language model
+    kv_bytes   : bytes of the prompt's KV cache
+    selection_ms : milliseconds that the methods took, per prompt of the evaluation; None in old receipts
+    positions  : "renumbered" or "original", as the language model sees them
+    """
+
+    requested: float | None
+    kept: float
+    kept_low: int | None
+    kept_high: int | None
+    last: float
+    equivalent: float
+    flops: float
+    kv_bytes: float
+    selection_ms: float | None
+    positions: str
+
+    @classmethod
+    def read(cls, receipts: list[dict], shape: DecoderShape) -> "Cost | None":
+        """Average the receipts of a row's cells; None if they count no image."""
+        images, prompts = sum(r["images"] for r in receipts), sum(r["prompts"] for r in receipts)
+        if not images or not prompts:
+            return None
+
+        def per_image(key: str, receipts: list[dict]) -> float:
+            return sum(r[key] * r["images"] for r in receipts) / sum(r["images"] for r in receipts)
+
+        def per_prompt(values: list[float]) -> float:
+            return sum(v * r["prompts"] for v, r in zip(values, receipts, strict=True)) / prompts
+
+        seen = [r for r in receipts if r["images"]]
+        budgeted = [r for r in seen if r["requested"] is not None]
+        ranges = [r["kept_range"] for r in seen if "kept_range" in r]
+        known = len(ranges) == len(seen)
+        lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
+        timed = all("selection_ms" in r for r in receipts)
+        return cls(
+            requested=per_image("requested", budgeted) if budgeted else None,
+            kept=per_image("kept", seen),
+            kept_low=min(low for low, _ in ranges) if known else None,
+            kept_high=max(high for _, high in ranges) if known else None,
+            last=per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images,
+            equivalent=per_prompt([r["equivalent_tokens"] for r in receipts]),
+            flops=per_prompt([prefill_flops(shape, length) for length in lengths]),
+            kv_bytes=per_prompt([r["kv_bytes"] for r in receipts]),
+            selection_ms=per_prompt([r["selection_ms"] for r in receipts]) if timed else None,
+            positions=", ".join(sorted({r["positions"] for r in receipts})),
+        )
+
+
+@dataclass(frozen=True)
+class StageActivity:
+    """How often one stage of a row acted, over the prompts of all tasks.
+
+    name      : the stage's method
+    layers    : decoder layers at which the stage acts; empty before the language model
+    acted     : prompts in which the stage dropped or merged at least one visual token
+    prompts   : prompts that the stage saw
+    decides   : whether the stage decides itself how many tokens it drops, so that it may drop none
+    keeps_all : whether the stage was asked to keep all tokens
+    """
+
+    name: str
+    layers: list[int]
+    acted: int
+    prompts: int
+    decides: bool
+    keeps_all: bool
+
+    @classmethod
+    def read(cls, receipts: list[dict]) -> "list[StageActivity]":
+        """Add up the receipts of a row's cells, stage by stage; old receipts do not record their stages."""
+        recorded = [receipt["stages"] for receipt in receipts if "stages" in receipt]
+        return [
+            cls(
+                name=stage[0]["name"],
+                layers=stage[0]["layers"],
+                acted=sum(one["acted"] for one in stage),
+                prompts=sum(one["prompts"] for one in stage),
+                decides=any(one["decides"] for one in stage),
+                keeps_all=all(one["keeps_all"] for one in stage),
+            )
+            for stage in zip(*recorded, strict=True)
+        ]
+
+    @property
+    def never_acted(self) -> bool:
+        """Whether the stage dropped nothing, although it was not asked to keep all tokens."""
+        return self.acted == 0 and not self.keeps_all
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A budget that is a cost, such as {"equivalent_tokens": 64}.
+
+    solution : the option that was solved on sample prompts, as `Solution.record()` writes it
+    spent, spent_low, spent_high : the cost of the tasks: mean, lowest and highest
+    """
+
+    solution: dict
+    spent: float
+    spent_low: float
+    spent_high: float
+
+    @classmethod
+    def read(cls, budgets: list[dict]) -> "Solved | None":
+        """Read the records of a row's cells; None if there are none."""
+        if not budgets:
+            return None
+        spent = [budget["spent"] for budget in budgets]
+        solution = {name: value for name, value in budgets[0].items() if name != "spent"}
+        return cls(solution, statistics.fmean(spent), min(spent), max(spent))
+
+    def text(self, digits: str = "") -> str:
+        """Write the option as a user writes it: keep=11."""
+        return f"{self.solution['option']}={self.solution['value']:{digits}}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured times, each with its ratio to the unpatched model.
+
+    ttft_ms   : time to first token
+    decode_ms : time of each later token
+    """
+
+    ttft_ms: float
+    ttft_ratio: float
+    decode_ms: float
+    decode_ratio: float
+
+    @classmethod
+    def read(cls, record: dict) -> "Times":
+        """Read the record of one row's timing, which holds more than the medians."""
+        return cls(**{f.name: record[f.name] for f in fields(cls)})
 
 
 @dataclass
 class Row:
-    """One method at one budget. Tokens are per image, and per prompt where layers are averaged.
+    """One method at one budget.
 
-    budget     : the `keep` or the cost asked for, which groups rows; None for the unpatched model
-    scores     : task -> score; tasks that are not finished are missing
-    relative   : mean over tasks of the score over the unpatched model's, with its 95 % interval; None until every task
-                 is finished
+    budget     : `keep` or a cost, by which the rows are grouped; None for the unpatched model
+    stages     : the methods with their options
+    provenance : configuration hash, seed, versions, commit, hardware and weights of the row's cells
+    scores     : task -> score; a task that is not finished is missing
+    relative   : mean over the tasks of the score relative to the unpatched model's; None until every task is finished
     groups     : group of tasks -> the same mean over its tasks
     rank       : by `relative` within the budget; rows share a rank where no difference is significant
-    loyalty, lost, won : answers equal to the unpatched model's, and scores below and above its, as shares of the
-                 questions, averaged over tasks
-    pareto     : the costs at which no row has a better average for at most the same cost
-    stages     : the methods with their options
-    provenance : configuration hash, seed, versions, commit, hardware and weights behind the row's cells
-    requested, kept, last, equivalent : visual tokens asked for, sent to the language model, left in its last layer,
-                 and averaged over its layers
-    kept_low, kept_high : fewest and most that an image sent; None in old receipts
-    solved     : of a budget that is a cost: the option that was solved, its value, and what the sample prompts cost
-    spent, spent_low, spent_high : what the tasks then really cost in that currency: mean, least and most over tasks
-    flops      : analytic prefill FLOPs of the language model
-    kv_bytes   : of the prompt's KV cache
-    selection_ms : measured time that a prompt of the evaluation spent in the methods; None in old receipts
-    positions  : what the language model saw, "renumbered" or "original"
-    ttft_ms, decode_ms : measured time to first token, and per later token; each with its ratio to the unpatched
+    stability  : loyalty, lost and won answers, averaged over the tasks
+    cost       : None until a cell is finished
+    flops_ratio : prefill FLOPs relative to the unpatched model's on the same tasks
+    activity   : how often each stage acted, in the order of the stages; empty for old cells
+    times      : None where the row was not timed
+    solved     : None where the budget is no cost
+    pareto     : the costs at which no other row has a better average for at most the same cost
     """
 
     label: str
     budget: int | float | dict | None
-    scores: dict[str, Score] = field(default_factory=dict)
-    relative: float | None = None
-    relative_low: float | None = None
-    relative_high: float | None = None
-    groups: dict[str, float] = field(default_factory=dict)
-    rank: int | None = None
-    loyalty: float | None = None
-    lost: float | None = None
-    won: float | None = None
-    pareto: list[str] = field(default_factory=list)
-    requested: float | None = None
-    kept: float | None = None
-    kept_low: int | None = None
-    kept_high: int | None = None
-    last: float | None = None
-    equivalent: float | None = None
-    solved: dict | None = None
-    spent: float | None = None
-    spent_low: float | None = None
-    spent_high: float | None = None
-    flops: float | None = None
-    flops_ratio: float | None = None
-    kv_bytes: float | None = None
-    selection_ms: float | None = None
-    positions: str | None = None
-    ttft_ms: float | None = None
-    ttft_ratio: float | None = None
-    decode_ms: float | None = None
-    decode_ratio: float | None = None
     stages: list[dict] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+    relative: Estimate | None = None
+    groups: dict[str, Estimate] = field(default_factory=dict)
+    rank: int | None = None
+    stability: Stability | None = None
+    cost: Cost | None = None
+    flops_ratio: float | None = None
+    activity: list[StageActivity] = field(default_factory=list)
+    times: Times | None = None
+    solved: Solved | None = None
+    pareto: list[str] = field(default_factory=list)
 
     @property
     def budget_name(self) -> str:
-        """The budget in a word: 64, 0.25, equivalent_tokens=64, or all."""
+        """The budget as text: 64, 0.25, equivalent_tokens=64, or all."""
         if self.budget is None:
             return "all"
         if isinstance(self.budget, dict):
@@ -83,62 +205,34 @@ class Row:
 
     @classmethod
     def read(cls, entry: dict, cells: list[dict], shape: DecoderShape, timing: dict) -> "Row":
-        """A row without its scores.
+        """Read a row without its scores.
 
         Args:
-            entry: the configuration's: label, budget, and stages, in which a cost is not solved yet.
-            cells: records of its finished cells.
-            shape: of the language model.
-            timing: what was timed; times of other options, weights or code under the same label do not count.
+            entry: the configuration's row: label, budget and stages. A cost is not solved in these stages yet.
+            cells: records of the row's finished cells.
+            shape: sizes of the language model.
+            timing: the record of the timing. Times of other options, weights or code do not count.
         """
-        row = cls(entry["label"], entry["budget"], stages=cells[0]["stages"] if cells else entry["stages"])
-        row._add_cost([cell["receipt"] for cell in cells], shape)
-        row._add_solution([cell["budget"] for cell in cells if "budget" in cell])
-        if timing and cells and timing_key(row.label, cells[0]) in timing["settings"]["rows"]:
-            for name in ("ttft_ms", "ttft_ratio", "decode_ms", "decode_ratio"):
-                setattr(row, name, timing["times"][row.label][name])
-        row.provenance = _provenance(cells)
-        return row
-
-    def _add_cost(self, receipts: list[dict], shape: DecoderShape) -> None:
-        """Tokens, FLOPs and bytes, averaged over the images or prompts of all tasks."""
-        images, prompts = sum(r["images"] for r in receipts), sum(r["prompts"] for r in receipts)
-        if not images or not prompts:
-            return
-
-        def per_image(key: str) -> float | None:
-            known = [r for r in receipts if r[key] is not None and r["images"]]
-            return sum(r[key] * r["images"] for r in known) / sum(r["images"] for r in known) if known else None
-
-        def per_prompt(values: list[float]) -> float:
-            return sum(v * r["prompts"] for v, r in zip(values, receipts, strict=True)) / prompts
-
-        self.requested, self.kept = per_image("requested"), per_image("kept")
-        ranges = [r.get("kept_range") for r in receipts if r["images"]]
-        if None not in ranges:
-            self.kept_low, self.kept_high = min(low for low, _ in ranges), max(high for _, high in ranges)
-        self.last = per_prompt([r["visual_tokens_per_layer"][-1] for r in receipts]) * prompts / images
-        self.equivalent = per_prompt([r["equivalent_tokens"] for r in receipts])
-        self.kv_bytes = per_prompt([r["kv_bytes"] for r in receipts])
-        if all("selection_ms" in r for r in receipts):
-            self.selection_ms = per_prompt([r["selection_ms"] for r in receipts])
-        self.positions = ", ".join(sorted({r["positions"] for r in receipts}))
-        lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
-        self.flops = per_prompt([prefill_flops(shape, length) for length in lengths])
-
-    def _add_solution(self, budgets: list[dict]) -> None:
-        """What a cost came to, from the records of the row's cells."""
-        if budgets:
-            spent = [budget["spent"] for budget in budgets]
-            self.solved = {name: value for name, value in budgets[0].items() if name != "spent"}
-            self.spent, self.spent_low, self.spent_high = statistics.fmean(spent), min(spent), max(spent)
+        receipts = [cell["receipt"] for cell in cells]
+        label, stages = entry["label"], cells[0]["stages"] if cells else entry["stages"]
+        timed = timing and cells and timing_key(label, cells[0]) in timing["settings"]["rows"]
+        return cls(
+            label,
+            entry["budget"],
+            stages,
+            _provenance(cells),
+            cost=Cost.read(receipts, shape),
+            activity=StageActivity.read(receipts),
+            times=Times.read(timing["times"][label]) if timed else None,
+            solved=Solved.read([cell["budget"] for cell in cells if "budget" in cell]),
+        )
 
 
 def _provenance(cells: list[dict]) -> dict[str, str]:
-    """What stands behind the cells of a row; several values, if cells differ, are all named."""
+    """Describe the origin of a row's cells; where cells differ, all values are listed."""
     known = {name: sorted({_flat(cell[name]) for cell in cells if name in cell}) for name in PROVENANCE}
     return {name: "; ".join(values) for name, values in known.items() if values}
 
 
-def _flat(value) -> str:
+def _flat(value: object) -> str:
     return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -1,7 +1,7 @@
 """Intervals, paired tests, ranks and fronts: numpy arrays in, numpy arrays out.
 
-Scores are [rows, questions]: what each row of a leaderboard got on the very same questions. Questions about one picture
-are not independent of each other, so the *units* that are resampled or swapped are pictures, not questions.
+Scores are [rows, Q]: the score of each row of a leaderboard on each of the same Q questions. Questions about one
+picture are not independent of each other, so the *units* that are resampled or swapped are pictures, not questions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _CHUNK = 2**23  # numbers drawn at a time
 
 
 def units_of(names: Sequence) -> np.ndarray:
-    """Number the units: questions [Q] with equal names get equal numbers, counted from 0."""
+    """Give questions [Q] with equal names equal numbers, counted from 0."""
     return np.unique(np.asarray([str(name) for name in names]), return_inverse=True)[1]
 
 
@@ -28,27 +28,28 @@ def sums_by_unit(scores: np.ndarray, units: np.ndarray, count: int | None = None
 
 
 def wilson(
-    share: np.ndarray, size: np.ndarray, clusters: int | None = None, confidence: float = CONFIDENCE
+    fraction: np.ndarray, size: np.ndarray, clusters: int | None = None, confidence: float = CONFIDENCE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of a share that was found among `size` independent questions (need not be whole).
+    """Return Wilson's score interval of a fraction of `size` independent questions; `size` need not be whole.
 
-    Unlike share ± z standard errors it stays inside [0, 1], and has a width where all or none are right. Where the size
-    was estimated from `clusters`, the questions about a picture each, Student's quantile takes the place of the normal
-    one: with five pictures the normal one covers 88 %.
+    Unlike fraction ± z standard errors, the interval stays inside [0, 1] and has a width where all or none are right.
+    Where `size` was estimated from `clusters` of questions, one per picture, Student's quantile replaces the normal
+    one, because with five pictures the normal quantile covers 88 % instead of 95 %.
     """
     tail = (1 + confidence) / 2
     z = stats.norm.ppf(tail) if clusters is None or clusters < 2 else stats.t.ppf(tail, clusters - 1)
     z2 = z**2
-    centre = (share + z2 / (2 * size)) / (1 + z2 / size)
-    half = np.sqrt(z2 * (share * (1 - share) / size + z2 / (4 * size**2))) / (1 + z2 / size)
+    centre = (fraction + z2 / (2 * size)) / (1 + z2 / size)
+    half = np.sqrt(z2 * (fraction * (1 - fraction) / size + z2 / (4 * size**2))) / (1 + z2 / size)
     return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
 
 
 def effective_size(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """How many independent questions the right/wrong scores [rows, Q] are worth: Q over the design effect [rows].
+    """Return how many independent questions the right/wrong scores [rows, Q] are worth: Q / design effect, [rows].
 
-    The design effect is the variance of the mean with units as a whole over the one with independent questions, and at
-    least 1. Where all questions are right or all wrong it cannot be estimated, and the number of units is taken.
+    The design effect is the variance of the mean when units vary as a whole, over the variance when questions are
+    independent; it is at least 1. Where all questions are right or all are wrong, it cannot be estimated, and the
+    number of units is returned.
     """
     scores = np.atleast_2d(np.asarray(scores, dtype=float))
     questions = scores.shape[1]
@@ -79,7 +80,7 @@ def resamples(strata: np.ndarray, draws: int, seed: int = 0) -> Iterator[np.ndar
 
 
 def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of bootstrap draws [draws, ...]; draws that are not a number count for nothing."""
+    """Return the percentile interval of bootstrap draws [draws, ...]; draws that are not a number are left out."""
     low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
 
@@ -88,9 +89,9 @@ def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndar
 
 
 def mcnemar(scores: np.ndarray) -> np.ndarray:
-    """Exact two-sided McNemar test between all rows of right/wrong scores [rows, Q]: p values [rows, rows].
+    """Test all pairs of rows of right/wrong scores [rows, Q] by McNemar's exact two-sided test: p values [rows, rows].
 
-    Only questions on which two rows differ say anything; if the rows are alike, each of those is a fair coin.
+    Only the questions on which two rows differ count. If the rows are equally good, each of these is a fair coin.
     """
     right = np.asarray(scores, dtype=float)
     only_first = np.rint(right @ (1 - right).T).astype(int)
@@ -99,10 +100,10 @@ def mcnemar(scores: np.ndarray) -> np.ndarray:
 
 
 def swap_test(sums: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
-    """Paired permutation test between all rows of unit sums [rows, units]: two-sided p values [rows, rows].
+    """Test all pairs of rows of unit sums [rows, units] by a permutation test: two-sided p values [rows, rows].
 
-    If two rows are alike, the scores that they got on a unit can be swapped. All patterns of swaps are tried where
-    there are no more than `draws` of them; otherwise `draws` random ones, and the observed pattern is counted too.
+    If two rows are equally good, their scores on a unit can be swapped. All patterns of swaps are tried if there are at
+    most `draws` of them. Otherwise `draws` random patterns are tried, and the observed pattern is counted too.
     """
     sums = np.asarray(sums, dtype=float)
     rows, units = sums.shape
@@ -133,8 +134,8 @@ def _random_signs(units: int, draws: int, seed: int) -> Iterator[np.ndarray]:
 def holm(p: np.ndarray) -> np.ndarray:
     """Adjust a family of p values [K] so that the chance of any false finding stays below the level.
 
-    Holm, "A simple sequentially rejective multiple test procedure", 1979. It holds however the tests depend on each
-    other, and these do: they share questions.
+    Holm, "A simple sequentially rejective multiple test procedure", 1979. The method is valid for tests that depend on
+    each other, as these do, because they share questions.
     """
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
@@ -148,13 +149,13 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def ranks(better: np.ndarray) -> np.ndarray:
-    """Ranks with ties: 1 + the number of rows that are significantly better, from better[i, j]: i is than j."""
+    """Rank each row 1 + the number of rows that are better, where better[i, j] means that row i is better than j."""
     return 1 + np.asarray(better, dtype=bool).sum(0)
 
 
 def pareto_front(cost: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Which points nothing beats: no other costs at most and is worth at least as much, one of them strictly."""
+    """Find the points that no other point beats, by a cost that is at most and a value that is at least the same."""
     cost, value = np.asarray(cost, dtype=float), np.asarray(value, dtype=float)
     as_good = (cost[:, None] <= cost) & (value[:, None] >= value)
     strictly = (cost[:, None] < cost) | (value[:, None] > value)
-    return ~(as_good & strictly).any(0)
+    return np.logical_not((as_good & strictly).any(0))

@@ -1,12 +1,13 @@
-"""What a task asks for: text reading, fine detail, hallucination, or anything else.
+"""Groups of tasks by what they ask for: reading text, fine detail, hallucination, or anything else.
 
-Pruning hurts these differently, and an average over a suite hides it. A `group` in the task's YAML entry overrides.
+Compression hurts these groups differently, and an average over all tasks hides the difference. A `group` in the task's
+YAML entry overrides the group that is given here.
 """
 
 OCR, DETAIL, HALLUCINATION, GENERAL = "OCR", "fine detail", "hallucination", "general"
 GROUPS = (OCR, DETAIL, HALLUCINATION, GENERAL)
 
-#: Beginnings of task names, up to an underscore or the end; the longest that fits decides.
+#: Beginnings of task names, up to an underscore or the end; the longest beginning that fits decides.
 _PREFIXES = {
     OCR: (
         "scenes_text documents textvqa docvqa infovqa chartqa chartqapro charxiv ocrbench cc_ocr stvqa textcaps "
@@ -24,7 +25,7 @@ _GROUP_OF = {prefix: group for group, prefixes in _PREFIXES.items() for prefix i
 
 
 def group_of(task: str) -> str:
-    """The group of a bundled or lmms-eval task, by its name; `general` for what is not known to be special."""
+    """Return the group of a task by its name; `general` for a name that is not listed here."""
     parts = task.lower().split("_")
     beginnings = ("_".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((_GROUP_OF[name] for name in beginnings if name in _GROUP_OF), GENERAL)

@@ -1,0 +1,52 @@
+"""Leaderboards for the tests: rows made by hand, and small runs of the harness's double."""
+
+from dataclasses import replace
+
+import pytest
+from evaluation_doubles import FakeHarness
+
+from vlmslim.cost.budget import Solution
+from vlmslim.evaluation.run import run
+from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.rows import Cost, Row
+from vlmslim.leaderboard.scores import Score
+
+
+class Costly(FakeHarness):
+    """Solves every cost by keep=40, which costs more on the task `text` than on the sample prompts."""
+
+    def solve(self, variant):
+        return Solution(({**variant.stages[0], "keep": 40},), "keep", 40, variant.budget, 40.0, 4)
+
+    def evaluate(self, variant, task):
+        kept = 44.0 if task == "text" else 40.0
+        return super().evaluate(replace(variant, budget=kept) if isinstance(variant.budget, dict) else variant, task)
+
+
+def costs(**changes) -> Cost:
+    """Make the cost of a prompt with one image of 144 visual tokens."""
+    usual = {
+        **{"requested": None, "kept": 144.0, "kept_low": None, "kept_high": None, "last": 144.0, "equivalent": 144.0},
+        **{"flops": 1e9, "kv_bytes": 2.0**10, "selection_ms": None, "positions": "original"},
+    }
+    return Cost(**usual | changes)
+
+
+def scored_rows(**scores: dict[str, float]) -> list[Row]:
+    """Make rows from label -> task -> score; the first is at no budget if its label is none."""
+    return [
+        Row(label, None if label == "none" else 1, scores={task: Score(value) for task, value in own.items()})
+        for label, own in scores.items()
+    ]
+
+
+def row_of(board: Leaderboard, label: str) -> Row:
+    """Find a row by its label."""
+    return next(row for row in board.rows if row.label == label)
+
+
+def interrupted(config, place: tuple[str, str]) -> Leaderboard:
+    """Run until a cell, and read what is there."""
+    with pytest.raises(KeyboardInterrupt):
+        run(config, harness=FakeHarness(fail_at=place, failure=KeyboardInterrupt()))
+    return Leaderboard.read(config.output)

@@ -1,0 +1,149 @@
+"""The notes under the tables: what a reader must know to use the numbers."""
+
+from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.comparison import LEVEL, RESAMPLES, SWAPS
+from vlmslim.leaderboard.tables import IDLE, STAR
+
+BASELINES = ("random", "uniform")
+
+
+def notes(board: Leaderboard) -> list[str]:
+    """Write all notes, one paragraph each, as plain text."""
+    return [
+        _scores(board),
+        *_tests(board),
+        *_groups(board),
+        *_solved(board),
+        *_activity(board),
+        _costs(board),
+        *_times(board),
+        *_baselines(board),
+        _origin(board),
+    ]
+
+
+def _scores(board: Leaderboard) -> str:
+    limit = board.facts["limit"]
+    names = {board.metrics[task][0] for task in board.tasks}
+    metrics = ", ".join(names if len(names) == 1 else [f"{task} = {board.metrics[task][0]}" for task in board.tasks])
+    in_per_cent = [task for task in board.tasks if board.scale(task) == 100]
+    which = "all tasks" if len(in_per_cent) == len(board.tasks) else ", ".join(in_per_cent) or "no task"
+    asked = "all questions" if limit is None else f"the first {limit} questions"
+    return (
+        f"Metric: {metrics}, in per cent for {which}, on {asked} of each task. The number after ± is half of the 95 % "
+        "confidence interval; brackets hold both ends of an interval that is not symmetric. Within a budget, the best "
+        "value is bold, and a value that is not significantly worse is italic. The rank follows the average: it is 1 + "
+        "the number of methods that are significantly better. Two methods with different ranks need not differ "
+        "significantly."
+    )
+
+
+def _tests(board: Leaderboard) -> list[str]:
+    """Say how differences are tested, and which scores are tested at all."""
+    comparison = board.comparison
+    if not comparison.pairs and not comparison.stability:
+        return []
+    lines = [
+        f"Differences are paired, because all rows answered the same questions. {STAR} marks a significant difference "
+        f"(p < {LEVEL:g}). The test is McNemar's exact test where every question is right or wrong and has its own "
+        "picture. Elsewhere it is a permutation test that swaps all scores of a picture, with at least "
+        f"{SWAPS} swaps. Holm's method corrects the p values for all pairs of a budget within a column, pairs with the "
+        "unpatched model included. Right-or-wrong scores have Wilson's intervals, for the effective number of "
+        f"questions. Other scores and all differences have bootstrap intervals over pictures ({RESAMPLES} resamples). "
+        "Loyalty is the fraction of answers that equal the unpatched model's. Lost and won are the fractions of "
+        "questions whose score fell and rose."
+    ]
+    tested_otherwise = [task for task in board.not_question_means if task not in comparison.untested]
+    if board.not_question_means and comparison.averaged:
+        lines.append(
+            "Ranks, marks, differences and p values of the average use the questions' own scores of "
+            f"{', '.join(comparison.averaged)}. The average in the table contains other scores too, and may order the "
+            "methods differently."
+        )
+    if tested_otherwise:
+        lines.append(
+            f"The score is not the mean of the questions' own scores for {', '.join(tested_otherwise)}. There, tests "
+            "compare the questions' own scores."
+        )
+    if comparison.untested:
+        lines.append(f"Not tested, because single questions have no scores: {', '.join(comparison.untested)}.")
+    return lines
+
+
+def _groups(board: Leaderboard) -> list[str]:
+    present = dict.fromkeys(board.groups.values())
+    members = [f"{name}: {', '.join(t for t in board.tasks if board.groups[t] == name)}" for name in present]
+    return [f"Task groups. {'; '.join(members)}."] if len(members) > 1 else []
+
+
+def _solved(board: Leaderboard) -> list[str]:
+    prompts = sorted({row.solved.solution["prompts"] for row in board.rows if row.solved is not None})
+    if not prompts:
+        return []
+    return [
+        f"Where the budget is a cost, one option was solved on {' or '.join(map(str, prompts))} sample prompts. "
+        '"Spent" is the cost of the tasks in the same unit: mean (lowest–highest of the tasks).'
+    ]
+
+
+def _activity(board: Leaderboard) -> list[str]:
+    """Say on how many prompts a stage acted, for each stage that decides itself and each that never acted."""
+    stages = [(row.label, i, stage) for row in board.rows for i, stage in enumerate(row.activity, 1)]
+    lines = [
+        f"{label}: stage {i} ({stage.name}) {'decides itself and ' if stage.decides else ''}acted on {stage.acted} of "
+        f"{stage.prompts} prompts."
+        for label, i, stage in stages
+        if stage.decides or stage.never_acted
+    ]
+    if any(stage.never_acted for _, _, stage in stages):
+        lines.append(
+            f"{IDLE} marks a row with a stage that never acted; its scores are those of the row without that stage."
+        )
+    return [" ".join(lines)] if lines else []
+
+
+def _costs(board: Leaderboard) -> str:
+    facts = board.facts
+    return (
+        f"An image has {facts['visual_tokens']:.1f} visual tokens before compression. Tokens kept: visual tokens of an "
+        "image that enter the language model (fewest–most, where images differ) → that are left in its last layer. "
+        "Equivalent tokens: visual tokens of a prompt, averaged over the decoder layers. Prefill FLOPs count the "
+        "language model alone, with multiply-add = 2, three MLP matrices and full attention. The vision tower adds "
+        f"{facts['tower_flops'] / 1e9:.2f} GFLOPs per crop. A row is on the Pareto front if no row, at any budget, has "
+        "a better average for at most as many FLOPs, or equivalent tokens."
+    )
+
+
+def _times(board: Leaderboard) -> list[str]:
+    timing = board.facts["timing"]
+    if not timing:
+        return []
+    return [
+        "TTFT is the time to first token, with image encoding and compression. Times are medians of "
+        f"{timing['prompts']} prompts x {timing['repeats']} repetitions at batch size 1 with {timing['new_tokens']} "
+        "new tokens. All rows were timed interleaved, in one process. Parentheses hold the median ratio to the "
+        "unpatched model. Selection is the time that the method took for a prompt of the evaluation, at the "
+        "evaluation's batch size. KV cache is the size of a prompt's cache after prefill."
+    ]
+
+
+def _baselines(board: Leaderboard) -> list[str]:
+    used = {stage["method"] for row in board.rows for stage in row.stages}
+    missing = [name for name in BASELINES if name not in used]
+    return [f"Missing baseline: {name}. A useful method beats it." for name in missing]
+
+
+def _origin(board: Leaderboard) -> str:
+    facts = board.facts
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    commits, configs = (", ".join(map(_short, facts[name])) for name in ("git_commits", "config_hashes"))
+    checkpoint = f" ({_short(facts['checkpoint'])})" if facts["checkpoint"] else ""
+    return (
+        f"{facts['model']}{checkpoint}; seed {facts['seed']}; {versions}; {'; '.join(facts['hardware'])}; "
+        f"{'; '.join(facts['backends'])}; commit {commits}; config {configs}; cells {facts['cells']}."
+    )
+
+
+def _short(hash: str) -> str:
+    """Return the first digits of a hash; a "+" at the end marks a changed working tree."""
+    return hash[:12] + ("+" if hash.endswith("+") else "")
