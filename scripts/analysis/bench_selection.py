@@ -78,7 +78,7 @@ def plain_max_min(x: Tensor, k: int) -> Tensor:
 
 
 def numpy_max_min(x: Tensor, k: int) -> Tensor:
-    """The search of `farthest_points` with its loop over picks in NumPy."""
+    """Search as `farthest_points` does, with its loop over picks in NumPy."""
     unit = F.normalize(x, dim=-1)
     closeness = unit @ unit.T - 1
     closeness.fill_diagonal_(-INF)
@@ -131,7 +131,7 @@ def plain_pagerank(logits: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def our_pagerank(logits: Tensor, temperature: float = 0.1) -> Tensor:
-    """The same from blocks of rows, each with the keys it can see."""
+    """Compute the same from blocks of rows, each with the keys that it can see."""
 
     def blocks():
         size = logits.shape[-1]
@@ -181,7 +181,7 @@ def plain_received(q: Tensor, k: Tensor) -> Tensor:
 
 
 def plain_rows(layer, hidden: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    """A few rows of decoder attention out of the full causal map."""
+    """Read a few rows of decoder attention out of the full causal map."""
     attn, x = layer.self_attn, layer.input_layernorm(hidden)
     q, k = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
 
@@ -253,7 +253,7 @@ def plain_absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, neighbou
 
 
 def plain_top(score: Tensor, group: Tensor, k: int) -> Tensor:
-    """The k best of every image of every row, image by image."""
+    """Pick the k best tokens of every image of every row, image by image."""
     keep = torch.zeros_like(score, dtype=torch.bool)
     for b in range(len(score)):
         for g in range(1, int(group[b].max()) + 1):
@@ -290,7 +290,7 @@ def plain_pool(x: Tensor, cell: Tensor, k: int) -> Tensor:
 
 
 def our_pool(x: Tensor, cell: Tensor) -> Tensor:
-    """The same as `pool` does it."""
+    """Average as `pool` does."""
     member, size = cell_members(cell.cpu())
     return torch.segment_reduce(x[member.to(x.device)], "mean", lengths=size.to(x.device))
 
@@ -325,7 +325,7 @@ class Case:
 
 
 def inputs(n: int, widths: Widths, device: str) -> SimpleNamespace:
-    """What the functions are given at n visual tokens: `crops` crops, or images, of equal size in a row."""
+    """Make the inputs of the functions at n visual tokens: `crops` crops, or images, of equal size in a row."""
     generator = torch.Generator().manual_seed(n)
 
     def normal(*shape: int) -> Tensor:
@@ -534,7 +534,7 @@ def _milliseconds(function: Callable[[], Tensor], device: str) -> float:
 
 
 def markdown(record: dict) -> str:
-    """The record as a page."""
+    """Write the record as a page."""
     lines = [
         "# Selection and merging against their formulas",
         "",
@@ -562,7 +562,7 @@ def markdown(record: dict) -> str:
 
 
 def table(results: list[Result]) -> Table:
-    """The results for a terminal."""
+    """Write the results for a terminal."""
     shown = Table("function", "method", "N", "keep", "ours ms", "plain ms", "speed-up", "agree", box=None)
     for r in results:
         style = "" if r.agrees and r.speedup >= 1 else "yellow" if r.agrees else "red"

@@ -1,4 +1,4 @@
-"""What a method that decides itself keeps: visual tokens after each of its layers, by kind of held-out question.
+"""Print what a method that decides itself keeps: visual tokens after each of its layers, by kind of held-out question.
 
     python scripts/analysis/kept_by_question.py vlmslim/bundled/tiny-atp-36 --limit 100
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def picture(row: dict, blind: bool) -> Image.Image:
-    """The picture of a row, all grey when `blind`."""
+    """Return the picture of a row, all grey when `blind`."""
     image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
     return Image.new("RGB", image.size, (128, 128, 128)) if blind else image
 

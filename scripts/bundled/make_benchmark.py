@@ -53,7 +53,7 @@ class Benchmark:
         return tuple(self.cells)
 
     def file(self, task: str, folder: Path | None = None) -> Path:
-        """The parquet file of a task."""
+        """Return the parquet file of a task."""
         return (folder or TASK_FOLDERS / self.name / "data") / f"{self.name}_{task}.parquet"
 
 
@@ -64,12 +64,12 @@ BENCHMARKS = {
 
 
 def cell(question: Question, cells: dict[str, int]) -> str:
-    """The balance cell of a question."""
+    """Return the balance cell of a question."""
     return next((name for name in (question.answer, question.slice, "") if name in cells), "")
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """The picture as WebP."""
+    """Encode a picture as WebP."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=6)
     return buffer.getvalue()

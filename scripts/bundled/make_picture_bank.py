@@ -106,7 +106,7 @@ def deb(package: str, work: Path) -> Path:
 
 
 def svg_renderer(work: Path):
-    """The resvg wheel, installed beside the downloads: only the flat Fluent art needs it."""
+    """Install the resvg wheel beside the downloads, because the flat Fluent art needs it."""
     target = work / "resvg"
     if not target.exists():
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", target, "resvg-py"], check=True)
@@ -128,7 +128,7 @@ def cell(image: Image.Image, size: int = SPRITE) -> Image.Image:
 
 
 def look(image: Image.Image) -> np.ndarray:
-    """A thing's look: 16x16 RGB on mid grey, centred and normalised, so that a dot product is a correlation."""
+    """Reduce a picture to 16x16 RGB on mid grey, centred and normalised, so that a dot product is a correlation."""
     grey = Image.new("RGBA", image.size, (128, 128, 128, 255))
     small = Image.alpha_composite(grey, image).convert("RGB").resize((16, 16), Image.Resampling.BOX)
     x = np.asarray(small, np.float32).ravel() - 128

@@ -167,7 +167,7 @@ class _Press:
 
 
 def _code(rng: np.random.Generator, split: str, low: int, high: int, taken: set[str]) -> str:
-    """A code of the split with `low` to `high` characters that is not on the page yet."""
+    """Draw a code of the split with `low` to `high` characters that is not on the page yet."""
     while True:
         code = random_code(rng, split)
         if low <= len(code) <= high and code not in taken:
@@ -217,7 +217,7 @@ def _form(press: _Press, taken: set[str]) -> None:
 
 
 def _table(press: _Press, taken: set[str]) -> None:
-    """A table of codes: columns headed 1, 2, 3 ... in order, rows by different letters."""
+    """Draw a table of codes: columns headed 1, 2, 3 ... in order, rows by different letters."""
     rng = press.rng
     length = 2 if rng.random() < 0.6 else 3
     room = press.room(6) - 2

@@ -188,7 +188,7 @@ def _fit(rng: np.random.Generator, sprite: Image.Image, size: int, split: str, f
 
 
 def _text(rng: np.random.Generator, text: str, split: str, cell: int, advance: int) -> tuple[Image.Image, str]:
-    """A plate with `text` on it, one character every `advance` pixels; returns it with the font's name."""
+    """Draw a plate with `text` on it, one character every `advance` pixels; return it with the font's name."""
     fonts = load_bank(split)["glyphs"]
     font = str(rng.choice(sorted(fonts)))
     pad = 3
@@ -217,7 +217,7 @@ def _shape(rng: np.random.Generator, shape: str, colour: str, size: int, split: 
 
 
 def random_code(rng: np.random.Generator, split: str) -> str:
-    """A sign's code of 2 to 4 characters that belongs to `split`."""
+    """Draw a sign's code of 2 to 4 characters that belongs to `split`."""
     while True:
         length = int(rng.choice([2, 3, 4], p=[0.3, 0.5, 0.2]))
         code = "".join(rng.choice(list(CODE_CHARACTERS), length))
@@ -226,7 +226,7 @@ def random_code(rng: np.random.Generator, split: str) -> str:
 
 
 def _plan(rng: np.random.Generator, split: str) -> list[tuple]:
-    """What the scene shall hold: (kind, name, colour, tag, size) tuples, largest first."""
+    """Choose what the scene holds: (kind, name, colour, tag, size) tuples, largest first."""
     things: list[str] = []
     if rng.random() < 0.5:  # things of one group keep company
         group = str(rng.choice(sorted(set(GROUPS.values()))))
@@ -332,7 +332,7 @@ def make_scene(seed: int, split: str) -> Scene:
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article."""
+    """Put the indefinite article before a noun."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -347,7 +347,7 @@ def relation(a: Item, b: Item) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that names every item, in random order."""
+    """Write a caption that names every item, in random order."""
     parts = []
     for kind in ("thing", "shape", "sign"):
         for name, group in scene.named(kind).items():

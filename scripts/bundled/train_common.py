@@ -25,7 +25,7 @@ def start(config: dict) -> Accelerator:
 
 
 def pixels(image) -> torch.Tensor:
-    """A PIL picture as uint8 (3, H, W)."""
+    """Convert a PIL picture to uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

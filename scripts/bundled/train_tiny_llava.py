@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `size` entries learned from our questions; digits and capitals stand alone."""
+    """Learn a byte-level BPE of `size` entries from our questions; digits and capitals stand alone."""
     rng = np.random.default_rng(0)
     texts = [" ".join(CHARACTERS)]
     for seed in range(300):
@@ -94,7 +94,7 @@ def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor: 192 px, 144 image tokens."""
+    """Build the processor: 192 px, 144 image tokens."""
     side = {"height": SIZE, "width": SIZE}
     image = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side, image_mean=MEAN, image_std=STD)
     return LlavaProcessor(
@@ -104,7 +104,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def tower_from_open_clip(folder: Path) -> tuple[CLIPVisionConfig, dict[str, torch.Tensor]]:
-    """The vision tower of an open_clip folder as a Hugging Face CLIPVisionModel's config and weights (fp32)."""
+    """Convert the vision tower of an open_clip folder to a Hugging Face CLIPVisionModel's config and weights (fp32)."""
     vision = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
     width = vision["width"]
     config = CLIPVisionConfig(
@@ -131,7 +131,7 @@ def tower_from_open_clip(folder: Path) -> tuple[CLIPVisionConfig, dict[str, torc
 
 
 def make_model(config: dict, tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForConditionalGeneration:
-    """The model before training: the tiny CLIP's frozen tower, fresh projector and decoder."""
+    """Build the model before training: the tiny CLIP's frozen tower, fresh projector and decoder."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     vision, tower = tower_from_open_clip(clip)
@@ -236,7 +236,7 @@ def pack(
 
 
 def sample(seed: int, tokenizer: PreTrainedTokenizerFast, config: dict, split: str = "train") -> dict:
-    """A picture and one packed sequence of questions about it."""
+    """Make a picture and one packed sequence of questions about it."""
     scene = make_scene(seed, split)
     rng = np.random.default_rng([seed, 3])
     weights = np.array([config["mixture"][t] for t in FAMILIES], float)
@@ -277,7 +277,7 @@ def pad_packed(samples: list[dict], pad: int) -> dict[str, torch.Tensor]:
 
 
 def collate(samples: list[dict], pad: int) -> dict:
-    """A batch of samples."""
+    """Collate samples to a batch."""
     batch = pad_packed(samples, pad)
     batch["image"] = torch.stack([s["image"] for s in samples])
     batch["words"] = torch.stack([s["words"] for s in samples])

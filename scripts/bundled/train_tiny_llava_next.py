@@ -44,7 +44,7 @@ TRACED = ("owner", "place", "column")
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
-    """The processor: a thumbnail and up to four crops of 144 px, 81 image tokens each, one more for each line."""
+    """Build the processor: a thumbnail and up to four tiles of 144 px, 81 image tokens each, one more for each line."""
     image = LlavaNextImageProcessor(
         size={"shortest_edge": CROP}, crop_size={"height": CROP, "width": CROP}, image_grid_pinpoints=PINPOINTS,
         image_mean=MEAN, image_std=STD,
@@ -106,7 +106,7 @@ class Student(torch.nn.Module):
 
 
 def crop_positions(weight: torch.Tensor) -> torch.Tensor:
-    """The middle of a square grid of position embeddings (1 + n * n, width), the class token's kept.
+    """Cut the middle out of a square grid of position embeddings (1 + n * n, width), with the class token's.
 
     Not interpolated: a patch covers as many pixels as before, so neighbours stay one step apart.
     """
@@ -167,7 +167,7 @@ def evidence(known: np.ndarray, question: Question, answer_tokens: int) -> torch
 
 
 def sample(seed: int, processor: LlavaNextProcessor, config: dict, split: str = "train") -> dict:
-    """A page and one packed sequence of questions about it."""
+    """Make a page and one packed sequence of questions about it."""
     page, rng, tokenizer = make_page(seed, split), np.random.default_rng([seed, 3]), processor.tokenizer
     weights = np.array([config["mixture"][t] for t in TASKS], float)
     questions: dict[str, Question] = {}
@@ -192,7 +192,7 @@ def sample(seed: int, processor: LlavaNextProcessor, config: dict, split: str = 
 
 
 def collate(samples: list[dict], pad: int) -> dict:
-    """A batch: pages padded to four crops, labels of visual tokens in a row, evidence (answer tokens, longest page)."""
+    """Collate pages padded to four crops, labels of visual tokens in a row, evidence (answer tokens, longest page)."""
     batch = pad_packed(samples, pad)
     most = max(len(s["pixel_values"]) for s in samples)
     fill = [F.pad(s["pixel_values"], (0, 0, 0, 0, 0, 0, 0, most - len(s["pixel_values"]))) for s in samples]
