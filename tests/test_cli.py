@@ -23,8 +23,7 @@ def fake(monkeypatch):
 
     def put(**behaviour):
         double = FakeHarness(**behaviour)
-        for name in ("Tasks", "describe_checkpoint", "Harness"):
-            monkeypatch.setattr(harness, name, getattr(double, name))
+        monkeypatch.setattr(harness, "Harness", double)
         return double
 
     return put

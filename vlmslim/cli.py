@@ -53,23 +53,24 @@ def run(
     """Evaluate methods on tasks, resuming where an earlier call stopped, and print the leaderboard."""
     _require_extra()
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; progress is shown by rich
-    from vlmslim.evaluation.config import ConfigError, load_config
+    from vlmslim.evaluation.config import load_config
+    from vlmslim.evaluation.errors import CellError, ConfigError
 
     try:
         settings = load_config(config, output=output, limit=limit)
-        from vlmslim.evaluation import harness
-        from vlmslim.evaluation.progress import RichDisplay
-        from vlmslim.evaluation.run import CellError, run
+        from vlmslim.evaluation.export import export_cells
+        from vlmslim.evaluation.progress import RichDisplay, log_to
+        from vlmslim.evaluation.run import run
         from vlmslim.evaluation.store import Store
         from vlmslim.leaderboard.render import render
 
         if export is not None:
-            harness.quiet()
-            paths = harness.export(settings, harness.Tasks(settings), export)
+            log_to(None)
+            paths = export_cells(settings, export)
             typer.echo(f"{len(paths)} files in {export}; evaluate one with\n  python -m lmms_eval --config {paths[0]}")
             return
         Store(settings.output).prepare()
-        harness.quiet(settings.output / "run.log")
+        log_to(settings.output / "run.log")
         try:
             with RichDisplay() as display:
                 board = run(settings, fresh=fresh, display=display)
@@ -96,7 +97,7 @@ def leaderboard(
 ) -> None:
     """Rebuild the leaderboard from the results in DIRECTORY and print it."""
     _require_extra()
-    from vlmslim.evaluation.config import ConfigError
+    from vlmslim.evaluation.errors import ConfigError
     from vlmslim.leaderboard.board import Leaderboard
     from vlmslim.leaderboard.published import DIRECTORY, Published, load_papers
     from vlmslim.leaderboard.render import render

@@ -305,7 +305,8 @@ def test_a_share_of_the_depth_means_what_the_engine_makes_of_it():
 def test_a_run_at_equal_cost(tmp_path):
     """The bundled checkpoint behind lmms-eval: every cell's own receipt says what the budget asked for."""
     pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
-    from vlmslim.evaluation.config import ConfigError, load_config
+    from vlmslim.evaluation.config import load_config
+    from vlmslim.evaluation.errors import ConfigError
     from vlmslim.evaluation.run import run
     from vlmslim.evaluation.store import Store
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "eval_configs").glob("*.yaml"))
 GOOD = {
@@ -283,7 +284,7 @@ def test_the_shares_of_llava_next_are_the_papers_counts():
 @pytest.fixture(scope="module")
 def registry():
     """lmms-eval's index of tasks; nothing is downloaded."""
-    from vlmslim.evaluation.harness import Tasks
+    from vlmslim.evaluation.tasks import Tasks
 
     everything = [task for path in SHIPPED for task in load_config(path).tasks]
     union = load_config(SHIPPED[0]).model_copy(update={"tasks": everything})
@@ -293,7 +294,7 @@ def registry():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_tasks_and_metrics_exist(registry, path):
     for task in load_config(path).tasks:
-        leaves = registry._leaves(task.task)
+        leaves = registry.members(task.task)
         assert leaves
         for leaf in leaves:
             metrics = registry.metrics(leaf)

@@ -16,8 +16,11 @@ from tiny import tiny
 
 import vlmslim
 from vlmslim.cost.budget import BudgetError, Solution
-from vlmslim.evaluation.config import ConfigError, load_config
-from vlmslim.evaluation.run import CellError, Display, check_effect, run
+from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.preflight import check_effect
+from vlmslim.evaluation.progress import Display
+from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.io.code import code_hash
 from vlmslim.io.files import write_atomically
@@ -194,12 +197,19 @@ def stored(folder: Path) -> dict:
 @pytest.mark.parametrize("refusal", ["task", "checkpoint", "budget", "loading", "device", "count"])
 def test_what_fresh_refuses_is_not_thrown_away(config, monkeypatch, refusal):
     run(config(), harness=FakeHarness())
-    before, changes, harness = stored(config().output), {}, Solving(impossible={"divprune-equivalent_tokens=40"})
+    before, changes = stored(config().output), {}
+    make = harness = Solving(impossible={"divprune-equivalent_tokens=40"})
 
     def fail(*_):
         raise (OSError if refusal == "loading" else ConfigError)("not there")
 
     match refusal:
+        case "task":
+            make = fail
+        case "checkpoint":
+            monkeypatch.setattr(harness, "describe_checkpoint", fail)
+        case "loading":
+            monkeypatch.setattr(harness, "load", fail)
         case "budget":
             changes = {"budgets": [COST]}
         case "device":
@@ -207,11 +217,8 @@ def test_what_fresh_refuses_is_not_thrown_away(config, monkeypatch, refusal):
         case "count":
             changes = {"budgets": [145]}
             harness.tokens = 144
-        case _:
-            name = {"task": "Tasks", "checkpoint": "describe_checkpoint", "loading": "Harness"}[refusal]
-            monkeypatch.setattr(harness, name, fail)
     with pytest.raises(ConfigError):
-        run(config(**changes), fresh=True, harness=harness)
+        run(config(**changes), fresh=True, harness=make)
     assert stored(config().output) == before
     assert harness.evaluated == []
 
@@ -285,7 +292,7 @@ def edit(monkeypatch):
         def edited(classes):
             return {name: hash + name * (name in files) for name, hash in code_hash(classes).items()}
 
-        monkeypatch.setattr("vlmslim.evaluation.run.code_hash", edited)
+        monkeypatch.setattr("vlmslim.evaluation.inputs.code_hash", edited)
 
     return edit
 
@@ -596,7 +603,7 @@ class Listening(Display):
     def __init__(self):
         self.said: list[str] = []
 
-    def say(self, text):
+    def message(self, text):
         self.said.append(text)
 
 
@@ -623,13 +630,13 @@ def test_a_method_without_effect_fails_the_run(config):
 def test_what_counts_as_an_effect(config):
     patched, unpatched = config().variants()[-1], config().variants()[0]
     idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 64.0, "kept": 144.0}
-    check_effect(unpatched, idle)
-    check_effect(patched, idle | {"had_effect": True})
-    check_effect(patched, idle | {"requested": 144.0})  # asked to keep everything
+    check_effect(unpatched.stages, idle)
+    check_effect(patched.stages, idle | {"had_effect": True})
+    check_effect(patched.stages, idle | {"requested": 144.0})  # asked to keep everything
     with pytest.raises(RuntimeError, match="no effect"):
-        check_effect(patched, idle | {"requested": None})  # a method that decides itself
+        check_effect(patched.stages, idle | {"requested": None})  # a method that decides itself
     with pytest.raises(RuntimeError, match="no image reached the model"):
-        check_effect(patched, idle | {"images": 0})
+        check_effect(patched.stages, idle | {"images": 0})
 
 
 @pytest.mark.parametrize(
@@ -648,11 +655,11 @@ def test_every_stage_has_to_be_asked_for_everything(config, stages, allowed):
     variant = replace(config().variants()[-1], stages=tuple(listed))
     idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 144.0, "kept": 144.0}
     if allowed:
-        check_effect(variant, idle)
+        check_effect(variant.stages, idle)
     else:
         with pytest.raises(RuntimeError, match="no effect"):
-            check_effect(variant, idle)
-    check_effect(variant, idle | {"had_effect": True})
+            check_effect(variant.stages, idle)
+    check_effect(variant.stages, idle | {"had_effect": True})
 
 
 def test_two_runs_do_not_write_to_one_directory(config):

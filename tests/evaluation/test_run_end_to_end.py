@@ -14,11 +14,14 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 from lmms_fixtures import checkpoint, questions  # noqa: E402
 
 from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
-from vlmslim.evaluation import harness  # noqa: E402
-from vlmslim.evaluation.config import ConfigError, TaskConfig, Variant, load_config  # noqa: E402
+from vlmslim.evaluation.config import TaskConfig, Variant, load_config  # noqa: E402
+from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.export import export_cells  # noqa: E402
+from vlmslim.evaluation.harness import Harness  # noqa: E402
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
-from vlmslim.evaluation.run import CellError, run  # noqa: E402
+from vlmslim.evaluation.run import run  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
+from vlmslim.evaluation.tasks import Tasks  # noqa: E402
 from vlmslim.registry import build  # noqa: E402
 
 UTILS = """
@@ -188,7 +191,7 @@ def test_the_own_entry_of_a_task_says_more_than_its_groups(folder):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["tasks"] = [{"task": "micro", "group": "OCR"}, {"task": "micro_words", "metric": "acc"}]
     (folder / "own.yaml").write_text(yaml.safe_dump(config))
-    leaves = {leaf.task: leaf for leaf in harness.Tasks(load_config(folder / "own.yaml")).leaves}
+    leaves = {leaf.task: leaf for leaf in Tasks(load_config(folder / "own.yaml")).leaves}
     assert list(leaves) == ["micro_words", "micro_choice"]
     assert (leaves["micro_words"].metric, leaves["micro_choice"].group) == ("acc", "OCR")
 
@@ -203,7 +206,7 @@ def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
     config = load_config(folder / "config.yaml").model_copy(
         update={"tasks": [TaskConfig(task="own")], "include_path": [tmp_path]}
     )
-    tasks = harness.Tasks(config)
+    tasks = Tasks(config)
     before = tasks.definition("own")
     assert sorted(before) == ["data in questions.json", "functions in code.py", "settings"]
     os.utime(tmp_path / "data" / "questions.json", (1, 1))
@@ -223,12 +226,12 @@ def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
 
 def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, tmp_path):
     config = load_config(folder / "config.yaml")
-    before = harness.Tasks(config).definition("micro_words")
+    before = Tasks(config).definition("micro_words")
     data = folder / "tasks" / "questions.parquet"
     kept = data.read_bytes()
     data.write_bytes(kept[:5000] + bytes([kept[5000] ^ 1]) + kept[5001:])
     try:
-        now = harness.Tasks(config).definition("micro_words")
+        now = Tasks(config).definition("micro_words")
     finally:
         data.write_bytes(kept)
     assert {part for part in now if now[part] != before[part]} == {"data in questions.parquet"}
@@ -238,7 +241,7 @@ def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, 
 def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, tmp_path, monkeypatch):
     stages = [{"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 4}]
     config = load_config(folder / "config.yaml", output=tmp_path / "idle")
-    loaded = harness.Harness(config)
+    loaded = Harness(config)
     variant = Variant("idle", tuple(stages))
     assert loaded.evaluate(variant, "micro_words").receipt["had_effect"]
     monkeypatch.setattr(type(build(stages[1])), "retain", lambda self, tokens: tokens.image >= 0)
@@ -253,7 +256,7 @@ def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, 
 @pytest.fixture(scope="module")
 def exported(folder, whole):
     config = load_config(folder / "config.yaml")
-    return harness.export(config, harness.Tasks(config), folder / "plain")
+    return export_cells(config, folder / "plain")
 
 
 def test_every_cell_is_exported(exported):

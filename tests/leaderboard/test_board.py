@@ -10,7 +10,8 @@ from boards import Costly, costs, interrupted, row_of, scored_rows
 from evaluation_doubles import SHAPE, FakeHarness, write_config
 
 from vlmslim.cost.flops import prefill_flops
-from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard, add_fronts, add_ratios
 from vlmslim.leaderboard.render import FORMATS, render

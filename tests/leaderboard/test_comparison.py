@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.leaderboard.comparison import compare
 from vlmslim.leaderboard.samples import ScoredTask, UnscoredTask, answer_text, question_score, read_task, source_of
 from vlmslim.leaderboard.task_groups import GROUPS, group_of

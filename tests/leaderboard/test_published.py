@@ -14,7 +14,8 @@ from evaluation_doubles import FakeHarness, write_config
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
-from vlmslim.evaluation.config import ConfigError, load_config
+from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.published import Paper, Published, load_papers
 from vlmslim.leaderboard.render import FORMATS, render
@@ -109,7 +110,7 @@ def test_spot_checks_against_the_papers(papers):
 @pytest.mark.slow
 def test_the_tasks_and_metrics_that_are_named_exist(papers, tmp_path):
     from vlmslim.evaluation.config import TaskConfig
-    from vlmslim.evaluation.harness import Tasks
+    from vlmslim.evaluation.tasks import Tasks
 
     benchmarks = [benchmark for paper in papers for benchmark in paper.benchmarks.values() if benchmark.tasks]
     named = [TaskConfig(task=task) for benchmark in benchmarks for task in benchmark.tasks]

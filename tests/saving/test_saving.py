@@ -290,20 +290,10 @@ def test_lmms_eval_takes_a_saved_patch(model_in_lmms_eval):
         make(folder, keep=5, device="cpu")
 
 
-def test_vlmslim_run_describes_the_checkpoint_under_a_saved_patch(model_in_lmms_eval, tmp_path):
-    from vlmslim.evaluation.config import RunConfig
-    from vlmslim.evaluation.harness import describe_checkpoint
+def test_vlmslim_run_describes_the_checkpoint_under_a_saved_patch(model_in_lmms_eval):
+    from vlmslim.evaluation.config import ModelConfig
+    from vlmslim.evaluation.preflight import describe_checkpoint
 
     _, base, folder = model_in_lmms_eval
-    common = dict(tasks=["scenes_count"], methods=["none"], output=tmp_path / "run")
-    patched, plain = (describe_checkpoint(RunConfig(model={"pretrained": p}, **common)) for p in (folder, base))
+    patched, plain = (describe_checkpoint(ModelConfig(pretrained=path)) for path in (folder, base))
     assert patched == plain and plain["identity"]
-
-
-def test_weights_are_told_apart_by_what_is_in_them(tmp_path):
-    saved_flex(tmp_path / "a")
-    saved_flex(tmp_path / "b")
-    saved_flex(tmp_path / "c", weights="random:9")
-    a, b, c = ([{"method": "tokenflex", "weights": str(tmp_path / n)}] for n in "abc")
-    assert saving.seals(a) == saving.seals(b) != saving.seals(c)
-    assert saving.seals([{"method": "divprune", "keep": 4}, {"method": "tokenflex", "weights": "pool"}]) == []

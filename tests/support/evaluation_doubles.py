@@ -1,4 +1,4 @@
-"""A stand-in for `vlmslim.evaluation.harness` that evaluates nothing and always says the same."""
+"""A stand-in for `vlmslim.evaluation.harness.Harness` that evaluates nothing and always says the same."""
 
 import zlib
 from dataclasses import asdict
@@ -48,7 +48,7 @@ def receipt(kept: float, requested: float | None) -> dict:
 
 
 class FakeHarness:
-    """Behaves like the module, and like the `Harness` in it."""
+    """Behaves like a `Harness`, and like the class that makes one: a call gives itself."""
 
     def __init__(
         self,
@@ -66,16 +66,16 @@ class FakeHarness:
         self.evaluated, self.timed, self.loads = [], [], 0
         self.tokens = None  # visual tokens of every image, where the checkpoint tells
 
-    def Tasks(self, config):  # noqa: N802
-        return SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
+    def __call__(self, config, make_bar):
+        self.tasks = SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
+        return self
 
-    def describe_checkpoint(self, config):
+    def describe_checkpoint(self):
         known = {} if self.tokens is None else {"visual_tokens": self.tokens}
         return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6, **known}
 
-    def Harness(self, config, progress):  # noqa: N802
+    def load(self):
         self.loads += 1
-        return self
 
     def evaluate(self, variant, task) -> Cell:
         if self.fail_at == (variant.label, task):
@@ -111,7 +111,7 @@ class FakeHarness:
         keeps_all = budget is None or variant.label in self.without_effect
         return Cell(results, samples, receipt(144.0 if keeps_all else float(budget), budget and float(budget)))
 
-    def time(self, variants, tick) -> dict:
+    def time(self, variants, timing, tick) -> dict:
         self.timed = [v.label for v in variants]
         return {
             v.label: {

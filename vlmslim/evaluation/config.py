@@ -33,13 +33,10 @@ from pydantic import (
     model_validator,
 )
 
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.messages import did_you_mean
 
 Keep = StrictInt | StrictFloat
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which key and what to write instead."""
 
 
 class _Strict(BaseModel):
@@ -327,6 +324,11 @@ class Variant:
         """What it does, whatever its label."""
         cost = self.budget if isinstance(self.budget, dict) else None
         return repr(([sorted(stage.items(), key=str) for stage in self.stages], cost))
+
+    @property
+    def cost(self) -> dict[str, int | float]:
+        """The budget if it is a cost, else nothing."""
+        return self.budget if isinstance(self.budget, dict) else {}
 
     @property
     def unsolved(self) -> bool:

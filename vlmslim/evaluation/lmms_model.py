@@ -29,6 +29,7 @@ import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache
 from vlmslim.evaluation.conversation import Prompt, Prompter, user_message
 from vlmslim.evaluation.preflight import check_effect
+from vlmslim.evaluation.progress import MakeBar
 from vlmslim.io.messages import did_you_mean
 from vlmslim.registry import build
 from vlmslim.saving.folder import located
@@ -131,7 +132,7 @@ class VlmSlim(lmms):
         self.device = self.model.device
         self.prompter = Prompter(processor, frames, self._resolve_system_prompt(system_prompt))
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.progress = partial(tqdm, disable=self.rank != 0)
+        self.make_bar: MakeBar = partial(tqdm, disable=self.rank != 0)
         self._seconds, self._new_tokens, self._receipt = 0.0, 0, {}
         self._batches_begun = self._batches_done = 0
         self._slim = vlmslim.patch(self.model, compressors)
@@ -252,7 +253,7 @@ class VlmSlim(lmms):
         for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
             groups[json.dumps(queries[i].options, sort_keys=True, default=str)].append(i)
         results: list = [None] * len(queries)
-        with self.progress(total=len(queries), desc="vlmslim") as bar:
+        with self.make_bar(total=len(queries), desc="vlmslim") as bar:
             for group in groups.values():
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]

@@ -1,15 +1,22 @@
-"""What can be refused before anything is measured, and the check afterwards that a method did something."""
+"""What a run refuses before it loads the checkpoint."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlmslim import bundled
 from vlmslim.compressor import Compressor
+from vlmslim.cost.flops import DecoderShape, tower_flops
+from vlmslim.evaluation.config import ModelConfig
+from vlmslim.evaluation.errors import ConfigError
+from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
 from vlmslim.registry import build, name_of
+from vlmslim.saving.folder import located
 
 
 def check_checkpoint(name: str) -> str:
@@ -51,22 +58,52 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"device {device!r} cannot be used: {one_line(error)}") from error
 
 
-def visual_tokens(config) -> int | None:
-    """Visual tokens of every image, from a checkpoint's configuration; None where that takes the image's size."""
+def describe_checkpoint(model: ModelConfig) -> dict:
+    """Return what is known of a checkpoint before it is loaded.
+
+    Returns:
+        Its `identity`, the `shape` of its decoder, the FLOPs of its vision tower for one crop, and the visual tokens of
+        an image, None if those depend on the size of the image.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it takes no pictures.
+    """
+    from transformers import AutoConfig
+
+    try:
+        check_checkpoint(model.pretrained)
+        name, revision, _ = located(model.pretrained, None, None, model.revision, {})
+        check_checkpoint(name)
+        loaded = AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained: {one_line(error)}") from error
+    try:
+        described = {"shape": asdict(DecoderShape.from_config(loaded)), "tower_flops": tower_flops(loaded)}
+    except AttributeError as error:
+        raise ConfigError(f"model.pretrained: {model.pretrained} is a {loaded.model_type}, no LLaVA") from error
+    identity = provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None)
+    return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded)}
+
+
+def visual_tokens(config: Any) -> int | None:
+    """Return the visual tokens of every image by the configuration of a checkpoint; None if the image's size counts."""
+    cls_tokens = {"clip_vision_model": 1, "siglip_vision_model": 0}
     tower = getattr(config, "vision_config", None)
-    kinds = {"clip_vision_model": 1, "siglip_vision_model": 0}  # -> CLS tokens
-    if getattr(config, "model_type", None) != "llava" or getattr(tower, "model_type", None) not in kinds:
+    kind = getattr(tower, "model_type", None)
+    if tower is None or kind not in cls_tokens or getattr(config, "model_type", None) != "llava":
         return None
     patches = (tower.image_size // tower.patch_size) ** 2
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return patches + kinds[tower.model_type] - dropped
+    return patches + cls_tokens[kind] - dropped
 
 
-def check_counts(stages: Sequence[dict | Compressor], tokens: int) -> None:
-    """See that no stage is to keep more tokens than an image has.
+def check_counts(stages: Sequence[dict], tokens: int) -> None:
+    """Refuse a stage that is to keep more tokens than an image has.
 
     Raises:
-        ValueError: one is; the message says how many there are.
+        ValueError: the message says how many there are.
     """
     for stage in stages:
         build(stage).requested(tokens)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.files import check_writable, write_atomically
 
 #: Files beside the cells that `clear` deletes.

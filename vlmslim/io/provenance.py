@@ -3,13 +3,10 @@
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterable
 from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 
 import vlmslim
-from vlmslim import bundled
-from vlmslim.saving.folder import seals
 
 _PACKAGE = Path(vlmslim.__file__).resolve().parent
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -133,23 +130,3 @@ def _read_into(seal, path: Path) -> None:
         for start in (0,) if size <= _WHOLE else (*range(0, size, _STRIDE), size - _SAMPLE):
             file.seek(start)
             seal.update(file.read(size if size <= _WHOLE else _SAMPLE))
-
-
-def weights(stages: Iterable[dict]) -> dict[str, str | None]:
-    """What stages load beside the checkpoint, by the name they give it: a hash, or None where nothing can be read.
-
-    Of trained weights that is the hash that their folder vouches for, and that loading checks; of a local CLIP, its
-    `fingerprint`. Words ("random", "pool") are no files, and names on the hub are read there.
-
-    Raises:
-        ValueError: a folder that no method could load either.
-    """
-    found = {}
-    for stage in stages:
-        if name := stage.get("weights"):
-            seal = next(iter(seals([stage])), None)
-            if seal is not None or "/" in name:
-                found[name] = seal
-        if (name := stage.get("clip")) and (seal := fingerprint(bundled.resolve(name))):
-            found[name] = seal
-    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmslim.cost.flops import DecoderShape
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.store import Store, digest
 from vlmslim.leaderboard.comparison import Comparison, Stability, compare
 from vlmslim.leaderboard.rows import Row

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.tables import Column, Table, name_columns, number, score_text

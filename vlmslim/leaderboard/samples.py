@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 
 #: Keys under which data sets name the picture (or page, or video) of a question, the most reliable first.
 _PICTURE_KEYS = (

@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from vlmslim.evaluation.config import ConfigError
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.leaderboard.samples import question_score
 
 _Z = statistics.NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95 % interval

@@ -249,12 +249,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seals(stages: list[dict]) -> list[str]:
-    """What the weights of stages are, whatever their folder is called: a hash for each that has some."""
-    saved = [read(stage["weights"]) for stage in stages if stage.get("weights")]
-    return [one.sha256 for one in saved if one is not None and one.sha256]
-
-
 def from_pretrained(
     name: str | os.PathLike,
     method: str | None = None,
