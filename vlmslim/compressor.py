@@ -274,6 +274,12 @@ class Compressor:
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
 
+    @property
+    def acts_before_llm(self) -> bool:
+        """Whether this class overrides `compress` or `compress_images`."""
+        cls = type(self)
+        return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
+
     def setup(self, model: nn.Module) -> None:
         """Look at the model once, when it is patched: check it, load trained weights."""
 

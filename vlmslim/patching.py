@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from vlmslim import registry
 from vlmslim.compressor import Compressor
-from vlmslim.engine.decoder import DecoderHooks, compresses
-from vlmslim.engine.encoder import RecordingEncoder
-from vlmslim.engine.families import encoder_layers, family_of, has_cls
+from vlmslim.engine.decoder import DecoderHooks
+from vlmslim.engine.families import family_of, has_cls
+from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
-from vlmslim.registry import build, is_method_name, method, name_of
+from vlmslim.registry import build, is_method_name, name_of
 
 Method = str | os.PathLike | dict | Compressor | Sequence[str | dict | Compressor]
 
@@ -24,6 +25,7 @@ class Slim:
     Attributes:
         model: the patched model.
         methods: the methods, as the user gave them.
+        stages: the stages that they consist of, in the order in which they act.
         trained: the trained parts by method name, an empty `nn.ModuleDict` for training-free methods. They belong to
             the handle: the model's own parameters and state dict stay as they are.
         receipt: what really happened since the patch or the last `reset_receipt()`.
@@ -31,53 +33,43 @@ class Slim:
     """
 
     def __init__(self, model: nn.Module, methods: list[Compressor]):
-        family = family_of(model)
+        family_of(model)  # refuses what cannot be patched
         if getattr(model, "_vlmslim", None) is not None:
             raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
         self.model, self.methods, self.processor = model, methods, None
         core = model.model
-        stages = [copy.copy(stage) for whole in methods for stage in whole.stages()]
-        _check_stages(stages)
-        for stage in stages:
-            if stage.needs_cls and not has_cls(core):
+        parts = [copy.copy(part) for method in methods for part in method.stages()]
+        for part in parts:
+            if part.needs_cls and not has_cls(core):
                 raise ValueError(
-                    f"{type(stage).__name__} reads the vision tower's CLS token, and "
+                    f"{type(part).__name__} reads the vision tower's CLS token, and "
                     f"{type(core.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
                     "choose another method for this checkpoint"
                 )
             with torch.random.fork_rng(devices=[]):  # what is built here draws nothing from the caller's random state
-                stage.setup(model)
-        self.trained = nn.ModuleDict({name_of(s): part for s in stages if (part := s.trained()) is not None})
-        tower_layers = {
-            _tower_layer(stage, i, len(encoder_layers(core))) for stage in stages for i in stage.tower_layers
-        }
+                part.setup(model)
+        self.trained = nn.ModuleDict({name_of(p): module for p in parts if (module := p.trained()) is not None})
+        depth = len(core.language_model.layers)
+        self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
         text, parameter = model.config.get_text_config(), next(model.model.language_model.parameters())
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.receipt = Receipt(
             method=str(self),
-            positions=next((s.positions for s in stages if compresses(s)), "original"),
+            positions=next((s.method.positions for s in self.stages if s.acts_before_llm), "original"),
             backend=text._attn_implementation,
             dtype=str(parameter.dtype).removeprefix("torch."),
             kv_numbers=2 * text.num_key_value_heads * head,
-            layers=len(core.language_model.layers),
+            layers=depth,
         )
-        self._decoder = DecoderHooks(model, stages, self.receipt)
-        kinds = ["image", "video"] if family.video else ["image"]
-        self._encoders = {k: RecordingEncoder(core, f"get_{k}_features", tuple(sorted(tower_layers))) for k in kinds}
-        self._decoder.encoders = self._encoders
-        for encoder in self._encoders.values():
-            encoder.on_encoded = self._decoder.on_encoded
-            encoder.attach()
-        self._decoder.attach()
+        self._hooks = DecoderHooks(model, self.stages, self.receipt)
+        self._hooks.attach()
         model.save_pretrained = _Saving(self)
         model._vlmslim = self
 
     def remove(self) -> None:
         """Give the model back exactly as it was. A second call does nothing."""
         if getattr(self.model, "_vlmslim", None) is self:
-            self._decoder.detach()
-            for encoder in self._encoders.values():
-                encoder.detach()
+            self._hooks.detach()
             del self.model._vlmslim, self.model.save_pretrained
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor=None) -> None:
@@ -126,13 +118,13 @@ class _Saving:
         return self.save(*args, **kwargs)
 
 
-def patch(model: nn.Module, method_: Method, **options) -> Slim:
+def patch(model: nn.Module, method: Method, **options) -> Slim:
     """Attach a compression method to a LLaVA-style model.
 
     Args:
         model: a loaded `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or
             `LlavaOnevisionForConditionalGeneration`.
-        method_: a method's name, with its options as keywords; or a method object; or a list of stages, each a
+        method: a method's name, with its options as keywords; or a method object; or a list of stages, each a
             name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`; or what
             `Slim.save_pretrained` wrote, a folder or a repository on the hub.
         **options: of the method, when it is given by name: `keep=64` (tokens per image) or `keep=0.11` (a share) ...
@@ -147,35 +139,16 @@ def patch(model: nn.Module, method_: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
-    if isinstance(method_, os.PathLike) or (isinstance(method_, str) and not is_method_name(method_)):
+    if isinstance(method, os.PathLike) or (isinstance(method, str) and not is_method_name(method)):
         from vlmslim.saving.folder import read
 
-        if (saved := read(method_)) is not None:
+        if (saved := read(method)) is not None:
             return Slim(model, [build(stage) for stage in saved.stages(**options)])
-    if isinstance(method_, str | os.PathLike):
-        return Slim(model, [method(str(method_), **options)])
+    if isinstance(method, str | os.PathLike):
+        return Slim(model, [registry.method(str(method), **options)])
     if options:
-        raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method_!r}")
-    parts = method_ if isinstance(method_, Sequence) else [method_]
+        raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method!r}")
+    parts = method if isinstance(method, Sequence) else [method]
     if not parts:
         raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
     return Slim(model, [build(part) for part in parts])
-
-
-def _check_stages(stages: list[Compressor]) -> None:
-    """Refuse combinations that cannot be."""
-    before = [stage for stage in stages if compresses(stage)]
-    if len(before) > 1:
-        raise ValueError(
-            f"{before[0]} and {before[1]} both work before the language model; "
-            "at most one stage may, the others between layers"
-        )
-    for stage in before:
-        if stage.positions not in ("renumbered", "original"):
-            raise ValueError(f"positions={stage.positions!r}: use 'renumbered' or 'original'")
-
-
-def _tower_layer(stage: Compressor, layer: int, depth: int) -> int:
-    if not -depth <= layer < depth:
-        raise ValueError(f"{stage}: the vision tower has {depth} layers, no layer {layer}")
-    return layer

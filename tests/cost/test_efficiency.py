@@ -203,9 +203,9 @@ def test_parts_leave_no_trace_and_share_out_the_time():
     assert anatomy(model) == before
     assert times["method"] == 0 and all(times[part] > 0 for part in ("tower", "projector", "language_model", "lm_head"))
     with vlmslim.patch(model, PATCHES["both"]) as slim:
-        stages = [vars(stage).copy() for stage in (slim._decoder.before_llm, *slim._decoder.pruners.values())]
+        stages = [vars(stage.method).copy() for stage in slim.stages]
         assert time_parts(model, prompt.inputs())["method"] > 0
-        assert [vars(stage) for stage in (slim._decoder.before_llm, *slim._decoder.pruners.values())] == stages
+        assert [vars(stage.method) for stage in slim.stages] == stages
 
 
 @pytest.mark.parametrize("patch", [None, *PATCHES])

@@ -55,15 +55,15 @@ def totals(slim) -> list[float]:
 
 def watch(slim) -> list:
     """Every (layer, LayerInput, kept (B, S)) of the forwards to come."""
-    seen, stage = [], next(iter(slim._decoder.pruners.values()))
-    retain = stage.retain
+    seen, stage = [], slim.stages[-1]
+    retain = stage.method.retain
 
     def spy(tokens):
         keep = retain(tokens)
         seen.append((tokens.layer, tokens, keep))
         return keep
 
-    stage.retain = spy
+    stage.method.retain = spy
     return seen
 
 
@@ -451,8 +451,8 @@ def test_saved_and_loaded(tmp_path):
         kept = slim.receipt.summary()["visual_tokens_per_layer"]
         slim.save_pretrained(tmp_path / "atp")
     for options in (
-        dict(method_=tmp_path / "atp"),
-        dict(method_="atp", weights=str(tmp_path / "atp"), mean="visible", width=8),
+        dict(method=tmp_path / "atp"),
+        dict(method="atp", weights=str(tmp_path / "atp"), mean="visible", width=8),
     ):
         with vlmslim.patch(model, **options) as slim:
             assert torch.equal(model(**inputs).logits, want)

@@ -425,9 +425,9 @@ def test_bad_combinations_are_errors():
     model = tiny("llava")
     for stages, message in (
         ([DivPrune(keep=4), ToDRE(keep=4)], "both work before"),
-        ([ToDRE(keep=4, layer=3), DropVisual(layer=0.75)], "both prune before"),
+        ([ToDRE(keep=4, layer=3), DropVisual(layer=0.75)], "both drop tokens before"),
         (DropVisual(layer=DEPTH), "no decoder layer"),
-        (DropVisual(layer=[0.75, 0.76]), "both prune before"),
+        (DropVisual(layer=[0.75, 0.76]), "both drop tokens before"),
         (ToDRE(cls_layer=-4), "no layer -4"),
         (ToDRE(keep=17), "larger than the image"),
     ):

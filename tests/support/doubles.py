@@ -23,6 +23,16 @@ def _compress(self, image) -> Compressed:
     return image.pick(self.chosen(len(image.features), image.prompt).to(image.features.device))
 
 
+def _retain(self, tokens) -> Tensor:
+    keep = tokens.mask.clone()
+    for row in range(len(keep)):
+        text = int((tokens.mask[row] & (tokens.image[row] == 0)).sum())
+        for place in ranks(tokens, row):
+            keep[row, place] = False
+            keep[row, place[self.left(tokens.layer, len(place), text)]] = True
+    return keep
+
+
 @dataclass
 class Rule(Compressor):
     """Before the language model keep `chosen`; before each of `layers` keep `left` of what is there."""
@@ -34,17 +44,11 @@ class Rule(Compressor):
         return torch.arange(n)
 
     def __init_subclass__(cls) -> None:
+        """Override only what the rule uses, because the engine reads from that where a method acts."""
         if cls.chosen is not Rule.chosen and "compress" not in vars(cls):
-            cls.compress = _compress  # overriding it is what tells the engine that a method works before the model
-
-    def retain(self, tokens) -> Tensor:
-        keep = tokens.mask.clone()
-        for row in range(len(keep)):
-            text = int((tokens.mask[row] & (tokens.image[row] == 0)).sum())
-            for place in ranks(tokens, row):
-                keep[row, place] = False
-                keep[row, place[self.left(tokens.layer, len(place), text)]] = True
-        return keep
+            cls.compress = _compress
+        if cls.layers and "retain" not in vars(cls):
+            cls.retain = _retain
 
 
 @dataclass

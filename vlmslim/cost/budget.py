@@ -25,7 +25,6 @@ from torch import nn
 
 from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, equivalent_tokens, prefill_flops
-from vlmslim.engine.decoder import compresses
 from vlmslim.engine.families import family_of
 from vlmslim.patching import patch
 from vlmslim.registry import build, method_class, options_of
@@ -155,7 +154,7 @@ class Solver:
     def _planned(self, stages: list[Part]) -> dict[str, float]:
         """What the sample should cost by the methods' own account."""
         built = [stage for part in stages for stage in build(part).stages()]
-        built.sort(key=lambda stage: not compresses(stage))
+        built.sort(key=lambda stage: not stage.acts_before_llm)
         depth, prompts = self.shape.layers, len(self.sizes)
         total = [0] * depth
         for images, n in self.sizes:

@@ -125,9 +125,7 @@ def _stages(model: nn.Module) -> list[Compressor]:
     slim = getattr(model, "_vlmslim", None)
     if slim is None:
         return []
-    hooks = slim._decoder
-    found = [hooks.before_llm] if hooks.before_llm else []
-    return list({id(stage): stage for stage in [*found, *hooks.pruners.values()]}.values())
+    return [stage.method for stage in slim.stages if stage.acts_before_llm or stage.layers]
 
 
 @torch.inference_mode()

@@ -32,7 +32,6 @@ from vlmslim.doctor.runs import (
     tails,
 )
 from vlmslim.doctor.snapshots import Dice, Snapshot, anatomy, surroundings
-from vlmslim.engine.decoder import compresses
 from vlmslim.engine.families import kv_cache
 from vlmslim.patching import Slim
 from vlmslim.receipt import Prefill
@@ -85,9 +84,14 @@ class Patient:
         return self.slim.model
 
     @property
+    def before_llm(self) -> Compressor | None:
+        """The method that works before the language model."""
+        return next((stage.method for stage in self.slim.stages if stage.acts_before_llm), None)
+
+    @property
     def early(self) -> bool:
         """Whether the method works before the language model only: what it keeps does not hang on the last token."""
-        return not self.slim._decoder.pruners
+        return not any(stage.layers for stage in self.slim.stages)
 
     def __post_init__(self):
         self.fresh = Fresh(self.slim)
@@ -134,7 +138,8 @@ def video(patient: Patient) -> Outcome:
 def budget(patient: Patient) -> Outcome:
     """It keeps as many visual tokens of every image as it was asked to, at the entrance and in the last layer."""
     _, last, notes = patient.first
-    before, pruners = patient.slim._decoder.before_llm, patient.slim._decoder.pruners
+    before = patient.before_llm
+    pruners = {layer: stage.method for stage in patient.slim.stages for layer in stage.layers}
     pairs = []
     if before or not pruners:
         pairs += [(image.kept, image.requested) for row in last.images for image in row]
@@ -171,7 +176,7 @@ def padding(patient: Patient) -> Outcome:
 
 def reference(patient: Patient) -> Outcome:
     """From the method's own answers, another model computed layer by layer by hand gives the logits of every place."""
-    before, tokens = patient.slim._decoder.before_llm, patient.baseline.answer[:1]
+    before, tokens = patient.before_llm, patient.baseline.answer[:1]
     renumbered = before is not None and before.positions == "renumbered"
     apart = {}
     for row in (*patient.prompts.pictured, LONG):
@@ -297,7 +302,7 @@ def restore(patient: Patient) -> Outcome:
 
 def keep_all(patient: Patient) -> Outcome:
     """Asked to keep everything, it changes nothing: answers, logits and cache are those of the unpatched model."""
-    before = patient.slim._decoder.before_llm
+    before = patient.before_llm
     if before is not None and name_of(before) in patient.slim.trained:
         raise NotApplicable(f"{type(before).__name__} is trained to make tokens of its own, however many")
     model, prompts, baseline = patient.model, patient.prompts, patient.baseline
@@ -341,7 +346,7 @@ def keeping_everything(stage: Compressor) -> Compressor:
         NotApplicable: it has no option `keep`.
     """
     cls = type(stage)
-    if not compresses(stage) and cls.retain is Compressor.retain and cls.stages is Compressor.stages:
+    if not stage.acts_before_llm and cls.retain is Compressor.retain and cls.stages is Compressor.stages:
         return stage  # it only counts
     if not _keeps(stage):
         raise NotApplicable(f"{cls.__name__} has no option `keep`")

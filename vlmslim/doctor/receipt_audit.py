@@ -12,10 +12,10 @@ from vlmslim.receipt import Receipt
 
 def settings(slim: Slim) -> dict[str, str]:
     """Method, positions, back end and dtype as they are in the model."""
-    language, before = slim.model.model.language_model, slim._decoder.before_llm
+    language = slim.model.model.language_model
     return {
         "method": str(slim),
-        "positions": "original" if before is None else before.positions,
+        "positions": next((s.method.positions for s in slim.stages if s.acts_before_llm), "original"),
         "backend": slim.model.config.get_text_config()._attn_implementation,
         "dtype": str(next(language.parameters()).dtype).removeprefix("torch."),
     }
@@ -23,10 +23,8 @@ def settings(slim: Slim) -> dict[str, str]:
 
 def requested(slim: Slim, n: int) -> int | None:
     """What was asked of an image of `n` tokens: at the entrance, or failing that in the last pruned layer."""
-    before, pruners = slim._decoder.before_llm, slim._decoder.pruners
-    if before is None and not pruners:
-        return n
-    return (before or pruners[max(pruners)]).requested(n)
+    stage = next((s for s in slim.stages if s.acts_before_llm), slim.stages[-1])
+    return stage.method.requested(n)
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Told:
         (images,) = last.images
         asked = [requested(self.slim, image.tokens) for image in images]
         held = [layer.keys.shape[-2] for layer in cache.layers]
-        worked = (self.slim._decoder.before_llm is not None) + len(self.slim._decoder.pruners)
+        worked = sum(stage.acts_before_llm + len(stage.layers) for stage in self.slim.stages)
         pairs = {
             "text": (last.text, [text]),
             "images": (len(images), media),

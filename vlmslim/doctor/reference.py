@@ -117,15 +117,17 @@ def noted(slim: Slim) -> Iterator[Notes]:
     """Note what the stages of a patch answer. They are copies of the user's objects, and are left as they were."""
     notes, covered = Notes(), []
 
-    def cover(stage: Compressor | None, *names: str) -> None:
+    def cover(stage: Compressor, *names: str) -> None:
         for name in names:
-            if stage is not None and name not in vars(stage):
+            if name not in vars(stage):
                 setattr(stage, name, getattr(notes, name)(getattr(stage, name)))
                 covered.append((stage, name))
 
-    cover(slim._decoder.before_llm, "compress_images")
-    for pruner in slim._decoder.pruners.values():
-        cover(pruner, "retain", "soft_retain")
+    for stage in slim.stages:
+        if stage.acts_before_llm:
+            cover(stage.method, "compress_images")
+        if stage.layers:
+            cover(stage.method, "retain", "soft_retain")
     try:
         yield notes
     finally:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, resolve_layer
+from vlmslim.compressor import Compressed, ImageTokens, LayerInput
 from vlmslim.engine.encoder import RecordingEncoder, is_recorded, recorded
-from vlmslim.engine.families import cached_keys, kv_cache, placeholders
+from vlmslim.engine.families import cached_keys, encoder_layers, family_of, kv_cache, placeholders
 from vlmslim.engine.plan import Layout, Plan, Segment, joined, pick_rows, upload
+from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import weighted_causal_mask
 from vlmslim.receipt import Image, Prefill, Receipt, Span
 
@@ -42,12 +43,6 @@ def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
 def _words(ids: np.ndarray, text: np.ndarray) -> Tensor:
     """What `ImageTokens.prompt` holds."""
     return torch.from_numpy(ids[text])
-
-
-def compresses(stage: Compressor) -> bool:
-    """Whether a stage works before the language model."""
-    cls = type(stage)
-    return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
 
 
 @dataclass
@@ -123,34 +118,39 @@ def _check_finite(images: list[ImageTokens]) -> None:
             )
 
 
+def _tower_layers(stages: tuple[Stage, ...], depth: int) -> tuple[int, ...]:
+    """Collect the vision-tower layers that the stages read, of `depth`."""
+    wanted = set()
+    for stage in stages:
+        for layer in stage.method.tower_layers:
+            if not -depth <= layer < depth:
+                raise ValueError(f"{stage.method}: the vision tower has {depth} layers, no layer {layer}")
+            wanted.add(layer)
+    return tuple(sorted(wanted))
+
+
 class DecoderHooks:
     """The hooks of one patch on the language-model side."""
 
-    def __init__(self, model: nn.Module, stages: list[Compressor], receipt: Receipt):
+    def __init__(self, model: nn.Module, stages: tuple[Stage, ...], receipt: Receipt):
         self.core: nn.Module = model.model
+        self.stages = stages
         self.lm: nn.Module = model.model.language_model
         self.receipt = receipt
         self.argument_names = list(inspect.signature(type(self.core).forward).parameters)[1:]
-        depth = len(self.lm.layers)
-        self.before_llm = next((s for s in stages if compresses(s)), None)
-        self.positions = self.before_llm.positions if self.before_llm else "original"
-        self.pruners: dict[int, Compressor] = {}
-        for stage in stages:
-            for layer in stage.layers:
-                at = resolve_layer(layer, depth)
-                if not 0 < at < depth:
-                    raise ValueError(
-                        f"{stage}: there is no decoder layer {layer} to prune before; use 1 .. {depth - 1}"
-                    )
-                if at in self.pruners:
-                    raise ValueError(f"{stage} and {self.pruners[at]} both prune before decoder layer {at}")
-                self.pruners[at] = stage
-        self.encoders: dict[str, RecordingEncoder] = {}
+        self.before_llm = next((stage.method for stage in stages if stage.acts_before_llm), None)
+        self.positions = receipt.positions
+        self.pruners = {layer: stage.method for stage in stages for layer in stage.layers}
+        kinds = ["image", "video"] if family_of(model).video else ["image"]
+        tower_layers = _tower_layers(stages, len(encoder_layers(self.core)))
+        self.encoders = {kind: RecordingEncoder(self.core, kind, tower_layers, self._on_encoded) for kind in kinds}
         self.call: Call | None = None
         self.handles: list = []
 
     def attach(self) -> None:
         """Register the hooks, on this instance only."""
+        for encoder in self.encoders.values():
+            encoder.attach()
         add = self.handles.append
         add(self.core.register_forward_pre_hook(self._enter_core, with_kwargs=True))
         add(self.core.register_forward_hook(self._leave_core, always_call=True))
@@ -164,10 +164,12 @@ class DecoderHooks:
 
     def detach(self) -> None:
         """Remove every hook."""
+        for encoder in self.encoders.values():
+            encoder.detach()
         while self.handles:
             self.handles.pop().remove()
 
-    def on_encoded(self, kind: str, output) -> None:
+    def _on_encoded(self, kind: str, output) -> None:
         """Images were encoded; if that happened inside `forward`, they belong to it."""
         if self.call is not None:
             self.call.encoded[kind] = Encoded.of(output)
@@ -384,9 +386,8 @@ class DecoderHooks:
         return slots, ascending
 
     def _requested(self, n: int) -> int | None:
-        """What was asked of an image of `n` tokens at the entrance, or failing that between layers."""
-        stages = [self.before_llm] if self.before_llm else [self.pruners[i] for i in sorted(self.pruners)]
-        return stages[-1].requested(n) if stages else n
+        """Ask how many of an image's `n` tokens were to be kept: the stage before the language model, or the last."""
+        return (self.before_llm or self.stages[-1].method).requested(n)
 
     def _locate(self, call: Call, mask: np.ndarray, ids: np.ndarray | None) -> tuple[list, np.ndarray]:
         """Find the images in the prompts.

@@ -10,6 +10,7 @@ from functools import cache, partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from vlmslim.compressor import ImageTokens
 from vlmslim.engine.families import encoder_layers, with_newlines
@@ -22,20 +23,27 @@ class RecordingEncoder:
 
     The model's own output comes back with the `ImageTokens` of each image on it: `generate` may encode the images
     long before it calls `forward`, so the record has to travel with the features.
+
+    Args:
+        core: the model without its head.
+        kind: "image" or "video".
+        tower_layers: the layers of the vision tower whose inputs are recorded.
+        on_encoded: called with the kind and the output after each encoding.
     """
 
-    def __init__(self, core: nn.Module, name: str, tower_layers: tuple[int, ...]):
-        self.core, self.name, self.tower_layers = core, name, tower_layers
-        self.encode = getattr(core, name)
+    def __init__(
+        self,
+        core: nn.Module,
+        kind: str,
+        tower_layers: tuple[int, ...],
+        on_encoded: Callable[[str, ModelOutput], None],
+    ):
+        self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
+        self.name = f"get_{kind}_features"
+        self.encode = getattr(core, self.name)
         self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
-        self.on_encoded: Callable[[str, object], None] | None = None
         self.latest: weakref.ref | None = None
         self.grids: dict[tuple, Tensor] = {}  # see `_grid`
-
-    @property
-    def kind(self) -> str:
-        """Either "image" or "video"."""
-        return self.name.split("_")[1]
 
     def attach(self) -> None:
         """Shadow the method on the instance."""
@@ -64,8 +72,7 @@ class RecordingEncoder:
         if not isinstance(out, tuple):  # a caller of return_dict=False wants the bare features
             setattr(out, _ATTRIBUTE, self._video(out, seen) if self.kind == "video" else self._images(out, seen))
             self.latest = weakref.ref(out)
-            if self.on_encoded:
-                self.on_encoded(self.kind, out)
+            self.on_encoded(self.kind, out)
         return out
 
     def recognise(self, output) -> None:

@@ -273,7 +273,7 @@ def _survey(model: nn.Module, prompt: Prompt, stage: dict | None, new_tokens: in
             held = cache_bytes(kv_cache(model(**inputs, use_cache=True, logits_to_keep=1)))
         if slim is not None:
             visual = slim.receipt.summary()["visual_tokens_per_layer"]
-            in_decoder = bool(slim._decoder.pruners)
+            in_decoder = any(stage.layers for stage in slim.stages)
         counted = count_flops(model, inputs)
         peak = peak_memory(model, inputs, new_tokens)
     tokens = [v + prompt.text_tokens for v in visual]
