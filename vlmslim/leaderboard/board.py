@@ -74,7 +74,9 @@ class Leaderboard:
             answers.append(read_task(task, samples, *metrics[task], source_of(first[task], task)))
         add_ratios(rows, tasks, metrics, groups)
 
-        damaged = [f"{label} / {task}" for label, task in grid if store.is_damaged(label, task)]
+        damaged = [
+            f"{label} / {task}" for label, task in grid if (label, task) not in cells and store.is_damaged(label, task)
+        ]
         tokens = {task: _visual_tokens([cell for (_, name), cell in cells.items() if name == task]) for task in tasks}
         board = cls(rows, tasks, metrics, _facts(run, cells, timing, damaged), groups=groups, tokens=tokens)
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]

@@ -128,11 +128,10 @@ def compare(
         base: label of the unpatched model.
         groups: task -> its group.
     """
-    result = Comparison()
+    result = Comparison(untested=[task.task for task in tasks if isinstance(task, UnscoredTask)])
     for task in tasks:
         if base in task.labels:
             result.stability |= {(row, task.task): _stability(task, row, base) for row in task.labels if row != base}
-    result.untested = [task.task for task in tasks if isinstance(task, UnscoredTask)]
     scored = [task for task in tasks if isinstance(task, ScoredTask)]
     if not scored:
         return result
@@ -140,29 +139,28 @@ def compare(
     draws = _bootstrap(scored, pictures)
     columns = []
     for task in scored:
-        means = task.scores.mean(1)
-        low, high = _score_intervals(task, draws[task.task])
-        for label, mean, *ends in zip(task.labels, means, low, high, strict=True):
+        means, own = task.scores.mean(1), draws[task.task]
+        for label, mean, *ends in zip(task.labels, means, *_score_intervals(task, own), strict=True):
             result.means[label, task.task] = float(mean)
             result.intervals[label, task.task] = _rounded(*ends)
-        columns.append(_Column(task.task, task.labels, means, _p_values(task, swaps), draws[task.task], task.sign))
+        columns.append(_Column(task.task, task.labels, means, _p_values(task, swaps), own, task.sign))
+
     complete = [label for label in tasks[0].labels if all(label in task.labels for task in tasks)]
     # A task on which the unpatched model scores 0 says nothing about scores relative to that model.
     averaged = [task for task in scored if base in complete and task.row(base).any()]
     if averaged:
         ratios = {task.task: _ratios(task, draws[task.task], complete, base) for task in averaged}
+        average = np.mean(list(ratios.values()), axis=0)
+        result.averaged, result.relative = list(ratios), _intervals(complete, average)
         for group in dict.fromkeys(groups[task] for task in ratios):
             mean = np.mean([ratio for task, ratio in ratios.items() if groups[task] == group], axis=0)
             result.groups |= {(label, group): ends for label, ends in _intervals(complete, mean).items()}
-        average = np.mean(list(ratios.values()), axis=0)
-        result.relative = _intervals(complete, average)
-        result.averaged = list(ratios)
         columns.append(_average(averaged, pictures, complete, base, swaps, average))
-    for column in columns:
-        for budget in budgets:
+
+    for budget in budgets:
+        for column in columns:
             result.pairs |= {(p.first, p.second, p.task): p for p in column.pairs([*budget, base])}
-    for budget in budgets if averaged else ():
-        rows = [label for label in budget if label in complete]
+        rows = [label for label in budget if label in complete] if averaged else []
         better = [[_beats(result.pair(one, other, None)) for other in rows] for one in rows]
         if rows:  # in an unfinished run, a budget may have no row with all tasks yet
             result.ranks |= dict(zip(rows, map(int, ranks(np.array(better))), strict=True))
