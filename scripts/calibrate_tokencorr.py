@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmslim import bundled
+from vlmslim.loading import load
 from vlmslim.methods.tokencorr import TokenCorr
 from vlmslim.methods.tokencorr.calibration import calibrate
 
@@ -80,9 +79,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of TokenCorr, NAME=VALUE")
     args = parser.parse_intermixed_args()
     chosen = options(args.options)
-    path = bundled.resolve(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=args.dtype).to(args.device).eval()
-    processor = AutoProcessor.from_pretrained(path)
+    model, processor = load(args.model, dtype=args.dtype, device=args.device)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)  # TokenCorr does not look at words
     prompts = (

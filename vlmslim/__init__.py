@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "patch": "vlmslim.patching",
-    "from_pretrained": "vlmslim.saving.folder",
+    "from_pretrained": "vlmslim.loading",
     "Slim": "vlmslim.patching",
     "Compressor": "vlmslim.compressor",
     "Compressed": "vlmslim.compressor",

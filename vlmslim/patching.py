@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from vlmslim.engine.families import family_of, has_cls
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
 from vlmslim.registry import build, is_method_name, name_of
+from vlmslim.saving.folder import read, save
 
 Method = str | os.PathLike | dict | Compressor | Sequence[str | dict | Compressor]
 
@@ -34,9 +36,9 @@ class Slim:
 
     def __init__(self, model: nn.Module, methods: list[Compressor]):
         family_of(model)  # refuses what cannot be patched
-        if getattr(model, "_vlmslim", None) is not None:
-            raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
-        self.model, self.methods, self.processor = model, methods, None
+        check_unpatched(model)
+        self.model, self.methods = model, methods
+        self.processor: Any = None
         core = model.model
         parts = [copy.copy(part) for method in methods for part in method.stages()]
         for part in parts:
@@ -83,11 +85,10 @@ class Slim:
             processor: the checkpoint's; by default `self.processor`, or found where the model came from.
 
         Raises:
-            ValueError: a method without a file in `vlmslim/methods`, or with an option that JSON cannot hold.
+            ValueError: a method that no name can load again, or an option that JSON cannot hold.
         """
-        from vlmslim.saving.folder import save
-
-        save(self, folder, with_base, processor)
+        processor = processor or self.processor
+        save(folder, self.model, self.methods, self.trained, with_base=with_base, processor=processor)
 
     def reset_receipt(self) -> None:
         """Start counting anew."""
@@ -139,12 +140,10 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
-    if isinstance(method, os.PathLike) or (isinstance(method, str) and not is_method_name(method)):
-        from vlmslim.saving.folder import read
-
-        if (saved := read(method)) is not None:
-            return Slim(model, [build(stage) for stage in saved.stages(**options)])
     if isinstance(method, str | os.PathLike):
+        saved = None if isinstance(method, str) and is_method_name(method) else read(method)
+        if saved is not None:
+            return Slim(model, [build(stage) for stage in saved.stages(**options)])
         return Slim(model, [registry.method(str(method), **options)])
     if options:
         raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method!r}")
@@ -152,3 +151,13 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
     if not parts:
         raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
     return Slim(model, [build(part) for part in parts])
+
+
+def check_unpatched(model: nn.Module) -> None:
+    """Refuse a model that is patched.
+
+    Raises:
+        RuntimeError: it is; the message names the patch.
+    """
+    if (slim := getattr(model, "_vlmslim", None)) is not None:
+        raise RuntimeError(f"this model is already patched with {slim}; remove() that patch first")

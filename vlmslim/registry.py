@@ -77,6 +77,12 @@ def is_method_name(text: str) -> bool:
     return bool(_MODULE.fullmatch(text)) and not Path(text).exists()
 
 
+def file_of(name: str) -> str | None:
+    """Return the path in a name such as path/to/norm.py:Norm; None for other names."""
+    address = _FILE.fullmatch(name)
+    return address["place"] if address else None
+
+
 def method_class(name: str) -> type["Compressor"]:
     """Return the class that a name stands for. A file is loaded once, and again after an edit.
 

@@ -1072,7 +1072,7 @@ def test_a_package_that_a_method_lacks_is_told(folder, monkeypatch):
         (["bundled/nothing"], "no bundled checkpoint"),
         (["bundled/tiny-llava", "-m", "fastv:layer"], "option=value"),
         (["bundled/tiny-llava", "--dtype", "float33"], "float32, bfloat16"),
-        (["bundled/tiny-llava", "--device", "foo"], "device 'foo': there is no such device"),
+        (["bundled/tiny-llava", "--device", "foo"], "device='foo': there is no such device"),
         (["bundled/tiny-llava", "--keep", "inf"], "keep=inf"),
         (["bundled/tiny-llava", "--keep", "145"], "has 144 visual tokens"),
         (["bundled/tiny-llava", "-m", "uniform:keep=145"], "has 144 visual tokens"),

@@ -317,7 +317,7 @@ def test_several_rounds(make):
         ({"method": "divprune", "keep": 1.5}, r"\(0, 1\]"),
         ({"batch_size": "auto"}, "whole number"),
         ({"max_frames_num": 0}, "whole number"),
-        ({"dtype": "float33"}, "float32, float16"),
+        ({"dtype": "float33"}, "use float32, bfloat16"),
         ({"method": '[{"method": "divprune", "keep": 4}]', "keep": 4}, "belong into the stages"),
     ],
 )

@@ -354,8 +354,8 @@ def test_edited_code_is_timed_again(config, edit):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"device": "foo"}, "model.device: device 'foo': there is no such device"),
-        ({"device": "meta"}, "model.device: device 'meta' cannot be used"),
+        ({"device": "foo"}, "model.device: device='foo': there is no such device"),
+        ({"device": "meta"}, "model.device: device='meta' cannot be used"),
     ],
 )
 def test_devices_that_are_not_there(config, model, message):

@@ -1,17 +1,14 @@
 """Patches on disk: written, restored in every way, and refused where they do not fit."""
 
 import json
-import warnings
 from dataclasses import fields
 
 import pytest
 import torch
 from doubles import BUDGETED, First, options_of, registered
-from tiny import ROWS, batch, close, tiny
-from transformers import AutoModelForImageTextToText
+from tiny import ROWS, batch, tiny
 
 import vlmslim
-from vlmslim.saving import folder as saving
 
 TRAINED = [name for name in vlmslim.method_names() if "weights" in options_of(name)]
 
@@ -152,8 +149,11 @@ def test_weights_of_another_method_are_refused(tmp_path):
         vlmslim.patch(tiny("llava"), "tokenflex", weights=str(tmp_path), keep=4)
 
 
-def test_an_object_without_a_file_cannot_be_saved(tmp_path):
-    with vlmslim.patch(tiny("llava"), First()) as slim, pytest.raises(ValueError, match="First.*no name"):
+def test_an_object_without_a_name_cannot_be_saved(tmp_path):
+    class Local(First):
+        pass
+
+    with vlmslim.patch(tiny("llava"), Local()) as slim, pytest.raises(ValueError, match="Local has no name to load it"):
         slim.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -161,88 +161,6 @@ def test_an_object_without_a_file_cannot_be_saved(tmp_path):
 def test_a_folder_without_a_patch_is_an_unknown_method(tmp_path):
     with pytest.raises(ValueError, match="unknown method"):
         vlmslim.patch(tiny("llava"), str(tmp_path))
-
-
-# --- with the checkpoint ----------------------------------------------------------------------------------------------
-
-
-class Processor:
-    """Stands in for one: what matters here is that it is saved along."""
-
-    def save_pretrained(self, folder):
-        (folder / "processor.txt").write_text("saved")
-
-
-@pytest.fixture
-def loads_processors(monkeypatch):
-    seen = []
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path, **_: seen.append(str(path)) or "it")
-    return seen
-
-
-def test_a_whole_checkpoint_in_one_call(tmp_path, loads_processors):
-    model = tiny("llava")
-    with vlmslim.patch(model, "tokenflex", weights="random", keep=4) as slim:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the base is meant to be saved without the patch
-            slim.save_pretrained(tmp_path, with_base=True, processor=Processor())
-        want = logits(model)
-    assert (tmp_path / "base" / "processor.txt").exists()
-    assert not any("tmp" in p.name for p in tmp_path.rglob("*"))
-    slim = vlmslim.from_pretrained(tmp_path, dtype=torch.float32)
-    close(logits(slim.model), want)
-    assert slim.processor == "it" and loads_processors == [str(tmp_path / "base")]
-    assert not slim.model.training
-    slim.remove()
-    close(logits(slim.model), logits(tiny("llava")))
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
-    close(logits(plain), logits(tiny("llava")))
-    with pytest.raises((OSError, ValueError)):  # never the unpatched model by accident
-        AutoModelForImageTextToText.from_pretrained(tmp_path)
-
-
-def test_a_patch_beside_its_base(tmp_path, loads_processors):
-    tiny("llava").save_pretrained(tmp_path / "base")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
-    want = saved_flex(tmp_path / "flex", model)
-    slim = vlmslim.from_pretrained(tmp_path / "flex")
-    close(logits(slim.model), want)
-    other = vlmslim.from_pretrained(tmp_path / "flex", "divprune", keep=4)
-    assert str(other).startswith("DivPrune")
-    third = vlmslim.from_pretrained(tmp_path / "flex", "tokenflex", keep=9)
-    logits(third.model)
-    assert third.receipt.summary()["kept"] == 9
-    (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="base=.*"):
-        vlmslim.from_pretrained(tmp_path / "flex")
-    close(logits(vlmslim.from_pretrained(tmp_path / "flex", base=str(tmp_path / "moved")).model), want)
-
-
-def test_a_base_without_a_name(tmp_path):
-    saved_flex(tmp_path)
-    with pytest.raises(ValueError, match="had no name.*base="):
-        vlmslim.from_pretrained(tmp_path)
-
-
-def test_a_plain_checkpoint(tmp_path, loads_processors):
-    tiny("llava").save_pretrained(tmp_path)
-    assert vlmslim.from_pretrained(tmp_path).methods == [vlmslim.method("none")]
-    slim = vlmslim.from_pretrained(tmp_path, "divprune", keep=4)
-    logits(slim.model)
-    assert slim.receipt.summary()["kept"] == 4
-    with pytest.raises(ValueError, match="base=.*saved patch"):
-        vlmslim.from_pretrained(tmp_path, base="elsewhere")
-    with pytest.raises(ValueError, match="unknown option"):
-        vlmslim.from_pretrained(tmp_path, "divprune", kep=4)
-
-
-def test_a_bundled_base_is_known_by_its_bundled_name(tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(saving.bundled.resolve("bundled/tiny-llava"))
-    with vlmslim.patch(model, "none") as slim:
-        slim.save_pretrained(tmp_path)
-    assert saving.read(tmp_path).base["name"] == "bundled/tiny-llava"
-    slim = vlmslim.from_pretrained(tmp_path)
-    assert slim.processor.image_token == "<image>"
 
 
 def test_saving_the_model_alone_says_how_to_save_the_patch(tmp_path):
@@ -297,3 +215,78 @@ def test_vlmslim_run_describes_the_checkpoint_under_a_saved_patch(model_in_lmms_
     _, base, folder = model_in_lmms_eval
     patched, plain = (describe_checkpoint(ModelConfig(pretrained=path)) for path in (folder, base))
     assert patched == plain and plain["identity"]
+
+
+# --- methods from outside ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file with a method that has a trained part, and its name."""
+    file = tmp_path / "mine" / "halve.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "from vlmslim import Compressed, Compressor\n"
+        "from vlmslim.saving.trained import load_part\n"
+        "@dataclass\n"
+        "class Halve(Compressor):\n"
+        "    weights: str = ''\n"
+        "    step: int = 2\n"
+        "    def setup(self, model):\n"
+        "        self.part = nn.Linear(32, 32)\n"
+        "        load_part(self, self.part, model)\n"
+        "    def trained(self):\n"
+        "        return self.part\n"
+        "    def compress(self, image):\n"
+        "        return Compressed(self.part(image.features[:: self.step]))\n"
+    )
+    return file, f"{file}:Halve"
+
+
+def test_a_method_in_a_file_is_saved_with_its_weights(own, tmp_path):
+    file, name = own
+    model = tiny("llava")
+    with vlmslim.patch(model, name, weights="random:1", step=3) as slim:
+        slim.save_pretrained(tmp_path / "saved")
+        want = logits(model)
+    assert json.loads((tmp_path / "saved" / "vlmslim.json").read_text())["methods"] == [{"method": name, "step": 3}]
+    for given, options in ((tmp_path / "saved", {}), (name, {"weights": str(tmp_path / "saved"), "step": 3})):
+        with vlmslim.patch(model, given, **options):
+            assert torch.equal(logits(model), want)
+    file.rename(tmp_path / "elsewhere.py")
+    with pytest.raises(ValueError, match=r"the file .*halve.py of its method is gone; put it back, or corr"):
+        vlmslim.patch(model, tmp_path / "saved")
+
+
+def test_a_file_in_the_folder_moves_with_it(own, tmp_path):
+    file, _ = own
+    (tmp_path / "saved").mkdir()
+    inside = file.rename(tmp_path / "saved" / "halve.py")
+    model = tiny("llava")
+    with vlmslim.patch(model, f"{inside}", weights="random:1") as slim:
+        slim.save_pretrained(tmp_path / "saved")
+        want = logits(model)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    with vlmslim.patch(model, tmp_path / "moved") as slim:
+        assert torch.equal(logits(model), want)
+
+
+def test_a_repository_on_the_hub_names_no_code_to_run(own, tmp_path, monkeypatch):
+    _, name = own
+    with vlmslim.patch(tiny("llava"), name, weights="random:1") as slim:
+        slim.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr("transformers.utils.cached_file", lambda _, file, **__: str(tmp_path / "saved" / file))
+    with pytest.raises(ValueError, match="code that a repository on the hub names is not run"):
+        vlmslim.patch(tiny("llava"), "somebody/patch")
+
+
+def test_a_saved_method_that_is_gone(tmp_path):
+    with vlmslim.patch(tiny("llava"), First()) as slim:
+        slim.save_pretrained(tmp_path)
+    vlmslim.patch(tiny("llava"), tmp_path).remove()
+    path = tmp_path / "vlmslim.json"
+    path.write_text(path.read_text().replace("doubles:First", "doublets:First"))
+    with pytest.raises(ValueError, match="there is no module doublets; is its package installed?"):
+        vlmslim.patch(tiny("llava"), tmp_path)

@@ -7,12 +7,12 @@ _PREFIX = "bundled/"
 
 
 def names() -> tuple[str, ...]:
-    """Names that `resolve` understands, sorted."""
+    """Return the names that `resolve` knows, sorted."""
     return tuple(_PREFIX + path.name for path in sorted(_HERE.iterdir()) if path.is_dir() and path.name[0] not in "._")
 
 
 def resolve(name: str) -> str:
-    """Turn `bundled/NAME` into the directory of that checkpoint; any other path or hub id passes through.
+    """Turn `bundled/NAME` into the folder of that checkpoint; return a path or an id on the hub as it is.
 
     Raises:
         ValueError: no checkpoint of that name is bundled.
@@ -24,7 +24,7 @@ def resolve(name: str) -> str:
     return str(_HERE / name.removeprefix(_PREFIX))
 
 
-def name_of(path: str) -> str | None:
-    """The name that `resolve` turns into the directory `path`; None if it is no bundled checkpoint."""
-    path = Path(path).resolve()
+def name_of(folder: str) -> str | None:
+    """Return the name that `resolve` turns into a folder; None for the folder of another checkpoint."""
+    path = Path(folder).resolve()
     return _PREFIX + path.name if path.parent == _HERE.resolve() else None

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
+from vlmslim import loading
 from vlmslim.compressor import Keep, check_keep, resolve_keep
 from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Patient, look
 from vlmslim.doctor.pristine_copy import twin_of
@@ -34,10 +35,8 @@ from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import Baseline
 from vlmslim.doctor.snapshots import Snapshot
 from vlmslim.engine.families import family_of
-from vlmslim.evaluation.preflight import check_device
-from vlmslim.patching import Method, Slim, patch
+from vlmslim.patching import Method, Slim, check_unpatched, patch
 from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
-from vlmslim.saving.folder import located
 
 __all__ = ["Finding", "Report", "examine", "load", "parse"]
 
@@ -75,8 +74,7 @@ def examine(
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
     videos = why_no_video(model, processor) is None
-    if getattr(model, "_vlmslim", None) is not None:
-        raise RuntimeError(f"this model is already patched with {model._vlmslim}; remove() that patch first")
+    check_unpatched(model)
     check_keep(keep)
     standards = _standards(model, processor, videos)
     if methods is None and isinstance(keep, int):
@@ -150,17 +148,7 @@ def load(
         OSError: there is no such checkpoint.
         ValueError: no such bundled one, or no such dtype or device.
     """
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    path, commit, _ = located(checkpoint, None, None, None, {})
-    hub = {"revision": commit or "main"}
-    processor = AutoProcessor.from_pretrained(path, **hub)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, **hub)
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return model.to(device).eval(), processor
+    return loading.load(checkpoint, dtype=dtype, device=device or loading.default_device(), attention=attention)
 
 
 def _find(name: str, check: str, patient: Patient) -> Finding:

@@ -285,7 +285,7 @@ class RunConfig(_Strict):
         try:
             if "weights" in _options(name) and not stage.get("weights"):
                 saved = read(self.model.pretrained, self.model.revision)
-                if saved is not None and name in saved.trained:
+                if saved is not None and saved.holds(name):
                     stage["weights"] = str(saved.folder) if self.model.revision else self.model.pretrained
             whole = method(name, **stage | ({} if unsolved is None else {unsolved: 1}))
         except ValueError as error:

@@ -23,7 +23,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache
@@ -31,8 +31,8 @@ from vlmslim.evaluation.conversation import Prompt, Prompter, user_message
 from vlmslim.evaluation.preflight import check_effect
 from vlmslim.evaluation.progress import MakeBar
 from vlmslim.io.messages import did_you_mean
+from vlmslim.loading import Located, load, located, stages_of
 from vlmslim.registry import build
-from vlmslim.saving.folder import located
 
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -112,19 +112,19 @@ class VlmSlim(lmms):
     ):
         super().__init__()
         # Methods come first: a typo should not cost the minutes that a checkpoint takes to load.
-        name = pretrained if isinstance(pretrained, str) else None
-        path, revision, stages = located(name, _parsed(method), None, revision, options)
+        method = _parsed(method)
+        if isinstance(pretrained, str):
+            place = located(pretrained, method, revision=None if revision is None else str(revision), options=options)
+            stages = place.stages
+        else:
+            stages = stages_of(method or "none", options)
         compressors = [_compressor(stage) for stage in stages]
         self.batch_size = _count("batch_size", batch_size)
         frames = _count("max_frames_num", max_frames_num)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if isinstance(pretrained, str):
-            hub = {"trust_remote_code": trust_remote_code}
-            if revision is not None:
-                hub["revision"] = str(revision)
-            processor = AutoProcessor.from_pretrained(path, **hub)
-            self.model = self._load(path, device, dtype, device_map, attn_implementation, hub)
+            self.model, processor = self._load(place, device, dtype, device_map, attn_implementation, trust_remote_code)
         elif processor is None:
             raise ValueError("pretrained is a loaded model: give its processor too, processor=...")
         else:
@@ -137,17 +137,27 @@ class VlmSlim(lmms):
         self._batches_begun = self._batches_done = 0
         self._slim = vlmslim.patch(self.model, compressors)
 
-    def _load(self, path, device, dtype, device_map, attn_implementation, hub) -> PreTrainedModel:
+    def _load(
+        self,
+        place: Located,
+        device: str | None,
+        dtype: str | None,
+        device_map: str | None,
+        attention: str | None,
+        trust_remote_code: bool,
+    ) -> tuple[PreTrainedModel, ProcessorMixin]:
         if self._world_size > 1 and (device or device_map):
             raise ValueError("several processes share the devices among themselves: drop device and device_map")
-        device = torch.device(device or self.accelerator.device)
-        dtype = dtype or ("float32" if device.type == "cpu" and not device_map else "auto")
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype={dtype!r}: use float32, float16, bfloat16 or auto")
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation, **hub
+        device = device or str(self.accelerator.device)
+        dtype = dtype or ("float32" if device == "cpu" and not device_map else "auto")
+        return load(
+            place,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
         )
-        return (model if device_map else model.to(device)).eval()
 
     @property
     def receipt(self) -> dict:

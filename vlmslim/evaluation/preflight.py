@@ -1,61 +1,17 @@
 """What a run refuses before it loads the checkpoint."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from vlmslim import bundled
 from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.evaluation.config import ModelConfig
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
+from vlmslim.loading import check_checkpoint, located
 from vlmslim.registry import build, name_of
-from vlmslim.saving.folder import located
-
-
-def check_checkpoint(name: str) -> str:
-    """The folder behind `bundled/NAME` or a path, or the hub id as it is; the hub itself is not asked.
-
-    Raises:
-        ValueError: there is no such bundled checkpoint or path, or no model in the folder.
-    """
-    place = bundled.resolve(name)
-    folder = Path(place)
-    if not folder.exists():
-        if os.path.isabs(place) or place.startswith(("./", "../", "~")) or place.count("/") > 1:
-            raise ValueError(f"the path {place} does not exist")
-        return place
-    if not folder.is_dir():
-        raise ValueError(f"{place} is a file; give the folder of a checkpoint")
-    if not any((folder / file).is_file() for file in ("config.json", "vlmslim.json")):
-        raise ValueError(f"the folder {place} holds no model: there is no config.json in it")
-    return place
-
-
-def check_device(device: str | None) -> None:
-    """See that a device is there.
-
-    Raises:
-        ValueError: it is no device, or this machine has none.
-    """
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: there is no such device; use cpu, cuda or cuda:0") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this PyTorch sees no GPU; use cpu")
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {one_line(error)}") from error
 
 
 def describe_checkpoint(model: ModelConfig) -> dict:
@@ -72,9 +28,9 @@ def describe_checkpoint(model: ModelConfig) -> dict:
 
     try:
         check_checkpoint(model.pretrained)
-        name, revision, _ = located(model.pretrained, None, None, model.revision, {})
-        check_checkpoint(name)
-        loaded = AutoConfig.from_pretrained(name, revision=revision)
+        place = located(model.pretrained, revision=model.revision)
+        name = check_checkpoint(place.checkpoint)
+        loaded = AutoConfig.from_pretrained(name, revision=place.revision)
     except OSError as error:
         raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
     except ValueError as error:

@@ -23,6 +23,7 @@ from vlmslim.io.code import outside_files
 from vlmslim.io.messages import one_line
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.render import write_all
+from vlmslim.loading import check_device
 from vlmslim.receipt import headline
 
 
@@ -70,7 +71,7 @@ class _Run:
         self.tasks = [task.task for task in self.harness.tasks.leaves]
         self.inputs = Inputs(self.variants, self.harness.tasks)
         with _refusing("model.device"):
-            preflight.check_device(config.model.device)
+            check_device(config.model.device)
         self.record: dict[str, Any] = {
             "seed": config.seed,
             "versions": provenance.versions(),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.saving.folder import load_part
+from vlmslim.saving.trained import load_part
 
 
 class Projector(nn.Module):
@@ -127,7 +127,7 @@ class TokenFlex(Compressor):
         if self.weights != "pool":
             with torch.device("meta"):
                 self.projector = Projector(own.linear_1.in_features, own.linear_2.out_features, self.expansion)
-            load_part(self.weights, "tokenflex", self.projector, model)
+            load_part(self, self.projector, model)
 
     def trained(self) -> nn.Module | None:
         """Return the projector, or None for the training-free control."""

@@ -1,7 +1,8 @@
-"""The backbone that a trained part was trained for: its name and sizes, and samples of its weights to know it again."""
+"""The checkpoint that a trained part was trained for: its name and sizes, and samples of its weights."""
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,17 @@ from vlmslim import bundled
 from vlmslim.engine.families import encoder_layers
 
 SAMPLES = 8  # values of each tensor in a signature
-#: Relative distance of samples beyond which two checkpoints are different trainings. Largest on the tiny LLaVA: 0.002
-#: after a cast to bfloat16; 0.008 and 0.13 after 20 steps of fine-tuning at learning rates of 1e-4 and 1e-3; 0.39
-#: between two lengths of its own training; 1.1 between two initialisations, of which the norm of the final RMSNorm
-#: differs by 0.2 %: sums over a tensor tell less than a few of its values.
+#: Largest relative distance between the samples of two copies of one training. Measured on the tiny LLaVA: 0.002 after
+#: a cast to bfloat16; 0.008 and 0.13 after 20 steps of fine-tuning at learning rates of 1e-4 and 1e-3; 0.39 between two
+#: lengths of its own training; 1.1 between two initialisations. Single values, because sums over a tensor tell less:
+#: the norm of the final RMSNorm differs by 0.2 % between two initialisations.
 TOLERANCE = 0.2
 
 
-def describe(model: nn.Module, signed: bool) -> dict:
-    """What to write down about the model under a patch: name, commit, sizes, and its signature if it shall be `signed`.
+def describe(model: Any, signed: bool) -> dict[str, Any]:
+    """Record the model under a patch: name, commit, sizes, and its signature if it is to be `signed`.
 
-    Only trained parts need the signature: every other method suits any checkpoint.
+    Only trained parts need the signature, because every other method suits any checkpoint.
     """
     name = getattr(model, "name_or_path", "") or ""
     if name and Path(name).is_dir():
@@ -29,42 +30,42 @@ def describe(model: nn.Module, signed: bool) -> dict:
     return base | ({"signature": signature(model)} if signed else {})
 
 
-def check(part: str, base: dict, model: nn.Module) -> None:
-    """Make sure that a model is the one that a trained part was trained for.
+def check(part: str, base: dict[str, Any], model: Any) -> None:
+    """Refuse a model that is not the one that a trained part was trained for.
 
     Args:
         part: the part, for messages.
-        base: what `describe` made of that model; without a signature (older files) sizes alone are compared.
-        model: the model to load it onto.
+        base: what `describe` recorded of that model. Without a signature (older files) only sizes are compared.
+        model: the model to load the part onto.
 
     Raises:
         ValueError: sizes differ, or the weights are those of another training.
     """
     trained_for = f"{part} was trained for another backbone ({base['name'] or 'without a name'})"
     theirs = base["shape"]
-    differs = [f"{k} {theirs.get(k)} there, {v} here" for k, v in shape_of(model).items() if theirs.get(k) != v]
-    if differs:
-        raise ValueError(f"{trained_for}: {'; '.join(differs)}")
+    sizes = [f"{k} {theirs.get(k)} there, {v} here" for k, v in shape_of(model).items() if theirs.get(k) != v]
+    if sizes:
+        raise ValueError(f"{trained_for}: {'; '.join(sizes)}")
     if not (signed := base.get("signature")):
         return
     ours = signature(model)
     distances = {k: _distance(signed[k], ours[k]) for k in signed.keys() & ours.keys()}
     if not distances:
         warnings.warn(
-            f"{part}: no weights of this model can be read here (quantised or offloaded), so that it is the backbone "
-            "that the part was trained for goes unchecked",
+            f"{part}: no weights of this model can be read (they are quantised or offloaded), so vlmslim cannot check "
+            "that this is the backbone that the part was trained for",
             stacklevel=2,
         )
-    differs = [f"{k} by {distance:.0%}" for k, distance in sorted(distances.items()) if distance > TOLERANCE]
-    if differs:
+    differ = [f"{k} by {distance:.0%}" for k, distance in sorted(distances.items()) if distance > TOLERANCE]
+    if differ:
         raise ValueError(
-            f"{trained_for} of the same sizes: weights differ here, {', '.join(differs)}. Load the checkpoint that it "
+            f"{trained_for} of the same sizes: weights differ here, {', '.join(differ)}. Load the checkpoint that it "
             "was trained for, or train the part again for this one"
         )
 
 
-def shape_of(model: nn.Module) -> dict:
-    """What a trained part depends on in a checkpoint: its family and the sizes of its tower and language model."""
+def shape_of(model: Any) -> dict[str, Any]:
+    """Return what a trained part depends on in a checkpoint: its family, and the sizes of tower and language model."""
     core, text, vision = model.model, model.config.get_text_config(), model.config.vision_config
     return {
         "model_type": model.config.model_type,
@@ -80,11 +81,11 @@ def shape_of(model: nn.Module) -> dict:
     }
 
 
-def signature(model: nn.Module) -> dict[str, list[float]]:
-    """A few values of a few weights: the embedding, the projector, and a norm of the tower.
+def signature(model: Any) -> dict[str, list[float]]:
+    """Return a few values of a few weights: of the embedding, the projector, and a norm of the tower.
 
-    Quantisation leaves most of them as they are. What cannot be read here (packed, sharded, on the meta device without
-    a copy to load) is left out.
+    Quantisation leaves most of these weights as they are. A weight that cannot be read is left out: one that is packed,
+    sharded, or on the meta device without a copy to load.
     """
     core = model.model
     owners = {
@@ -103,28 +104,28 @@ def signature(model: nn.Module) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _sample(owner: nn.Module, kind: str) -> list[float] | None:
-    """Values at fixed places, spread by the golden ratio so that they share no row or column; None if unreadable."""
-    values = getattr(owner, kind, None)
-    if isinstance(values, Tensor) and values.is_meta and hasattr(owner, "_hf_hook"):  # offloaded by accelerate
+    """Return values at fixed places of a weight; None if it cannot be read."""
+    tensor = getattr(owner, kind, None)
+    if isinstance(tensor, Tensor) and tensor.is_meta and hasattr(owner, "_hf_hook"):  # offloaded by accelerate
         from accelerate.utils import align_module_device
 
         with align_module_device(owner):
             return _values(getattr(owner, kind))
-    return _values(values)
+    return _values(tensor)
 
 
-def _values(tensor: Tensor | None) -> list[float] | None:
-    plain = type(tensor) in (Tensor, nn.Parameter)  # subclasses are packed or sharded
-    if not plain or tensor.is_meta or not tensor.numel():
+def _values(tensor: Any) -> list[float] | None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():  # subclasses are packed
         return None
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         return None
+    # Multiples of the golden ratio, because such places share no row and no column.
     places = [int(tensor.numel() * ((i + 1) * 0.6180339887498949 % 1)) for i in range(SAMPLES)]
     return [float(f"{x:.4g}") for x in tensor.flatten()[places].tolist()]
 
 
-def _distance(a: list[float], b: list[float]) -> float:
-    """Norm of the difference, relative to the larger of the two; 0 if both are zero."""
-    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    larger = max(a.norm(), b.norm())
-    return float((a - b).norm() / larger) if larger else 0.0
+def _distance(theirs: list[float], ours: list[float]) -> float:
+    """Return the norm of the difference, relative to the larger of the two norms; 0 if both are zero."""
+    a, b = torch.tensor(theirs, dtype=torch.float64), torch.tensor(ours, dtype=torch.float64)
+    larger = float(max(a.norm(), b.norm()))
+    return float((a - b).norm()) / larger if larger else 0.0

@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 import vlmslim
-from vlmslim import bundled
+from vlmslim import loading
 from vlmslim.io.files import atomically
 from vlmslim.training.config import command_line, override, read_config
 from vlmslim.training.conversations import IGNORED, Collator, Conversations, Items
@@ -115,11 +115,7 @@ def read_settings(config: Path, overrides: Sequence[str] = ()) -> Settings:
 def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Seed the process, and load the checkpoint and its processor."""
     set_seed(settings.seed)
-    path = bundled.resolve(settings.model)
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=settings.dtype, attn_implementation=settings.attn_implementation
-    )
-    return model, AutoProcessor.from_pretrained(path)
+    return loading.load(settings.model, dtype=settings.dtype, attention=settings.attn_implementation)
 
 
 def open_conversations(settings: Settings) -> Conversations:

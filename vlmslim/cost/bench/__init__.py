@@ -10,7 +10,6 @@ from importlib.metadata import version
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 import vlmslim
 from vlmslim import registry
@@ -23,9 +22,8 @@ from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.cost.parts import count_flops
 from vlmslim.cost.timing import Clock, Spread, Timing, interleave, time_steady
 from vlmslim.engine.families import kv_cache
-from vlmslim.evaluation.preflight import check_checkpoint, check_device
 from vlmslim.io import provenance
-from vlmslim.io.messages import one_line
+from vlmslim.loading import check_device, check_dtype, default_device, load_model
 
 UNPATCHED = "unpatched"
 #: What a prefill may cost, over the ideal's: (device, prunes inside the decoder) -> bound.
@@ -142,23 +140,16 @@ def load(
         raise ValueError(f"give a checkpoint or --shape, one of the two; shapes: {', '.join(SHAPES)}")
     if layers is not None and shape is None:
         raise ValueError("--layers goes with --shape; a checkpoint has the layers it has")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = device or default_device()
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16")
     if shape is not None:
+        check_device(device)
+        check_dtype(dtype)
         name = shape if layers is None else f"{shape}, {layers} decoder layers"
         return f"{name}, random weights", build(
-            shape_config(shape, layers), dtype=kind, device=device, attention=attention
+            shape_config(shape, layers), dtype=getattr(torch, dtype), device=device, attention=attention
         )
-    path = check_checkpoint(checkpoint)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, attn_implementation=attention)
-    except OSError as error:
-        raise OSError(f"{checkpoint} could not be loaded: {one_line(error)}") from error
-    return checkpoint, model.eval().to(device)
+    return checkpoint, load_model(checkpoint, dtype=dtype, device=device, attention=attention)
 
 
 def default_budgets(visual_tokens: int) -> list[int]:

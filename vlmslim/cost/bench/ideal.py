@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.cost.bench.prompt import Prompt
+from vlmslim.patching import check_unpatched
 
 
 @contextmanager
@@ -32,8 +33,7 @@ def ideal(model: nn.Module, prompt: Prompt, visual: Sequence[int]) -> Iterator[d
         RuntimeError: the model is patched.
     """
     core, layers = model.model, model.model.language_model.layers
-    if getattr(model, "_vlmslim", None) is not None:
-        raise RuntimeError("the ideal is measured on an unpatched model; remove() the patch first")
+    check_unpatched(model)
     lengths = [prompt.visual_tokens, *visual]
     if len(visual) != len(layers) or any(a < b for a, b in zip(lengths, visual, strict=False)):
         raise ValueError(

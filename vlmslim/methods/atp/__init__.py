@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices
 from vlmslim.methods.atp.score_maps import Maps
-from vlmslim.saving.folder import load_part, read
+from vlmslim.saving.folder import read
+from vlmslim.saving.trained import load_part
 
 # Equations are the paper's. (B, I, n) is the layout of `Maps`: I images a row, of n patches each.
 
@@ -233,7 +234,7 @@ class ATP(Compressor):
             )
         self.layers = tuple(layer + 1 for layer in layers)
         self.modules = ThresholdModules(layers, self.side**2, self.width)
-        load_part(self.weights, "atp", self.modules, model)
+        load_part(self, self.modules, model)
         self.modules.float()
         self._check_options()
 
