@@ -62,6 +62,7 @@ class Slim:
             dtype=str(parameter.dtype).removeprefix("torch."),
             kv_numbers=2 * text.num_key_value_heads * head,
             layers=depth,
+            places=tuple((stage.name, stage.layers) for stage in self.stages),
         )
         self._hooks = DecoderHooks(model, self.stages, self.receipt)
         self._hooks.attach()

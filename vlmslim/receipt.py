@@ -4,7 +4,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import chain
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 
 class Span:
-    """Time that a method took, a context manager. Nobody waits: on CUDA the device notes the times itself."""
+    """Time that a method took, a context manager. On CUDA the device records the times, so the host never waits."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -58,23 +58,46 @@ def _measured(ms: float) -> Span:
 
 
 class Image(NamedTuple):
-    """Visual tokens of one image: how many it had, were asked for (None: the method decides), entered the model."""
+    """Visual tokens of one image.
+
+    tokens    : before any stage
+    requested : that were to be kept; None if the method decides itself
+    kept      : that entered the language model
+    """
 
     tokens: int
     requested: int | None
     kept: int
 
 
+class StagePass(NamedTuple):
+    """What one stage did in one prefill.
+
+    tokens_in, tokens_out : visual tokens of each prompt, before and after the stage
+    acted     : prompts in which the stage dropped or merged at least one visual token
+    keeps_all : the stage was asked to keep all tokens of all these images
+    decides   : the stage decides itself how many tokens stay
+    """
+
+    tokens_in: list[int]
+    tokens_out: list[int]
+    acted: int
+    keeps_all: bool
+    decides: bool
+
+
 @dataclass
 class Prefill:
     """One forward that brought images, as it really was.
 
-    images   : per row of the batch, its images
-    text     : per row, text tokens
-    visual   : per decoder layer and row, visual tokens
-    sequence : per decoder layer, tokens computed for every row, padding included
+    images   : per prompt, its images
+    text     : per prompt, text tokens
+    visual   : per decoder layer and prompt, visual tokens
+    sequence : per decoder layer, tokens computed for every prompt, padding included
     kv       : per decoder layer, tokens in its KV cache afterwards, padding and earlier turns included; empty without
-    spans    : visits to the methods
+               a cache
+    stages   : per stage of the patch
+    spans    : time of each call of a method
     """
 
     images: list[list[Image]]
@@ -82,35 +105,35 @@ class Prefill:
     visual: list[list[int]]
     sequence: list[int]
     kv: list[int]
+    stages: list[StagePass] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list, repr=False)
 
     @property
     def selection_ms(self) -> float:
-        """Milliseconds spent in the methods. Reading it waits until the device has come to their end."""
+        """Milliseconds spent in the methods. Reading this waits for the device."""
         return sum(span.ms for span in self.spans)
 
     def as_dict(self) -> dict:
-        """All of it, ready for JSON."""
+        """Return everything, ready for JSON."""
         images = [[image._asdict() for image in row] for row in self.images]
+        stages = [stage._asdict() for stage in self.stages]
         counts = {name: getattr(self, name) for name in ("text", "visual", "sequence", "kv")}
-        return {"images": images, **counts, "selection_ms": self.selection_ms}
+        return {"images": images, **counts, "stages": stages, "selection_ms": self.selection_ms}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """Mean and range of a count, without the single values."""
+    """Count, sum and range of numbers, without the numbers themselves. The range of no number means nothing."""
 
     count: int = 0
     total: int = 0
-    least: int | None = None
-    most: int | None = None
+    least: int = 0
+    most: int = 0
 
-    def add(self, values: Sequence[int]) -> None:
-        """Take in more values."""
-        if values:
-            self.count, self.total = self.count + len(values), self.total + sum(values)
-            self.least = min(values) if self.least is None else min(self.least, *values)
-            self.most = max(values) if self.most is None else max(self.most, *values)
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> "Tally":
+        """Tally some numbers."""
+        return cls(len(numbers), sum(numbers), min(numbers), max(numbers)) if numbers else cls()
 
     def __add__(self, other: "Tally") -> "Tally":
         if not (self.count and other.count):
@@ -120,32 +143,59 @@ class Tally:
 
     @property
     def mean(self) -> float | None:
-        """None without a value."""
+        """The mean; None without a number."""
         return self.total / self.count if self.count else None
 
     @property
     def range(self) -> list[int] | None:
-        """Smallest and largest; None without a value."""
+        """Smallest and largest number; None without one."""
         return [self.least, self.most] if self.count else None
+
+
+@dataclass(frozen=True)
+class StageCounts:
+    """What one stage did, summed over prompts; see `StagePass`."""
+
+    tokens_in: int = 0
+    tokens_out: int = 0
+    acted: int = 0
+    keeps_all: bool = True
+    decides: bool = False
+
+    @classmethod
+    def of(cls, done: StagePass) -> "StageCounts":
+        """Count the prompts of one prefill."""
+        return cls(sum(done.tokens_in), sum(done.tokens_out), done.acted, done.keeps_all, done.decides)
+
+    def __add__(self, other: "StageCounts") -> "StageCounts":
+        return StageCounts(
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+            self.acted + other.acted,
+            self.keeps_all and other.keeps_all,
+            self.decides or other.decides,
+        )
 
 
 @dataclass
 class Receipt:
-    """Counts since the patch, or since the last reset. Nothing in it is derived from what was asked for.
+    """What a patched model did, counted since the patch or the last reset. No number is derived from the settings.
 
-    Its size does not grow with the run: single values are kept of the last prefill only.
+    The receipt does not grow with the run: it keeps single values of the last prefill only.
 
-    method    : the method with all its options
-    positions : "renumbered" or "original"
-    backend   : attention implementation of the language model, in its last prefill
-    dtype     : that it computed in, likewise
+    method     : the method with all its options
+    positions  : "renumbered" or "original"
+    backend    : attention implementation of the language model, in its last prefill
+    dtype      : dtype that the language model computed in, in its last prefill
     kv_numbers : numbers that one token takes in the KV cache of one layer
-    layers    : number of decoder layers
-    tokens, requested, kept : visual tokens of an image: before, asked for, at the entrance of the language model
+    layers     : number of decoder layers
+    places     : name and decoder layers of each stage, in the order in which they act
+
+    tokens, requested, kept : visual tokens of an image: before any stage, to be kept, at the language model's entrance
     prompts, text_tokens    : prompts with images, and the text tokens in them
     text_prompts            : prompts without images
     visual, sequence, kv    : per decoder layer, summed over prompts: see `Prefill`
-    last      : the last forward that brought images; None before the first
+    stages                  : per stage, summed over prompts
     """
 
     method: str
@@ -154,8 +204,9 @@ class Receipt:
     dtype: str
     kv_numbers: int
     layers: int
+    places: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -163,42 +214,57 @@ class Receipt:
         self.tokens, self.requested, self.kept = Tally(), Tally(), Tally()
         self.prompts = self.text_prompts = self.text_tokens = 0
         self.visual, self.sequence, self.kv = ([0] * self.layers for _ in range(3))
-        self.last: Prefill | None = None
-        self._ms, self._running = 0.0, deque()
+        self.stages = [StageCounts() for _ in self.places]
+        self._last: Prefill | None = None
+        self._ms = 0.0
+        self._running: deque[Span] = deque()
+
+    @property
+    def last(self) -> Prefill:
+        """The last forward that brought images.
+
+        Raises:
+            RuntimeError: there was none since the patch or the last reset.
+        """
+        if self._last is None:
+            raise RuntimeError("no image seen yet: run a prompt with an image through the patched model first")
+        return self._last
 
     def saw_prefill(self, prefill: Prefill) -> None:
-        """A batch of prompts with images was prefilled."""
+        """Count a batch of prompts with images."""
         rows = len(prefill.text)
         tokens, requested, kept = zip(*chain.from_iterable(prefill.images), strict=True)
-        self.tokens.add(tokens)
-        self.kept.add(kept)
-        self.requested.add([count for count in requested if count is not None])
+        self.tokens += Tally.of(tokens)
+        self.kept += Tally.of(kept)
+        self.requested += Tally.of([count for count in requested if count is not None])
         self.prompts += rows
         self.text_tokens += sum(prefill.text)
         self.visual = _plus(self.visual, map(sum, prefill.visual))
         self.sequence = _plus(self.sequence, (rows * n for n in prefill.sequence))
         self.kv = _plus(self.kv, (rows * n for n in prefill.kv or [0] * self.layers))
-        self.last = prefill
+        self.stages = [a + StageCounts.of(b) for a, b in zip(self.stages, prefill.stages, strict=True)]
+        self._last = prefill
         self._running += prefill.spans
         while self._running and self._running[0].finished:
             self._ms += self._running.popleft().ms
 
     def saw_text(self, rows: int) -> None:
-        """A batch without images passed through."""
+        """Count a batch of prompts without images."""
         self.text_prompts += rows
 
     @classmethod
     def pooled(cls, receipts: Iterable["Receipt"]) -> "Receipt":
-        """One receipt for several processes of one run, the counts added up; `last` is that of the last one."""
+        """Add up the receipts of several processes of one run; `last` is that of the last one that has it."""
         return reduce(cls._merge, receipts)
 
     def _merge(self, other: "Receipt") -> "Receipt":
-        both = Receipt(self.method, self.positions, self.backend, self.dtype, self.kv_numbers, self.layers)
+        both = replace(self)
         for name in ("tokens", "requested", "kept", "prompts", "text_prompts", "text_tokens"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         for name in ("visual", "sequence", "kv"):
             setattr(both, name, _plus(getattr(self, name), getattr(other, name)))
-        both.last, both._ms = other.last or self.last, self.selection_ms + other.selection_ms
+        both.stages = [a + b for a, b in zip(self.stages, other.stages, strict=True)]
+        both._last, both._ms = other._last or self._last, self.selection_ms + other.selection_ms
         return both
 
     @property
@@ -213,23 +279,28 @@ class Receipt:
 
     @property
     def selection_ms(self) -> float:
-        """Milliseconds spent in the methods, of all prompts. Reading it waits for the device; counting does not."""
+        """Milliseconds spent in the methods, over all prompts. Reading this waits for the device; counting does not."""
         while self._running:
             self._ms += self._running.popleft().ms
         return self._ms
 
     @property
     def had_effect(self) -> bool:
-        """Whether a visual token was dropped anywhere."""
+        """Whether any stage dropped or merged a visual token."""
         return any(total < self.tokens.total for total in self.visual)
 
     def summary(self) -> dict:
-        """Means, ready for JSON.
+        """Return means, ready for JSON.
 
-        Of an image: `visual_tokens`, `requested` (None if the method decides), `kept`, each with its range. Of a
-        prompt, padding not counted: `visual_tokens_per_layer`, `equivalent_tokens` (their mean), `text_tokens`,
-        `kv_bytes`. Of a prompt, padding included: `sequence_per_layer` and `kv_per_layer`, the tokens that each layer
-        computed and held. `selection_ms` is the time a prompt spent in the methods.
+        - Per image: `visual_tokens`, `requested` (None if the method decides) and `kept`, each with its range.
+        - Per prompt, without padding: `visual_tokens_per_layer`, `equivalent_tokens` (their mean), `text_tokens` and
+          `kv_bytes`.
+        - Per prompt, with padding: `sequence_per_layer` and `kv_per_layer`, the tokens that each layer computed and
+          held.
+        - `selection_ms`: milliseconds that a prompt spent in the methods.
+        - `stages`: for each stage `name`, `layers` (empty before the language model), `tokens_in` and `tokens_out`
+          (visual tokens of a prompt), `prompts`, and those in which it `acted`; `keeps_all` if it was asked to keep
+          everything, `decides` if it decides itself.
         """
         prompts = max(self.prompts, 1)
         visual, sequence, kv = ([total / prompts for total in x] for x in (self.visual, self.sequence, self.kv))
@@ -253,14 +324,27 @@ class Receipt:
             "kv_per_layer": kv,
             "selection_ms": self.selection_ms / prompts,
             "had_effect": self.had_effect,
+            "stages": [
+                {
+                    "name": name,
+                    "layers": list(layers),
+                    "tokens_in": counts.tokens_in / prompts,
+                    "tokens_out": counts.tokens_out / prompts,
+                    "prompts": self.prompts,
+                    "acted": counts.acted,
+                    "keeps_all": counts.keeps_all,
+                    "decides": counts.decides,
+                }
+                for (name, layers), counts in zip(self.places, self.stages, strict=True)
+            ],
             "positions": self.positions,
             "backend": self.backend,
             "dtype": self.dtype,
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The summary and the last prefill as JSON."""
-        last = self.last.as_dict() if self.last else None
+        """Return the summary and the last prefill as JSON."""
+        last = None if self._last is None else self._last.as_dict()
         return json.dumps(self.summary() | {"last": last}, indent=indent)
 
     def __str__(self) -> str:
@@ -268,7 +352,7 @@ class Receipt:
 
 
 def headline(summary: dict) -> str:
-    """A `Receipt.summary()` in one line, also of a receipt that was read back from an old file."""
+    """Put a `Receipt.summary()` into one line. Summaries in old files, which lack some fields, will do too."""
     s = summary
     if not s["images"]:
         return f"{s['method']}: no image seen yet"
@@ -277,11 +361,16 @@ def headline(summary: dict) -> str:
         low, high = s["kept_range"]
         asked += f", {low} to {high} sent"
     selection = f", {s['selection_ms']:.1f} ms of selection" if "selection_ms" in s else ""
+    abstained = "".join(
+        f"; {stage['name']} acted on {stage['acted']} of {stage['prompts']} prompts"
+        for stage in s.get("stages", [])
+        if stage["acted"] < stage["prompts"] and not stage["keeps_all"]
+    )
     return (
         f"{s['method']}: {s['images']} images, {s['visual_tokens']:.1f} -> {s['kept']:.1f} visual tokens each "
         f"({asked}); a prompt had {s['equivalent_tokens']:.1f} on average over the layers, "
         f"{s['visual_tokens_per_layer'][-1]:.1f} in the last, {s['kv_bytes'] / 2**20:.2f} MiB of KV cache"
-        f"{selection}; {s['positions']} positions, {s['backend']}, {s['dtype']}"
+        f"{selection}{abstained}; {s['positions']} positions, {s['backend']}, {s['dtype']}"
     )
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from doubles import Both, Halve, PairMean, RaggedOriginal, Stairs, Strided
+from doubles import BlindToLong, Both, Everything, Halve, PairMean, RaggedOriginal, Rule, Stairs, Strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, lengths, tiny, words
@@ -15,19 +15,21 @@ import vlmslim
 from vlmslim import Receipt
 from vlmslim.cost.memory import cache_bytes
 from vlmslim.engine.families import KV_CACHE, kv_cache
-from vlmslim.receipt import Image, Prefill, Span, Tally, headline
+from vlmslim.receipt import Image, Prefill, Span, StagePass, Tally, headline
 
 KV_BYTES = 2 * 2 * 8 * 4  # of a token in a layer: keys and values, 2 heads of 8, fp32
 
 
 def receipt(**counts) -> Receipt:
     """An empty receipt of two layers, or one of a single prompt with a single image."""
-    made = Receipt("M()", "renumbered", "sdpa", "float32", 1, 2)
+    made = Receipt("M()", "renumbered", "sdpa", "float32", 1, 2, (("m", (1,)),))
     if counts:
         image = Image(counts["tokens"], counts["requested"], counts["kept"])
         visual = [[image.kept], [counts.get("last", image.kept)]]
         sequence = [3 + row[0] for row in visual]
-        made.saw_prefill(Prefill([[image]], [3], visual, sequence, sequence))
+        (before,), (after,) = visual
+        stage = StagePass([before], [after], int(after < before), image.requested == before, image.requested is None)
+        made.saw_prefill(Prefill([[image]], [3], visual, sequence, sequence, [stage]))
     return made
 
 
@@ -121,7 +123,8 @@ def test_a_forward_that_fails_is_not_counted():
         with pytest.raises(ArithmeticError):
             model(**batch(model, ROWS))
         assert slim.receipt.images == slim.receipt.prompts == 0
-        assert slim.receipt.last is None
+        with pytest.raises(RuntimeError, match="no image seen yet"):
+            _ = slim.receipt.last
 
 
 def test_it_does_not_grow_with_the_run():
@@ -134,6 +137,105 @@ def test_it_does_not_grow_with_the_run():
             greedy(model, inputs)
     assert slim.receipt.images == 42
     assert len(pickle.dumps(slim.receipt)) < size + 100  # digits
+
+
+# --- stage by stage ---------------------------------------------------------------------------------------------------
+
+
+def shown(slim) -> list[tuple]:
+    """Of each stage: name, layers, visual tokens before and after, and prompts in which it acted."""
+    stages = slim.receipt.summary()["stages"]
+    return [(s["name"], s["layers"], s["tokens_in"], s["tokens_out"], s["acted"]) for s in stages]
+
+
+class OddLayers(Rule):
+    """Drop the last token of each image before layers 1 and 3."""
+
+    layers = (1, 3)
+
+    def left(self, layer, n, text):
+        return torch.arange(n - 1)
+
+
+@torch.no_grad()
+def test_each_stage_says_what_it_did():
+    model = tiny("llava")  # images of 16 tokens
+    last = vlmslim.method("drop_visual", layer=3, tau=None)
+    with vlmslim.patch(model, [vlmslim.method("uniform", keep=8), Halve(), last]) as slim:
+        model(**batch(model, ROWS))
+        model(**batch(model, [SEVERAL[0]]))  # two images in one prompt
+        model(torch.tensor([words(0, 5)]))  # no image: no part in the means
+    assert shown(slim) == [
+        ("uniform", [], 64 / 3, 32 / 3, 3),
+        ("halve", [2], 32 / 3, 16 / 3, 3),
+        ("drop_visual", [3], 16 / 3, 0, 3),
+    ]
+    assert [stage["prompts"] for stage in slim.receipt.summary()["stages"]] == [3, 3, 3]
+    assert [(stage.tokens_in, stage.tokens_out) for stage in slim.receipt.last.stages] == [
+        ([32], [16]),
+        ([16], [8]),
+        ([8], [0]),
+    ]
+
+
+@torch.no_grad()
+def test_stages_that_take_turns_are_told_apart():
+    model = tiny("llava")
+    with vlmslim.patch(model, [Halve(), OddLayers()]) as slim:
+        model(**batch(model, ROWS))
+    assert shown(slim) == [("oddlayers", [1, 3], 16, 7, 2), ("halve", [2], 15, 8, 2)]
+    with vlmslim.patch(model, [Both(), "none"]) as slim:  # before the language model, and before layers 2 and 3
+        model(**batch(model, ROWS))
+    assert shown(slim) == [("both", [2, 3], 16, 2, 2), ("none", [], 2, 2, 0)]
+
+
+@torch.no_grad()
+def test_merging_is_acting():
+    model = tiny("llava")
+    with vlmslim.patch(model, PairMean()) as slim:
+        model(**batch(model, ROWS))
+    assert shown(slim) == [("pairmean", [], 16, 8, 2)]
+
+
+@torch.no_grad()
+def test_a_stage_that_acts_on_some_prompts_or_none_says_so():
+    model = tiny("llava")
+    with vlmslim.patch(model, BlindToLong()) as slim:  # looks at how many words there are: 6 and 14
+        model(**batch(model, [*ROWS, [BOS, Picture(0), *words(0, 4)]]))
+    ((*_, acted),) = shown(slim)
+    assert acted == 2
+    assert "blindtolong acted on 2 of 3 prompts" in str(slim.receipt)
+    with vlmslim.patch(model, [Strided(), vlmslim.method("drop_visual", layer=2, tau=0.0)]) as slim:
+        model(**batch(model, ROWS))
+    assert slim.receipt.had_effect
+    assert [(s["acted"], s["decides"]) for s in slim.receipt.summary()["stages"]] == [(2, True), (0, True)]
+    assert "drop_visual acted on 0 of 2 prompts" in str(slim.receipt)
+    assert "strided acted" not in str(slim.receipt)
+
+
+@pytest.mark.parametrize(
+    ("method", "keeps_all"),
+    [
+        ("none", [True]),
+        ({"method": "uniform", "keep": 16}, [True]),
+        ({"method": "uniform", "keep": 15}, [False]),
+        ({"method": "fastv", "keep": 1.0}, [True]),
+        ([{"method": "uniform", "keep": 4}, {"method": "fastv", "keep": 4}], [False, True]),
+        ([{"method": "uniform", "keep": 4}, {"method": "fastv", "keep": 0.5}], [False, False]),
+        (Everything(), [False]),  # decides itself
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_stage_says_whether_it_was_asked_to_keep_everything(method, keeps_all):
+    model = tiny("llava")
+    with vlmslim.patch(model, method) as slim:
+        assert all(stage["keeps_all"] for stage in slim.receipt.summary()["stages"]), "of no image at all"
+        model(**batch(model, ROWS))
+    summary = slim.receipt.summary()
+    assert [stage["keeps_all"] for stage in summary["stages"]] == keeps_all
+    assert [stage["decides"] for stage in summary["stages"]] == [isinstance(method, Everything)] * len(keeps_all)
+    assert ("acted on" in str(slim.receipt)) == isinstance(method, Everything)
 
 
 # --- selection time ---------------------------------------------------------------------------------------------------
@@ -224,6 +326,17 @@ def test_receipts_of_several_processes_add_up():
     assert whole.summary()["requested"] == 5, "an image without a request has no part in the mean"
     assert whole.visual == [14, 6] and whole.sequence == whole.kv == [20, 12]
     assert whole.last.visual == [[9], [1]]
+    (stage,) = whole.summary()["stages"]
+    assert stage == {
+        "name": "m",
+        "layers": [1],
+        "tokens_in": 7,
+        "tokens_out": 3,
+        "prompts": 2,
+        "acted": 1,
+        "keeps_all": False,
+        "decides": True,
+    }
     assert parts[0].images == 1, "the parts are left as they were"
 
 
@@ -243,12 +356,7 @@ def test_effect(kept, last, effect):
 @given(st.lists(st.lists(st.integers(0, 5000))))
 @settings(deadline=None, derandomize=True)
 def test_tallies_add_up(parts):
-    tallies = []
-    for part in parts:
-        tallies.append(Tally())
-        tallies[-1].add(part[:2])
-        tallies[-1].add(part[2:])
-    whole = sum(tallies, Tally())
+    whole = sum((Tally.of(part[:2]) + Tally.of(part[2:]) for part in parts), Tally())
     values = [value for part in parts for value in part]
     assert whole.count == len(values)
     assert whole.range == ([min(values), max(values)] if values else None)

@@ -25,7 +25,7 @@ from vlmslim.engine.families import cached_keys, encoder_layers, family_of, kv_c
 from vlmslim.engine.plan import Layout, Plan, Segment, joined, pick_rows, upload
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import weighted_causal_mask
-from vlmslim.receipt import Image, Prefill, Receipt, Span
+from vlmslim.receipt import Image, Prefill, Receipt, Span, StagePass
 
 
 def _on_host(results: list[Compressed]) -> list[np.ndarray | None]:
@@ -64,6 +64,15 @@ class Encoded:
 
 
 @dataclass
+class Visit:
+    """One question to a stage, and the visual tokens of each row before and after its answer."""
+
+    stage: Stage
+    before: list[int]
+    after: list[int]
+
+
+@dataclass
 class Call:
     """One forward of the model, while it runs."""
 
@@ -87,7 +96,8 @@ class Call:
     features: list[list[ImageTokens]] = field(default_factory=list)  # per row, the images themselves
     weights: list[Tensor | None] = field(default_factory=list)  # per layer, of each key, while a method trains
     previous: tuple | None = None  # layer before a pruning one, its input and its rotary embeddings
-    spans: list[Span] = field(default_factory=list)  # visits to the methods
+    spans: list[Span] = field(default_factory=list)  # calls of the methods
+    visits: list[Visit] = field(default_factory=list)
 
     def timed(self, device: torch.device) -> Span:
         """A context in which a method works on tensors of `device`."""
@@ -138,9 +148,10 @@ class DecoderHooks:
         self.lm: nn.Module = model.model.language_model
         self.receipt = receipt
         self.argument_names = list(inspect.signature(type(self.core).forward).parameters)[1:]
-        self.before_llm = next((stage.method for stage in stages if stage.acts_before_llm), None)
+        self.first = next((stage for stage in stages if stage.acts_before_llm), None)
+        self.before_llm = self.first.method if self.first else None
         self.positions = receipt.positions
-        self.pruners = {layer: stage.method for stage in stages for layer in stage.layers}
+        self.pruners = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if family_of(model).video else ["image"]
         tower_layers = _tower_layers(stages, len(encoder_layers(self.core)))
         self.encoders = {kind: RecordingEncoder(self.core, kind, tower_layers, self._on_encoded) for kind in kinds}
@@ -294,9 +305,9 @@ class DecoderHooks:
             )
         if self.pruners and cache is not None and cache.get_seq_length(0) > 0:
             raise ValueError(
-                f"{self.pruners[min(self.pruners)]} prunes during prefill and takes images in the first forward of "
-                "a cache only; for an image in a later turn prefill again, or use a method that works before the "
-                "language model"
+                f"{self.pruners[min(self.pruners)].method} drops tokens during prefill and takes images in the first "
+                "forward of a cache only; for an image in a later turn prefill again, or use a method that works "
+                "before the language model"
             )
         checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.lm.layers)
         if (self.pruners or self.positions == "original") and self.lm.training and checkpointing:
@@ -323,6 +334,9 @@ class DecoderHooks:
         self._note(call, layout, found, results)
         call.text = text.cumsum(1)[:, -1].tolist()
         call.visual = [[sum(row) for row in call.entered]] * len(self.lm.layers)
+        if self.first:
+            encoded = [sum(image.tokens for image in row) for row in call.images]
+            call.visits.append(Visit(self.first, encoded, call.visual[0]))
         call.tail = embeds.shape[1] - 1 - max((int(columns[-1]) for _, columns, _ in found), default=-1)
         return self._close_gaps(call, embeds, found, text, results) if images and self.before_llm else embeds
 
@@ -429,7 +443,8 @@ class DecoderHooks:
             kv = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
             self.receipt.backend = self.lm.config._attn_implementation  # as they are now, not as they were at the patch
             self.receipt.dtype = str(output.last_hidden_state.dtype).removeprefix("torch.")
-            self.receipt.saw_prefill(Prefill(call.images, call.text, call.visual, sequence, kv, call.spans))
+            stages = self._passes(call)
+            self.receipt.saw_prefill(Prefill(call.images, call.text, call.visual, sequence, kv, stages, call.spans))
         if not call.altered:
             return output
         if call.encoded and cache is not None:
@@ -439,6 +454,20 @@ class DecoderHooks:
             segments = [call.segments[0], *call.segments]
             output.hidden_states = tuple(s.restore(h) for s, h in zip(segments, output.hidden_states, strict=True))
         return output
+
+    def _passes(self, call: Call) -> list[StagePass]:
+        """Sum up what each stage did in this forward."""
+        passes, now = [], [sum(image.tokens for image in row) for row in call.images]
+        for stage in self.stages:
+            visits = [visit for visit in call.visits if visit.stage is stage]
+            before = visits[0].before if visits else now
+            now = visits[-1].after if visits else now
+            lost = [sum(visit.before[row] - visit.after[row] for visit in visits) for row in range(len(now))]
+            sizes = [image.tokens if stage.acts_before_llm else image.kept for row in call.images for image in row]
+            asked = [stage.method.requested(n) for n in sizes]
+            acted = sum(n > 0 for n in lost)
+            passes.append(StagePass(before, now, acted, asked == sizes, None in asked))
+        return passes
 
     @staticmethod
     def _plan(call: Call) -> Plan:
@@ -496,22 +525,26 @@ class DecoderHooks:
             keys=cached_keys(cache, i - 1, hidden),
         )
         with call.timed(hidden.device):
-            weight = self.pruners[i].soft_retain(tokens)
+            weight = self.pruners[i].method.soft_retain(tokens)
             if weight is None:
                 with torch.no_grad():
-                    keep = self.pruners[i].retain(tokens)
+                    keep = self.pruners[i].method.retain(tokens)
         call.previous = None
+        before = call.visual[i]
         if weight is not None:
+            call.visits.append(Visit(self.pruners[i], before, before))
             weight = weight.to(device).masked_fill(image == 0, 1)
             weight = weight if call.weights[i] is None else call.weights[i] * weight
             call.weights[i:] = [weight] * (len(call.weights) - i)
             return hidden
         selection = layout.select(keep.cpu().numpy() | (layout.image == 0))
         if selection is None:
+            call.visits.append(Visit(self.pruners[i], before, before))
             return hidden
         call.segments[i:] = [Segment.of(selection.layout, device)] * (len(call.segments) - i)
         visual = [count - text for count, text in zip(selection.counts.tolist(), call.text, strict=True)]
         call.visual[i:] = [visual] * (len(call.visual) - i)
+        call.visits.append(Visit(self.pruners[i], before, visual))
         call.gapped, call.rope = True, None
         if call.weights[i] is not None:
             call.weights[i:] = [call.weights[i].gather(1, *upload(device, selection.index))] * (len(call.weights) - i)

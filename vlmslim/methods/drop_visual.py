@@ -58,6 +58,10 @@ class DropVisual(Compressor):
         """The layers before which the test is made."""
         return tuple(self.layer) if isinstance(self.layer, Sequence) else (self.layer,)
 
+    def requested(self, n: int) -> int | None:
+        """Return None because the prompts decide, or 0 without a threshold."""
+        return 0 if self.tau is None else None
+
     def visual_tokens(self, n: int, depth: int) -> list[int]:
         """Expect no visual tokens from the first layer on, as if the test passed there."""
         first = min(resolve_layer(layer, depth) for layer in self.layers)
