@@ -164,7 +164,7 @@ def test_a_stage_that_never_acted_is_never_shown_as_if_it_had(tmp_path):
     board = staged(tmp_path, count=0, text=0)
     for format in ("md", "html"):
         text = render(board, format)
-        assert "both: stage 2 (drop_visual) decides itself and acted on 0 of 700 prompts." in text
+        assert "both: stage 2 (drop_visual, before layer 6) acted on 0 of 700 prompts." in text
         assert "‡ marks a row with a stage that never acted" in text
     for table in titled(board).values():
         names = table.get("method") or table["row minus column"]
@@ -178,7 +178,7 @@ def test_a_stage_that_never_acted_is_never_shown_as_if_it_had(tmp_path):
 
 def test_a_stage_that_acts_sometimes_is_counted_but_not_marked(tmp_path):
     board = staged(tmp_path, count=3, text=0)
-    assert "both: stage 2 (drop_visual) decides itself and acted on 3 of 700 prompts." in notes(board)
+    assert "both: stage 2 (drop_visual, before layer 6) acted on 3 of 700 prompts." in render(board, "md")
     assert "‡" not in render(board, "md")
 
 

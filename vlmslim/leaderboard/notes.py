@@ -1,5 +1,8 @@
 """The notes under the tables: what a reader must know to use the numbers."""
 
+from dataclasses import asdict
+
+from vlmslim.evaluation.effect import acted_on
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.comparison import LEVEL, RESAMPLES, SWAPS
 from vlmslim.leaderboard.tables import IDLE, STAR
@@ -89,17 +92,14 @@ def _solved(board: Leaderboard) -> list[str]:
 def _activity(board: Leaderboard) -> list[str]:
     """Say on how many prompts a stage acted, for each stage that decides itself and each that never acted."""
     stages = [(row.label, i, stage) for row in board.rows for i, stage in enumerate(row.activity, 1)]
-    lines = [
-        f"{label}: stage {i} ({stage.name}) {'decides itself and ' if stage.decides else ''}acted on {stage.acted} of "
-        f"{stage.prompts} prompts."
-        for label, i, stage in stages
-        if stage.decides or stage.never_acted
-    ]
-    if any(stage.never_acted for _, _, stage in stages):
-        lines.append(
-            f"{IDLE} marks a row with a stage that never acted; its scores are those of the row without that stage."
-        )
-    return [" ".join(lines)] if lines else []
+    told = [(label, i, stage) for label, i, stage in stages if stage.decides or stage.never_acted]
+    if not told:
+        return []
+    lines = ["Stages that decide themselves how many tokens they drop may drop none."]
+    lines += [f"{label}: {acted_on(i, asdict(stage))}." for label, i, stage in told]
+    if any(stage.never_acted for _, _, stage in told):
+        lines.append(f"{IDLE} marks a row with a stage that never acted; its scores are those of the row without it.")
+    return [" ".join(lines)]
 
 
 def _costs(board: Leaderboard) -> str:
