@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 from evaluation_doubles import FakeHarness, write_config
+from method_files import write
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
@@ -39,11 +40,29 @@ def test_help_needs_no_heavy_library():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_methods_lists_all_with_their_options():
+def test_methods_lists_all(built_in):
+    built_in("norm.py")
+    built_in("broken.py", "import [nowhere]")
     shown = call("methods")
     assert shown.exit_code == 0
-    assert all(name in shown.stdout for name in method_names())
-    assert "layer=2" in shown.stdout
+    lines = {line.split()[0]: line for line in shown.stdout.splitlines() if line[0] != " "}
+    assert set(lines) == {"method", *method_names()}
+    for text in ("between its layers", "arXiv 2403.06764", "Before decoder layer K", "built-in"):
+        assert text in lines["fastv"]
+    assert "Keep the tokens with the largest norm.  " in lines["norm"]
+    assert "broken " in lines["broken"] and "the method broken cannot be imported: SyntaxError" in lines["broken"]
+
+
+def test_methods_describes_one(tmp_path):
+    shown = call("methods", "fastv")
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith("FastV:") and "section 4.1" in shown.stdout
+    assert shown.stdout.endswith("options:\n  keep  (must be given)\n  layer = 2\n")
+    file = write(tmp_path / "norm.py")
+    assert "options:\n  keep = 16\n" in call("methods", file).stdout
+    for name, message in (("fastw", "Did you mean 'fastv'"), (f"{file}:Nrm", "has no class Nrm. Did you mean 'Norm'")):
+        shown = call("methods", name)
+        assert shown.exit_code == 2 and shown.stderr.startswith("vlmslim: ") and message in shown.stderr
 
 
 def test_run_prints_the_leaderboard_and_only_that(tmp_path, fake):

@@ -6,6 +6,7 @@ from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
+from method_files import HELPER, NORM, write
 
 import vlmslim
 from vlmslim.registry import (
@@ -22,62 +23,6 @@ from vlmslim.registry import (
     options_of,
     parse_method,
 )
-
-NORM = '''
-"""Norm, arXiv:2401.01234."""
-from dataclasses import dataclass
-from vlmslim import Compressor
-
-@dataclass
-class Norm(Compressor):
-    """Keep the tokens with the largest norm. More follows.
-
-    keep : how many
-    """
-
-    keep: int = 16
-
-    def compress(self, image):
-        return image.pick(image.features.norm(dim=-1).argsort()[: self.keep].sort().values)
-'''
-
-
-def write(path: Path, text: str = NORM, **replaced: str) -> Path:
-    for old, new in replaced.items():
-        assert old in text
-        text = text.replace(old, new)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Installs a package: its module, and the metadata that pip writes."""
-
-    def put(points: str, text: str = NORM, package: str = "outside") -> None:
-        site = tmp_path / f"site-{package}"
-        write(site / f"{package}.py", text)
-        info = site / f"vlmslim_{package}-1.0.dist-info"
-        write(info / "METADATA", f"Metadata-Version: 2.1\nName: vlmslim-{package}\nVersion: 1.0\n")
-        write(info / "entry_points.txt", f"[vlmslim.methods]\n{points}\n")
-        monkeypatch.syspath_prepend(str(site))
-        monkeypatch.delitem(sys.modules, package, raising=False)
-
-    return put
-
-
-@pytest.fixture
-def built_in(tmp_path, monkeypatch):
-    """Adds files to the built-in methods."""
-    folder = tmp_path / "methods"
-    monkeypatch.setattr(vlmslim.methods, "__path__", [*vlmslim.methods.__path__, str(folder)])
-    before = set(sys.modules)
-    yield lambda name, text=NORM: write(folder / name, text)
-    for name in set(sys.modules) - before:
-        if name.startswith("vlmslim.methods."):
-            del sys.modules[name]
-
 
 # --- built-in files ---------------------------------------------------------------------------------------------------
 
@@ -96,11 +41,6 @@ def test_names_alone_import_neither_torch_nor_methods():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-HELPER = """
-@dataclass
-class Helper(Norm):
-    pass
-"""
 OTHER = "from vlmslim.methods.fastv import FastV\nfrom vlmslim.registry import the_method\n"
 
 

@@ -1,16 +1,21 @@
-"""The command `vlmslim`. Heavy imports wait until a command needs them, so that help is instant."""
+"""The command `vlmslim`. Each command imports what it needs when it runs, so that help is instant."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 app = typer.Typer(
     name="vlmslim",
-    help="Visual-token compression for LLaVA-style models: run comparisons, read leaderboards.",
+    help="Visual-token compression for LLaVA-style models: compare methods, time them, check them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,13 +31,42 @@ class Format(StrEnum):
     html = "html"
 
 
-def _fail(message: object, status: int = 2) -> None:
+_Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
+_Attention = Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")]
+_METHOD_HELP = "As fastv:layer=3:keep=64, or path/to/file.py:Class:keep=64; repeat it for several."
+
+
+def _fail(message: object, status: int = 2) -> NoReturn:
     typer.secho(f"vlmslim: {message}", err=True, fg="red")
     raise typer.Exit(status)
 
 
+@contextmanager
+def _mistakes_in_one_line() -> Iterator[None]:
+    """Print what a user can put right as one line: a wrong argument, no such checkpoint, a package that is missing."""
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        _fail(error)
+
+
+def _quiet_transformers() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of the profiler, which measures memory on a CPU
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _console() -> "Console":
+    """Return a console that is wide enough for a table where the width is not known."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def _require_extra() -> None:
-    """Say how to install what the commands need, if it is missing."""
+    """Refuse a command that needs the extra `eval`, if the extra is not installed."""
     try:
         import lmms_eval  # noqa: F401
         import pydantic  # noqa: F401
@@ -119,58 +153,54 @@ def bench(
         str | None,
         typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b or llava-onevision-7b: random weights."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated; options as fastv:layer=3.")] = "random,divprune,fastv",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help=f"{_METHOD_HELP} Default: random, divprune and fastv."),
+    ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Visual tokens to keep per image, counts or shares. Default: 1/3, 2/9, 1/9.")
+        str | None, typer.Option(help="Visual tokens to keep per image, counts or fractions. Default: 1/3, 2/9, 1/9.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     images: Annotated[int, typer.Option(min=1, help="Images in a prompt.")] = 1,
     image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; decides the tiles of an anyres model.")] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="Words in a prompt.")] = 46,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every treatment is timed once in each.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each one times every method once.")] = 10,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Processor time, for a CPU shared with others.")] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of --shape, instead of all.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    attention: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
-    output: Annotated[Path | None, typer.Option(help="JSON file; the table goes beside it as .md.")] = None,
+    device: _Device = None,
+    attention: _Attention = "sdpa",
+    output: Annotated[Path | None, typer.Option(help="JSON file; the table is written beside it as .md.")] = None,
 ) -> None:
     """Measure FLOPs, time and memory of methods against the unpatched model and against the ideal."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which measures memory on a CPU, is chatty
+    _quiet_transformers()
     from rich.console import Console
-    from transformers.utils import logging
 
     from vlmslim.cost import bench
     from vlmslim.cost.bench.report import write
     from vlmslim.io.files import check_file
     from vlmslim.registry import parse_method
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
     if output is not None and output.suffix != ".json":
         _fail(f"--output {output}: give a file that ends in .json")
-    with Console(stderr=True).status("loading") as status:
-        try:
-            if output is not None:
-                check_file(output)  # now, not when everything is measured
-                check_file(output.with_suffix(".md"))
-            stages = [parse_method(name) for name in methods.split(",")]
-            workload = bench.Workload(
-                batches=bench.parse_batches(batch),
-                images=images,
-                image_size=bench.parse_size(image_size),
-                text_tokens=text_tokens,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                cpu_time=cpu_time,
-            )
-            keeps = None if budgets is None else bench.parse_numbers(budgets)
-            name, model = bench.load(checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention)
-            record = bench.bench(model, stages, keeps, workload, name=name, say=status.update)
-        except (OSError, TypeError, ValueError) as error:  # a missing checkpoint, an unsupported one, a wrong option
-            _fail(error)
+    with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
+        if output is not None:
+            check_file(output)  # now, not when everything is measured
+            check_file(output.with_suffix(".md"))
+        stages = [parse_method(text) for text in method or ("random", "divprune", "fastv")]
+        workload = bench.Workload(
+            batches=bench.parse_batches(batch),
+            images=images,
+            image_size=bench.parse_size(image_size),
+            text_tokens=text_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            cpu_time=cpu_time,
+        )
+        keeps = None if budgets is None else bench.parse_numbers(budgets)
+        name, model = bench.load(checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention)
+        record = bench.bench(model, stages, keeps, workload, name=name, say=status.update)
     typer.echo(write(record, output), nl=False)
 
 
@@ -179,67 +209,72 @@ def doctor(
     checkpoint: Annotated[str, typer.Argument(metavar="PRETRAINED", help="A path, a hub id, or bundled/NAME.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            "--method", "-m", help="As fastv:layer=3:keep=64; stages with +; repeat it. Default: the saved one, or all."
-        ),
+        typer.Option("--method", "-m", help=f"{_METHOD_HELP} Stages with +. Default: the saved one, or all."),
     ] = None,
     keep: Annotated[float, typer.Option(help="Visual tokens per image of methods given without keep.")] = 0.25,
     dtype: Annotated[
         str, typer.Option(help="float32 proves most; bfloat16 or float16 have wide tolerances.")
     ] = "float32",
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    attention: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
+    device: _Device = None,
+    attention: _Attention = "sdpa",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every finding, not only failures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Prove on a checkpoint that methods do what they say and nothing else. Exit status 1: a check failed."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which measures memory on a CPU, is chatty
+    _quiet_transformers()
     from rich.console import Console
-    from transformers.utils import logging
 
     from vlmslim.doctor import examine, load, parse
     from vlmslim.saving.folder import read
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     budget = int(keep) if keep > 1 and keep.is_integer() else keep
-    with Console(stderr=True).status("loading") as status:
-        try:
-            saved = [checkpoint] if method is None and read(checkpoint) is not None else None
-            methods = saved if method is None else [parse(text, budget) for text in method]
-            model, processor = load(checkpoint, dtype=dtype, device=device, attention=attention)
-            report = examine(
-                model,
-                processor,
-                methods,
-                keep=budget,
-                on_finding=lambda finding: status.update(f"{finding.method}: {finding.check}"),
-            )
-        except (ImportError, OSError, TypeError, ValueError) as error:  # no such checkpoint, method, option or package
-            _fail(error)
+    with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
+        saved = [checkpoint] if method is None and read(checkpoint) is not None else None
+        methods = saved if method is None else [parse(text, budget) for text in method]
+        model, processor = load(checkpoint, dtype=dtype, device=device, attention=attention)
+        report = examine(
+            model,
+            processor,
+            methods,
+            keep=budget,
+            on_finding=lambda finding: status.update(f"{finding.method}: {finding.check}"),
+        )
     if as_json:
         typer.echo(report.to_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(report.render(verbose))
+        _console().print(report.render(verbose))
     raise typer.Exit(0 if report.passed else 1)
 
 
 @app.command()
-def methods() -> None:
-    """List the compression methods with their options and defaults."""
-    from dataclasses import MISSING, fields
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, such as fastv or path/to/file.py:Class: all about it.")
+    ] = None,
+) -> None:
+    """List the compression methods, or print the description and the options of one."""
+    from dataclasses import MISSING
+    from inspect import getdoc
 
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from vlmslim.registry import method_class, method_names
+    from vlmslim.registry import listings, method_class, options_of
 
-    table = Table("method", "options", "what it does", box=None, pad_edge=False)
-    for name in method_names():
-        cls = method_class(name)
-        options = [f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(cls) if f.init]
-        table.add_row(name, ", ".join(options) or "–", (cls.__doc__ or "").strip().splitlines()[0])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if name is not None:
+        with _mistakes_in_one_line():
+            cls = method_class(name)
+        typer.echo(f"{getdoc(sys.modules[cls.__module__]) or cls.__name__}\n\n{getdoc(cls)}\n\noptions:")
+        for option, default in options_of(cls).items():
+            typer.echo(f"  {option}" + ("  (must be given)" if default is MISSING else f" = {default!r}"))
+        return
+    table = Table("method", "kind", "paper", "what it does", "source", box=None, pad_edge=False)
+    for listing in listings():
+        paper = f"arXiv {listing.paper}" if listing.paper else "–"
+        what, style = (listing.problem, "red") if listing.problem else (listing.summary, "")
+        row = (listing.name, listing.kind, paper, what, listing.source)
+        table.add_row(*(Text(cell, style) for cell in row))
+    _console().print(table)
 
 
 if __name__ == "__main__":

@@ -253,10 +253,10 @@ class Listing:
         def overrides(*names: str) -> bool:
             return any(getattr(self.cls, name) is not getattr(Compressor, name) for name in names)
 
-        if self.name in BASELINES:
-            return "baseline"
         if self.cls is None:
             return "broken"
+        if self.name in BASELINES:
+            return "baseline"
         if overrides("trained"):
             return "trained"
         if overrides("stages"):

@@ -187,7 +187,7 @@ def test_mistakes_are_refused_before_anything_is_measured():
 
 def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
     path = tmp_path / "tiny.json"
-    arguments = "bench bundled/tiny-llava --methods random --budgets 64 --text-tokens 9 --new-tokens 2 --repeats 1"
+    arguments = "bench bundled/tiny-llava -m random --budgets 64 --text-tokens 9 --new-tokens 2 --repeats 1"
     shown = CliRunner().invoke(app, [*arguments.split(), "--device", "cpu", "--output", str(path)])
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == path.with_suffix(".md").read_text()
@@ -197,7 +197,7 @@ def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
 def test_the_command_says_what_is_wrong():
     for arguments, what in (
         (["bench"], "give a checkpoint or --shape"),
-        (["bench", "bundled/tiny-llava", "--methods", "nothing"], "unknown method"),
+        (["bench", "bundled/tiny-llava", "-m", "nothing"], "unknown method"),
         (["bench", "bundled/tiny-llava", "--output", "table.md"], "ends in .json"),
         (["bench", "--shape", "llava-9"], "unknown shape"),
         (["bench", "bundled/tiny-llava", "--batch", "0"], "whole numbers from 1 up"),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and tables in Markdown."""
+"""Files that are complete or absent, checks of where they go, and tables in Markdown."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it takes the place of `path` when the block ends well, and goes when it does not.
+    """Yield a path to write to. It replaces `path` when the block ends, and is removed if the block fails.
 
     So a reader, or the next run after a crash, never sees half a file.
     """
@@ -56,7 +56,7 @@ def check_file(path: Path) -> None:
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns line up in the source too: the first to the left, the others to the right."""
+    """Return a table whose columns line up in the source too: the first to the left, the others to the right."""
     lines = [headers, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     pad = [str.ljust] + [str.rjust] * (len(widths) - 1)
