@@ -1,4 +1,4 @@
-"""The same command gives the same answers, scores, intervals and p values."""
+"""The same command gives the same answers, scores, intervals and p values; after an edit of a method it gives none."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from evaluation_doubles import REMARK, REVERSED, write_norm
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
@@ -21,6 +22,11 @@ CONFIG = {
 }
 
 
+def command_line(path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vlmslim.cli", "run", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
 @pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path):
     """Two processes, from the checkpoint to the leaderboard; every answer and every number."""
@@ -28,8 +34,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     for name in ("first", "second"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(CONFIG | {"output": str(tmp_path / name)}))
-        command = [sys.executable, "-m", "vlmslim.cli", "run", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        done = command_line(path)
         assert done.returncode == 0, done.stderr
         assert "## Against the unpatched model" in done.stdout
         outputs.append(tmp_path / name)
@@ -44,3 +49,21 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     for board in boards:
         assert [row.pop("selection_ms") is not None for row in board["rows"]] == [True] * len(labels)  # measured, too
     assert boards[0] == boards[1]
+
+
+@pytest.mark.slow
+def test_an_edited_method_is_refused_and_a_remark_is_not(tmp_path):
+    """The loop that the author of a method lives in: run, edit, run again. Each call is a process of its own."""
+    changes = {"tasks": ["scenes_count"], "methods": [write_norm(tmp_path)], "baselines": False, "limit": 2}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changes | {"output": str(tmp_path / "out")}))
+    first = command_line(path)
+    assert first.returncode == 0 and "| norm-16" in first.stdout, first.stderr
+    write_norm(tmp_path, REMARK)
+    again = command_line(path)
+    assert again.returncode == 0 and "2 of 2 cells are finished" in again.stderr
+    assert again.stdout == first.stdout
+    write_norm(tmp_path, REVERSED)
+    edited = command_line(path)
+    assert edited.returncode == 2 and edited.stdout == ""
+    assert "vlmslim: the method norm-16 changed in the middle of the run (norm.py): " in edited.stderr

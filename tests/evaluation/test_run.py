@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from evaluation_doubles import FakeHarness, write_config
+from evaluation_doubles import REMARK, REVERSED, FakeHarness, write_config, write_norm
 from tiny import tiny
 
 import vlmslim
@@ -314,6 +314,21 @@ def test_a_method_that_was_edited_is_not_mixed(config, edit):
     harness = FakeHarness()
     run(config(), harness=harness)  # as it was
     assert harness.evaluated == []
+
+
+def test_a_method_of_ones_own_is_edited_between_two_calls(config, tmp_path):
+    methods = [{"method": write_norm(tmp_path), "label": "norm"}]
+    run(config(methods=methods, budgets=[16]), harness=FakeHarness())
+    write_norm(tmp_path, REMARK)
+    harness = FakeHarness()
+    run(config(methods=methods, budgets=[16]), harness=harness)
+    assert harness.evaluated == []
+    write_norm(tmp_path, REVERSED)
+    with pytest.raises(ConfigError, match=r"the method norm changed in the middle of the run \(norm.py\): "):
+        run(config(methods=methods, budgets=[16]), harness=FakeHarness())
+    cell = Store(config().output).cell("norm", "text")
+    assert cell["method_versions"] == {"norm.py": "uncommitted"}
+    assert "method_versions" not in Store(config().output).cell("none", "text")
 
 
 def test_an_engine_that_was_edited_is_not_mixed(config, edit):

@@ -122,3 +122,32 @@ class FakeHarness:
             }
             for i, v in enumerate(variants)
         }
+
+
+NORM = """
+from dataclasses import dataclass
+
+from vlmslim import Compressor
+
+
+@dataclass
+class Norm(Compressor):
+    keep: int | float = 16
+
+    def compress(self, image):
+        order = image.features.norm(dim=-1).argsort(descending=True)
+        return image.pick(order[: self.requested(len(order))].sort().values)
+"""
+#: Edits of `NORM`: one that says the same, and one that ranks the other way round.
+REMARK = ("descending=True", "descending=True,  # the largest first\n            ")
+REVERSED = ("descending=True", "descending=False")
+
+
+def write_norm(folder: Path, *edits: tuple[str, str]) -> str:
+    """Write a method into `norm.py`, after edits, and return the name that loads it."""
+    text = NORM
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "norm.py").write_text(text)
+    return f"{folder / 'norm.py'}:Norm"

@@ -57,7 +57,7 @@ class RichDisplay(Display):
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._grid = self._progress.add_task("cells", total=None)
+        self._grid = self._progress.add_task("cells", total=None, visible=False)
 
     def __enter__(self) -> "RichDisplay":
         self._progress.start()
@@ -72,7 +72,7 @@ class RichDisplay(Display):
 
     def start(self, total: int, done: int) -> None:
         """Show the grid."""
-        self._progress.update(self._grid, total=total, completed=done)
+        self._progress.update(self._grid, total=total, completed=done, visible=True)
         if done:
             self.message(f"resuming: {done} of {total} cells are finished")
 
