@@ -14,14 +14,16 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 from lmms_fixtures import checkpoint, questions  # noqa: E402
 
 from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
-from vlmslim.evaluation.config import TaskConfig, Variant, load_config  # noqa: E402
+from vlmslim.evaluation.config import load_config  # noqa: E402
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.export import export_cells  # noqa: E402
 from vlmslim.evaluation.harness import Harness  # noqa: E402
 from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.evaluation.run import run  # noqa: E402
+from vlmslim.evaluation.schema import TaskConfig  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
 from vlmslim.evaluation.tasks import Tasks  # noqa: E402
+from vlmslim.evaluation.variants import Variant  # noqa: E402
 from vlmslim.registry import build  # noqa: E402
 
 UTILS = """

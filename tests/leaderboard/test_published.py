@@ -109,7 +109,7 @@ def test_spot_checks_against_the_papers(papers):
 
 @pytest.mark.slow
 def test_the_tasks_and_metrics_that_are_named_exist(papers, tmp_path):
-    from vlmslim.evaluation.config import TaskConfig
+    from vlmslim.evaluation.schema import TaskConfig
     from vlmslim.evaluation.tasks import Tasks
 
     benchmarks = [benchmark for paper in papers for benchmark in paper.benchmarks.values() if benchmark.tasks]

@@ -209,8 +209,8 @@ def test_lmms_eval_takes_a_saved_patch(model_in_lmms_eval):
 
 
 def test_vlmslim_run_describes_the_checkpoint_under_a_saved_patch(model_in_lmms_eval):
-    from vlmslim.evaluation.config import ModelConfig
     from vlmslim.evaluation.preflight import describe_checkpoint
+    from vlmslim.evaluation.schema import ModelConfig
 
     _, base, folder = model_in_lmms_eval
     patched, plain = (describe_checkpoint(ModelConfig(pretrained=path)) for path in (folder, base))

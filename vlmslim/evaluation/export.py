@@ -5,9 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from vlmslim.evaluation.config import RunConfig, Variant
+from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.tasks import Tasks
+from vlmslim.evaluation.variants import Variant
 from vlmslim.io.files import check_writable, write_atomically
 
 

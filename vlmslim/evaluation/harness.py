@@ -11,10 +11,12 @@ import vlmslim
 from vlmslim.cost.budget import Solution, Solver
 from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.evaluation import preflight
-from vlmslim.evaluation.config import RunConfig, TimingConfig, Variant
+from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.lmms_model import VlmSlim
 from vlmslim.evaluation.progress import MakeBar, output_to
+from vlmslim.evaluation.schema import TimingConfig
 from vlmslim.evaluation.tasks import Tasks
+from vlmslim.evaluation.variants import Variant
 
 #: lmms-eval's own default on the command line; its Python API would leave reasoning tags in the answers.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlmslim import bundled
-from vlmslim.evaluation.config import Variant
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.tasks import Tasks
+from vlmslim.evaluation.variants import Variant
 from vlmslim.io.code import SourceError, code_hash
 from vlmslim.io.provenance import fingerprint
 from vlmslim.saving.folder import read

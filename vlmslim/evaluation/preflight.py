@@ -6,8 +6,8 @@ from typing import Any
 
 from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, tower_flops
-from vlmslim.evaluation.config import ModelConfig
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.evaluation.schema import ModelConfig
 from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
 from vlmslim.loading import check_checkpoint, located

@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 from vlmslim.cost.budget import TOLERANCE, cost_of
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight
-from vlmslim.evaluation.config import RunConfig, Variant
+from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, shortened
 from vlmslim.evaluation.progress import Display
 from vlmslim.evaluation.store import Store, digest, timing_key
+from vlmslim.evaluation.variants import Variant
 from vlmslim.io import provenance
 from vlmslim.io.code import outside_files
 from vlmslim.io.messages import one_line

@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 
 import vlmslim.tasks
-from vlmslim.evaluation.config import RunConfig, TaskConfig
+from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.evaluation.schema import TaskConfig
 from vlmslim.evaluation.store import digest
 from vlmslim.io import provenance
 from vlmslim.io.messages import did_you_mean

@@ -1,0 +1,147 @@
+"""The entries of the YAML behind `vlmslim run`: model, tasks, methods, budgets. Unknown keys are errors."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictFloat, StrictInt, Tag, model_validator
+
+from vlmslim.io.messages import did_you_mean
+
+Keep = StrictInt | StrictFloat
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys by naming the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and cls.model_config["extra"] == "forbid":
+            for key in data:
+                if key not in cls.model_fields:
+                    known = ", ".join(cls.model_fields)
+                    raise ValueError(f"unknown key {key!r}.{did_you_mean(key, cls.model_fields)} Known: {known}")
+        return data
+
+
+class ModelConfig(Strict):
+    """The checkpoint and how to load it: arguments of the lmms-eval model `vlmslim`."""
+
+    pretrained: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    revision: str | None = None
+    max_frames_num: Annotated[int, Field(ge=1)] | None = None
+    system_prompt: str | None = None
+
+    def arguments(self) -> dict:
+        """Return the keys that were given."""
+        return self.model_dump(exclude_none=True)
+
+
+class TaskConfig(Strict):
+    """One lmms-eval task, group or tag.
+
+    metric : the metric on the leaderboard; by default the first of the task
+    group  : the part of the leaderboard that the task belongs to; by default known from its name (`task_groups.py`)
+    """
+
+    task: str
+    metric: str | None = None
+    group: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"task": data} if isinstance(data, str) else data
+
+
+class Cost(Strict):
+    """A budget that costs every method the same; `vlmslim.cost.budget` says what the two currencies count."""
+
+    equivalent_tokens: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
+    flops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.equivalent_tokens is None) == (self.flops_ratio is None):
+            raise ValueError("give one of {equivalent_tokens: 64} and {flops_ratio: 0.15}")
+        return self
+
+    def target(self) -> dict[str, int | float]:
+        """Return the currency and its number, ready for JSON; whole numbers are integers."""
+        return {k: int(v) if v == int(v) else v for k, v in self.model_dump(exclude_none=True).items()}
+
+
+def _kind(value: object) -> str:
+    return "[cost]" if isinstance(value, dict | Cost) else "[keep]"
+
+
+Budget = Annotated[Annotated[Keep, Tag("[keep]")] | Annotated[Cost, Tag("[cost]")], Discriminator(_kind)]
+
+
+class MethodConfig(Strict):
+    """A method with its options, or a list of stages; other keys are options.
+
+    keep    : one budget or several, instead of those of the run
+    budgets : the same, with costs among them. A cost leaves the options that are given, and solves the first of the
+              others that `vlmslim.cost.budget.free_option` knows
+    label   : names the row; by default made of the method and its options
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str | None = None
+    stages: list[dict[str, Any]] | None = None
+    keep: Keep | Annotated[list[Keep], Field(min_length=1)] | None = None
+    budgets: Annotated[list[Budget], Field(min_length=1)] | None = None
+    label: Annotated[str, Field(pattern=r"^[\w.+=,-]+$")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        data = {"method": data} if isinstance(data, str) else data
+        if isinstance(data, dict) and "budget" in data:
+            if "budgets" in data:
+                raise ValueError("give either 'budget' or 'budgets'")
+            data = {k: v for k, v in data.items() if k != "budget"} | {"budgets": [data["budget"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if (self.method is None) == (self.stages is None):
+            raise ValueError("give either 'method' or 'stages'")
+        counts = any(not isinstance(budget, Cost) for budget in self.budgets or ())
+        if counts and (self.keep is not None or self.stages is not None):
+            raise ValueError("next to 'keep' or 'stages', 'budgets' lists costs such as {equivalent_tokens: 64}")
+        if isinstance(self.keep, list) and self.budgets:
+            raise ValueError("next to 'budgets', 'keep' is one number")
+        if self.stages is not None:
+            if self.keep is not None or self.options:
+                raise ValueError("with 'stages', every stage carries its own 'keep' and options")
+            if not self.stages or not all(isinstance(stage.get("method"), str) for stage in self.stages):
+                raise ValueError("'stages' is a list of entries such as {method: divprune, keep: 64}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the method other than `keep`."""
+        return dict(self.model_extra or {})
+
+    @property
+    def listed(self) -> list[dict[str, Any]]:
+        """The stages as they were given; a method by itself is one stage."""
+        if self.stages is not None:
+            return self.stages
+        return [{"method": self.method} | ({} if self.keep is None else {"keep": self.keep}) | self.options]
+
+
+class TimingConfig(Strict):
+    """How the methods are timed at the end of a run."""
+
+    prompts: Annotated[int, Field(ge=1)] = 4
+    repeats: Annotated[int, Field(ge=1)] = 5
+    new_tokens: Annotated[int, Field(ge=2)] = 16
