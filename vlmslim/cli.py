@@ -177,8 +177,10 @@ def bench(
     _quiet_transformers()
     from rich.console import Console
 
-    from vlmslim.cost import bench
+    from vlmslim.cost.bench import arguments
     from vlmslim.cost.bench.report import write
+    from vlmslim.cost.bench.run import Workload
+    from vlmslim.cost.bench.run import bench as measure
     from vlmslim.io.files import check_file
     from vlmslim.registry import parse_method
 
@@ -189,18 +191,20 @@ def bench(
             check_file(output)  # now, not when everything is measured
             check_file(output.with_suffix(".md"))
         stages = [parse_method(text) for text in method or ("random", "divprune", "fastv")]
-        workload = bench.Workload(
-            batches=bench.parse_batches(batch),
+        workload = Workload(
+            batches=arguments.parse_batches(batch),
             images=images,
-            image_size=bench.parse_size(image_size),
+            image_size=arguments.parse_size(image_size),
             text_tokens=text_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
             cpu_time=cpu_time,
         )
-        keeps = None if budgets is None else bench.parse_numbers(budgets)
-        name, model = bench.load(checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention)
-        record = bench.bench(model, stages, keeps, workload, name=name, say=status.update)
+        keeps = None if budgets is None else arguments.parse_numbers(budgets)
+        name, model = arguments.model_of(
+            checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention
+        )
+        record = measure(model, stages, keeps, workload, name=name, progress=status.update)
     typer.echo(write(record, output), nl=False)
 
 

@@ -3,26 +3,21 @@
 import json
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from tiny import FAMILIES, anatomy, tiny
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
-from vlmslim.cost.bench import (
-    Workload,
-    bench,
-    default_budgets,
-    load,
-    parse_batches,
-    parse_numbers,
-    parse_size,
-    with_budgets,
-)
+from vlmslim.cost.bench.arguments import model_of, parse_batches, parse_numbers, parse_size
 from vlmslim.cost.bench.report import markdown, write
+from vlmslim.cost.bench.run import Workload, bench, default_budgets, with_budgets
 from vlmslim.registry import parse_method
 
 QUICK = Workload(text_tokens=9, new_tokens=2, repeats=2)
+TIMES = ("prefill", "ttft", "decode", "latency")
+COMMITTED = Path(__file__).parents[2] / "assets" / "bench"
 
 
 def rows(record: dict, scenario: int = 0) -> dict:
@@ -31,9 +26,8 @@ def rows(record: dict, scenario: int = 0) -> dict:
 
 @pytest.fixture(scope="module")
 def record() -> dict:
-    stages = [parse_method(text) for text in ("divprune", "fastv:layer=1", "drop_visual:layer=2:tau=None")]
-    work = Workload(batches=(1, 2), text_tokens=9, new_tokens=2, repeats=2)
-    return bench(tiny("llava"), stages, [8, 0.25], work, name="tiny")
+    methods = [parse_method(text) for text in ("divprune", "fastv:layer=1", "drop_visual:layer=2:tau=None")]
+    return bench(tiny("llava"), methods, [8, 0.25], replace(QUICK, batches=(1, 2)), name="tiny")
 
 
 def test_a_record_has_every_method_at_every_budget(record):
@@ -43,42 +37,34 @@ def test_a_record_has_every_method_at_every_budget(record):
         assert [row["label"] for row in scenario["rows"]] == [*labels, "drop_visual-layer=2-tau=None"]
 
 
-def test_counts_are_exact(record):
-    for scenario in (0, 1):
-        found = rows(record, scenario)
-        per_layer = {label: row["visual_tokens_per_layer"] for label, row in found.items()}
-        assert per_layer["unpatched"] == [16] * 4
-        assert per_layer["divprune-8"] == [8] * 4
-        assert per_layer["fastv-0.25-layer=1"] == [16, 4, 4, 4]
-        assert per_layer["drop_visual-layer=2-tau=None"] == [16, 16, 0, 0]
-        assert found["fastv-0.25-layer=1"]["equivalent_tokens"] == 7
-        for row in found.values():
-            assert row["kv_bytes"] == row["kv_theory_bytes"] > 0
-            assert row["targets"]["kv_over_theory"] == {"value": 1.0, "wanted": "exactly 1", "met": True}
-            for part in ("tower", "projector", "language_model", "lm_head", "method"):
-                assert row["flops"][part] == pytest.approx(row["flops_counted"][part], rel=0.01)
-        assert found["unpatched"]["flops"]["method"] == 0 < found["divprune-8"]["flops"]["method"]
-        assert found["unpatched"]["peak_over_unpatched"] == 1
+@pytest.mark.parametrize("scenario", [0, 1])
+def test_counts_are_exact(record, scenario):
+    found = rows(record, scenario)
+    per_layer = {label: row["visual_tokens_per_layer"] for label, row in found.items()}
+    assert per_layer["unpatched"] == [16] * 4
+    assert per_layer["divprune-8"] == [8] * 4
+    assert per_layer["fastv-0.25-layer=1"] == [16, 4, 4, 4]
+    assert per_layer["drop_visual-layer=2-tau=None"] == [16, 16, 0, 0]
+    assert found["fastv-0.25-layer=1"]["equivalent_tokens"] == 7
+    for row in found.values():
+        assert row["kv_bytes"] == row["kv_theory_bytes"] > 0
+        for part in ("tower", "projector", "language_model", "lm_head", "method"):
+            assert row["flops"][part] == pytest.approx(row["flops_counted"][part], rel=0.01)
+    assert found["unpatched"]["flops"]["method"] == 0 < found["divprune-8"]["flops"]["method"]
+    assert found["unpatched"]["peak_over_unpatched"] == 1
 
 
 def test_times_are_medians_with_spreads_and_ratios_in_pairs(record):
     for row in rows(record, 1).values():
         assert row["tokens_per_second"] == pytest.approx(2000 / row["decode_ms"]["median"])
         assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"] < row["latency_ms"]["median"]
-        for name in ("prefill", "ttft", "decode", "latency"):
+        for name in TIMES:
             for kind in ("ms", "over_ideal", "over_unpatched"):
                 spread = row[f"{name}_{kind}"]
                 assert spread["median"] > 0 and spread["iqr"] >= 0
-    for name in ("prefill", "ttft", "decode", "latency"):
-        assert rows(record)["unpatched"][f"{name}_over_unpatched"] == {"median": 1, "iqr": 0}
-    assert (
-        rows(record)["unpatched"]["selection_ms"]["median"] == 0 < rows(record)["divprune-8"]["selection_ms"]["median"]
-    )
-
-
-def test_targets_follow_where_a_method_prunes(record):
-    bounds = {label: row["targets"]["prefill_over_ideal"]["wanted"] for label, row in rows(record).items()}
-    assert bounds["divprune-8"] == "at most 1.05" and bounds["fastv-8-layer=1"] == "at most 1.10"
+    unpatched, divprune = rows(record)["unpatched"], rows(record)["divprune-8"]
+    assert all(unpatched[f"{name}_over_unpatched"] == {"median": 1, "iqr": 0} for name in TIMES)
+    assert unpatched["selection_ms"]["median"] == 0 < divprune["selection_ms"]["median"]
 
 
 def test_where_it_was_measured_is_recorded(record):
@@ -91,7 +77,7 @@ def test_where_it_was_measured_is_recorded(record):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_left_as_it_was(family):
     model = tiny(family)
-    bench(model, [], [1], QUICK)  # generation itself leaves a trace, once
+    bench(model, [], [1], QUICK)  # the first generation leaves a trace in the model
     before = anatomy(model)
     found = rows(bench(model, [parse_method("random")], None, QUICK))
     assert anatomy(model) == before
@@ -100,9 +86,7 @@ def test_every_family_is_left_as_it_was(family):
 
 
 def test_several_images_in_a_prompt():
-    record = bench(
-        tiny("llava"), [parse_method("fastv")], [5], Workload(images=2, text_tokens=9, new_tokens=2, repeats=1)
-    )
+    record = bench(tiny("llava"), [parse_method("fastv")], [5], replace(QUICK, images=2, repeats=1))
     assert rows(record)["fastv-5"]["visual_tokens_per_layer"] == [32, 32, 10, 10]
 
 
@@ -121,26 +105,15 @@ def test_on_a_gpu():
     assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"]
 
 
-def test_a_missed_target_is_said_aloud(record):
-    slow = json.loads(json.dumps(record))
-    row = slow["scenarios"][0]["rows"][1]
-    row["targets"]["peak_over_unpatched"] = {"value": 1.25, "wanted": "at most 1", "met": False}
-    assert "- divprune-8: peak over unpatched is 1.250, wanted at most 1" in markdown(slow)
-    for scenario in slow["scenarios"]:
-        for row in scenario["rows"]:
-            for target in row["targets"].values():
-                target["met"] = True
-    assert "Targets missed" not in markdown(slow) and markdown(slow).count("All targets met.") == 2
-    row["kv_bytes"] += 2**20
-    assert "(theory " in markdown(slow)
-
-
 def test_the_table_is_a_table(record):
     text = markdown(record)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 * (2 + 6) and len({line.count("|") for line in table}) == 1
     assert len({len(line) for line in table[:8]}) == 1
-    assert "✓" in text and "## Batch 2" in text
+    assert "## Batch 2" in text and "✓" in text and "(theory " not in text
+    other = json.loads(json.dumps(record))
+    other["scenarios"][0]["rows"][1]["kv_bytes"] += 2**20
+    assert "(theory " in markdown(other)
 
 
 def test_files_are_the_record_and_the_table(record, tmp_path):
@@ -151,38 +124,53 @@ def test_files_are_the_record_and_the_table(record, tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["tiny.json", "tiny.md"]
 
 
-def test_what_is_written_on_the_command_line():
-    assert parse_method("fastv:layer=3:keep=0.5") == {"method": "fastv", "layer": 3, "keep": 0.5}
-    assert parse_method(" divprune:newline=rows")["newline"] == "rows"
-    assert parse_method("drop_visual:tau=None")["tau"] is None
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*llava*.json")), ids=lambda path: path.stem)
+def test_the_committed_tables_are_those_of_the_records_beside_them(path):
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == markdown(record)
+    for row in (row for scenario in record["scenarios"] for row in scenario["rows"]):
+        assert row["kv_bytes"] == row["kv_theory_bytes"] and row["peak_over_unpatched"] <= 1
+
+
+def test_the_engine_is_close_to_the_ideal_on_a_real_shape():
+    """In the committed record; on the tiny checkpoints the engine's constant time is a tenth of a prefill."""
+    record = json.loads((COMMITTED / "llava-1.5-7b-2-layers-cpu.json").read_text())
+    over_ideal = {label: row["prefill_over_ideal"]["median"] for label, row in rows(record).items()}
+    assert over_ideal.keys() == {"unpatched", "random-192", "divprune-192", "fastv-192-layer=1"}
+    assert max(over_ideal["random-192"], over_ideal["divprune-192"]) <= 1.05
+    assert over_ideal["fastv-192-layer=1"] <= 1.10
+
+
+def test_arguments_are_read():
     assert parse_numbers("192,0.5") == (192, 0.5)
+    assert parse_batches("1,8") == (1, 8)
     assert parse_size("672x1008") == (672, 1008) and parse_size(None) is None
     assert default_budgets(576) == [192, 128, 64]
     assert list(with_budgets([parse_method("fastv:keep=9"), parse_method("none")], [1, 2])) == ["fastv-9", "none"]
 
 
-def test_mistakes_are_refused_before_anything_is_measured():
-    for wrong, what in (
-        (lambda: parse_method("divprun"), "Did you mean 'divprune'"),
-        (lambda: parse_method("fastv:3"), "name:option=value"),
+@pytest.mark.parametrize(
+    "mistake, says",
+    [
         (lambda: parse_numbers("1,x"), "192,128,64"),
         (lambda: parse_batches("0"), "whole numbers from 1 up"),
         (lambda: parse_batches("1,-1"), "whole numbers from 1 up"),
         (lambda: parse_batches("1.5"), "whole numbers from 1 up"),
         (lambda: parse_size("672"), "HEIGHTxWIDTH"),
-        (lambda: with_budgets([parse_method("fastv:layr=2")], [4]), "Did you mean 'layer'"),
         (lambda: with_budgets([parse_method("fastv")] * 2, [4]), "fastv-4 is asked for twice"),
         (lambda: bench(tiny("llava"), [parse_method("random")], [17], QUICK), "larger than the image"),
-        (lambda: load(), "give a checkpoint or --shape"),
-        (lambda: load("bundled/tiny-llava", "llava-1.5-7b"), "one of the two"),
-        (lambda: load("bundled/tiny-llava", layers=2), "--layers goes with --shape"),
-        (lambda: load(shape="llava-1.5-7b", dtype="int8"), "use float32"),
-        (lambda: load("/nonexist/x"), "the path /nonexist/x does not exist"),
-        (lambda: load("bundled/tiny-llava", device="foo"), "there is no such device"),
-        (lambda: load("bundled/nothing"), "no bundled checkpoint"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            wrong()
+        (lambda: model_of(), "give a checkpoint or --shape"),
+        (lambda: model_of("bundled/tiny-llava", "llava-1.5-7b"), "one of the two"),
+        (lambda: model_of("bundled/tiny-llava", layers=2), "--layers goes with --shape"),
+        (lambda: model_of(shape="llava-1.5-7b", dtype="int8"), "use float32"),
+        (lambda: model_of("/nonexist/x"), "the path /nonexist/x does not exist"),
+        (lambda: model_of("bundled/tiny-llava", device="foo"), "there is no such device"),
+        (lambda: model_of("bundled/nothing"), "no bundled checkpoint"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(mistake, says):
+    with pytest.raises(ValueError, match=says):
+        mistake()
 
 
 def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
@@ -194,14 +182,18 @@ def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
     assert list(rows(json.loads(path.read_text()))) == ["unpatched", "random-64"]
 
 
-def test_the_command_says_what_is_wrong():
-    for arguments, what in (
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
         (["bench"], "give a checkpoint or --shape"),
         (["bench", "bundled/tiny-llava", "-m", "nothing"], "unknown method"),
+        (["bench", "bundled/tiny-llava", "-m", "fastv:layr=2"], "Did you mean 'layer'"),
         (["bench", "bundled/tiny-llava", "--output", "table.md"], "ends in .json"),
         (["bench", "--shape", "llava-9"], "unknown shape"),
         (["bench", "bundled/tiny-llava", "--batch", "0"], "whole numbers from 1 up"),
         (["bench", "bundled/tiny-llava", "--output", f"{__file__}/x.json"], "cannot be written to"),
-    ):
-        shown = CliRunner().invoke(app, arguments)
-        assert shown.exit_code == 2 and what in shown.stderr and shown.stdout == ""
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, says):
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2 and says in shown.stderr and shown.stdout == ""

@@ -1,5 +1,4 @@
-"""Equal budgets: the solved option costs what was asked, on the receipt of the very prompts, or an error says how near
-it can get."""
+"""Equal budgets: the solved option meets the cost on the prompts' receipt, or an error names the nearest cost."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ def prompts(model, rows=ROWS) -> list[dict]:
 
 
 def cost(model, inputs, method, **options) -> dict[str, float]:
-    """What a method costs, counted here from the lengths that the decoder layers really have."""
+    """The cost of a method, counted from the lengths of its KV cache, without the package's own formulas."""
     layers = model.model.language_model.layers
     text = model.config.get_text_config()
     q = text.num_attention_heads * layers[0].self_attn.head_dim
@@ -77,7 +76,7 @@ METHODS = {
 
 @pytest.mark.parametrize("currency", ["equivalent_tokens", "flops_ratio"])
 def test_every_method_costs_what_another_costs(family, currency):
-    """All of them are brought to the cost of `random` at a keep that every grid of counts can meet."""
+    """All of them meet the cost of the same method at a `keep` that every grid of counts allows."""
     model = tiny(family)
     inputs = prompts(model)
     solver = Solver(model, inputs)
@@ -104,7 +103,7 @@ def test_counts_for_images_of_one_size_are_exact():
     assert fastv.stages == ({"method": "fastv", "layer": 1, "keep": 4},)
 
 
-def test_a_share_meets_the_budget_on_average_over_sizes():
+def test_a_fraction_meets_the_budget_on_average_over_sizes():
     model = tiny("next")
     inputs = prompts(model)
     keep = solve(model, "random", inputs, equivalent_tokens=20).value
@@ -139,7 +138,7 @@ def test_the_solved_option_is_the_first_that_is_not_given():
     assert solve(model, stages, inputs, equivalent_tokens=3).stages[1]["layer"] == 2
 
 
-def test_values_that_another_stage_has_no_use_for_are_passed_over():
+def test_values_too_small_for_another_stage_are_skipped():
     model = tiny("llava")
     inputs = prompts(model)
     stages = [{"method": "divprune"}, {"method": "fastv", "keep": 6, "layer": 2}]
@@ -166,7 +165,7 @@ def test_aim_solves_its_schedule_where_the_merging_is_given():
 
 @dataclass
 class Secretive(Compressor):
-    """Keeps a third of what it is asked for, which no account of its own foretells."""
+    """Keeps a third of what it is asked for, without saying so in `visual_tokens`."""
 
     keep: float = 0.5
 
@@ -174,7 +173,7 @@ class Secretive(Compressor):
         return Compressed(image.features[: max(1, round(len(image.features) * self.keep / 3))])
 
 
-def test_what_a_method_decides_itself_is_measured():
+def test_a_method_that_decides_by_itself_is_measured():
     model = tiny("next")
     inputs = prompts(model)
     solved = solve(model, Secretive(), inputs, equivalent_tokens=8)
@@ -196,7 +195,7 @@ class Squares(Compressor):
         return Compressed(image.features[: self.keep])
 
 
-def test_counts_that_a_method_refuses_are_not_tried():
+def test_counts_that_a_method_refuses_are_skipped():
     model = tiny("llava")
     inputs = prompts(model)
     assert solve(model, Squares(), inputs, equivalent_tokens=9).value == 9
@@ -222,7 +221,7 @@ def test_counts_that_a_method_refuses_are_not_tried():
         ),
     ],
 )
-def test_what_cannot_be_met_says_how_near_it_gets(method, target, message):
+def test_a_cost_that_cannot_be_met_is_refused_with_the_nearest(method, target, message):
     model = tiny("llava")
     with pytest.raises(BudgetError, match=message):
         solve(model, method, prompts(model), **target)
@@ -256,9 +255,9 @@ def test_options_go_with_a_name():
     assert Solver(model, prompts(model)).solve("divprune", equivalent_tokens=7).value == 7
 
 
-def test_prompts_must_bring_images_one_at_a_time():
+def test_prompts_must_have_images_one_row_at_a_time():
     model = tiny("llava")
-    with pytest.raises(ValueError, match="no sample prompt brings an image"):
+    with pytest.raises(ValueError, match="no sample prompt has an image"):
         solve(model, "divprune", prompts(model, ROWS[-1:]), equivalent_tokens=4)
     with pytest.raises(ValueError, match="give inputs of one row"):
         solve(model, "divprune", [batch(model, ROWS[:2])], equivalent_tokens=4)
@@ -280,30 +279,30 @@ def test_nearest_finds_the_nearest(costs, target, start):
 
 
 @given(st.integers(1, 10**6), st.floats(1e-3, 1))
-def test_nearest_keeps_to_its_tries(size, at):
+def test_the_search_keeps_to_its_calls(size, at):
     calls = []
 
     def step(i):
         calls.append(i)
         return float(i > at * size)
 
-    search_nearest(step, size, 0.5, tries=5)
+    search_nearest(step, size, 0.5, max_calls=5)
     assert len(calls) <= 5
     assert len(set(calls)) == len(calls)
 
 
-def test_a_share_of_the_depth_means_what_the_engine_makes_of_it():
+def test_a_fraction_of_the_depth_is_resolved_as_in_the_engine():
     model = tiny("llava")
     inputs = prompts(model)
-    for share in (0.3, 0.5, 0.6, 0.9):
-        stage = FastV(4, layer=share)
+    for layer in (0.3, 0.5, 0.6, 0.9):
+        stage = FastV(4, layer=layer)
         planned = sum(stage.visual_tokens(16, DEPTH)) / DEPTH
         assert cost(model, inputs, stage)["equivalent_tokens"] == planned
 
 
 @pytest.mark.slow
 def test_a_run_at_equal_cost(tmp_path):
-    """The bundled checkpoint behind lmms-eval: every cell's own receipt says what the budget asked for."""
+    """The bundled checkpoint in lmms-eval: the receipt of every cell shows the cost that the budget asked for."""
     pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
     from vlmslim.evaluation.config import load_config
     from vlmslim.evaluation.errors import ConfigError

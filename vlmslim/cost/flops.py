@@ -1,27 +1,28 @@
-"""What a prompt costs: analytic FLOPs and KV-cache bytes, under conventions that have a name.
+"""Analytic FLOPs and KV-cache bytes of a prompt, under named conventions.
 
 One decoder layer that processes `n` tokens, with hidden size `d`, query width `q` (heads x head size), key and value
 width `k` (KV heads x head size) and MLP width `m`, does
 
     n (2 d q + 2 d k)  projections        2 n^2 q  attention        3 n d m  MLP        (multiply-adds)
 
-and one multiply-add is two FLOPs. Attention is counted in full: the causal mask is not worth a factor of one half,
-because most kernels do the work. Norms, softmax and activations are left out, as FLOP counters do. `CONVENTIONS` holds
-the other ways of counting in use, so that a paper's number can be reproduced.
+and one multiply-add is two FLOPs. Attention counts in full, without a factor of one half for the causal mask, because
+most kernels do the work. Norms, softmax and activations do not count, as in FLOP counters. `CONVENTIONS` has the other
+ways of counting that papers use, so that their numbers can be reproduced.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How FLOPs are counted.
+    """A way to count FLOPs.
 
-    per_multiply_add : FLOPs per multiply-add, 1 or 2
-    mlp_matrices     : matrices counted in the language model's gated MLP, which has three
-    causal           : attention counts the n (n + 1) / 2 pairs that a causal mask lets through, instead of n^2
-    elementwise      : norms, softmax, residual additions and activations count too
+    per_multiply_add : FLOPs of one multiply-add, 1 or 2
+    mlp_matrices     : matrices that count in the language model's gated MLP, which has three
+    causal           : attention counts the n (n + 1) / 2 pairs under a causal mask, instead of n^2
+    elementwise      : norms, softmax, residual additions and activations count, too
     """
 
     per_multiply_add: int
@@ -30,13 +31,13 @@ class Convention:
     elementwise: bool = False
 
 
-#: LLaVA-1.5-7B with 622 tokens is 8.26, 8.16, 8.27, 4.13 and 3.23 T in turn, for exactly the same work.
+#: For the same work, LLaVA-1.5-7B with 622 tokens has 8.26, 8.16, 8.27, 4.13 and 3.23 TFLOPs, in this order.
 CONVENTIONS = {
     "flops": Convention(per_multiply_add=2, mlp_matrices=3),
     "causal": Convention(per_multiply_add=2, mlp_matrices=3, causal=True),
     "roofline": Convention(per_multiply_add=2, mlp_matrices=3, elementwise=True),  # LLM-Viewer
     "sparsevlm": Convention(per_multiply_add=1, mlp_matrices=3),
-    "fastv": Convention(per_multiply_add=1, mlp_matrices=2),  # the DivPrune paper too
+    "fastv": Convention(per_multiply_add=1, mlp_matrices=2),  # also in the DivPrune paper
 }
 
 
@@ -48,7 +49,7 @@ def _convention(name: str) -> Convention:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a language model that its cost depends on."""
+    """The sizes of a language model that decide its cost."""
 
     layers: int
     hidden: int
@@ -59,8 +60,8 @@ class DecoderShape:
     vocab: int
 
     @classmethod
-    def from_config(cls, config) -> "DecoderShape":
-        """Read a language model's config, or the `text_config` inside a LLaVA's."""
+    def from_config(cls, config: Any) -> "DecoderShape":
+        """Read the config of a language model, or the `text_config` in the config of a LLaVA."""
         config = getattr(config, "text_config", config)
         heads = config.num_attention_heads
         return cls(
@@ -74,10 +75,10 @@ class DecoderShape:
         )
 
     def per_layer(self, tokens: float | Sequence[float]) -> list[float]:
-        """One length per layer.
+        """Return one length per layer.
 
         Raises:
-            ValueError: a list of another length than the number of layers.
+            ValueError: the list does not have one length per layer.
         """
         if isinstance(tokens, int | float):
             return [tokens] * self.layers
@@ -87,7 +88,7 @@ class DecoderShape:
 
 
 def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Convention) -> dict[str, float]:
-    """FLOPs of the decoder layers, by kind of work."""
+    """Count the FLOPs of the decoder layers by kind of work."""
     d, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     lengths = shape.per_layer(tokens)
     total = sum(lengths)
@@ -97,7 +98,7 @@ def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Conventi
         "projections": unit * total * (2 * d * q + 2 * d * k),
         "attention": unit * 2 * pairs * q,
         "mlp": unit * total * how.mlp_matrices * d * shape.mlp,
-        # LLM-Viewer: 7 a norm's element, two norms; 2 residual sums; 2 per activation; 5 a softmax element
+        # as LLM-Viewer counts: two norms of 7 per element, 2 residual sums, 2 per activation; 5 per softmax element
         "elementwise": (18 * d * total + 5 * shape.heads * pairs) if how.elementwise else 0,
     }
 
@@ -105,13 +106,13 @@ def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Conventi
 def prefill_flops(
     shape: DecoderShape, tokens: float | Sequence[float], *, convention: str = "flops", lm_head_positions: int = 0
 ) -> float:
-    """FLOPs of one prompt's prefill in the language model.
+    """Count the FLOPs of one prompt's prefill in the language model.
 
     Args:
         shape: sizes of the language model.
-        tokens: text and visual tokens each layer processes, one number per layer, or one for all of them.
+        tokens: text and visual tokens that each layer processes, one number per layer, or one for all of them.
         convention: a key of `CONVENTIONS`.
-        lm_head_positions: positions that go through the LM head: 0 leaves it out, `generate()` computes 1.
+        lm_head_positions: positions that go through the LM head: none by default; `generate()` computes 1.
 
     Raises:
         ValueError: unknown convention, or a list of lengths that does not fit the layers.
@@ -121,12 +122,11 @@ def prefill_flops(
     return sum(_decoder(shape, tokens, how).values()) + head
 
 
-def tower_flops(config, *, crops: int = 1, convention: str = "flops") -> float:
-    """FLOPs of a CLIP or SigLIP vision tower for one image of `crops` crops, every layer and the patch embedding.
+def tower_flops(config: Any, *, crops: int = 1, convention: str = "flops") -> float:
+    """Count the FLOPs of a CLIP or SigLIP vision tower for `crops` crops: all layers and the patch embedding.
 
-    Transformers runs all layers, and SigLIP's pooling head where the checkpoint has one, even where the projector
-    reads an earlier layer, so all of it is counted. The MLP has two matrices and attention no causal mask under every
-    convention.
+    All layers count, and the pooling head of a SigLIP that has one, because transformers runs them even if the
+    projector reads an earlier layer. Under every convention the MLP has two matrices and attention no causal mask.
     """
     config = getattr(config, "vision_config", config)
     siglip = "siglip" in config.model_type
@@ -141,16 +141,16 @@ def tower_flops(config, *, crops: int = 1, convention: str = "flops") -> float:
     return _convention(convention).per_multiply_add * crops * (embedding + layers + pooling)
 
 
-def projector_flops(config, visual_tokens: float, *, convention: str = "flops") -> float:
-    """FLOPs of a LLaVA's two-layer MLP projector for `visual_tokens` tokens (counted before compression)."""
+def projector_flops(config: Any, visual_tokens: float, *, convention: str = "flops") -> float:
+    """Count the FLOPs of a LLaVA's two-layer MLP projector for `visual_tokens` tokens (before compression)."""
     levels = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(levels, int) else len(levels))
     d = config.text_config.hidden_size
     return _convention(convention).per_multiply_add * visual_tokens * (width * d + d * d)
 
 
-def crop_tokens(config) -> int:
-    """Tokens that one crop brings to the projector."""
+def crop_tokens(config: Any) -> int:
+    """Count the tokens that one crop brings to the projector."""
     vision = config.vision_config
     cls = "siglip" not in vision.model_type and config.vision_feature_select_strategy == "full"
     return (vision.image_size // vision.patch_size) ** 2 + cls
@@ -168,18 +168,18 @@ def kv_bytes(shape: DecoderShape, tokens: float | Sequence[float], bytes_per_num
 
 
 def equivalent_tokens(per_layer: Sequence[float]) -> float:
-    """Visual tokens averaged over layers: FastV that keeps 144 of 576 from layer 2 of 32 on costs 171, not 144."""
+    """Average visual tokens over layers: FastV that keeps 144 of 576 from layer 2 of 32 on costs 171, not 144."""
     return sum(per_layer) / len(per_layer)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """FLOPs of one prompt's prefill under one convention, every part apart. `print(ledger)` shows a table.
+    """FLOPs of one prompt's prefill under one convention, by part. `print(ledger)` shows a table.
 
-    tower, projector : the vision side, for all crops; a method cannot make it cheaper
-    method           : what a method's own matrix products cost, as `count_flops` counts them
+    tower, projector : all crops; no method here makes them cheaper
+    method           : the method's own matrix products, as `count_flops` counts them
     projections, attention, mlp, elementwise : the language model
-    lm_head          : the positions that generation computes, one unless asked for more
+    lm_head          : the positions that generation computes; one by default
     """
 
     convention: str
@@ -195,7 +195,7 @@ class Ledger:
     @classmethod
     def of(
         cls,
-        config,
+        config: Any,
         tokens: float | Sequence[float],
         *,
         crops: int = 1,
@@ -206,9 +206,9 @@ class Ledger:
         """Count one prompt of a LLaVA.
 
         Args:
-            config: the LLaVA's config.
-            tokens: text and visual tokens each decoder layer processes, one number per layer, or one for all.
-            crops: crops (or frames) of the prompt's images together, as they enter the tower.
+            config: the config of the LLaVA.
+            tokens: text and visual tokens that each decoder layer processes, one number per layer, or one for all.
+            crops: crops (or frames) of all images of the prompt, as they enter the tower.
             method: FLOPs of the method, two per multiply-add.
             convention: a key of `CONVENTIONS`.
             lm_head_positions: positions that go through the LM head.
@@ -228,17 +228,17 @@ class Ledger:
 
     @property
     def language_model(self) -> float:
-        """The decoder layers alone: what papers usually quote."""
+        """FLOPs of the decoder layers alone, which papers usually quote."""
         return self.projections + self.attention + self.mlp + self.elementwise
 
-    def total(self, *, tower: bool = True, projector: bool = True, method: bool = True, lm_head: bool = True) -> float:
-        """The language model, with or without what surrounds it."""
-        parts = (self.tower, tower), (self.projector, projector), (self.method, method), (self.lm_head, lm_head)
-        return self.language_model + sum(flops for flops, counted in parts if counted)
+    @property
+    def total(self) -> float:
+        """FLOPs of all parts."""
+        return self.tower + self.projector + self.method + self.language_model + self.lm_head
 
-    def as_dict(self) -> dict:
-        """All parts and sums, JSON-able."""
-        return asdict(self) | {"language_model": self.language_model, "total": self.total()}
+    def as_dict(self) -> dict[str, Any]:
+        """Return all parts and sums, ready for JSON."""
+        return asdict(self) | {"language_model": self.language_model, "total": self.total}
 
     def __str__(self) -> str:
         inner = ("projections", "attention", "mlp", "elementwise")

@@ -1,49 +1,48 @@
-"""What a generation takes: time to first token, decoding, latency and CUDA memory, measured in turn and in pairs."""
+"""Time to first token, prefill, decoding and latency of a generation; methods are measured interleaved, in pairs."""
 
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-T = TypeVar("T")
-Clock = Callable[[], float]  # seconds
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+ReadClock = Callable[[], float]  # returns seconds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed generation.
+    """One timed generation, in milliseconds.
 
-    ttft_ms        : time to first token: image encoding, compression, prefill and the first choice
-    decode_ms         : time of each later token, on average
-    peak_bytes        : peak CUDA memory of this generation alone, weights included; None on a CPU
+    ttft_ms    : time to first token: image encoding, compression, prefill and the choice of the first token
     prefill_ms : the part of `ttft_ms` inside the language model, compression included
-    latency_ms          : from the call to the last token
+    decode_ms  : mean time of each later token
+    latency_ms : from the call to the last token
     """
 
     ttft_ms: float
+    prefill_ms: float
     decode_ms: float
-    peak_bytes: int | None
-    prefill_ms: float | None = None
-    latency_ms: float | None = None
+    latency_ms: float
 
 
 @dataclass(frozen=True)
-class Spread:
+class MedianIqr:
     """Median and interquartile range of repeated measurements."""
 
     median: float
     iqr: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def of(cls, values: Iterable[float]) -> "MedianIqr":
         """Summarise one value or more."""
         values = sorted(values)
         if len(values) == 1:
@@ -52,40 +51,46 @@ class Spread:
         return cls(middle, high - low)
 
 
-class _Clock(BaseStreamer):
-    """Notes when `generate()` hands out tokens. It copies them to the host first, so the device has finished."""
+class TokenTimestamps(BaseStreamer):
+    """The time at which `generate()` hands out the prompt and each token.
 
-    def __init__(self, clock: Clock):
-        self.clock, self.ticks = clock, []
-
-    def put(self, value) -> None:
-        self.ticks.append(self.clock())
-
-    def end(self) -> None:
-        pass
-
-
-class _Span:
-    """Times the first call of a module, everything that hooks of a patch do around it included.
-
-    On a GPU two events are recorded, which costs no synchronisation and so disturbs nothing.
+    `generate()` copies a token to the host before it hands it out, so the device has finished by then.
     """
 
-    def __init__(self, module: nn.Module, cuda: bool, clock: Clock):
-        self.module, self.cuda, self.clock, self.marks = module, cuda, clock, []
+    def __init__(self, clock: ReadClock):
+        self.clock = clock
+        self.seconds: list[float] = []
 
-    def __enter__(self) -> "_Span":
-        self.handles = [  # before the patch's hooks on the way in, behind them on the way out
+    def put(self, value: Any) -> None:
+        """Note the time."""
+        self.seconds.append(self.clock())
+
+    def end(self) -> None:
+        """Do nothing: the last token has been handed out before."""
+
+
+class ModuleTimer:
+    """A context manager that times the first call of a module, with everything that the hooks of a patch do in it.
+
+    On a GPU it records two events, because a synchronisation would disturb what it measures.
+    """
+
+    def __init__(self, module: nn.Module, cuda: bool, clock: ReadClock):
+        self.module, self.cuda, self.clock = module, cuda, clock
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> "ModuleTimer":
+        self.handles = [  # before the first hook of the patch, and after its last one
             self.module.register_forward_pre_hook(self._mark, prepend=True),
             self.module.register_forward_hook(self._mark),
         ]
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _mark(self, *_) -> None:
+    def _mark(self, *_: object) -> None:
         if len(self.marks) == 2:
             return
         if self.cuda:
@@ -96,75 +101,69 @@ class _Span:
 
     @property
     def milliseconds(self) -> float:
-        """Of the first call; read it after a synchronisation."""
+        """Duration of the first call; on a GPU, synchronise before you read it."""
         first, last = self.marks
         return first.elapsed_time(last) if self.cuda else 1000 * (last - first)
 
 
-def time_generation(model: nn.Module, inputs: dict, new_tokens: int, clock: Clock = time.perf_counter) -> Timing:
+def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:
     """Time one greedy generation of exactly `new_tokens` tokens.
 
-    The length is fixed, so a worse model that would stop earlier does not look faster.
+    The length is fixed, because otherwise a worse model that stops earlier would look faster.
 
     Args:
         model: a LLaVA, patched or not.
-        inputs: of `generate()`.
+        inputs: inputs of `generate()`.
         new_tokens: tokens to generate, at least 2.
         clock: `time.process_time` counts processor seconds, which other programs on a busy CPU do not disturb.
 
     Raises:
-        ValueError: fewer than 2 tokens, of which no decoding time can be had; or processor time of a GPU.
+        ValueError: fewer than 2 tokens, which have no decoding time; or processor time on a GPU.
     """
     if new_tokens < 2:
-        raise ValueError(f"new_tokens={new_tokens}: at least 2 are needed to tell prefill from decoding")
+        raise ValueError(f"new_tokens={new_tokens}: generate at least 2 tokens, to tell prefill from decoding")
     cuda = model.device.type == "cuda"
     if cuda and clock is not time.perf_counter:
-        raise ValueError("the work of a GPU takes no processor time; use the wall clock")
+        raise ValueError("processor time does not count the work of a GPU; use the wall clock, without --cpu-time")
     if cuda:
-        torch.cuda.reset_peak_memory_stats(model.device)
         torch.cuda.synchronize(model.device)
-    out = _Clock(clock)
-    with torch.inference_mode(), _Span(model.model.language_model, cuda, clock) as span:
+    stamps = TokenTimestamps(clock)
+    with torch.inference_mode(), ModuleTimer(model.model.language_model, cuda, clock) as prefill:
         start = clock()
         model.generate(
-            **inputs, streamer=out, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+            **inputs,
+            streamer=stamps,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
         )
-    first, last = out.ticks[1], out.ticks[new_tokens]  # tick 0 is the prompt
-    peak = torch.cuda.max_memory_allocated(model.device) if cuda else None
+    first, last = stamps.seconds[1], stamps.seconds[new_tokens]  # number 0 is the prompt
     decode_ms = 1000 * (last - first) / (new_tokens - 1)
-    return Timing(1000 * (first - start), decode_ms, peak, span.milliseconds, 1000 * (last - start))
+    return Timing(1000 * (first - start), prefill.milliseconds, decode_ms, 1000 * (last - start))
 
 
-def time_steady(model: nn.Module, inputs: dict, new_tokens: int, clock: Clock = time.perf_counter) -> Timing:
-    """`time_generation` of a model in use: behind a shorter generation, of which nothing is kept.
+def time_warm(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:
+    """Time a generation after a short warm-up that is not recorded.
 
-    What ran before is another treatment. The first prompt behind a switch pays for code that is in none of the
-    processor's caches, up to half a tiny model's prefill, and a patch that stays on pays that once.
+    Switching methods leaves cold CPU caches, which can slow the next prefill of a tiny model by half. A deployed patch
+    pays this only once.
     """
     time_generation(model, inputs, 2, clock)
     return time_generation(model, inputs, new_tokens, clock)
 
 
-def measure(model: nn.Module, inputs: dict, new_tokens: int = 16, repeats: int = 5, warmup: int = 1) -> list[Timing]:
-    """Time a generation `repeats` times after `warmup` unrecorded ones.
+def interleave(actions: Mapping[Key, Callable[[], Result]], repeats: int, warmup: int = 1) -> dict[Key, list[Result]]:
+    """Call several actions in rounds, because drift of the machine then affects all of them alike.
 
-    To compare methods, interleave them with `measure_together` instead: machines drift.
-    """
-    for _ in range(warmup):
-        time_generation(model, inputs, new_tokens)
-    return [time_generation(model, inputs, new_tokens) for _ in range(repeats)]
-
-
-def interleave(actions: dict[str, Callable[[], T]], repeats: int, warmup: int = 1) -> dict[str, list[T]]:
-    """Call several actions in turn, so that drift of the machine hits all alike.
-
-    Every round has an order of its own, the same in any run: what an action leaves behind in the caches and in the
-    allocator hits all alike too.
+    Each round has another random order, the same in every run: so the caches and the allocator that an action leaves
+    behind affect all of them alike, too.
 
     Returns:
-        name -> what the action returned in each of `repeats` rounds; `warmup` rounds before them are thrown away.
+        name -> results of the action in each of `repeats` rounds, after `warmup` rounds that are not recorded.
     """
-    names, results, order = list(actions), {name: [] for name in actions}, random.Random(0)
+    results: dict[Key, list[Result]] = {name: [] for name in actions}
+    names, order = list(actions), random.Random(0)
     for turn in range(warmup + repeats):
         for name in order.sample(names, len(names)):
             result = actions[name]()
@@ -174,48 +173,45 @@ def interleave(actions: dict[str, Callable[[], T]], repeats: int, warmup: int = 
 
 
 def measure_together(
-    model: nn.Module, attach: dict, prompts: Sequence[dict], new_tokens: int = 16, repeats: int = 5, warmup: int = 1
-) -> dict:
-    """Time several treatments of one model on the same prompts, in turn.
+    model: Any,
+    attach: Mapping[str, Callable[[], AbstractContextManager]],
+    prompts: Sequence[Mapping],
+    new_tokens: int = 16,
+    repeats: int = 5,
+    warmup: int = 1,
+) -> dict[str, list[Timing]]:
+    """Time several methods on the same model and the same prompts, interleaved.
 
     Args:
-        model: the model that is timed.
-        attach: name -> a callable without arguments that returns a context manager; the treatment is on inside it.
-        prompts: `generate()` inputs of one prompt each.
-        new_tokens: tokens generated for each prompt.
+        model: the model to time.
+        attach: name -> a callable without arguments that returns a context manager; the method is on inside it.
+        prompts: inputs of `generate()`, one prompt each.
+        new_tokens: tokens to generate for each prompt.
         repeats: recorded rounds.
-        warmup: unrecorded rounds before them.
+        warmup: rounds before them that are not recorded.
 
     Returns:
-        name -> list of `Timing`, one per (round, prompt), in the same order for every name.
+        name -> one `Timing` per (round, prompt), in the same order for every name.
     """
 
-    def turn(treatment) -> list[Timing]:
-        with ExitStack() as stack:
-            stack.enter_context(treatment())
-            time_generation(model, prompts[0], 2)  # see `time_steady`
+    def one_round(attach_one: Callable[[], AbstractContextManager]) -> list[Timing]:
+        with attach_one():
+            time_generation(model, prompts[0], 2)  # see `time_warm`
             return [time_generation(model, inputs, new_tokens) for inputs in prompts]
 
-    rounds = interleave({name: partial(turn, treatment) for name, treatment in attach.items()}, repeats, warmup)
-    return {name: [timing for turns in own for timing in turns] for name, own in rounds.items()}
+    rounds = interleave({name: partial(one_round, one) for name, one in attach.items()}, repeats, warmup)
+    return {name: [timing for timings in own for timing in timings] for name, own in rounds.items()}
 
 
-def summarise(timings: Sequence[Timing], reference: Sequence[Timing]) -> dict:
-    """Medians and spreads of `timings`, and their ratios to `reference`, pair by pair: JSON-able."""
+def summarise(timings: Sequence[Timing], reference: Sequence[Timing]) -> dict[str, float]:
+    """Return medians and interquartile ranges of `timings`, and the median ratios to `reference`, pair by pair."""
 
     def ratio(field: str) -> float:
         pairs = zip(timings, reference, strict=True)
         return statistics.median(getattr(ours, field) / getattr(theirs, field) for ours, theirs in pairs)
 
-    prefill, decode = Spread.of(t.ttft_ms for t in timings), Spread.of(t.decode_ms for t in timings)
-    peaks = [t.peak_bytes for t in timings if t.peak_bytes is not None]
-    return {
-        "ttft_ms": prefill.median,
-        "prefill_ms_iqr": prefill.iqr,
-        "ttft_ratio": ratio("ttft_ms"),
-        "decode_ms": decode.median,
-        "decode_ms_iqr": decode.iqr,
-        "decode_ratio": ratio("decode_ms"),
-        "peak_bytes": max(peaks) if peaks else None,
-        "samples": len(timings),
-    }
+    summary: dict[str, float] = {"samples": len(timings)}
+    for name in ("ttft", "decode"):
+        spread = MedianIqr.of(getattr(timing, f"{name}_ms") for timing in timings)
+        summary |= {f"{name}_ms": spread.median, f"{name}_ms_iqr": spread.iqr, f"{name}_ratio": ratio(f"{name}_ms")}
+    return summary

@@ -1,20 +1,21 @@
 """Made-up prompts of an exact size: random words around images of noise."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.engine.families import FAMILIES
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A batch of prompts, all alike in size and each with its own words and pictures.
+class SyntheticPrompt:
+    """A batch of prompts of one size; each prompt has its own words and images.
 
-    before, after : (B, t) ids of the words around the images
-    pixels        : further inputs of the model: pixel values, and what a family needs with them
-    batch, images : prompts, and images in each
+    before, after : (B, t) ids of the words before and after the images
+    pixels        : the other inputs of the model: pixel values, and what a family needs with them
+    batch, images : prompts, and images in each prompt
     tokens        : visual tokens of each image
     crops         : crops of each image, as they enter the vision tower
     image_token   : id of the placeholder
@@ -32,31 +33,31 @@ class Prompt:
     @classmethod
     def make(
         cls,
-        model: nn.Module,
+        model: Any,
         *,
         batch: int = 1,
         images: int = 1,
         image_size: tuple[int, int] | None = None,
         text_tokens: int = 46,
         seed: int = 0,
-    ) -> "Prompt":
-        """Make prompts for a model.
+    ) -> "SyntheticPrompt":
+        """Make a batch of prompts for a model, and encode its images once to count their tokens.
 
         Args:
-            model: an unpatched LLaVA; it encodes the images once, to see how many tokens they have.
+            model: an unpatched LLaVA.
             batch: prompts.
             images: images in each prompt.
             image_size: height and width in pixels, which decide the tiles of an anyres model; by default two tiles
-                a side. Families without tiles scale every picture to the tower's size anyway.
-            text_tokens: words of each prompt, before and behind the images together; 46 besides 576 visual tokens
-                are the 622 that most papers count.
-            seed: of words and noise.
+                a side. Families without tiles scale every image to the size of the vision tower.
+            text_tokens: words of each prompt, before and after the images together. By default 46, because most papers
+                count 622 tokens: 576 visual tokens and 46 words.
+            seed: seed of words and noise.
 
         Raises:
             ValueError: fewer than 2 text tokens.
         """
         if text_tokens < 2:
-            raise ValueError(f"text_tokens={text_tokens}: at least 2, one before the images and one behind")
+            raise ValueError(f"text_tokens={text_tokens}: use at least 2, one before the images and one after them")
         generator = torch.Generator().manual_seed(seed)
         config, device = model.config, model.device
         side = config.vision_config.image_size
@@ -67,7 +68,7 @@ class Prompt:
 
             size = image_size or (2 * side, 2 * side)
             onevision = config.model_type == "llava_onevision"
-            if not onevision or images == 1:  # OneVision does without tiles where a prompt has several images
+            if not onevision or images == 1:  # OneVision cuts no tiles if a prompt has several images
                 crops = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
             pixels["image_sizes"] = torch.tensor([size] * count, device=device)
             if onevision:
@@ -92,9 +93,10 @@ class Prompt:
         """Visual tokens of each prompt."""
         return self.images * self.tokens
 
-    def inputs(self, visual: int | None = None) -> dict[str, Tensor]:
-        """Inputs of `forward` and `generate`, with room for `visual` visual tokens a prompt instead of all."""
-        visual = self.visual_tokens if visual is None else visual
-        places = self.before.new_full((self.batch, visual), self.image_token)
-        ids = torch.cat([self.before, places, self.after], dim=1)
+    def inputs(self, visual_tokens: int | None = None) -> dict[str, Tensor]:
+        """Return the inputs of `forward` and `generate`, with `visual_tokens` placeholders a prompt instead of all."""
+        placeholders = self.visual_tokens if visual_tokens is None else visual_tokens
+        ids = torch.cat(
+            [self.before, self.before.new_full((self.batch, placeholders), self.image_token), self.after], dim=1
+        )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.pixels

@@ -1,22 +1,22 @@
-"""A bench record as Markdown, and both as files."""
+"""Writes a `bench` record as JSON, and as Markdown tables."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vlmslim.io.files import markdown_table, write_atomically
 
-_NOTES = """\
-Ratios in brackets are (over the unpatched model, over the ideal), medians over {repeats} rounds in which all
-treatments and ideals take turns, each behind an unrecorded generation of its own; ± is the interquartile range of the
-ratio to the ideal. The ideal is the same model fed directly with as many visual tokens in every layer, chosen for free;
-that of the unpatched model is itself, so its own ratio shows the noise. FLOPs are analytic, of the language model alone
-(multiply-add = 2, attention in full). Prefill is the language model with all that the patch does in it; selection is
-the part of it spent in the method; TTFT adds image encoding, which no method here makes cheaper. Decoding and latency
-are at a fixed length of {new_tokens} tokens. Peak memory is what a generation allocates on top of the weights. KV is
-read off the cache; ✓ where it equals the theory."""
+_FOOTNOTES = """\
+Ratios in brackets are (over the unpatched model, over the ideal): medians over {repeats} rounds of the ratio within a
+round, ± the interquartile range of the ratio to the ideal. Every round times all methods and ideals once, in a random
+order, each after a short warm-up. The ideal is the same model with as many visual tokens in every decoder layer,
+selected at no cost; the ideal of the unpatched model is that model itself, so its ratio shows the noise. FLOPs are
+analytic, of the language model alone (multiply-add = 2, attention in full). Prefill is the language model with the
+work of the patch in it; selection is the part of prefill inside the method; TTFT adds image encoding, which no method
+here makes cheaper. Decoding and latency are at a fixed length of {new_tokens} tokens. Peak memory is what a generation
+allocates on top of the weights. KV is the size of the cache; ✓ where it equals the theory."""
 
-_CPU_TIME = " Times but that of selection are processor time: the machine was shared with other programs."
+_CPU_TIME = " Times, except selection, are processor time, because other programs used the machine."
 
 _HEADERS = (
     "method",
@@ -32,8 +32,8 @@ _HEADERS = (
 )
 
 
-def markdown(record: dict) -> str:
-    """The tables of a `bench` record, one per batch size, with what they were measured on and how to read them."""
+def markdown(record: dict[str, Any]) -> str:
+    """Write a `bench` record as Markdown: the model and the machine, one table per batch size, and how to read it."""
     model, work = record["model"], record["workload"]
     lines = [
         f"# {model['name']}",
@@ -53,14 +53,12 @@ def markdown(record: dict) -> str:
             "",
             markdown_table(_HEADERS, map(_cells, scenario["rows"])),
             "",
-            *_verdict(scenario),
-            "",
         ]
-    return "\n".join([*lines, _NOTES.format(**work) + (_CPU_TIME if work["cpu_time"] else "")]) + "\n"
+    return "\n".join([*lines, _FOOTNOTES.format(**work) + (_CPU_TIME if work["cpu_time"] else "")]) + "\n"
 
 
-def write(record: dict, output: Path | None = None) -> str:
-    """The Markdown of a record; with a path, the record goes there as JSON and the Markdown beside it, atomically."""
+def write(record: dict[str, Any], output: Path | None = None) -> str:
+    """Return the Markdown of a record; with a path, write the record there as JSON and the Markdown beside it."""
     text = markdown(record)
     if output is not None:
         write_atomically(output, json.dumps(record, indent=1) + "\n")
@@ -68,10 +66,10 @@ def write(record: dict, output: Path | None = None) -> str:
     return text
 
 
-def _cells(row: dict) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     def ratios(name: str) -> str:
-        own, best = row[f"{name}_over_unpatched"], row[f"{name}_over_ideal"]
-        return f"({own['median']:.2f}x, {best['median']:.2f}x ± {best['iqr']:.2f})"
+        unpatched, ideal = row[f"{name}_over_unpatched"], row[f"{name}_over_ideal"]
+        return f"({unpatched['median']:.2f}x, {ideal['median']:.2f}x ± {ideal['iqr']:.2f})"
 
     exact = row["kv_bytes"] == row["kv_theory_bytes"]
     return [
@@ -86,14 +84,3 @@ def _cells(row: dict) -> list[str]:
         f"{row['peak_bytes'] / 2**20:.1f} ({row['peak_over_unpatched']:.2f}x)",
         f"{row['kv_bytes'] / 2**20:.2f} {'✓' if exact else '(theory %.2f)' % (row['kv_theory_bytes'] / 2**20)}",
     ]
-
-
-def _verdict(scenario: dict) -> Iterable[str]:
-    """Which promises were not kept, if any."""
-    missed = [
-        f"- {row['label']}: {name.replace('_', ' ')} is {target['value']:.3f}, wanted {target['wanted']}"
-        for row in scenario["rows"]
-        for name, target in row["targets"].items()
-        if not target["met"]
-    ]
-    return ["Targets missed:", "", *missed] if missed else ["All targets met."]

@@ -1,4 +1,7 @@
-"""The public models' exact sizes with random weights, so that speed can be measured without a download."""
+"""The exact sizes of public models with random weights, which measure speed without a download."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from transformers import (
 
 
 def _clip_large() -> CLIPVisionConfig:
-    """CLIP ViT-L/14 at 336 pixels."""
+    """Make the config of CLIP ViT-L/14 at 336 pixels."""
     return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -30,7 +33,7 @@ def _clip_large() -> CLIPVisionConfig:
 
 
 def _siglip_so400m() -> SiglipVisionConfig:
-    """SigLIP so400m/14 at 384 pixels, without its last layer and its head, as LLaVA-OneVision has it."""
+    """Make the config of SigLIP so400m/14 at 384 pixels, without its last layer and its head, as in LLaVA-OneVision."""
     return SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -90,10 +93,10 @@ def _llava_onevision_7b() -> LlavaOnevisionConfig:
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    return LlavaOnevisionConfig(vision_config=_siglip_so400m(), text_config=text)  # the grid of tiles is the default
+    return LlavaOnevisionConfig(vision_config=_siglip_so400m(), text_config=text)  # tiles as by default
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava-1.5-7b": lambda: _llava_15(_vicuna(4096, 11008, 32, 32)),
     "llava-1.5-13b": lambda: _llava_15(_vicuna(5120, 13824, 40, 40)),
     "llava-next-7b": _llava_next_7b,  # llava-v1.6-mistral-7b
@@ -102,43 +105,43 @@ SHAPES = {
 
 
 def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
-    """The configuration of a named shape; `layers` decoder layers instead of all.
+    """Make the configuration of a named shape, with `layers` decoder layers instead of all of them.
 
     Raises:
-        ValueError: unknown shape, or a number of layers it does not have.
+        ValueError: an unknown shape, or more layers than it has.
     """
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}; choose from {', '.join(SHAPES)}")
-    config = SHAPES[name]()
+    config: Any = SHAPES[name]()
     depth = config.text_config.num_hidden_layers
     if layers is not None:
         if not 1 <= layers <= depth:
-            raise ValueError(f"layers={layers}: {name} has 1 to {depth} decoder layers to take")
+            raise ValueError(f"layers={layers}: {name} has {depth} decoder layers; use 1 to {depth}")
         config.text_config.num_hidden_layers = layers
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = config.text_config.layer_types[:layers]
     return config
 
 
-def build(
+def random_model(
     config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str, attention: str = "sdpa", seed: int = 0
 ) -> nn.Module:
-    """A model of that configuration with random weights, made on the device itself.
+    """Make a model with random weights directly on its device.
 
     Args:
-        config: of a LLaVA.
-        dtype: of the weights.
-        device: where they go.
-        attention: implementation: eager, sdpa, flash_attention_2, ...
-        seed: of the weights.
+        config: configuration of a LLaVA.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        attention: attention implementation: eager, sdpa, flash_attention_2, ...
+        seed: seed of the weights.
 
     Raises:
         ValueError: the weights alone do not fit; the message says how much they need and how much is free.
     """
     device = torch.device(device)
     with torch.device("meta"):
-        sketch = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    need = sum(t.numel() * t.element_size() for t in [*sketch.parameters(), *sketch.buffers()])
+        empty = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    need = sum(tensor.nbytes for tensor in [*empty.parameters(), *empty.buffers()])
     free = free_bytes(device)
     if need > 0.95 * free:
         raise ValueError(
@@ -152,7 +155,7 @@ def build(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device."""
+    """Count the bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil

@@ -1,0 +1,117 @@
+"""What `vlmslim bench` measures on: made-up prompts, random models of public sizes, and the ideal."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from doubles import Rule
+from tiny import BACKENDS, FAMILIES, anatomy, lengths, tiny
+from transformers import AutoModelForImageTextToText
+
+import vlmslim
+from vlmslim.cost.bench.ideal import ideal
+from vlmslim.cost.bench.prompt import SyntheticPrompt
+from vlmslim.cost.bench.shapes import SHAPES, random_model, shape_config
+from vlmslim.cost.timing import time_generation
+from vlmslim.engine.families import kv_cache
+
+
+@dataclass
+class FirstTokens(Rule):
+    """Keeps the first half of an image, and from layer 2 on the first four tokens."""
+
+    layers: ClassVar = (2,)
+
+    def chosen(self, n, prompt):
+        return torch.arange(8)
+
+    def left(self, layer, n, text):
+        return torch.arange(4)
+
+
+@pytest.mark.parametrize("images, visual", [(1, [8, 8, 4, 4]), (2, [16, 16, 13, 11])])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ideal_is_the_model_that_keeps_the_first_tokens(family, backend, images, visual):
+    """Its caches have the lengths asked for, and its logits are those of a method that keeps the same tokens."""
+    model = tiny(family, backend)
+    prompt = SyntheticPrompt.make(model, batch=2, images=images, text_tokens=9)
+    time_generation(model, prompt.inputs(), 2)  # the first generation leaves a trace in the model
+    before = anatomy(model)
+    options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with ideal(model, prompt, visual) as inputs, torch.inference_mode():
+        bound = model.generate(**inputs, **options)
+    assert anatomy(model) == before
+    assert lengths(kv_cache(bound)) == [v + 9 + 3 for v in visual]
+    if images == 1:
+        with vlmslim.patch(model, FirstTokens()), torch.inference_mode():
+            patched = model.generate(**prompt.inputs(), **options)
+        torch.testing.assert_close(torch.stack(bound.logits), torch.stack(patched.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("visual", [[8] * 3, [4, 8, 8, 8], [17] * 4])
+def test_the_ideal_refuses_impossible_lengths(visual):
+    model = tiny("llava")
+    prompt = SyntheticPrompt.make(model, text_tokens=4)
+    with pytest.raises(ValueError, match="never rising, and at most 16"), ideal(model, prompt, visual):
+        pass
+
+
+def test_the_ideal_refuses_a_patched_model():
+    model = tiny("llava")
+    prompt = SyntheticPrompt.make(model, text_tokens=4)
+    with (
+        vlmslim.patch(model, "none"),
+        pytest.raises(RuntimeError, match="already patched"),
+        ideal(model, prompt, [8] * 4),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_have_the_size_they_say(family):
+    model = tiny(family)
+    prompt = SyntheticPrompt.make(model, batch=2, images=2, text_tokens=9, image_size=(64, 32))
+    inputs = prompt.inputs()
+    assert inputs["input_ids"].shape == (2, 9 + prompt.visual_tokens)
+    assert (inputs["input_ids"] == prompt.image_token).sum() == 2 * prompt.visual_tokens
+    assert not torch.equal(*inputs["input_ids"])
+    long = SyntheticPrompt.make(model, batch=2, text_tokens=2000)  # placeholders are no words
+    assert (long.inputs()["input_ids"] == prompt.image_token).sum() == 2 * long.visual_tokens
+    assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
+    assert prompt.crops == (3 if family == "next" else 1)  # OneVision cuts no tiles if there are several images
+    with pytest.raises(ValueError, match="at least 2"):
+        SyntheticPrompt.make(model, text_tokens=1)
+
+
+#: Parameters of the public checkpoints, in billions.
+PARAMETERS = {"llava-1.5-7b": 7.063, "llava-1.5-13b": 13.351, "llava-next-7b": 7.567, "llava-onevision-7b": 8.030}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes_are_those_of_the_public_models(name):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shape_config(name))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == PARAMETERS[name]
+
+
+def test_a_shape_that_does_not_fit_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("vlmslim.cost.bench.shapes.free_bytes", lambda device: 20 * 2**30)
+    with pytest.raises(ValueError, match=r"the weights need 49\.7 GiB in float32 and cpu has 20\.0 GiB free"):
+        random_model(shape_config("llava-1.5-13b"), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="unknown shape 'llava-2'"):
+        shape_config("llava-2")
+    with pytest.raises(ValueError, match="llava-1.5-7b has 32 decoder layers; use 1 to 32"):
+        shape_config("llava-1.5-7b", layers=33)
+
+
+def test_a_random_model_works_and_follows_from_its_seed():
+    config = tiny("onevision").config
+    model = random_model(config, dtype=torch.bfloat16, device="cpu", attention="eager")
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert model.config.text_config._attn_implementation == "eager"
+    with torch.inference_mode():
+        assert model(**SyntheticPrompt.make(model, text_tokens=4).inputs()).logits.isfinite().all()
+    again = random_model(config, dtype=torch.bfloat16, device="cpu")
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
