@@ -13,10 +13,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlmslim
-from vlmslim.bundled import resolve
+from vlmslim.loading import load
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ROOT / "vlmslim/tasks/scenes/data/scenes_detail.parquet"
@@ -76,8 +75,7 @@ def main() -> None:
 
     (row,) = [row for row in pq.read_table(QUESTIONS).to_pylist() if row["id"] == args.question]
     picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-    model = LlavaForConditionalGeneration.from_pretrained(resolve("bundled/tiny-llava"), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(resolve("bundled/tiny-llava"))
+    model, processor = load("bundled/tiny-llava", dtype="float32", device="cpu")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[picture], text=[prompt], return_tensors="pt")

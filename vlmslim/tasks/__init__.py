@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def path() -> str:
-    """Directory to hand to lmms-eval as `--include_path`."""
+    """Return the directory to give to lmms-eval as `--include_path`."""
     return str(Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""Functions that the task files of this folder name: those of the scenes, which ask and score alike."""
+"""Functions that the task files of this folder name. The scenes ask and score in the same way."""
 
 from vlmslim.tasks.scenes.utils import images, score
 

@@ -2,15 +2,15 @@
 
 
 def images(doc: dict) -> list:
-    """The picture of a question."""
+    """Return the picture of a question."""
     return [doc["image"].convert("RGB")]
 
 
 def normalise(text: str) -> str:
-    """Lower case, single blanks, no full stop at the end."""
+    """Write a text in lower case with single spaces and no full stop at its end."""
     return " ".join(text.lower().split()).rstrip(".")
 
 
 def score(doc: dict, results: list[str]) -> dict:
-    """1 if the answer is the expected one, up to case, blanks and a full stop; else 0."""
+    """Score 1 if the answer is the expected one, without regard to case, spaces and a full stop; else 0."""
     return {"acc": float(normalise(results[0]) == normalise(doc["answer"]))}
