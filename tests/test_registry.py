@@ -228,8 +228,7 @@ def test_a_module(install, tmp_path, monkeypatch):
         assert name_of(made) == "norm" and method_class(address_of(made)) is type(made)
         assert is_method_name(name)
         assert parse_method(f"{name}:keep=8") == {"method": name, "keep": 8}
-    monkeypatch.delitem(sys.modules, "deep")
-    monkeypatch.delitem(sys.modules, "deep.norm")
+    del sys.modules["deep"], sys.modules["deep.norm"]
 
 
 def test_a_class_without_a_name(tmp_path):

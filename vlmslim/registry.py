@@ -399,7 +399,7 @@ def _import(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
         file, line, text = Path(frames[-1].filename), frames[-1].lineno, one_line(error)
         if isinstance(error, SyntaxError):
             file, line, text = Path(error.filename or ""), error.lineno, error.msg

@@ -1,5 +1,6 @@
 """Methods of other authors: a file of its own, a file beside the built-in methods, an installed package."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,9 @@ def built_in(tmp_path, monkeypatch) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch) -> Callable[..., None]:
+def install(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
     """Installs a package: entry points, the text of its module, and its name."""
+    before = set(sys.modules)
 
     def put(points: str, text: str = NORM, package: str = "outside") -> None:
         site = tmp_path / f"site-{package}"
@@ -62,6 +64,8 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
         write(info / "METADATA", f"Metadata-Version: 2.1\nName: vlmslim-{package}\nVersion: 1.0\n")
         write(info / "entry_points.txt", f"[vlmslim.methods]\n{points}\n")
         monkeypatch.syspath_prepend(str(site))
-        monkeypatch.delitem(sys.modules, package, raising=False)
 
-    return put
+    yield put
+    for name in set(sys.modules) - before:
+        if f"site-{name.partition('.')[0]}" in os.listdir(tmp_path):
+            del sys.modules[name]
