@@ -47,7 +47,7 @@ def test_methods_lists_all(built_in):
     assert shown.exit_code == 0
     lines = {line.split()[0]: line for line in shown.stdout.splitlines() if line[0] != " "}
     assert set(lines) == {"method", *method_names()}
-    for text in ("between its layers", "arXiv 2403.06764", "Before decoder layer K", "built-in"):
+    for text in ("between decoder layers", "arXiv 2403.06764", "Before decoder layer K", "built-in"):
         assert text in lines["fastv"]
     assert "Keep the tokens with the largest norm.  " in lines["norm"]
     assert "broken " in lines["broken"] and "the method broken cannot be imported: SyntaxError" in lines["broken"]

@@ -327,7 +327,7 @@ def test_kinds_and_papers():
     assert list(kinds.values()) == [
         "baseline",
         "before the language model",
-        "between its layers",
+        "between decoder layers",
         "pipeline",
         "trained",
     ]

@@ -11,16 +11,14 @@ case and underscores, or else the class under `@the_method`. A file whose name s
 """
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -29,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from vlmslim import methods
+from vlmslim.io import modules
 from vlmslim.io.messages import did_you_mean, one_line
 
 if TYPE_CHECKING:  # names alone need no torch
@@ -41,12 +40,11 @@ BASELINES = ("none", "pool", "random", "schedule", "uniform")
 #: A method as a user writes it: its name, or a dictionary with its name under "method" and its options, or an object.
 Spec: TypeAlias = "str | dict[str, Any] | Compressor"
 _Class = TypeVar("_Class", bound=type)
+_Imported = TypeVar("_Imported")
 
 _FILE = re.compile(r"(?P<place>.+\.py)(:(?P<cls>\w+))?")
 _MODULE = re.compile(r"(?P<place>[A-Za-z_]\w*(\.\w+)+|[A-Za-z_]\w*(?=:))(:(?P<cls>\w+))?")
-_FOLDER = "vlmslim_folder_"  # + a hash: a package that stands for the folder of a file
 _MARK = "_is_the_method"
-_digests: dict[str, str] = {}  # of the files of modules under such packages
 
 
 class BrokenMethod(ValueError):
@@ -124,12 +122,12 @@ def address_of(method: "Compressor | type[Compressor]") -> str:
         ValueError: no name can load it, because the class is made in a function or in the main script.
     """
     cls = _class_of(method)
-    name, module = name_of(cls), sys.modules.get(cls.__module__)
+    name = name_of(cls)
     if name in method_names() and _listing(name).cls is cls:
         return name
-    if cls.__module__.startswith(_FOLDER) and module is not None:
-        return f"{module.__file__}:{cls.__name__}"
-    if cls.__module__ == "__main__" or getattr(module, cls.__qualname__, None) is not cls:
+    if file := modules.imported_file(cls.__module__):
+        return f"{file}:{cls.__name__}"
+    if cls.__module__ == "__main__" or getattr(sys.modules[cls.__module__], cls.__qualname__, None) is not cls:
         raise ValueError(
             f"{cls.__name__} has no name to load it by, because it is made in a function or in the main script; "
             "define it at the top of a file of its own"
@@ -158,13 +156,11 @@ def method(name: str, **options: Any) -> "Compressor":
     """
     cls = method_class(name)
     known = options_of(cls)
-    listed = ", ".join(known) or "none"
     for option in options:
-        if option not in known:
-            raise ValueError(f"unknown option of {name} {option!r}.{did_you_mean(option, known)} Known: {listed}")
+        _check_option(name, option, known)
     for option, default in known.items():
         if default is MISSING and option not in options:
-            raise ValueError(f"{name} needs the option {option}: give {option}=...; its options are {listed}")
+            raise ValueError(f"{name} needs the option {option}: give {option}=...; its options are {', '.join(known)}")
     try:
         return cls(**options)
     except TypeError as error:  # a value of the wrong type
@@ -204,14 +200,18 @@ def parse_method(text: str) -> dict[str, Any]:
         option, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"{text!r}: write options as name:option=value, such as fastv:layer=3")
-        if option not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"unknown option of {name} {option!r}.{did_you_mean(option, known)} Known: {listed}")
+        _check_option(name, option, known)
         try:
             stage[option] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             stage[option] = value  # a word
     return stage
+
+
+def _check_option(name: str, option: str, known: Collection[str]) -> None:
+    if option not in known:
+        listed = ", ".join(known) or "none"
+        raise ValueError(f"unknown option of {name} {option!r}.{did_you_mean(option, known)} Known: {listed}")
 
 
 def label(spec: "Spec | Sequence[Spec]") -> str:
@@ -261,7 +261,7 @@ class Listing:
             return "trained"
         if overrides("stages"):
             return "pipeline"
-        return "before the language model" if overrides("compress", "compress_images") else "between its layers"
+        return "before the language model" if overrides("compress", "compress_images") else "between decoder layers"
 
     @property
     def paper(self) -> str:
@@ -338,76 +338,45 @@ def _load_module(name: str) -> ModuleType:
         file = Path(*name.split(".")).with_suffix(".py")
         hint = f"; for the file write {file}:Class" if file.is_file() else "; is its package installed?"
         raise ValueError(f"there is no module {name}{hint}")
-    module: ModuleType = _import(name, lambda: importlib.import_module(name))
-    return module
+    return _import(name, lambda: importlib.import_module(name))
 
 
 def _load_file(given: str) -> ModuleType:
-    """Import a Python file as a module of a package that stands for the folder of the file.
-
-    So `from ._helpers import f` finds the file beside it, and equal names in two folders do not meet. After an edit of
-    the file, or of a file beside it that is in use, the folder is imported anew.
-    """
-    path = Path(given).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"there is no file {given}; the working directory is {Path.cwd()}")
-    folder, stem = (path.parent.parent, path.parent.name) if path.stem == "__init__" else (path.parent, path.stem)
-    package = _FOLDER + hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    name = f"{package}.{stem.replace('.', '_')}"
-    members = [member for member in sys.modules if _top(member) == package]
-    if any(_digests.get(member) != _digest(member) for member in members):
-        for member in members:
-            del sys.modules[member]
-    if name not in sys.modules:
-        sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [str(folder)]
-        _import(given, lambda: _execute(name, path))
-    return sys.modules[name]
-
-
-def _execute(name: str, path: Path) -> None:
-    """Run a file as a module."""
-    inside = [str(path.parent)] if path.stem == "__init__" else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=inside)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    writes = sys.dont_write_bytecode
-    # Python takes an edit within a second that leaves the size as it was for no edit, if there is byte code.
-    sys.dont_write_bytecode = True
-    importlib.invalidate_caches()
-    try:
-        spec.loader.exec_module(sys.modules[name])
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.dont_write_bytecode = writes
-        _digests.update({member: _digest(member) for member in sys.modules if _top(member) == _top(name)})
-
-
-def _digest(member: str) -> str:
-    file = getattr(sys.modules[member], "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
-
-
-def _import(what: str, load: Callable[[], Any]) -> Any:
-    """Import what somebody else wrote.
+    """Import a file by its path.
 
     Raises:
-        BrokenMethod: it raised an exception, which is chained.
+        ValueError: there is no such file.
+    """
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no file {given}; the working directory is {Path.cwd()}")
+    return _import(given, lambda: modules.import_file(path))
+
+
+def _import(what: str, load: Callable[[], _Imported]) -> _Imported:
+    """Call a function that imports another author's code.
+
+    Raises:
+        BrokenMethod: the code raised an exception, which is chained; the message has the exception and its place.
     """
     try:
         return load()
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-        file, line, text = Path(frames[-1].filename), frames[-1].lineno, one_line(error)
-        if isinstance(error, SyntaxError):
-            file, line, text = Path(error.filename or ""), error.lineno, error.msg
-        place = f" ({file}, line {line})" if file != Path(__file__) else ""
-        message = f"{what} cannot be imported: {type(error).__name__}: {text}{place}"
-        if isinstance(error, ModuleNotFoundError) and file.with_name(f"{error.name}.py").is_file():
-            message += f"; for the file {error.name}.py beside it write: from .{error.name} import ..."
-        raise BrokenMethod(message) from error
+        raise BrokenMethod(f"{what} cannot be imported: {type(error).__name__}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    ours = (__file__, modules.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    if not frames:
+        return one_line(error)
+    reason = f"{one_line(error)} ({frames[-1].filename}, line {frames[-1].lineno})"
+    if isinstance(error, ModuleNotFoundError) and Path(frames[-1].filename).with_name(f"{error.name}.py").is_file():
+        reason += f"; for the file {error.name}.py beside it write: from .{error.name} import ..."
+    return reason
 
 
 def _class_at(address: re.Match[str], module: ModuleType) -> type["Compressor"]:
