@@ -1,9 +1,9 @@
-"""Print what a method that decides itself keeps: visual tokens after each of its layers, by kind of held-out question.
+"""Print how many visual tokens a method that decides by itself keeps after each of its layers, by kind of question.
 
     python scripts/analysis/kept_by_question.py vlmslim/bundled/tiny-atp-36 --limit 100
 
-Prints a Markdown table: mean and standard deviation over questions, the range, the share of the variance of the average
-that lies between tasks, and the mean counts as the control `schedule` takes them.
+The Markdown table has the mean and standard deviation over held-out questions and the range. Below it stand the
+fraction of the variance between tasks, and the mean counts as options of the control `schedule`.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Fast accuracy of a tiny LLaVA on a bundled benchmark: full, blind (grey picture) and random keep.
+"""Print the accuracy of a tiny LLaVA on a bundled benchmark: full, blind (a grey picture), and with random tokens kept.
 
-An answer counts when every token of it, end included, is the greedy one; the choice task takes the likeliest option.
-The project's official numbers come from lmms-eval; this script steers training and makes assets/README.md's table.
+An answer is right if each of its tokens, including the end, is the greedy one; in the choice task the likeliest option
+counts. Official numbers come from lmms-eval; this script steers training and makes the table in assets/README.md.
 
     python scripts/bundled/eval_tiny.py scenes --model vlmslim/bundled/tiny-llava --keep 16 49
     python scripts/bundled/eval_tiny.py documents --model vlmslim/bundled/tiny-llava-next --keep 0.5 0.3

@@ -1,6 +1,6 @@
 """Write a bundled benchmark: held-out pictures and questions as one parquet file per task.
 
-Seeded, and balanced over answers. This rewrites the bundled files:
+The benchmark follows from its seed and is balanced over answers. These commands rewrite the bundled files:
 
     python scripts/bundled/make_benchmark.py scenes
     python scripts/bundled/make_benchmark.py documents

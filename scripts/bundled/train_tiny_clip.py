@@ -1,10 +1,10 @@
 """Train the bundled tiny CLIP on composed scenes, and export its tower for LLaVA.
 
-open_clip builds the model and gives the contrastive loss. Beside it, linear heads predict from each patch token of
-the PENULTIMATE layer (the one LLaVA reads) what occupies the patch, and where it is; the generator knows that. The
-heads are thrown away. A short second stage freezes the tower up to that layer and trains the rest on the contrastive
-loss alone, in larger batches. Exported: an open_clip folder (``local-dir:``) with fp16 weights. Resumable: run the same
-command again.
+open_clip builds the model and gives the contrastive loss. In addition, linear heads predict from each patch token of
+the penultimate layer, which LLaVA reads, what occupies the patch and where the patch is; the generator knows both. The
+export drops the heads. A short second stage freezes the tower up to that layer and trains the rest on the contrastive
+loss alone, in larger batches. The export is an open_clip folder (``local-dir:``) with fp16 weights. The same command
+resumes an interrupted run.
 
     python scripts/bundled/train_tiny_clip.py --out runs/tiny-clip [KEY=VALUE ...]
 """

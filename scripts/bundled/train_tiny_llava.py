@@ -1,11 +1,11 @@
 """Train the bundled tiny LLaVA on questions about composed scenes, and export it in Hugging Face format.
 
-The LLaVA recipe in small: the tower is the tiny CLIP's, frozen, its features read from the penultimate layer; a
-two-layer projector and a LLaMA decoder are trained from scratch. One sequence packs several questions about one
-picture; mostly each question sees only the picture and itself (an attention mask, positions restarted), so one
-pass over the picture feeds many single-question prompts. Supervised are the answers, and, in place of LLaVA's first
-stage, the words for what each patch shows, where it lies, and in one middle layer where the answer is looked up (the
-generator knows all that). Resumable: run it again.
+This is LLaVA's recipe in small: the frozen tower of the tiny CLIP gives the features of its penultimate layer, and a
+two-layer projector and a LLaMA decoder train from scratch. One sequence packs several questions about one picture. In
+most sequences each question sees only the picture and itself (an attention mask, positions restarted), so one pass over
+the picture serves many single-question prompts. The losses are on the answers and, instead of LLaVA's first stage, on
+three things that the generator knows: the words for what each patch shows, its place, and, in one middle layer, the
+patches that an answer is read from. The same command resumes an interrupted run.
 
     python scripts/bundled/train_tiny_llava.py --clip runs/tiny-clip/tiny-clip --out runs/tiny-llava [KEY=VALUE ...]
 """

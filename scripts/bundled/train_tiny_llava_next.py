@@ -1,9 +1,9 @@
 """Train the bundled tiny LLaVA-NeXT to read rendered pages, and export it in Hugging Face format.
 
-It starts from the tiny LLaVA and trains everything, the tower included, as LLaVA-NeXT does: first the tower and the
-projector on the characters that patches show, then the whole model on answers. What the generator knows and helps
-learning: the character at each patch of the mosaic (alignment loss), whose value it belongs to (tracing loss, read
-from one middle layer), and where each answer token is read (that layer's attention). Resumable: run it again.
+Training starts from the tiny LLaVA and includes the tower, as in LLaVA-NeXT: first the tower and the projector learn
+the characters that patches show, then the whole model learns answers. The generator knows three things that help: the
+character at each patch of the mosaic (alignment loss), whose value it belongs to (tracing loss, read from one middle
+layer), and where each answer token is read (that layer's attention). The same command resumes an interrupted run.
 
     python scripts/bundled/train_tiny_llava_next.py --out runs/tiny-llava-next [KEY=VALUE ...]
 """
