@@ -1,23 +1,9 @@
 """Whether every stage acted: what is refused, and what is said about stages that decide themselves."""
 
 import pytest
+from evaluation_doubles import stage
 
 from vlmslim.evaluation.effect import abstentions, check_effect
-
-
-def stage(name="fastv", acted=0, layers=(2,), tokens=(144.0, 144.0), keeps_all=False, decides=False, prompts=700):
-    """One stage in a receipt; by default it did nothing although it was asked to."""
-    tokens_in, tokens_out = tokens
-    return {
-        "name": name,
-        "layers": list(layers),
-        "tokens_in": tokens_in,
-        "tokens_out": tokens_out,
-        "prompts": prompts,
-        "acted": acted,
-        "keeps_all": keeps_all,
-        "decides": decides,
-    }
 
 
 def receipt(*stages, images=700) -> dict:

@@ -28,7 +28,9 @@ from lmms_fixtures import (  # noqa: E402
 )
 
 from vlmslim.evaluation.conversation import Prompt, Prompter, read_frames, user_message  # noqa: E402
-from vlmslim.evaluation.lmms_model import RequestError, VlmSlim, VlmSlimChat, _generation_options  # noqa: E402
+from vlmslim.evaluation.generation import generation_options  # noqa: E402
+from vlmslim.evaluation.lmms_model import VlmSlim, VlmSlimChat  # noqa: E402
+from vlmslim.evaluation.queries import RequestError  # noqa: E402
 
 GENERATE = {"max_new_tokens": 8, "until": ["\n\n"], "temperature": 0, "do_sample": False}
 
@@ -204,14 +206,14 @@ def test_a_template_with_its_own_beginning_of_sequence_gets_no_second_one(make):
 
 
 def test_generation_arguments():
-    options, until = _generation_options({"until": "\n", "top_p": 0.9, "num_beams": 2, "image_aspect_ratio": "pad"})
+    options, until = generation_options({"until": "\n", "top_p": 0.9, "num_beams": 2, "image_aspect_ratio": "pad"})
     assert until == ["\n"]
     assert options["num_beams"] == 2 and options["max_new_tokens"] == 1024
     assert options["do_sample"] is False and options["top_p"] is None
-    options, until = _generation_options({"do_sample": True, "temperature": 0.5, "top_p": None, "max_gen_toks": 3})
+    options, until = generation_options({"do_sample": True, "temperature": 0.5, "top_p": None, "max_gen_toks": 3})
     assert options == {"do_sample": True, "temperature": 0.5, "max_new_tokens": 3} and until == []
-    assert _generation_options({"do_sample": True, "temperature": 0})[0]["do_sample"] is False
-    assert _generation_options({"do_sample": True})[0]["do_sample"] is True
+    assert generation_options({"do_sample": True, "temperature": 0})[0]["do_sample"] is False
+    assert generation_options({"do_sample": True})[0]["do_sample"] is True
 
 
 def test_answers_end_at_the_first_stop_string(make):
@@ -319,6 +321,7 @@ def test_several_rounds(make):
         ({"max_frames_num": 0}, "whole number"),
         ({"dtype": "float33"}, "use float32, bfloat16"),
         ({"method": '[{"method": "divprune", "keep": 4}]', "keep": 4}, "belong into the stages"),
+        ({"method": "[{method: divprune}]"}, "this is no JSON .*; write stages as method="),
     ],
 )
 def test_wrong_arguments(make, arguments, message):

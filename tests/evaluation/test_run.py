@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from evaluation_doubles import REMARK, REVERSED, FakeHarness, write_config, write_norm
+from evaluation_doubles import REMARK, REVERSED, FakeHarness, stage, write_config, write_norm
 from tiny import tiny
 
 import vlmslim
 from vlmslim.cost.budget import BudgetError, Solution
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.preflight import check_effect
 from vlmslim.evaluation.progress import Display
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
@@ -637,44 +636,29 @@ def test_a_task_that_costs_otherwise_than_the_sample_is_named(config):
     assert Store(config().output).cell("divprune-equivalent_tokens=40", "text")["budget"]["spent"] == 50.0
 
 
-def test_a_method_without_effect_fails_the_run(config):
-    with pytest.raises(CellError, match="divprune-64 on count failed: .*no effect on any of 4 images: 144.0 visual"):
+def test_a_stage_that_never_acted_fails_the_run(config):
+    with pytest.raises(CellError) as error:
         run(config(), harness=FakeHarness(without_effect={"divprune-64"}))
+    assert str(error.value).startswith(
+        "divprune-64 on count failed: RuntimeError: stage 1 (divprune, before the language model) acted on 0 of 4 "
+        "prompts; it was not asked to keep everything"
+    )
+    assert Store(config().output).cell("divprune-64", "count") is None
 
 
-def test_what_counts_as_an_effect(config):
-    patched, unpatched = config().variants()[-1], config().variants()[0]
-    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 64.0, "kept": 144.0}
-    check_effect(unpatched.stages, idle)
-    check_effect(patched.stages, idle | {"had_effect": True})
-    check_effect(patched.stages, idle | {"requested": 144.0})  # asked to keep everything
-    with pytest.raises(RuntimeError, match="no effect"):
-        check_effect(patched.stages, idle | {"requested": None})  # a method that decides itself
-    with pytest.raises(RuntimeError, match="no image reached the model"):
-        check_effect(patched.stages, idle | {"images": 0})
+def test_a_stage_that_abstains_is_told_row_by_row(config):
+    class Undecided(FakeHarness):
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            if not variant.unpatched:
+                cell.receipt["stages"].append(stage("drop_visual", layers=(7,), decides=True, prompts=4))
+            return cell
 
-
-@pytest.mark.parametrize(
-    "stages, allowed",
-    [
-        ([("divprune", 1.0), ("fastv", 16)], False),
-        ([("divprune", 64), ("fastv", 1.0)], False),
-        ([("divprune", 1.0), ("drop_visual", None)], False),  # decides itself
-        ([("divprune", 1.0), ("fastv", 144)], True),
-        ([("none", None), ("fastv", 1.0)], True),
-        ([("none", None), ("none", None)], True),
-    ],
-)
-def test_every_stage_has_to_be_asked_for_everything(config, stages, allowed):
-    listed = [{"method": name} | ({} if keep is None else {"keep": keep}) for name, keep in stages]
-    variant = replace(config().variants()[-1], stages=tuple(listed))
-    idle = {"had_effect": False, "images": 3, "visual_tokens": 144.0, "requested": 144.0, "kept": 144.0}
-    if allowed:
-        check_effect(variant.stages, idle)
-    else:
-        with pytest.raises(RuntimeError, match="no effect"):
-            check_effect(variant.stages, idle)
-    check_effect(variant.stages, idle | {"had_effect": True})
+    display = Listening()
+    run(config(), harness=Undecided(), display=display)
+    told = [text for text in display.said if "drop_visual" in text and "as on" not in text]
+    assert told == [f"{label}: stage 2 (drop_visual, before layer 7) acted on 0 of 8 prompts" for label in ROWS[1:]]
+    assert Store(config().output).cell("divprune-16", "text")["receipt"]["stages"][1]["acted"] == 0
 
 
 def test_two_runs_do_not_write_to_one_directory(config):

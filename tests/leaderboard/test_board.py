@@ -15,7 +15,7 @@ from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard, add_fronts, add_ratios
 from vlmslim.leaderboard.render import FORMATS, render
-from vlmslim.leaderboard.rows import Row
+from vlmslim.leaderboard.rows import Row, StageActivity
 from vlmslim.leaderboard.scores import Estimate, Score, metric_of, score_of, stderr_of_mean
 from vlmslim.leaderboard.significance import wilson
 
@@ -95,7 +95,8 @@ def test_every_row_says_where_it_comes_from(board):
 def test_a_directory_from_before_ranges_costs_and_stages_were_recorded(board):
     """Its receipts hold neither ranges nor stages, and its cells neither budgets nor weights."""
     for row in board.rows:
-        assert (row.cost.kept_low, row.solved, row.activity) == (None, None, [])
+        assert (row.cost.kept_low, row.solved) == (None, None)
+    assert StageActivity.read([{"images": 4}]) == []
     assert not {"spent", "prompts.", "‡"} & set(render(board, "md").split())
 
 

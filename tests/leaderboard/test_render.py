@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from boards import Costly, costs, row_of, scored_rows
-from evaluation_doubles import FakeHarness, write_config
+from evaluation_doubles import FakeHarness, stage, write_config
 
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
@@ -135,11 +135,6 @@ def test_task_groups_have_intervals(tmp_path):
 # ---------------------------------------------------------------------- stages that decide themselves
 
 
-def stage(name, acted, **changes):
-    usual = {"layers": [], "tokens_in": 144.0, "tokens_out": 64.0, "prompts": 350, "decides": False, "keeps_all": False}
-    return {"name": name, "acted": acted, **usual, **changes}
-
-
 class Staged(FakeHarness):
     """Records what each stage did: divprune always acts, and drop_visual as often as it is told, in either task."""
 
@@ -149,9 +144,10 @@ class Staged(FakeHarness):
 
     def evaluate(self, variant, task):
         cell = super().evaluate(variant, task)
-        stages = [stage("none", 0, keeps_all=True)] if variant.unpatched else [stage("divprune", 350)]
+        before = stage("none", keeps_all=True) if variant.unpatched else stage("divprune", 350)
+        stages = [before | {"layers": [], "prompts": 350}]
         if variant.label == "both":
-            stages.append(stage("drop_visual", self.acted[task], layers=[6], decides=True))
+            stages.append(stage("drop_visual", self.acted[task], (6,), decides=True, prompts=350))
         return replace(cell, receipt=cell.receipt | {"stages": stages})
 
 

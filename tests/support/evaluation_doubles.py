@@ -27,7 +27,24 @@ def write_config(folder: Path, **changes) -> Path:
     return path
 
 
-def receipt(kept: float, requested: float | None) -> dict:
+def stage(name="fastv", acted=0, layers=(2,), tokens=(144.0, 144.0), keeps_all=False, decides=False, prompts=700):
+    """Make the line of one stage in a receipt; by default the stage did nothing although it was asked to."""
+    tokens_in, tokens_out = tokens
+    return {
+        "name": name,
+        "layers": list(layers),
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
+        "prompts": prompts,
+        "acted": acted,
+        "keeps_all": keeps_all,
+        "decides": decides,
+    }
+
+
+def receipt(method: str, kept: float, requested: float | None) -> dict:
+    """Make the receipt of four prompts of 144 visual tokens, and of one stage before the language model."""
+    done = stage(method, 4 * (kept < 144), (), (144.0, kept), requested in (None, 144.0), prompts=4)
     return {
         "method": "Fake()",
         "images": 4,
@@ -41,6 +58,7 @@ def receipt(kept: float, requested: float | None) -> dict:
         "kv_bytes": (kept + 20) * 4 * 2 * 2 * 16 * 4,
         "selection_ms": 0.5,
         "had_effect": kept < 144,
+        "stages": [done],
         "positions": "renumbered",
         "backend": "sdpa",
         "dtype": "float32",
@@ -107,9 +125,9 @@ class FakeHarness:
             },
             "higher_is_better": {task: {"acc": True, "submission": True}},
         }
-        budget = variant.budget
+        name, budget = variant.stages[0]["method"], variant.budget
         keeps_all = budget is None or variant.label in self.without_effect
-        return Cell(results, samples, receipt(144.0 if keeps_all else float(budget), budget and float(budget)))
+        return Cell(results, samples, receipt(name, 144.0 if keeps_all else float(budget), budget and float(budget)))
 
     def time(self, variants, timing, tick) -> dict:
         self.timed = [v.label for v in variants]

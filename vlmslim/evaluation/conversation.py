@@ -1,50 +1,56 @@
 """From a conversation with pictures to model inputs: chat template, placeholders, video frames, padding."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
+
+#: `{"role": ..., "content": [...]}` with parts `{"type": "text", "text": ...}` and
+#: `{"type": "image" | "video", "url": picture or path}`; a text alone may stand for the content.
+Message: TypeAlias = dict[str, Any]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
 class Prompt:
-    """A rendered conversation and its pictures; a video is (frames, height, width, 3) uint8."""
+    """A rendered conversation and its pictures.
+
+    text  : with one placeholder for each picture
+    media : the images, and the videos as (frames, height, width, 3) uint8
+    """
 
     text: str = ""
-    media: dict[str, list] = field(default_factory=lambda: {"image": [], "video": []})
+    media: dict[str, list[Any]] = field(default_factory=lambda: {"image": [], "video": []})
 
 
 @dataclass
 class Prompter:
     """Renders conversations with the chat template of a checkpoint's processor.
 
-    processor : the processor; its tokenizer is set to pad on the left
+    processor : the processor of a LLaVA; its tokenizer is set to pad on the left
     max_frames_num : most frames taken from a video
     system_prompt : first message of every conversation
     """
 
-    processor: ProcessorMixin
+    processor: Any
     max_frames_num: int = 32
     system_prompt: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # generation continues at the end of every row
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def render(self, messages: list[dict]) -> Prompt:
+    def render(self, messages: Sequence[Message]) -> Prompt:
         """Turn a conversation into text that ends where the answer begins.
-
-        Args:
-            messages: `{"role": ..., "content": [...]}` each, with parts `{"type": "text", "text": ...}` and
-                `{"type": "image" | "video", "url": picture or path}`.
 
         Raises:
             ValueError: the prompt does not have one placeholder for each picture.
@@ -69,18 +75,21 @@ class Prompter:
                 )
         return prompt
 
-    def _turn(self, turn: dict, prompt: Prompt) -> dict:
-        """One message as chat templates expect it; its pictures go to `prompt`."""
+    def _turn(self, turn: Message, prompt: Prompt) -> Message:
+        """Return a message as chat templates expect it, and add its pictures to `prompt`."""
         content, parts = turn["content"], []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind, source = part["type"], part.get("url")
+        given: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in given:
+            kind: str = part["type"]
+            source: Any = part.get("url")
             if kind == "text":
                 parts.append({"type": "text", "text": part["text"]})
                 continue
             if kind == "video":
-                media = [read_frames(source, self.max_frames_num)]
+                frames = read_frames(source, self.max_frames_num)
+                media: list[Any] = [frames]
                 if "video" not in self._placeholders:  # a checkpoint without video sees the frames as images
-                    kind, media = "image", [Image.fromarray(frame) for frame in media[0]]
+                    kind, media = "image", [Image.fromarray(frame) for frame in frames]
             elif kind == "image":
                 media = [(source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")]
             else:
@@ -89,17 +98,17 @@ class Prompter:
             parts += [{"type": kind}] * len(media)
         return {"role": turn["role"], "content": parts}
 
-    def encode(self, prompts: list[Prompt]) -> BatchFeature:
-        """Model inputs of a batch, padded on the left."""
+    def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
+        """Return the model inputs of a batch, padded on the left."""
         texts = [prompt.text for prompt in prompts]
-        # Nested by prompt: LLaVA-OneVision tiles an image only where it is the only one of its prompt.
+        # Nested by prompt, because LLaVA-OneVision tiles an image only if it is the only one of its prompt.
         images = [prompt.media["image"] for prompt in prompts if prompt.media["image"]]
         videos = [video for prompt in prompts for video in prompt.media["video"]]
         media = {name: found for name, found in (("images", images), ("videos", videos)) if found}
         return self.processor(text=texts, **media, padding=True, return_tensors="pt", **self._special(texts[0]))
 
     def continued(self, prompt: Prompt, answer: str) -> tuple[Prompt, int]:
-        """The prompt with `answer` written behind it, and how many tokens of the whole belong to the answer.
+        """Return the prompt with `answer` after it, and how many of its tokens belong to the answer.
 
         Raises:
             ValueError: the answer is blank.
@@ -107,14 +116,15 @@ class Prompter:
         if not answer.strip():
             raise ValueError(f"nothing to score: the continuation is {answer!r}")
         text = prompt.text + self._separator + answer.lstrip()
-        # Pictures stand before the answer, so it is as long as before they are expanded. It starts at the first token
-        # that it changes, also where its first characters merge with the last ones of the prompt.
+        # The answer begins at the first token that it changes, which may hold characters of the prompt too. Pictures
+        # stand before the answer, so that expanding their placeholders does not change its length.
         before, after = (self.tokenizer(t, **self._special(t))["input_ids"] for t in (prompt.text, text))
         shared = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
         return Prompt(text, prompt.media), len(after) - shared
 
     @cached_property
     def _placeholders(self) -> dict[str, str]:
+        """The text of a placeholder for each kind of picture."""
         tokens = {"image": self.processor.image_token}
         if getattr(self.processor, "video_processor", None) is not None:
             tokens["video"] = self.processor.video_token
@@ -122,7 +132,7 @@ class Prompter:
 
     @cached_property
     def _separator(self) -> str:
-        """What the chat template writes between a generation prompt and the answer: " " after "ASSISTANT:"."""
+        """The text between a generation prompt and the answer by the chat template, such as " " after "ASSISTANT:"."""
         user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
         reply = {"role": "assistant", "content": [{"type": "text", "text": "answer"}]}
         prompt = self.processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
@@ -131,20 +141,20 @@ class Prompter:
             return "" if prompt[-1:].isspace() else " "
         return whole[len(prompt) : whole.index("answer", len(prompt))]
 
-    def _special(self, text: str) -> dict:
-        """A chat template may write the beginning-of-sequence token itself; then the tokenizer must not."""
+    def _special(self, text: str) -> dict[str, bool]:
+        """Keep the tokenizer from adding a beginning-of-sequence token if the chat template wrote one already."""
         bos = self.tokenizer.bos_token
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
-def user_message(text: str, visuals) -> list[dict]:
-    """A conversation of one message: pictures first, then the text.
+def user_message(text: str, visuals: Iterable[Any] | None) -> list[Message]:
+    """Make a conversation of one message: pictures first, then the text.
 
     Args:
         text: the question.
         visuals: images, paths of images or videos, or content parts; or None.
     """
-    content = []
+    content: list[dict[str, Any]] = []
     for visual in visuals or []:
         if isinstance(visual, dict):
             content.append(visual)
@@ -156,7 +166,10 @@ def user_message(text: str, visuals) -> list[dict]:
 
 
 def read_frames(path: str, count: int) -> np.ndarray:
-    """At most `count` frames of a video, evenly spaced from the first to the last: (frames, height, width, 3) uint8.
+    """Read at most `count` frames of a video, evenly spaced from the first to the last.
+
+    Returns:
+        (frames, height, width, 3) uint8.
 
     Raises:
         ValueError: no frame could be decoded.

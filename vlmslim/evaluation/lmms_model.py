@@ -5,15 +5,13 @@
 One implementation serves lmms-eval's simple protocol (`VlmSlim`) and its chat protocol (`VlmSlimChat`).
 """
 
-import dataclasses
 import inspect
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,50 +23,24 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-import vlmslim
+from vlmslim.compressor import Compressor
 from vlmslim.engine.families import KV_CACHE, kv_cache
-from vlmslim.evaluation.conversation import Prompt, Prompter, user_message
-from vlmslim.evaluation.preflight import check_effect
+from vlmslim.evaluation.conversation import Prompt, Prompter
+from vlmslim.evaluation.effect import abstentions, check_effect
+from vlmslim.evaluation.generation import cut_at, generation_options
 from vlmslim.evaluation.progress import MakeBar
+from vlmslim.evaluation.queries import Dialogue, Query, Score, naming, query_of
 from vlmslim.io.messages import did_you_mean
 from vlmslim.loading import Located, load, located, stages_of
-from vlmslim.registry import build
+from vlmslim.patching import Slim, patch
+from vlmslim.receipt import Receipt
+from vlmslim.registry import Spec, build
 
-SAMPLING = ("temperature", "top_p", "top_k")
-PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
-
-
-class RequestError(RuntimeError):
-    """A request could not be answered; the message names its task and document, the cause is chained."""
-
-
-@dataclass
-class Query:
-    """One prompt to answer. Its messages are built late, so that only one batch of pictures is in memory."""
-
-    where: str  # "TASK document ID"
-    messages: Callable[[], list[dict]]
-    length: int  # characters: queries of similar length share a batch
-    options: dict = field(default_factory=dict)  # the task's generation arguments
-    target: str = ""  # continuation to score
-
-
-class Score(GenerationResult):
-    """The pair (loss, greedy) of a continuation.
-
-    lmms-eval 0.7 turns every other pair into text before its tasks see it, and then they fail; what a
-    `GenerationResult` holds, it hands over as it is.
-    """
-
-    def __init__(self, loss: float, greedy: bool):
-        super().__init__((loss, greedy))
-
-    def __iter__(self):
-        return iter(self.text)
+_Result = TypeVar("_Result")
 
 
 class VlmSlim(lmms):
-    """`LlavaForConditionalGeneration` and its relatives behind lmms-eval's simple protocol.
+    """`LlavaForConditionalGeneration` and its relatives for lmms-eval's simple protocol.
 
     Args:
         pretrained: directory, hub id, `bundled/NAME`, what `Slim.save_pretrained` wrote, or a model that is already
@@ -92,7 +64,8 @@ class VlmSlim(lmms):
         ValueError: an unknown argument, method or option, or a value out of range.
     """
 
-    is_simple = True  # lmms-eval asks: which protocol?
+    is_simple = True  # lmms-eval reads here which protocol to use
+    model: Any  # a model of transformers, which does not declare `generate`
 
     def __init__(
         self,
@@ -108,7 +81,7 @@ class VlmSlim(lmms):
         max_frames_num: int = 32,
         system_prompt: str | None = None,
         processor: ProcessorMixin | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__()
         # Methods come first: a typo should not cost the minutes that a checkpoint takes to load.
@@ -133,9 +106,10 @@ class VlmSlim(lmms):
         self.prompter = Prompter(processor, frames, self._resolve_system_prompt(system_prompt))
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.make_bar: MakeBar = partial(tqdm, disable=self.rank != 0)
-        self._seconds, self._new_tokens, self._receipt = 0.0, 0, {}
+        self._seconds, self._new_tokens = 0.0, 0
+        self._receipt: dict[str, Any] = {}
         self._batches_begun = self._batches_done = 0
-        self._slim = vlmslim.patch(self.model, compressors)
+        self._slim: Slim | None = patch(self.model, compressors)
 
     def _load(
         self,
@@ -163,8 +137,8 @@ class VlmSlim(lmms):
     def receipt(self) -> dict:
         """What compression really did since the model was loaded: `Receipt.summary()`.
 
-        Of this process while it runs; of all processes together, and still readable, once lmms-eval has let go of the
-        model.
+        While the model runs, the receipt is of this process. After lmms-eval has let go of the model it is of all
+        processes together.
         """
         return self._slim.receipt.summary() if self._slim else self._receipt
 
@@ -172,21 +146,22 @@ class VlmSlim(lmms):
         """Note the receipt, take the patch off, let go of the model. lmms-eval calls this after the last request.
 
         Raises:
-            RuntimeError: every request was answered, and the method did nothing in any of them.
+            RuntimeError: every request was answered, and a stage of the method did nothing in any of them.
         """
-        methods = self._slim.methods if self._slim else []
-        if self._slim:
-            self._receipt = vlmslim.Receipt.pooled(gather_object([self._slim.receipt])).summary()
-            if self.rank == 0:
-                logger.info("receipt: {}", json.dumps(self._receipt))
+        slim, self._slim = self._slim, None
+        if slim is not None:
+            slim.remove()
+            self._receipt = Receipt.pooled(gather_object([slim.receipt])).summary()
             # `log_metrics` is how a model's numbers get into the results file, as its section "throughput".
             numbers = {k: v for k, v in self._receipt.items() if isinstance(v, int | float)}
             log_metrics(self._seconds, self._new_tokens, self._new_tokens / max(self._seconds, 1e-9), numbers)
-            self._slim.remove()
-            self._slim = None
         super().clean()
-        if methods and 0 < self._batches_done == self._batches_begun:  # a request that failed says more than this
-            check_effect(methods, self._receipt)
+        if slim is not None and self.rank == 0:
+            logger.info("receipt: {}", json.dumps(self._receipt))
+            for line in abstentions([self._receipt]):
+                logger.warning("{}", line)
+        if slim is not None and 0 < self._batches_done == self._batches_begun:  # else a failed request says more
+            check_effect(self._receipt)
 
     # ---------------------------------------------------------------- requests
 
@@ -195,19 +170,15 @@ class VlmSlim(lmms):
         return self._in_batches([self._query(request) for request in requests], self._answer)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Play all conversations side by side, round by round, until its task ends each of them."""
-        answers: list[list[str]] = [[] for _ in requests]
-        notes: list = [None] * len(requests)
-        live, number = {i: self._query(request) for i, request in enumerate(requests)}, 0
-        while live:
+        """Play all dialogues side by side, round by round, until its task ends each of them."""
+        dialogues = [Dialogue(request, self._query(request)) for request in requests]
+        number = 0
+        while live := [dialogue for dialogue in dialogues if dialogue.query is not None]:
             number += 1
-            results = self._in_batches(list(live.values()), self._answer)
-            for (i, query), result in zip(live.copy().items(), results, strict=True):
-                state = {"previous_output": [*answers[i], result.text], "previous_round_info": notes[i]}
-                with _naming(query.where):
-                    live[i], answers[i], notes[i] = self._next_round(requests[i], query, number, state)
-            live = {i: query for i, query in live.items() if query}
-        return answers
+            results = self._in_batches([dialogue.query for dialogue in live if dialogue.query], self._answer)
+            for dialogue, result in zip(live, results, strict=True):
+                dialogue.answer(result.text, number, self.task_dict, self.is_simple)
+        return [dialogue.answers for dialogue in dialogues]
 
     def loglikelihood(self, requests: list[Instance]) -> list[Score]:
         """Score continuations: the mean negative log-likelihood per token, and whether greedy decoding says the same.
@@ -217,73 +188,45 @@ class VlmSlim(lmms):
         return self._in_batches([self._query(request) for request in requests], self._score)
 
     def _query(self, request: Instance) -> Query:
-        context, *middle, doc_id, task, split = request.args
-        where, length = f"{task} document {doc_id}", len(context)
-
-        def doc():
-            return self.task_dict[task][split][doc_id]
-
-        if not self.is_simple:
-            to_messages, options = middle
-            return Query(where, lambda: to_messages(doc()), length, options)
-        extra, to_visual = middle[:2]
-
-        def messages():
-            return user_message(context, to_visual(doc()))
-
-        if request.request_type == "loglikelihood":
-            target = extra if isinstance(extra, str) else extra(doc())
-            return Query(where, messages, length + len(target), target=target)
-        if request.request_type == "generate_until" and (to_messages := _task_messages(to_visual)):
-            return Query(where, lambda: to_messages(doc()), length, extra)
-        return Query(where, messages, length, extra)
-
-    def _next_round(
-        self, request: Instance, query: Query, number: int, state: dict
-    ) -> tuple[Query | None, list, object]:
-        """What to ask next, the answers so far and the task's notes, all as the task says."""
-        *head, doc_id, task, split = request.args
-        ask = head[3] if self.is_simple else head[1]  # doc_to_text, doc_to_messages
-        *prompt, done, answers, notes = ask(self.task_dict[task][split][doc_id], round_idx=number, **state)
-        if done:
-            return None, list(answers), notes
-        messages = user_message(prompt[1], prompt[0]) if self.is_simple else prompt[0]
-        return dataclasses.replace(query, messages=lambda: messages), list(answers), notes
+        return query_of(request, self.task_dict, self.is_simple)
 
     # ---------------------------------------------------------------- batches
 
     def inputs(self, requests: list[Instance]) -> BatchFeature:
-        """What `generate()` of the model is given for these requests, as one batch."""
+        """Return the inputs of `generate()` for these requests, as one batch."""
         return self._encode([self._prompt(self._query(request)) for request in requests])
 
-    def _in_batches(self, queries: list[Query], work: Callable[[list[Query], list[Prompt]], list]) -> list:
-        """Results in the order of `queries`; the longest go first, so that too large a batch fails at once."""
+    def _in_batches(
+        self, queries: Sequence[Query], work: Callable[[Sequence[Query], Sequence[Prompt]], list[_Result]]
+    ) -> list[_Result]:
+        """Return results in the order of `queries`. The longest go first, so that too large a batch fails at once."""
         self._batches_begun += 1
         groups = defaultdict(list)
         for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
             groups[json.dumps(queries[i].options, sort_keys=True, default=str)].append(i)
-        results: list = [None] * len(queries)
+        results: dict[int, _Result] = {}
         with self.make_bar(total=len(queries), desc="vlmslim") as bar:
             for group in groups.values():
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]
                     members = [queries[i] for i in batch]
-                    with _naming(", ".join(query.where for query in members)), torch.inference_mode():
-                        for i, result in zip(batch, work(members, list(map(self._prompt, members))), strict=True):
-                            results[i] = result
+                    with naming(", ".join(query.where for query in members)), torch.inference_mode():
+                        done = work(members, [self._prompt(query) for query in members])
+                    results.update(zip(batch, done, strict=True))
                     bar.update(len(batch))
         self._batches_done += 1
-        return results
+        return [results[i] for i in range(len(queries))]
 
     def _prompt(self, query: Query) -> Prompt:
-        with _naming(query.where):
+        with naming(query.where):
             return self.prompter.render(query.messages())
 
-    def _encode(self, prompts: list[Prompt]) -> BatchFeature:
+    def _encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
         return self.prompter.encode(prompts).to(self.device, self.model.dtype)
 
-    def _answer(self, queries: list[Query], prompts: list[Prompt]) -> list[GenerationResult]:
-        options, until = _generation_options(queries[0].options)
+    def _answer(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> list[GenerationResult]:
+        """Answer a batch of queries with the same generation arguments."""
+        options, until = generation_options(queries[0].options)
         inputs = self._encode(prompts)
         pad, eos = self.tokenizer.pad_token_id, self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
@@ -295,17 +238,22 @@ class VlmSlim(lmms):
         for row, mask in zip(new, inputs["attention_mask"], strict=True):
             counts = TokenCounts(input_tokens=int(mask.sum()), output_tokens=int((row != pad).sum()))
             self._new_tokens += counts.output_tokens
-            results.append(GenerationResult(_cut(self.tokenizer.decode(row, skip_special_tokens=True), until), counts))
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            results.append(GenerationResult(cut_at(text, until), counts))
         return results
 
-    def _score(self, queries: list[Query], prompts: list[Prompt]) -> list[Score]:
-        """Prefill the prompts alone, then feed the answers: no method may see an answer when it chooses tokens."""
+    def _score(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> list[Score]:
+        """Score a batch of continuations.
+
+        The prompts are prefilled alone and the continuations follow through the KV cache, because no method may see an
+        answer when it chooses tokens.
+        """
         pairs = [self.prompter.continued(prompt, query.target) for prompt, query in zip(prompts, queries, strict=True)]
         wholes, lengths = zip(*pairs, strict=True)
         inputs = self._encode(wholes)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         answers, given = ids.new_zeros(len(ids), max(lengths)), mask.new_zeros(len(ids), max(lengths))
-        for row, n in enumerate(lengths):  # cut the answer off the end; what remains moves up, behind more padding
+        for row, n in enumerate(lengths):  # cut the answer off the end, and move the prompt there: padding is in front
             answers[row, :n], given[row, :n] = ids[row, -n:], 1
             ids[row], mask[row] = ids[row].roll(n), mask[row].roll(n)
             ids[row, :n], mask[row, :n] = self.tokenizer.pad_token_id, 0
@@ -329,29 +277,26 @@ class VlmSlim(lmms):
 
 
 class VlmSlimChat(VlmSlim):
-    """The same behind lmms-eval's chat protocol, which knows no log-likelihood."""
+    """The same model for lmms-eval's chat protocol, which knows no log-likelihood."""
 
     is_simple = False
 
 
-@contextmanager
-def _naming(where: str):
-    """Say in an exception which documents it belongs to; the innermost name wins."""
-    try:
-        yield
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(f"{where}: {type(error).__name__}: {error}") from error
-
-
 def _parsed(method: str | list | None) -> str | list | None:
-    """The argument `method`, its stages read from JSON."""
-    return json.loads(method) if isinstance(method, str) and method.startswith("[") else method
+    """Return the argument `method`, with its stages read from JSON."""
+    if not isinstance(method, str) or not method.startswith("["):
+        return method
+    try:
+        return json.loads(method)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"method={method}: this is no JSON ({error}); write stages as "
+            'method=[{"method": "divprune", "keep": 128}, {"method": "fastv", "keep": 64}]'
+        ) from error
 
 
-def _compressor(stage: str | dict | vlmslim.Compressor) -> vlmslim.Compressor:
-    """The method that a stage asks for, with a hint if an unknown option looks like an argument of the model."""
+def _compressor(stage: Spec) -> Compressor:
+    """Make the method of a stage; hint at an argument of the model if an unknown option looks like one."""
     try:
         return build(stage)
     except ValueError as error:
@@ -366,47 +311,3 @@ def _count(name: str, value: int | str) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"{name}={value!r}: give a whole number from 1 up")
     return int(value)
-
-
-def _task_messages(to_visual: Callable) -> Callable[[dict], list[dict]] | None:
-    """`doc_to_messages` of the task that owns `to_visual`, if it brings one, called as the chat protocol calls it."""
-    task = getattr(to_visual, "__self__", None)
-    build = getattr(getattr(task, "config", None), "doc_to_messages", None)
-    if not callable(build) or task.OUTPUT_TYPE != "generate_until":
-        return None
-    settings = task.lmms_eval_specific_kwargs
-    if settings is not None:
-        parameters = inspect.signature(build).parameters.values()
-        if any(p.name == "lmms_eval_specific_kwargs" or p.kind is p.VAR_KEYWORD for p in parameters):
-            return lambda doc: build(doc, lmms_eval_specific_kwargs=settings)
-    return build
-
-
-def _generation_options(given: dict) -> tuple[dict, list[str]]:
-    """Arguments for `generate()`, and the strings to stop at, from a task's `generation_kwargs`."""
-    given = {name: value for name, value in given.items() if value is not None}
-    until = given.pop("until", [])
-    tokens = given.pop("max_new_tokens", given.pop("max_gen_toks", 1024))
-    sampling = {name: given.pop(name, None) for name in SAMPLING}
-    sample = given.pop("do_sample", False)
-    if sampling["temperature"] is not None:
-        sample = sampling["temperature"] > 0
-    options = {name: given.pop(name) for name in PASSED_ON if name in given}
-    for name in given:
-        _warn_ignored(name)
-    if not sample:
-        sampling = dict.fromkeys(SAMPLING)  # None also silences what the checkpoint's generation config says
-    else:
-        sampling = {name: value for name, value in sampling.items() if value is not None}
-    options |= {"max_new_tokens": int(tokens), "do_sample": bool(sample), **sampling}
-    return options, [until] if isinstance(until, str) else until
-
-
-@cache
-def _warn_ignored(name: str) -> None:
-    logger.warning("the generation argument {!r} means nothing to this model and is ignored", name)
-
-
-def _cut(text: str, until: list[str]) -> str:
-    """`text` up to the first of the strings `until`."""
-    return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import ModelConfig
 from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
 from vlmslim.loading import check_checkpoint, located
-from vlmslim.registry import build, name_of
+from vlmslim.registry import build
 
 
 def describe_checkpoint(model: ModelConfig) -> dict:
@@ -63,46 +62,3 @@ def check_counts(stages: Sequence[dict], tokens: int) -> None:
     """
     for stage in stages:
         build(stage).requested(tokens)
-
-
-def check_effect(stages: Sequence[dict | Compressor], receipt: dict) -> None:
-    """Refuse numbers in whose making a method was on and did nothing.
-
-    Args:
-        stages: dictionaries of a method's name and its options, or methods.
-        receipt: `Receipt.summary()`.
-
-    Raises:
-        RuntimeError: no image lost a token, although not every stage was asked to keep all of them.
-    """
-    if receipt["had_effect"]:
-        return
-    active = [whole for whole in map(build, stages) if name_of(whole) != "none"]
-    if not active:
-        return
-    if not receipt["images"]:
-        raise RuntimeError("no image reached the model, so the method had nothing to do; take the task out")
-    if not _keeps_everything(active, receipt):
-        raise RuntimeError(
-            f"the method had no effect on any of {receipt['images']} images: {receipt['visual_tokens']:.1f} visual "
-            f"tokens went in and {receipt['kept']:.1f} came out"
-        )
-
-
-def _keeps_everything(methods: list[Compressor], receipt: dict) -> bool:
-    """Whether every method was asked for all tokens; one that decides itself was not.
-
-    The receipt counts image by image, but only for the first of several methods.
-    """
-    if len(methods) == 1:
-        return receipt["requested"] is not None and receipt["requested"] >= receipt["visual_tokens"]
-    sizes = receipt.get("visual_tokens_range") or [round(receipt["visual_tokens"])]
-    return all(_asked_for_all(method, n) for method in methods for n in sizes)
-
-
-def _asked_for_all(method: Compressor, n: int) -> bool:
-    try:
-        requested = method.requested(n)
-    except ValueError:  # a count above the image's
-        return True
-    return requested is not None and requested >= n

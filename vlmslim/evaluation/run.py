@@ -14,6 +14,7 @@ from vlmslim.cost.budget import TOLERANCE, cost_of
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight
 from vlmslim.evaluation.config import RunConfig
+from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, shortened
 from vlmslim.evaluation.progress import Display
@@ -112,9 +113,9 @@ class _Run:
         for variant, cells in groupby(todo, key=lambda cell: cell[0]):
             for _, task in cells:
                 self.display.start_cell(variant.label, task)
-                receipt = self._evaluate(variant, task)
+                self._evaluate(variant, task)
                 self.display.finish_cell()
-            self.display.message(f"{variant.label}, as on {task}: {headline(receipt)}")
+            self._sum_up(variant.label)
         self._time()
         board = Leaderboard.read(self.store.directory)
         write_all(board, self.store.directory)
@@ -228,13 +229,21 @@ class _Run:
             )
         return True
 
-    def _evaluate(self, variant: Variant, task: str) -> dict:
-        """Evaluate a cell, save it, and return its receipt."""
+    def _sum_up(self, label: str) -> None:
+        """Tell the user what a finished row did."""
+        receipts = {task: cell["receipt"] for task in self.tasks if (cell := self.store.cell(label, task)) is not None}
+        task, receipt = list(receipts.items())[-1]
+        self.display.message(f"{label}, as on {task}: {headline(receipt)}")
+        for line in abstentions(list(receipts.values())):
+            self.display.message(f"{label}: {line}")
+
+    def _evaluate(self, variant: Variant, task: str) -> None:
+        """Evaluate a cell and save it."""
         self._load()
         started = time.perf_counter()
         try:
             cell = self.harness.evaluate(variant, task)
-            preflight.check_effect(variant.stages, cell.receipt)
+            check_effect(cell.receipt)
         except Exception as error:
             raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
         self.inputs.check_unchanged(variant, task)
@@ -253,7 +262,6 @@ class _Run:
         if variant.solved is not None:
             record["budget"] = variant.solved | {"spent": self._spent(variant, task, cell.receipt)}
         self.store.save_cell(variant.label, task, record, cell.samples)
-        return cell.receipt
 
     def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
         """Return what a task really cost, and tell the user if that is not what the sample prompts cost."""
