@@ -228,14 +228,15 @@ def doctor(
     _quiet_transformers()
     from rich.console import Console
 
-    from vlmslim.doctor import examine, load, parse
+    from vlmslim.doctor import examine, parse
+    from vlmslim.loading import default_device, load
     from vlmslim.saving.folder import read
 
     budget = int(keep) if keep > 1 and keep.is_integer() else keep
     with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
         saved = [checkpoint] if method is None and read(checkpoint) is not None else None
         methods = saved if method is None else [parse(text, budget) for text in method]
-        model, processor = load(checkpoint, dtype=dtype, device=device, attention=attention)
+        model, processor = load(checkpoint, dtype=dtype, device=device or default_device(), attention=attention)
         report = examine(
             model,
             processor,

@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES, anatomy, tiny
+from snapshots import changes, model_state
+from tiny import FAMILIES, tiny
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
@@ -78,9 +79,9 @@ def test_where_it_was_measured_is_recorded(record):
 def test_every_family_is_left_as_it_was(family):
     model = tiny(family)
     bench(model, [], [1], QUICK)  # the first generation leaves a trace in the model
-    before = anatomy(model)
+    before = model_state(model)
     found = rows(bench(model, [parse_method("random")], None, QUICK))
-    assert anatomy(model) == before
+    assert changes(before, model_state(model)) == []
     n = found["unpatched"]["visual_tokens_per_layer"][0]
     assert list(found)[1:] == [f"random-{keep}" for keep in default_budgets(int(n))]
 

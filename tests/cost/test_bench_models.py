@@ -6,7 +6,8 @@ from typing import ClassVar
 import pytest
 import torch
 from doubles import Rule
-from tiny import BACKENDS, FAMILIES, anatomy, lengths, tiny
+from snapshots import changes, model_state
+from tiny import BACKENDS, FAMILIES, lengths, tiny
 from transformers import AutoModelForImageTextToText
 
 import vlmslim
@@ -38,11 +39,11 @@ def test_the_ideal_is_the_model_that_keeps_the_first_tokens(family, backend, ima
     model = tiny(family, backend)
     prompt = SyntheticPrompt.make(model, batch=2, images=images, text_tokens=9)
     time_generation(model, prompt.inputs(), 2)  # the first generation leaves a trace in the model
-    before = anatomy(model)
+    before = model_state(model)
     options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
     with ideal(model, prompt, visual) as inputs, torch.inference_mode():
         bound = model.generate(**inputs, **options)
-    assert anatomy(model) == before
+    assert changes(before, model_state(model)) == []
     assert lengths(kv_cache(bound)) == [v + 9 + 3 for v in visual]
     if images == 1:
         with vlmslim.patch(model, FirstTokens()), torch.inference_mode():

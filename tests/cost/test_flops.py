@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from doubles import Everything
-from tiny import BACKENDS, FAMILIES, anatomy, tiny
+from snapshots import changes, model_state
+from tiny import BACKENDS, FAMILIES, tiny
 
 import vlmslim
 from vlmslim.cost.bench.prompt import SyntheticPrompt
@@ -127,14 +128,14 @@ def test_the_ledger_against_a_flop_counter(family, backend, patch):
     model = tiny(family, backend)
     prompt = SyntheticPrompt.make(model, batch=2, text_tokens=TEXT)
     count_flops(model, prompt.inputs())  # the first forward leaves a trace in the model
-    before, visual = anatomy(model), [prompt.visual_tokens] * 4
+    before, visual = model_state(model), [prompt.visual_tokens] * 4
     with vlmslim.patch(model, PATCHES[patch]) if PATCHES[patch] else nullcontext() as slim:
-        patched = anatomy(model)
+        patched = model_state(model)
         counted = count_flops(model, prompt.inputs())
-        assert anatomy(model) == patched
+        assert model_state(model) == patched
         if slim is not None:
             visual = slim.receipt.summary()["visual_tokens_per_layer"]
-    assert anatomy(model) == before
+    assert changes(before, model_state(model)) == []
     ledger = Ledger.of(model.config, [v + TEXT for v in visual], crops=prompt.crops, method=counted["method"] / 2)
     for part in ("tower", "projector", "language_model", "lm_head"):
         assert 2 * getattr(ledger, part) == pytest.approx(counted[part], rel=0.01), part

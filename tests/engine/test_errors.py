@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from doubles import Both, First, Halve, PairMean, Rule, Strided
-from tiny import BOS, ROWS, Picture, anatomy, batch, greedy, tiny, words
+from snapshots import changes, model_state
+from tiny import BOS, ROWS, Picture, batch, greedy, tiny, words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmslim
@@ -78,11 +79,11 @@ def test_a_budget_that_means_nothing(name, keep):
 def test_options_out_of_range(name, options):
     """Refused when the method is made, or at the latest when it meets the model (4 decoder layers)."""
     model = tiny("llava")
-    before = anatomy(model)
+    before = model_state(model)
     option = next(key for key in options if key != "keep")
     with pytest.raises(ValueError, match=f"{option}|{options[option]}"):
         vlmslim.patch(model, name, **options)
-    assert anatomy(model) == before
+    assert changes(before, model_state(model)) == []
 
 
 def test_an_unsupported_model_names_the_supported_ones():
@@ -141,10 +142,10 @@ def test_features_that_are_not_numbers(method, value):
 def test_a_method_that_needs_cls_refuses_a_tower_without():
     for family in ("siglip", "onevision"):
         model = tiny(family)
-        before = anatomy(model)
+        before = model_state(model)
         with pytest.raises(ValueError, match=r"CLS"):
             vlmslim.patch(model, WantsCls())
-        assert anatomy(model) == before
+        assert changes(before, model_state(model)) == []
     for family in ("llava", "next"):
         model = tiny(family)
         with vlmslim.patch(model, WantsCls()):
@@ -196,11 +197,11 @@ def test_a_method_with_a_fault_is_not_trusted(method, says):
 
 def test_stages_that_do_not_go_together():
     model = tiny("llava")
-    before = anatomy(model)
+    before = model_state(model)
     for stages in ([Strided(), First()], [Halve(), Halve()], [], [{"keep": 4}], [3], 3, None):
         with pytest.raises((ValueError, TypeError)):
             vlmslim.patch(model, stages)
-        assert anatomy(model) == before
+        assert changes(before, model_state(model)) == []
     with pytest.raises(ValueError, match="keep"):
         vlmslim.patch(model, Strided(), keep=4)
 

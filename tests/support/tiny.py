@@ -365,41 +365,6 @@ def keep_only(inputs: dict, chosen: list[Tensor]) -> Tensor:
 
 # --- looking at a model ---------------------------------------------------------------------------------------------
 
-_TABLES = [
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-]
-
-
-def anatomy(model: nn.Module) -> dict:
-    """Everything a patch could leave behind: attributes by identity, hook tables by content, classes, configs."""
-    found = {}
-    for name, module in model.named_modules():
-        found[name, "class"] = type(module)
-        for key, value in vars(module).items():
-            if key in _TABLES:
-                found[name, key] = dict(value)
-            elif isinstance(value, dict):
-                found[name, key] = {k: id(v) for k, v in value.items()}
-            elif not isinstance(value, int | float | str | bool | type(None)):
-                found[name, key] = id(value)
-            else:
-                found[name, key] = value
-    found["config"] = repr(model.config.to_dict())
-    found["generation_config"] = repr(model.generation_config.to_dict())
-    found["attention"] = model.config._attn_implementation, model.config.text_config._attn_implementation
-    found["weights"] = {k: (id(v), v._version) for k, v in model.named_parameters()}
-    return found
-
 
 def lengths(cache) -> list[int]:
     """Tokens that each layer of a KV cache physically holds."""

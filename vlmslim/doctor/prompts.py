@@ -2,20 +2,25 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmslim.engine.families import family_of
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says: pictures, each (width, height) in sides of the vision tower's image, a video, and a text."""
+    """What the user says in one turn.
+
+    pictures : (width, height) of each, in sides of the vision tower's image
+    frames   : of a video; 0 for none
+    """
 
     text: str
     pictures: tuple[tuple[float, float], ...] = ()
@@ -32,11 +37,11 @@ ROWS: tuple[tuple[Turn, ...], ...] = (
     (Turn("Name a season."), Turn("What moves in this video, and where to?", frames=3)),
 )
 LONG, VIDEO = 3, 4
-LONG_TEXT = 160  # tokens: more than the 128 rows of attention that a method may look at in one go
+LONG_TEXT = 160  # tokens: more than the 128 rows of attention that a method may compute at a time
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Soft patches of colour under fine noise: every patch of it is different, and looks it."""
+    """Draw soft patches of colour under fine noise, so that every patch is different from the others."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 7, 7, generator=generator)
     soft = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)[0]
@@ -46,14 +51,14 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 
 
 def video(seed: int, frames: int, width: int, height: int) -> np.ndarray:
-    """A window that moves over a wide picture: (frames, height, width, 3) uint8."""
+    """Move a window over a wide picture: (frames, height, width, 3) uint8."""
     step = width // 4
     wide = np.asarray(picture(seed, width + (frames - 1) * step, height))
     return np.stack([wide[:, i * step : i * step + width] for i in range(frames)])
 
 
-def why_no_video(model: nn.Module, processor: ProcessorMixin) -> str | None:
-    """Why a checkpoint takes no videos; None if it does."""
+def why_no_video(model: PreTrainedModel, processor: ProcessorMixin) -> str | None:
+    """Return the reason why a checkpoint takes no videos, or None if it takes them."""
     if not family_of(model).video:
         return f"{type(model).__name__} takes no videos"
     if getattr(processor, "video_processor", None) is None:
@@ -65,26 +70,29 @@ class Prompts:
     """`ROWS` as inputs of a model, on its device and in its dtype.
 
     batch    : rows that are prefilled together
-    pictured : those of them with a picture or a video
+    pictured : rows of the batch with a picture or a video
 
     Args:
-        model: on whose device the inputs are.
-        processor: makes them.
-        videos: whether one is among them; the checkpoint has to take videos then.
+        model: the model for which the inputs are made.
+        processor: the processor of its checkpoint.
+        videos: include the video, which the checkpoint must be able to take.
 
     Raises:
         ValueError: the tokenizer has no padding token.
     """
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, videos: bool = False):
+    def __init__(self, model: PreTrainedModel, processor: Any, videos: bool = False):
         if processor.tokenizer.pad_token is None:
             raise ValueError(
                 "the tokenizer has no padding token; set processor.tokenizer.pad_token = processor.tokenizer.eos_token"
             )
         self.model, self.processor, self.videos = model, processor, videos
-        self.batch, self.pictured = ((0, 1, 2, VIDEO), (0, 1, VIDEO)) if videos else ((0, 1, 2), (0, 1))
+        last = (VIDEO,) if videos else ()
+        self.batch, self.pictured = (0, 1, 2, *last), (0, 1, *last)
         side = model.config.vision_config.image_size
-        self._texts, self._pictures, self._videos = [], [], []
+        self._pictures: list[list[Image.Image]] = []
+        self._videos: list[list[np.ndarray]] = []
+        self._texts: list[str] = []
         for turns in ROWS if videos else ROWS[:VIDEO]:
             sizes = [size for turn in turns for size in turn.pictures]
             seed = sum(map(len, self._pictures))
@@ -99,37 +107,33 @@ class Prompts:
         self._encoded = cache(self._encode)
 
     def _render(self, turns: tuple[Turn, ...]) -> str:
-        """The prompt as the checkpoint's chat template writes it, or as LLaVA-1.5's does."""
-        messages = []
+        """Write the prompt with the checkpoint's chat template, or else as LLaVA-1.5 does."""
+        if not getattr(self.processor, "chat_template", None):
+            return " A quiet scene. ".join(map(self._render_turn, turns))
+        messages: list[dict] = []
         for turn in turns:
             media = [{"type": "image"}] * len(turn.pictures) + [{"type": "video"}] * bool(turn.frames)
-            parts = [*media, {"type": "text", "text": turn.text}]
-            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": _part("A quiet scene.")}]
-        if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        return " A quiet scene. ".join(map(self._said, turns))
+            messages.append({"role": "user", "content": [*media, {"type": "text", "text": turn.text}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": "A quiet scene."}]})
+        return self.processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
 
-    def _said(self, turn: Turn) -> str:
-        """A turn in the words of LLaVA-1.5."""
+    def _render_turn(self, turn: Turn) -> str:
+        """Write a turn as LLaVA-1.5 does."""
         media = [self.processor.image_token] * len(turn.pictures)
         if turn.frames:
             media.append(self.processor.video_token)
         return "USER: " + "\n".join([*media, turn.text]) + " ASSISTANT:"
 
     def inputs(self, rows: tuple[int, ...] = (), side: str = "left") -> dict[str, Tensor]:
-        """Inputs of `rows`, by default the batch, padded on `side`: copies, which a method may edit in place."""
+        """Return copies, which a method may edit, of the inputs of `rows` (by default the batch), padded on `side`."""
         return {name: x.clone() for name, x in self._encoded(rows or self.batch, side).items()}
 
     def visual(self, row: int) -> Tensor:
-        """(L,) bool: the placeholders of pictures and videos in a prompt."""
+        """Return (L,) bool, True at the placeholders of pictures and videos in a prompt."""
         config = self.model.config
-        media = [config.image_token_id, getattr(config, "video_token_id", None) if self.videos else None]
+        media = [config.image_token_id, *([config.video_token_id] if self.videos else [])]
         ids = self._encoded((row,), "left")["input_ids"][0]
-        return torch.isin(ids, ids.new_tensor([token for token in media if token is not None]))
-
-    def media(self, row: int) -> int:
-        """How many pictures and videos a prompt has."""
-        return len(self._pictures[row]) + len(self._videos[row])
+        return torch.isin(ids, ids.new_tensor(media))
 
     def _encode(self, rows: tuple[int, ...], side: str) -> dict[str, Tensor]:
         images = [self._pictures[i] for i in rows if self._pictures[i]]
@@ -138,7 +142,3 @@ class Prompts:
         text = [self._texts[i] for i in rows]
         encoded = self.processor(text=text, **media, padding=True, padding_side=side, return_tensors="pt")
         return dict(encoded.to(self.model.device, self.model.dtype))
-
-
-def _part(text: str) -> list[dict]:
-    return [{"type": "text", "text": text}]

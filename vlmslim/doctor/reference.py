@@ -1,20 +1,21 @@
 """The patched model computed a second time without the engine: from what the method answered, layer by layer.
 
-A method's answers are noted while the patched model runs. Another model, which nobody has patched, is then led through
-its decoder layers by hand with these features, at these places. No code of the engine takes part in that.
+The doctor notes a method's answers while the patched model runs. It then computes another, unpatched model by hand,
+layer by layer, with these features at these positions. No code of the engine takes part in that.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
 from vlmslim.doctor.prompts import LONG, Prompts
-from vlmslim.doctor.runs import Witness
 from vlmslim.patching import Slim
 
 
@@ -23,9 +24,9 @@ class Sent:
     """What a method made of one image.
 
     before   : (n, d) the image's tokens
-    features : (k, d) what it sends
-    index    : (k,) the slots it takes, ascending; None: the first k
-    crops    : of the image, or its frames
+    features : (k, d) the tokens that the method sends to the language model
+    index    : (k,) their slots among the image's n, ascending; None means the first k
+    crops    : crops of the image, or frames of the video
     """
 
     before: Tensor
@@ -35,9 +36,9 @@ class Sent:
 
     @property
     def copies(self) -> int:
-        """Tokens that it sends more often than the image has them; than it has crops, if it made them itself.
+        """Number of tokens that the method sends more often than the image has them.
 
-        What is made of one blank crop is what is made of another.
+        A token that the method made itself may come once for each crop, because blank crops are compressed alike.
         """
         _, number = torch.cat([self.before, self.features.to(self.before)]).unique(dim=0, return_inverse=True)
         had, sent = (
@@ -50,22 +51,24 @@ class Sent:
 
     @classmethod
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":
-        """Copy what a method returned for `image`, whose features were `before` (n, d)."""
+        """Copy what a method returned for an image whose features were `before` (n, d)."""
         crops, index = len(image.tower), result.index
+        if index is None:
+            return cls(before, result.vectors(image).detach().clone(), None, crops)
         if result.features is None:
             return cls(before, before[index], index.sort().values, crops)
-        return cls(before, result.features.detach().clone(), None if index is None else index.clone(), crops)
+        return cls(before, result.features.detach().clone(), index.clone(), crops)
 
 
 @dataclass
 class Notes:
     """What a method answered in one prefill.
 
-    sent    : of each image, at the entrance of the language model; empty if the method does not work there
-    kept    : per pruned layer, (B, S) bool, its answer
-    image   : per pruned layer, (B, S) which image each token was said to be of
-    origin  : per pruned layer, (B, S) where in the caller's sequence each token was said to be
-    hides   : it is in training and hides tokens instead of dropping them
+    sent   : of each image, before the language model; empty if no stage acts there
+    kept   : by layer, (B, S) bool, the answer of `retain`
+    image  : by layer, (B, S), the `LayerInput.image` that `retain` was given
+    origin : by layer, (B, S), the `LayerInput.origin` that `retain` was given
+    hides  : the method is in training, and hides tokens instead of dropping them
     """
 
     sent: list[Sent] = field(default_factory=list)
@@ -74,13 +77,13 @@ class Notes:
     origin: dict[int, Tensor] = field(default_factory=dict)
     hides: bool = False
 
-    def counts(self, layer: int) -> list[list[int]]:
-        """Per row and image, the tokens that stayed from a pruned layer on."""
+    def counts(self, layer: int, images: list[int]) -> list[list[int]]:
+        """Return the tokens that each image keeps from `layer` on, row by row; row i has `images[i]` images."""
         kept = self.image[layer] * self.kept[layer]
-        return [row.bincount(minlength=2)[1:].tolist() for row in kept]
+        return [row.bincount(minlength=1 + n)[1:].tolist() for row, n in zip(kept, images, strict=True)]
 
     def compress_images(self, ask: Callable) -> Callable:
-        """In place of a stage's method of that name."""
+        """Wrap a stage's `compress_images`."""
 
         def asked(images: list[ImageTokens]) -> list[Compressed]:
             before = [image.features.detach().clone() for image in images]  # a method may edit them
@@ -91,7 +94,7 @@ class Notes:
         return asked
 
     def retain(self, ask: Callable) -> Callable:
-        """In place of a stage's method of that name."""
+        """Wrap a stage's `retain`."""
 
         def asked(tokens: LayerInput) -> Tensor:
             self.image[tokens.layer], self.origin[tokens.layer] = tokens.image.clone(), tokens.origin.clone()
@@ -102,7 +105,7 @@ class Notes:
         return asked
 
     def soft_retain(self, ask: Callable) -> Callable:
-        """In place of a stage's method of that name."""
+        """Wrap a stage's `soft_retain`."""
 
         def asked(tokens: LayerInput) -> Tensor | None:
             weight = ask(tokens)
@@ -113,69 +116,81 @@ class Notes:
 
 
 @contextmanager
-def noted(slim: Slim) -> Iterator[Notes]:
-    """Note what the stages of a patch answer. They are copies of the user's objects, and are left as they were."""
-    notes, covered = Notes(), []
+def noted(slim: Slim | None) -> Iterator[Notes]:
+    """Note what the stages of a patch answer; without a patch there is nothing to note."""
+    notes = Notes()
+    wrapped: list[tuple[Compressor, str]] = []
 
-    def cover(stage: Compressor, *names: str) -> None:
+    def wrap(method: Compressor, *names: str) -> None:
         for name in names:
-            if name not in vars(stage):
-                setattr(stage, name, getattr(notes, name)(getattr(stage, name)))
-                covered.append((stage, name))
+            if name not in vars(method):
+                setattr(method, name, getattr(notes, name)(getattr(method, name)))
+                wrapped.append((method, name))
 
-    for stage in slim.stages:
+    for stage in () if slim is None else slim.stages:
         if stage.acts_before_llm:
-            cover(stage.method, "compress_images")
+            wrap(stage.method, "compress_images")
         if stage.layers:
-            cover(stage.method, "retain", "soft_retain")
+            wrap(stage.method, "retain", "soft_retain")
     try:
         yield notes
     finally:
-        for stage, name in covered:
-            delattr(stage, name)
+        for method, name in wrapped:
+            delattr(method, name)
 
 
-class Reference(Witness):
-    """The other model, which can also be computed by hand.
+class _Entered(Exception):
+    """Ends a forward at the entrance of the language model, whose layers need not run."""
 
-    embeds : per row of the prompts, (L, d), what enters its language model
+    def __init__(self, embeds: Tensor):
+        self.embeds = embeds
+
+
+class Reference:
+    """An unpatched model that the doctor computes by hand.
+
+    embeds : by row of the prompts, (L, d), the embeddings that enter its language model
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts):
-        super().__init__(model, prompts)
+    def __init__(self, model: PreTrainedModel, prompts: Prompts):
+        self.model: Any = model
+        self.prompts = prompts
         self.embeds = {row: self._embeds(row) for row in (*prompts.pictured, LONG)}
 
     @torch.no_grad()
     def _embeds(self, row: int) -> Tensor:
-        seen = []
-        note = self.model.model.language_model.register_forward_pre_hook(
-            lambda lm, args, kwargs: seen.append(kwargs["inputs_embeds"][0].clone()), with_kwargs=True
-        )
+        def stop(lm: nn.Module, args: tuple, kwargs: dict) -> None:
+            raise _Entered(kwargs["inputs_embeds"][0].clone())
+
+        hook = self.model.model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.prompts.inputs((row,)), use_cache=False, logits_to_keep=1)
+            self.model(**self.prompts.inputs((row,)), use_cache=False)
+        except _Entered as entered:
+            return entered.embeds
         finally:
-            note.remove()
-        return seen[0]
+            hook.remove()
+        raise RuntimeError("the language model was not called")
 
     @torch.no_grad()
     def logits(self, row: int, answer: Tensor, notes: Notes, renumbered: bool) -> tuple[Tensor, Tensor]:
-        """What a prompt and an answer behind it must give, if the method answers as noted.
+        """Compute the logits of a prompt and an answer after it, given what the method answered.
 
-        An answer sees all that is kept of the prompt, and the prompt nothing of the answer; so one causal pass through
-        each layer over what this layer is left with is the prefill and the decoding at once.
+        The answer sees all that is kept of the prompt, and the prompt sees nothing of the answer. So one causal pass
+        through each layer, over the tokens that this layer is left with, is the prefill and the decoding at once.
 
         Args:
             row: of the prompts.
             answer: (1, T).
-            notes: of the patched model's prefill of this row.
-            renumbered: whether what the entrance drops closes the gaps in the rotary positions.
+            notes: what the method answered when the patched model prefilled this row.
+            renumbered: the stage before the language model closes the gaps in the rotary positions.
 
         Returns:
-            Places (P,) in the caller's sequence of L + T tokens, and their logits (P, V). A dropped token's place has
-            those of the last token before it that reached the last layer; places before the first have none.
+            Places (P,) in the caller's sequence of L + T tokens, and their logits (P, V). The place of a dropped token
+            has the logits of the last token before it that reached the last layer. Places before the first such token
+            are left out.
 
         Raises:
-            ValueError: the method was shown other tokens than there are.
+            ValueError: the engine showed the method other tokens than there are.
         """
         lm, length, steps = self.model.model.language_model, len(self.embeds[row]), answer.shape[1]
         embeds, image = self._entrance(row, notes)
@@ -186,7 +201,7 @@ class Reference(Witness):
         mask, rope = create_causal_mask(lm.config, x, None, None), lm.rotary_emb(x, position_ids=position[None])
         for i, layer in enumerate(lm.layers):
             if i in notes.kept:
-                stay = self._stay(i, notes, origin[:-steps], image[:-steps])
+                stay = _stay(i, notes, origin[:-steps], image[:-steps])
                 stay = torch.cat([stay, stay.new_ones(steps)])
                 x, position, origin, image = x[:, stay], position[stay], origin[stay], image[stay]
                 mask = create_causal_mask(lm.config, x, None, None)
@@ -198,27 +213,31 @@ class Reference(Witness):
         return places, self.model.lm_head(lm.norm(x))[0, source].float()
 
     def _entrance(self, row: int, notes: Notes) -> tuple[Tensor, Tensor]:
-        """Embeddings (L, d) with what the method sent, and (L,): -1 if dropped, 0 at text, i at the i-th image."""
+        """Put the tokens that the method sent into the prompt's embeddings (L, d).
+
+        Also returns (L,): -1 at dropped tokens, 0 at text, i at the tokens of the i-th image.
+        """
         embeds, visual = self.embeds[row].clone(), self.prompts.visual(row)
         image = visual.long()
         if not notes.sent:
             return embeds, image
         columns = visual.nonzero()[:, 0]
-        if len(columns) != sum(len(sent.before) for sent in notes.sent):
-            raise ValueError(f"the method was not shown the {len(columns)} visual tokens that the prompt has")
-        for i, (sent, own) in enumerate(
-            zip(notes.sent, columns.split([len(sent.before) for sent in notes.sent]), strict=True), start=1
-        ):
-            at = own[: len(sent.features)] if sent.index is None else own[sent.index.to(own.device)]
+        sizes = [len(sent.before) for sent in notes.sent]
+        if len(columns) != sum(sizes):
+            raise ValueError(
+                f"the engine showed the method {sum(sizes)} visual tokens, but the prompt has {len(columns)}"
+            )
+        for i, (sent, own) in enumerate(zip(notes.sent, columns.split(sizes), strict=True), start=1):
+            slots = own[: len(sent)] if sent.index is None else own[sent.index.to(own.device)]
             image[own] = -1
-            image[at] = i
-            embeds[at] = sent.features.to(embeds)
+            image[slots] = i
+            embeds[slots] = sent.features.to(embeds)
         return embeds, image
 
-    @staticmethod
-    def _stay(layer: int, notes: Notes, origin: Tensor, image: Tensor) -> Tensor:
-        """(S,) bool: which of the prompt's tokens, as they are known here, stay from `layer` on."""
-        shown, kept = notes.origin[layer][0].to(origin.device), notes.kept[layer][0].to(origin.device)
-        if not torch.equal(shown, origin) or not torch.equal(notes.image[layer][0].to(image.device) > 0, image > 0):
-            raise ValueError(f"before layer {layer} the method was shown other tokens than there are")
-        return kept | (image == 0)
+
+def _stay(layer: int, notes: Notes, origin: Tensor, image: Tensor) -> Tensor:
+    """Return (S,) bool: which of the prompt's tokens stay from `layer` on."""
+    shown, kept = notes.origin[layer][0].to(origin.device), notes.kept[layer][0].to(origin.device)
+    if not torch.equal(shown, origin) or not torch.equal(notes.image[layer][0].to(image.device) > 0, image > 0):
+        raise ValueError(f"before layer {layer} the engine showed the method other tokens than there are")
+    return kept | (image == 0)

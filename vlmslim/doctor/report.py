@@ -2,11 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
-from torch import nn
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Column, Table
+from transformers import PreTrainedModel
 
 import vlmslim
 from vlmslim.receipt import headline
@@ -18,9 +21,10 @@ _MARKS = {"pass": "[green]✓[/]", "fail": "[bold red]✗[/]", "n/a": "[dim]–[
 class Finding:
     """One check of one method.
 
+    check     : its name; "patch" if the method could not be attached, "restore" if it changed the model for good
     status    : "pass", "fail" or "n/a"
     measured  : the difference, in `unit`; None where the check could not be made
-    tolerance : what it may be
+    tolerance : the largest difference that passes
     note      : what failed, or why there was nothing to check
     """
 
@@ -41,7 +45,7 @@ class Report:
     noise    : in logits, how far the unpatched model is from itself where only rounding differs
     factor   : how many times the noise is tolerated
     findings : in the order in which they were made
-    receipts : of each method, what it did to the prompts: `Receipt.summary()`
+    receipts : by method, `Receipt.summary()` of the prompts
     """
 
     model: dict
@@ -51,8 +55,8 @@ class Report:
     receipts: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
-    def about(cls, model: nn.Module, noise: float, factor: float) -> "Report":
-        """An empty report on a model."""
+    def about(cls, model: PreTrainedModel, noise: float, factor: float) -> "Report":
+        """Start a report on a model."""
         facts = {
             "checkpoint": model.config._name_or_path,
             "class": type(model).__name__,
@@ -63,10 +67,10 @@ class Report:
         }
         return cls(facts, noise, factor)
 
-    def add(self, finding: Finding, tell: Callable[[Finding], None]) -> None:
-        """Take in a finding, and pass it on."""
+    def add(self, finding: Finding, on_finding: Callable[[Finding], None]) -> None:
+        """Add a finding, and pass it on."""
         self.findings.append(finding)
-        tell(finding)
+        on_finding(finding)
 
     @property
     def failures(self) -> list[Finding]:
@@ -79,7 +83,7 @@ class Report:
         return not self.failures and any(finding.status == "pass" for finding in self.findings)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Everything as JSON. A number that is not finite is written as a string."""
+        """Write everything as JSON, with numbers that are not finite as strings."""
         findings = [
             {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(finding).items()}
             for finding in self.findings
@@ -100,15 +104,12 @@ class Report:
             f"{counts['n/a']} not applicable"
         )
 
-    def render(self, verbose: bool = False):
-        """What a terminal shows, for `rich.print`.
+    def render(self, verbose: bool = False) -> Group:
+        """Return what a terminal shows, for `rich.print`.
 
         Args:
-            verbose: every finding with its tolerance, not only the failures.
+            verbose: list every finding with its tolerance, not only the failures.
         """
-        from rich.console import Group
-        from rich.markup import escape
-
         m = self.model
         head = (
             f"[bold]{escape(m['checkpoint'] or m['class'])}[/] in {m['dtype']} on {m['device']}, {m['attention']}: "
@@ -116,34 +117,25 @@ class Report:
             "tolerated where rounding may differ, nothing elsewhere"
         )
         methods = dict.fromkeys(finding.method for finding in self.findings)
-        single = len(methods) == 1
-        parts = [head, ""] if single else [head, "", self._matrix(methods), ""]
-        shown = [f for f in self.findings if verbose or single or f.status == "fail"]
+        verbose |= len(methods) == 1
+        parts: list = [head, ""] if len(methods) == 1 else [head, "", self._matrix(methods), ""]
+        shown = [f for f in self.findings if verbose or f.status == "fail"]
         parts += [_details(shown), ""] if shown else []
-        parts += [escape(headline(summary)) for summary in self.receipts.values() if verbose or single]
+        parts += [escape(headline(summary)) for summary in self.receipts.values() if verbose]
         parts += [f"{escape(f.method)}: {escape(f.note)}" for f in self.findings if f.check == "patch"]
         return Group(*parts, f"[{'green' if self.passed else 'bold red'}]{self.verdict}[/]")
 
-    def _matrix(self, methods):
-        from rich.markup import escape
-        from rich.table import Column, Table
-
-        checks = dict.fromkeys(finding.check for finding in self.findings if finding.check != "patch")
+    def _matrix(self, methods: Iterable[str]) -> Table:
+        checks = dict.fromkeys(finding.check for finding in self.findings if finding.check not in ("patch", "restore"))
         marks = {(finding.method, finding.check): _MARKS[finding.status] for finding in self.findings}
-        columns = [
-            Column("method", no_wrap=True),
-            *(Column(check, overflow="fold") for check in checks),
-        ]
+        columns = [Column("method", no_wrap=True), *(Column(check, overflow="fold") for check in checks)]
         table = Table(*columns, box=None, pad_edge=False)
         for method in methods:
-            table.add_row(escape(method), *(marks.get((method, check), "[dim]–[/]") for check in checks))
+            table.add_row(escape(method), *(marks.get((method, check), _MARKS["n/a"]) for check in checks))
         return table
 
 
-def _details(findings: list[Finding]):
-    from rich.markup import escape
-    from rich.table import Table
-
+def _details(findings: list[Finding]) -> Table:
     table = Table("", "method", "check", "measured", "tolerated", "", box=None, pad_edge=False)
     for f in findings:
         tolerance = "" if f.tolerance is None else f"{f.tolerance:.3g}"

@@ -1,40 +1,72 @@
-"""What is asked of a model again and again, patched or not, and what the unpatched one answers."""
+"""Runs of a model, patched or not: its answers to the prompts, in every way that must give the same logits."""
 
+import copy
 import math
-from collections.abc import Iterable
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, PreTrainedModel
 
-from vlmslim.cost.memory import peak_memory
+from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.doctor.prompts import LONG, Prompts
-from vlmslim.doctor.snapshots import Watch
+from vlmslim.doctor.reference import Notes, Reference, noted
 from vlmslim.engine.families import KV_CACHE, kv_cache
+from vlmslim.patching import Slim
+from vlmslim.receipt import Prefill
 
-STEPS = 5  # tokens that are decoded
-TAIL = 16  # last tokens of a prompt whose logits are compared
+STEPS = 5  # tokens of the answer
+LAST = 16  # last tokens of a prompt whose logits are compared
+
+
+class Generated(NamedTuple):
+    """A greedy generation.
+
+    answers : (B, T) the new tokens
+    logits  : (B, T, V)
+    cache   : keys and values of every layer
+    """
+
+    answers: Tensor
+    logits: Tensor
+    cache: list[Tensor]
 
 
 @torch.no_grad()
-def generate(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Greedy answers: the new tokens (B, T), their logits (B, T, V), and the keys and values of all layers."""
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
+def generate(model: Any, inputs: dict[str, Tensor]) -> Generated:
+    """Generate `STEPS` tokens, whatever the checkpoint's generation settings say."""
+    greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
     greedy |= dict(min_new_tokens=STEPS, max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True)
     out = model.generate(**inputs, **greedy)
-    cached = [x for layer in kv_cache(out).layers for x in (layer.keys, layer.values)]
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1), cached
+    cache: Any = kv_cache(out)
+    cached = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return Generated(out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1), cached)
 
 
 @torch.no_grad()
-def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1, whole: bool = False) -> Tensor:
-    """Logits (B, T + 1, V) before, between and behind the tokens of an answer (B, T) that is fed through the cache.
+def decode(
+    model: PreTrainedModel, inputs: dict[str, Tensor], answer: Tensor, stride: int = 1, whole: bool = False
+) -> tuple[Tensor, Cache]:
+    """Prefill the prompts, and feed an answer (B, T) through the KV cache, whatever the model would say.
 
     Args:
         model: patched or not.
         inputs: of the prompts.
-        answer: what is said, whatever the model would say.
-        stride: tokens fed at a time.
-        whole: give those of the prompts (B, L) too: (B, L + T, V).
+        answer: (B, T) tokens.
+        stride: number of tokens fed at a time.
+        whole: return the logits of the prompts too.
+
+    Returns:
+        Logits (B, T + 1, V) before, between and after the tokens of the answer (with stride 1), or with `whole`
+        (B, L + T, V), and the cache.
     """
     out = model(**inputs, use_cache=True, logits_to_keep=0 if whole else 1)
     logits, mask = [out.logits], inputs["attention_mask"]
@@ -42,116 +74,264 @@ def decode(model: nn.Module, inputs: dict, answer: Tensor, stride: int = 1, whol
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         out = model(input_ids=tokens, attention_mask=mask, **{KV_CACHE: kv_cache(out)}, use_cache=True)
         logits.append(out.logits)
-    return torch.cat(logits, dim=1).float()
-
-
-def continued(inputs: dict, answer: Tensor) -> dict:
-    """The prompts with an answer (B, T) written behind them."""
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-    return inputs | {"input_ids": torch.cat([inputs["input_ids"], answer], dim=1), "attention_mask": mask}
-
-
-@torch.no_grad()
-def recompute(model: nn.Module, inputs: dict, answer: Tensor) -> Tensor:
-    """The logits of `decode` in one forward, without a cache."""
-    return model(**continued(inputs, answer), use_cache=False, logits_to_keep=answer.shape[1] + 1).logits.float()
-
-
-@torch.no_grad()
-def loss(model: nn.Module, inputs: dict, answer: Tensor) -> float:
-    """The model's own loss on an answer: mean negative log-likelihood per token."""
-    whole = continued(inputs, answer)
-    labels = torch.full_like(whole["input_ids"], -100)
-    labels[:, -answer.shape[1] :] = answer
-    return float(model(**whole, labels=labels, use_cache=False).loss)
+    cache = kv_cache(out)
+    assert cache is not None
+    return torch.cat(logits, dim=1).float(), cache
 
 
 def likelihood(logits: Tensor, answer: Tensor) -> Tensor:
-    """Negative log-likelihood (B, T) of the tokens of an answer, from the logits of `decode`."""
+    """Return the negative log-likelihood (B, T) of an answer, from the logits (B, T + 1, V) of `decode`."""
     return -logits[:, :-1].log_softmax(-1).gather(-1, answer[..., None])[..., 0]
 
 
 @torch.no_grad()
-def tails(model: nn.Module, inputs: dict) -> list[Tensor]:
-    """Logits (at most TAIL, V) of the last tokens of every row, padding left out."""
-    logits = model(**inputs, use_cache=False).logits
-    return [row[mask.bool()][-TAIL:].float() for row, mask in zip(logits, inputs["attention_mask"], strict=True)]
+def last_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Compute the logits (at most LAST, V) of each prompt's last tokens, without a cache."""
+    return _last(model(**inputs, use_cache=False).logits.float(), inputs["attention_mask"])
 
 
-def difference(ours: Tensor | Iterable[Tensor], theirs: Tensor | Iterable[Tensor]) -> float:
-    """The largest absolute difference; infinite where a shape differs or a number is not finite."""
-    if not isinstance(ours, Tensor):
-        return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
+def _last(logits: Tensor, mask: Tensor) -> list[Tensor]:
+    return [row[real.bool()][-LAST:].clone() for row, real in zip(logits, mask, strict=True)]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest absolute difference; infinite where a shape differs or a number is not finite."""
     if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
     return float((ours.double() - theirs.double()).abs().max())
 
 
-def singles(model: nn.Module, prompts: Prompts, answer: Tensor) -> Tensor:
-    """`decode` of every row by itself, the last one first: a method that remembers is then told from one that reads."""
-    rows = [
-        decode(model, prompts.inputs((row,)), answer[i : i + 1]) for i, row in reversed([*enumerate(prompts.batch)])
-    ]
-    return torch.cat(rows[::-1])
+def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the largest `difference` of tensors taken pair by pair."""
+    return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@torch.no_grad()
-def shapes(model: nn.Module, inputs: dict) -> set[tuple[int, ...]]:
-    """Shapes of all floating-point tensors made in a prefill."""
-    with Watch() as watch:
-        model(**inputs, use_cache=True, logits_to_keep=1)
-    return watch.shapes
+def clone_sharing_weights(model: nn.Module) -> Any:
+    """Copy a model, with its patch if it has one, but share its weights, so that the copy takes no memory."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
-class Witness:
-    """A model that nobody has patched, and what it answers: found out at once, for later a patch may be on it.
+@dataclass(frozen=True)
+class Together:
+    """The whole batch, padded on the left and decoded token by token.
 
-    generated : of all rows, by `generate`
-    brief     : of the first row
-    wobble    : how far it is from itself in a second, equal run: zero, but for kernels that add in random order
+    prompts : of each row, logits (at most LAST, V) of the prompt's last tokens
+    answer  : (B, T + 1, V) logits before, between and after the tokens of the answer
+    notes   : what the method answered
+    prefill : the receipt's; None without a patch
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts):
-        self.model, self.prompts = model, prompts
-        self.generated, self.brief = generate(model, prompts.inputs()), generate(model, prompts.inputs((0,)))
-        self.wobble = difference(self.brief[1:2], generate(model, prompts.inputs((0,)))[1:2])
-
-    def changed(self) -> float:
-        """How far its answer is from what it was."""
-        return difference(generate(self.model, self.prompts.inputs((0,)))[1], self.brief[1])
+    prompts: list[Tensor]
+    answer: Tensor
+    notes: Notes
+    prefill: Prefill | None
 
 
-class Baseline(Witness):
-    """All that a patched model is compared with.
+@dataclass(frozen=True)
+class Alone:
+    """One prompt by itself, decoded token by token.
 
-    answer  : (B, T) tokens that every comparison decodes
-    noise   : how far the model is from itself where only rounding differs: batch or single, left or right, cache or
-              none. At least the rounding of one logit of usual size.
-    backend : its attention implementation
-    peak    : peak bytes of a short generation
-    shapes  : shapes of all tensors that are made in the prefill of the long row
+    logits     : (L + T, V)
+    notes      : what the method answered
+    prefill    : the receipt's; None without a patch and without an image
+    kv_bytes   : bytes of the KV cache after the last token of the answer
+    """
+
+    logits: Tensor
+    notes: Notes
+    prefill: Prefill | None
+    kv_bytes: int
+
+
+class Run:
+    """A model's answers to the prompts. Each is computed when a check first asks for it.
+
+    The methods that return a number compare two ways of computing the same logits.
+
+    model   : the model, patched or not
+    prompts : its prompts
+    answer  : (B, T) tokens that follow the prompts, whatever the model would say
+    fresh   : a model that is equal, but has seen no prompt yet; by default the model itself
+    """
+
+    def __init__(self, model: Any, prompts: Prompts, answer: Tensor, fresh: Any = None):
+        self.model, self.prompts, self.answer = model, prompts, answer
+        self.fresh = model if fresh is None else fresh
+
+    @cached_property
+    def together(self) -> Together:
+        """The batch."""
+        slim, inputs = _slim(self.model), self.prompts.inputs()
+        mask, length = inputs["attention_mask"].clone(), inputs["input_ids"].shape[1]
+        with noted(slim) as notes:
+            logits, _ = decode(self.model, inputs, self.answer, whole=True)
+        prefill = None if slim is None else slim.receipt.last
+        return Together(_last(logits[:, :length], mask), logits[:, length - 1 :].clone(), notes, prefill)
+
+    @cached_property
+    def alone(self) -> dict[int, Alone]:
+        """Every row of the batch by itself, and the long one.
+
+        The last row comes first, so that a method which remembers a prompt answers otherwise than in the batch.
+        """
+        rows = [*reversed(self.prompts.batch), LONG]
+        return {row: self._alone(row) for row in rows}
+
+    def _alone(self, row: int) -> Alone:
+        slim = _slim(self.fresh)
+        with noted(slim) as notes:
+            logits, cache = decode(self.fresh, self.prompts.inputs((row,)), self.answer_of(row), whole=True)
+        prefill = slim.receipt.last if slim is not None and (row in self.prompts.pictured or row == LONG) else None
+        return Alone(logits[0], notes, prefill, cache_bytes(cache))
+
+    def answer_of(self, row: int) -> Tensor:
+        """Return the answer (1, T) of a row; that of the first one for the long row, which is not in the batch."""
+        place = 0 if row == LONG else self.prompts.batch.index(row)
+        return self.answer[place : place + 1]
+
+    @cached_property
+    @torch.no_grad()
+    def recomputed(self) -> tuple[Tensor, float]:
+        """Logits (B, T + 1, V) of prompts and answer in one forward without a cache, and the model's own loss."""
+        inputs = self.prompts.inputs()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], self.answer], dim=1)
+        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, self.answer.shape[1]), value=1)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -self.answer.shape[1] :] = self.answer
+        out = self.model(**inputs, labels=labels, use_cache=False)
+        return out.logits[:, -self.answer.shape[1] - 1 :].float(), float(out.loss)
+
+    def batch(self) -> float:
+        """Compare the batch with its prompts one by one."""
+        steps = self.answer.shape[1] + 1
+        alone = torch.stack([self.alone[row].logits[-steps:] for row in self.prompts.batch])
+        return difference(self.together.answer, alone)
+
+    def padding(self) -> float:
+        """Compare the batch padded on the left with the batch padded on the right."""
+        return largest_difference(self.together.prompts, last_logits(self.model, self.prompts.inputs(side="right")))
+
+    def cache(self) -> float:
+        """Compare decoding through the KV cache with recomputing everything without one."""
+        return difference(self.together.answer, self.recomputed[0])
+
+    def at_once(self) -> float:
+        """Compare the log-likelihood of the answer, fed token by token, with that of the answer fed at once."""
+        logits, _ = decode(self.model, self.prompts.inputs(), self.answer, stride=self.answer.shape[1])
+        return difference(likelihood(self.together.answer, self.answer), likelihood(logits, self.answer))
+
+    def as_labels(self) -> float:
+        """Compare the log-likelihood of the answer, fed token by token, with the model's own loss on labels."""
+        return abs(float(likelihood(self.together.answer, self.answer).mean()) - self.recomputed[1])
+
+
+class UnpatchedRun(Run):
+    """The run of a model that no patch has ever touched, and all else that a patched model is compared with.
+
+    reference         : the same model, computed by hand
+    generated         : greedy answers to the batch
+    first_row         : greedy answer to its first row
+    run_to_run_noise  : difference between two equal runs: zero, unless kernels add in random order
+    noise             : largest difference between two ways of computing the same logits, where only rounding differs;
+                        at least the rounding of one logit of usual size
+    backend           : attention implementation
+    peak              : peak bytes of a short generation
+    shapes            : shapes of all tensors that are made in the prefill of the long row
 
     Raises:
-        ValueError: the model answers with numbers that are not finite, and then nothing could be told from it.
+        ValueError: the model answers with numbers that are not finite, so no difference to it means anything.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts):
-        super().__init__(model, prompts)
-        self.answer = answer = self.generated[0]
-        together = decode(model, prompts.inputs(), answer)
+    def __init__(self, model: PreTrainedModel, prompts: Prompts):
+        self.generated = generate(model, prompts.inputs())
+        super().__init__(model, prompts, self.generated.answers)
+        self.first_row = generate(model, prompts.inputs((0,)))
+        self.run_to_run_noise = self.changed(model)
         self.noise = max(
-            difference(together, singles(model, prompts, answer)),
-            difference(together, recompute(model, prompts.inputs(), answer)),
-            difference(together, decode(model, prompts.inputs(), answer, stride=STEPS)),
-            difference(tails(model, prompts.inputs()), tails(model, prompts.inputs(side="right"))),
-            abs(loss(model, prompts.inputs(), answer) - float(likelihood(together, answer).mean())),
-            torch.finfo(model.dtype).eps * float(together.std()),
+            self.batch(),
+            self.padding(),
+            self.cache(),
+            self.at_once(),
+            self.as_labels(),
+            torch.finfo(model.dtype).eps * float(self.together.answer.std()),
         )
-        if not math.isfinite(self.noise + self.wobble):
+        if not math.isfinite(self.noise + self.run_to_run_noise):
             raise ValueError(
-                f"the unpatched model's logits in {model.dtype} are not all finite, so there is nothing to hold a "
-                "method against; use another dtype, or a checkpoint that is whole"
+                f"the unpatched model's logits in {model.dtype} are not all finite, so nothing can be compared with "
+                "them; use another dtype, or a checkpoint that is not damaged"
             )
+        self.reference = Reference(model, prompts)
         self.backend = model.config.get_text_config()._attn_implementation
         self.peak = peak_memory(model, prompts.inputs())
         self.shapes = shapes(model, prompts.inputs((LONG,)))
+
+    def changed(self, model: PreTrainedModel) -> float:
+        """Return how far the answer of an unpatched model to the first row is from this one's."""
+        return difference(generate(model, self.prompts.inputs((0,))).logits, self.first_row.logits)
+
+
+def _slim(model: Any) -> Slim | None:
+    """Return the patch of a model, if it has one."""
+    return getattr(model, "_vlmslim", None)
+
+
+class ShapeRecorder(TorchDispatchMode):
+    """Records the shape of every floating-point tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.shapes.add(tuple(x.shape))
+        return out
+
+
+@torch.no_grad()
+def shapes(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[tuple[int, ...]]:
+    """Return the shapes of all floating-point tensors made in a prefill."""
+    with ShapeRecorder() as recorder:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    return recorder.shapes
+
+
+class RngGuard:
+    """Watches the random generators that a process shares: torch's, those of its CUDA devices, numpy's and Python's.
+
+    used : the generators that were drawn from, or seeded, inside `watch()`
+    """
+
+    def __init__(self) -> None:
+        self.used: list[str] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note in `used` the generators that are drawn from, or seeded; leave all of them as they were."""
+        python, library = random.getstate(), np.random.get_state()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            try:
+                for i in devices:
+                    torch.cuda.set_rng_state(torch.Generator(f"cuda:{i}").manual_seed(4321).get_state(), i)
+                torch.default_generator.manual_seed(4321)  # a seed that no method would set: seeding again must show
+                np.random.seed(4321)
+                random.seed(4321)
+                before = _rng_states()
+                yield
+                self.used = [name for name, state in _rng_states().items() if state != before[name]]
+            finally:
+                random.setstate(python)
+                np.random.set_state(library)
+
+
+def _rng_states() -> dict[str, object]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "random": random.getstate(),
+        "numpy.random": [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()],
+        "torch": torch.get_rng_state().tolist(),
+        "torch.cuda": [state.tolist() for state in cuda],
+    }

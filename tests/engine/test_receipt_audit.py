@@ -1,0 +1,107 @@
+"""The receipt of every method against what the layers, the KV cache and the prompts really had."""
+
+from dataclasses import replace
+
+import pytest
+from doubles import build, every_method
+from receipt_audit import ReceiptAudit
+from tiny import BOS, ROWS, SEVERAL, Clip, batch, tiny, words
+
+import vlmslim
+from vlmslim.receipt import Receipt
+
+
+def audited(family: str, method) -> list[str]:
+    """Return what is wrong in the receipt of a few single prompts."""
+    model = tiny(family)
+    rows = [ROWS[0], SEVERAL[0], [BOS, *words(3, 7)]]
+    if family == "onevision":
+        rows.append([BOS, *words(4, 3), Clip(0), *words(5, 2)])
+    with vlmslim.patch(model, build(method)) as slim:
+        audit = ReceiptAudit(slim)
+        for row in rows:
+            audit.prefill(batch(model, [row]))
+        audit.summary()
+    return audit.mismatches
+
+
+@pytest.mark.parametrize("method", every_method(), ids=str)
+def test_every_entry_of_a_receipt_is_true(family, method):
+    assert audited(family, method) == []
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def wrong_prefill(**edits):
+    """Make the receipt note other prefills than there were: field -> its edit."""
+    saw_prefill = Receipt.saw_prefill
+
+    def told(self, prefill):
+        saw_prefill(self, replace(prefill, **{name: edit(getattr(prefill, name)) for name, edit in edits.items()}))
+
+    return "saw_prefill", told
+
+
+def wrong_images(**added):
+    """Make the receipt note other images than there were: field -> what is added to it."""
+
+    def edit(images):
+        return [
+            [image._replace(**{name: getattr(image, name) + by for name, by in added.items()}) for image in row]
+            for row in images
+        ]
+
+    return wrong_prefill(images=edit)
+
+
+def halved():
+    summary = Receipt.summary
+
+    def told(self):
+        said = summary(self)
+        return said | {"kept": said["kept"] / 2, "kv_bytes": said["kv_bytes"] / 2}
+
+    return "summary", told
+
+
+def other_settings():
+    post_init = Receipt.__post_init__
+
+    def told(self):
+        post_init(self)
+        self.positions, self.backend, self.dtype = "original", "eager", "bfloat16"
+
+    return "__post_init__", told
+
+
+def counted_twice():
+    saw_prefill = Receipt.saw_prefill
+
+    def told(self, prefill):
+        saw_prefill(self, prefill)
+        saw_prefill(self, prefill)
+
+    return "saw_prefill", told
+
+
+FAULTS = {
+    "kept": wrong_images(kept=1),
+    "tokens": wrong_images(tokens=1),
+    "requested": wrong_images(requested=1),
+    "sequence": wrong_prefill(sequence=lambda counts: [n - 1 for n in counts]),
+    "kv:": wrong_prefill(kv=lambda counts: [n - 1 for n in counts]),
+    "text": wrong_prefill(
+        text=lambda counts: [n + 1 for n in counts], visual=lambda rows: [[n - 1 for n in row] for row in rows]
+    ),
+    "spans": wrong_prefill(spans=lambda spans: []),
+    "summary of kept": halved(),
+    "summary of positions": other_settings(),
+    "summary of images": counted_twice(),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_receipt_that_lies_is_found(monkeypatch, name):
+    monkeypatch.setattr(Receipt, *FAULTS[name])
+    assert any(name in message for message in audited("llava", "uniform"))

@@ -1,0 +1,170 @@
+"""`examine`: run every check on every method."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmslim.compressor import Keep, check_keep, resolve_keep
+from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Subject
+from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
+from vlmslim.doctor.report import Finding, Report
+from vlmslim.doctor.runs import UnpatchedRun, clone_sharing_weights
+from vlmslim.engine.families import family_of
+from vlmslim.patching import Method, Slim, check_unpatched, patch
+from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
+
+
+def examine(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    methods: Sequence[Method] | None = None,
+    *,
+    keep: Keep = 0.25,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
+) -> Report:
+    """Run every check on every method.
+
+    Args:
+        model: an unpatched LLaVA in evaluation mode, on any device and in any dtype. It is left as it was, if the
+            methods leave it so.
+        processor: its processor.
+        methods: each is anything that `vlmslim.patch` takes. By default all registered methods at the budget `keep`;
+            those that this checkpoint cannot have are listed as not applicable, with the reason.
+        keep: visual tokens per image, a count or a fraction, of methods given by name alone that have such an option.
+        on_finding: called with every finding as it is made.
+
+    Returns:
+        The findings.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for. Another
+            error in a method's `setup` is a finding.
+        ValueError: `keep` means nothing, or a method is asked for more tokens than a picture of the prompts has.
+        ValueError: the model is in training mode, answers with numbers that are not finite, or its tokenizer has no
+            padding token.
+    """
+    family_of(model)
+    check_unpatched(model)
+    if model.training:
+        raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
+    check_keep(keep)
+    other, videos = clone_sharing_weights(model), why_no_video(model, processor) is None
+
+    @cache
+    def unpatched(with_video: bool) -> UnpatchedRun:
+        return UnpatchedRun(other, Prompts(other, processor, with_video))
+
+    if methods is None and isinstance(keep, int):
+        resolve_keep(keep, _smallest_picture(unpatched(videos)))
+    report = Report.about(model, unpatched(videos).noise, FACTOR)
+    changed_by = ""
+    for given in method_names() if methods is None else methods:
+        name = label(os.fspath(given) if isinstance(given, os.PathLike) else given)
+        if changed_by:
+            note = f"not examined, because {changed_by} changed the model"
+            report.add(Finding(name, "patch", "n/a", note=note), on_finding)
+            continue
+        try:
+            slim = _patch(model, given, keep)
+        except (ValueError, ImportError) as error:
+            if methods is not None:
+                raise
+            status = "fail" if isinstance(error, BrokenMethod) else "n/a"
+            report.add(Finding(name, "patch", status, note=str(error)), on_finding)
+            continue
+        except OSError:
+            raise  # there is no such saved method
+        except Exception as error:  # its `setup` failed
+            report.add(Finding(name, "patch", "fail", note=_one_line(error)), on_finding)
+        else:
+            with slim:
+                if methods is not None:
+                    _check_counts(slim, unpatched(videos))
+                for finding in _findings(name, slim, unpatched, videos):
+                    report.add(finding, on_finding)
+                    if finding.check == "budget":  # the receipt has seen the batch, and that once
+                        report.receipts[name] = slim.receipt.summary()
+        if (difference := unpatched(videos).changed(model)) > unpatched(videos).run_to_run_noise:
+            note = f"it changed the model: without the patch, the logits differ by {difference:.3g}"
+            report.add(Finding(name, "restore", "fail", difference, 0, "logits", note), on_finding)
+            changed_by = name
+    return report
+
+
+def _patch(model: PreTrainedModel, given: Method, keep: Keep) -> Slim:
+    """Patch the model; a method given by name alone gets the budget `keep`, if it has one."""
+    if isinstance(given, str) and given in method_names() and "keep" in options_of(given):
+        return patch(model, given, keep=keep)
+    return patch(model, given)
+
+
+def _findings(name: str, slim: Slim, unpatched: Callable[[bool], UnpatchedRun], videos: bool) -> Iterator[Finding]:
+    """Run every check on one patched model. Without `videos`, or when the method takes none, on pictures alone."""
+    subject = Subject(slim, unpatched(videos))
+    for check in CHECKS:
+        finding = _find(name, check, subject)
+        yield finding
+        if check == "video":
+            slim.reset_receipt()
+            if videos and finding.status != "pass":
+                subject = Subject(slim, unpatched(False))
+
+
+def _find(name: str, check: str, subject: Subject) -> Finding:
+    """Run one check. An exception is a finding too: the method failed at what the check does."""
+    try:
+        outcome = CHECKS[check](subject)
+    except NotApplicable as why:
+        return Finding(name, check, "n/a", note=str(why))
+    except Exception as error:
+        return Finding(name, check, "fail", note=_one_line(error))
+    status = "pass" if outcome.passed else "fail"
+    return Finding(name, check, status, outcome.measured, outcome.tolerance, outcome.unit, outcome.note)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@torch.no_grad()
+def _smallest_picture(unpatched: UnpatchedRun) -> int:
+    """Return the visual tokens of the smallest picture or video in the prompts."""
+    with patch(unpatched.model, "none") as slim:
+        for row in (*unpatched.prompts.pictured, LONG):
+            unpatched.model(**unpatched.prompts.inputs((row,)), use_cache=False, logits_to_keep=1)
+    return slim.receipt.summary()["visual_tokens_range"][0]
+
+
+def _check_counts(slim: Slim, unpatched: UnpatchedRun) -> None:
+    """Refuse a count of tokens that a picture in the prompts does not have, because every check would fail of it.
+
+    Raises:
+        ValueError: which count.
+    """
+    stages = [stage for method in slim.methods for stage in method.stages()]
+    if any(type(getattr(stage, "keep", None)) is int for stage in stages):
+        left = _smallest_picture(unpatched)
+        for stage in stages:
+            asked = stage.requested(left)
+            left = left if asked is None else asked
+
+
+def parse(text: str, keep: Keep) -> str | list[dict]:
+    """Read a method as the command line writes it: `fastv:layer=3:keep=64`, stages joined by `+`, or a saved patch.
+
+    Args:
+        text: of the command line.
+        keep: the budget of stages that take one and do not say theirs.
+
+    Raises:
+        ValueError: unknown method, or an option without a value.
+    """
+    name = text.partition(":")[0]
+    if Path(text).is_dir() or ("/" in name and not is_method_name(name)):  # bundled/NAME, or a repository on the hub
+        return text
+    stages = [parse_method(part) for part in text.split("+")]
+    return [({"keep": keep} if "keep" in options_of(stage["method"]) else {}) | stage for stage in stages]
