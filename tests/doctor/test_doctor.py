@@ -201,6 +201,39 @@ def test_a_budget_that_a_later_stage_does_not_meet(failed):
     assert found == {"budget": "4 kept of 2 asked for"}
 
 
+def test_a_stage_that_never_acts(failed):
+    """Trap 15: the method does nothing, and nobody notices."""
+
+    class Idle(Late):
+        def retain(self, tokens):
+            return tokens.mask
+
+    found = failed([Plain(keep=0.5), Idle()])
+    assert list(found) == ["budget"] and "stage 2 (idle, before layer 2) acted on 0 of 3 prompts" in found["budget"]
+
+
+def test_a_method_that_nothing_asks_is_refused(load):
+    @dataclass
+    class NoLayers(Compressor):
+        keep: int = 4
+
+        def retain(self, tokens):
+            return tokens.top(-tokens.origin.float(), self.keep)
+
+    with pytest.raises(ValueError, match="overrides `retain` but has no `layers`"):
+        doctor.examine(*load(), [NoLayers()])
+
+
+def test_a_stage_that_decides_itself_and_drops_nothing_is_said(load):
+    report = doctor.examine(*load(), [{"method": "drop_visual", "layer": 2, "tau": 0.0}, "none"])
+    assert not report.failures
+    (sentence,) = report.abstentions
+    assert "stage 1 (drop_visual, before layer 2) acted on 0 of 3 prompts; it decides itself" in sentence
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.render())
+    assert sentence in str(report) and sentence in console.export_text()
+
+
 def test_a_ranking_that_depends_on_the_neighbours(failed):
     """Trap 6: the ranking of the first image is applied to all of the batch."""
 
@@ -234,6 +267,24 @@ def test_positions_that_go_wrong_in_decoding(failed, monkeypatch):
 
     monkeypatch.setattr(DecoderHooks, "_describe", wrong)
     assert set(failed(Plain())) == {"reference", "cache", "answer"}
+
+
+def test_decoding_that_goes_on_lower_by_the_dropped_tokens(failed, monkeypatch):
+    """Trap 7: the prompt keeps its positions, but the answer goes on as if it had been renumbered.
+
+    The first token of the answer is right, because it is predicted by the prompt.
+    """
+    describe = DecoderHooks._describe
+
+    def wrong(self, call, embeds, cache, mask, position):
+        describe(self, call, embeds, cache, mask, position)
+        if call.past:
+            dropped = call.past.length - call.past.masks[-1].shape[1]
+            call.segments[0].position = call.segments[0].position - dropped
+
+    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    assert {"reference", "cache", "answer"} <= set(failed(Original()))
+    assert "reference" in failed(Late())
 
 
 def test_one_token_taken_to_mean_decoding(failed, monkeypatch):

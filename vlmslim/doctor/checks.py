@@ -26,6 +26,7 @@ from vlmslim.doctor.runs import (
     last_logits,
     shapes,
 )
+from vlmslim.evaluation.effect import check_effect
 from vlmslim.patching import Slim
 from vlmslim.registry import options_of
 
@@ -94,12 +95,16 @@ def video(subject: Subject) -> Outcome:
 
 
 def budget(subject: Subject) -> Outcome:
-    """Every stage keeps as many visual tokens of every image as it was asked to, and sends none of them twice."""
+    """Every stage keeps as many visual tokens of every image as it was asked to, and no token is sent twice."""
     notes, prefill = subject.together.notes, subject.together.prefill
     assert prefill is not None
     copies, sent = max(((sent.copies, len(sent)) for sent in notes.sent), default=(0, 0))
     if copies:
         return Outcome(copies, 0, "tokens", f"{copies} of the {sent} tokens sent of an image are copies of others")
+    try:
+        check_effect(subject.slim.receipt.summary())
+    except RuntimeError as error:
+        return Outcome(1, 0, "stages", str(error))
     counts: list[tuple[int, int | None]] = []  # of each image and stage: kept, asked for
     images = [image for row in prefill.images for image in row]
     for stage in subject.slim.stages:

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 import vlmslim
+from vlmslim.evaluation.effect import acted_on
 from vlmslim.receipt import headline
 
 _MARKS = {"pass": "[green]✓[/]", "fail": "[bold red]✗[/]", "n/a": "[dim]–[/]"}
@@ -78,6 +79,16 @@ class Report:
         return [finding for finding in self.findings if finding.status == "fail"]
 
     @property
+    def abstentions(self) -> list[str]:
+        """One sentence for each stage that decides itself, and dropped nothing."""
+        return [
+            f"{method}: {acted_on(number, stage)}; it decides itself, but what never acts is not examined"
+            for method, receipt in self.receipts.items()
+            for number, stage in enumerate(receipt["stages"], start=1)
+            if stage["decides"] and not stage["acted"]
+        ]
+
+    @property
     def passed(self) -> bool:
         """Whether something was checked, and nothing failed."""
         return not self.failures and any(finding.status == "pass" for finding in self.findings)
@@ -92,7 +103,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{f.method} / {f.check}: {_measured(f)} {f.note}".rstrip() for f in self.failures]
-        return "\n".join([self.verdict, *lines])
+        return "\n".join([self.verdict, *lines, *self.abstentions])
 
     @property
     def verdict(self) -> str:
@@ -123,6 +134,7 @@ class Report:
         parts += [_details(shown), ""] if shown else []
         parts += [escape(headline(summary)) for summary in self.receipts.values() if verbose]
         parts += [f"{escape(f.method)}: {escape(f.note)}" for f in self.findings if f.check == "patch"]
+        parts += map(escape, self.abstentions)
         return Group(*parts, f"[{'green' if self.passed else 'bold red'}]{self.verdict}[/]")
 
     def _matrix(self, methods: Iterable[str]) -> Table:
