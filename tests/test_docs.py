@@ -7,11 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from tiny import ROWS, batch, tiny
-
-import vlmslim
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -113,13 +109,3 @@ def table_line(label: str, row: dict) -> str:
         f"{row['kv_bytes'] / 1024:.0f} KiB",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def test_the_method_of_the_documentation_works():
-    names = {}
-    (code,) = blocks(ROOT / "docs/architecture.md", "python")
-    exec(code, names)
-    model = tiny("llava")
-    with vlmslim.patch(model, names["Norm"](keep=4)) as slim, torch.no_grad():
-        model(**batch(model, ROWS))
-    assert slim.receipt.summary()["kept"] == 4
