@@ -50,7 +50,7 @@ class Slim:
                 )
             with torch.random.fork_rng(devices=[]):  # what is built here draws nothing from the caller's random state
                 part.setup(model)
-        self.trained = nn.ModuleDict({name_of(p): module for p in parts if (module := p.trained()) is not None})
+        self.trained = _trained(parts)
         depth = len(core.language_model.layers)
         self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
         text, parameter = model.config.get_text_config(), next(model.model.language_model.parameters())
@@ -103,6 +103,17 @@ class Slim:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.methods))
+
+
+def _trained(parts: list[Compressor]) -> nn.ModuleDict:
+    """Collect the trained parts by the names under which they are saved."""
+    trained = nn.ModuleDict()
+    for part in parts:
+        if (module := part.trained()) is not None:
+            if (name := name_of(part)) in trained:
+                raise ValueError(f"two stages with a trained part have the name {name}; rename the class of one")
+            trained[name] = module
+    return trained
 
 
 class _Saving:

@@ -19,7 +19,8 @@ from make_benchmark import BENCHMARKS
 from PIL import Image
 from scenes import Question
 from train_tiny_llava import pack
-from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmslim.loading import load
 
 
 def picture(row: dict, blind: bool) -> Image.Image:
@@ -84,8 +85,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     benchmark = BENCHMARKS[args.benchmark]
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    model, processor = load(args.model, dtype="float32")
     header = ["task", "n", "full", "blind", *(f"random {k}" for k in args.keep)]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     table = {}

@@ -1,4 +1,4 @@
-"""A trained part knows its backbone again: through casts and fine-tuning, not through another training."""
+"""A trained part fits its backbone after casts and fine-tuning, and is refused by any other training."""
 
 import json
 
@@ -23,7 +23,7 @@ def base_of(model: nn.Module) -> dict:
 
 
 @torch.no_grad()
-def trained_anew(model: nn.Module, seed: int = 1) -> nn.Module:
+def retrained(model: nn.Module, seed: int = 1) -> nn.Module:
     """The same model from another initialisation."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -64,13 +64,13 @@ def test_casts_and_fine_tuning_are_the_same_backbone(family, dtype):
 def test_another_training_is_another_backbone(family):
     base = base_of(tiny(family))
     with pytest.raises(ValueError, match="another backbone .* of the same sizes: .*embed_tokens.weight by .*train"):
-        backbone.check("it", base, trained_anew(tiny(family)))
+        backbone.check("it", base, retrained(tiny(family)))
 
 
 @pytest.mark.parametrize("name", sorted(EVERYWHERE))
 @torch.no_grad()
 def test_one_part_of_another_training_is_enough(name):
-    model, other = tiny("llava"), trained_anew(tiny("llava"))
+    model, other = tiny("llava"), retrained(tiny("llava"))
     core, new = model.model, other.model
     owners = {
         "embed_tokens": (core.language_model.embed_tokens, new.language_model.embed_tokens),
@@ -88,7 +88,7 @@ def test_one_part_of_another_training_is_enough(name):
 def test_a_trained_part_is_refused_by_another_training(tmp_path):
     with vlmslim.patch(tiny("llava"), "tokenflex", weights="random", keep=4) as slim:
         slim.save_pretrained(tmp_path)
-    other = trained_anew(tiny("llava"))
+    other = retrained(tiny("llava"))
     with pytest.raises(ValueError, match=r"\(tokenflex\) was trained for another backbone \(without a name\) of"):
         vlmslim.patch(other, tmp_path)
     assert not hasattr(other, "_vlmslim")
@@ -104,11 +104,11 @@ def test_a_patch_without_trained_parts_fits_any_training(tmp_path):
     with vlmslim.patch(tiny("llava"), "divprune", keep=4) as slim:
         slim.save_pretrained(tmp_path)
     assert "signature" not in saving.read(tmp_path).base
-    vlmslim.patch(trained_anew(tiny("llava")), tmp_path).remove()
+    vlmslim.patch(retrained(tiny("llava")), tmp_path).remove()
 
 
 def test_offloaded_weights_are_read():
-    model, other = tiny("llava"), trained_anew(tiny("llava"))
+    model, other = tiny("llava"), retrained(tiny("llava"))
     base = base_of(model)
     cpu_offload(model, "cpu"), cpu_offload(other, "cpu")
     assert model.model.language_model.embed_tokens.weight.is_meta
@@ -123,7 +123,7 @@ class Packed(nn.Parameter):
 
 
 def test_what_cannot_be_read_is_left_out_and_said():
-    model = trained_anew(tiny("llava"))
+    model = retrained(tiny("llava"))
     base, projector = base_of(tiny("llava")), model.model.multi_modal_projector
     projector.linear_1.weight = Packed(torch.zeros(7, dtype=torch.uint8), requires_grad=False)
     assert backbone.signature(model).keys() == EVERYWHERE - {"projector.weight"}
@@ -142,4 +142,4 @@ def test_bundled_parts_know_their_backbone(name):
         assert backbone.signature(model).keys() == saved.base["signature"].keys() == EVERYWHERE
         vlmslim.patch(model, f"bundled/{name}").remove()
     with pytest.raises(ValueError, match=f"{name} .* another backbone .bundled/tiny-llava. of the same sizes"):
-        vlmslim.patch(trained_anew(model.float()), f"bundled/{name}")
+        vlmslim.patch(retrained(model.float()), f"bundled/{name}")

@@ -1,4 +1,4 @@
-"""Patches on disk: written, restored in every way, and refused where they do not fit."""
+"""Patches on disk: written, restored in every way, and refused by models that they do not fit."""
 
 import json
 from dataclasses import fields
@@ -59,7 +59,7 @@ def test_several_stages(tmp_path):
         vlmslim.patch(again, tmp_path, keep=4)
 
 
-def test_a_trained_stage_behind_another(tmp_path):
+def test_a_trained_stage_before_another(tmp_path):
     model = tiny("llava")
     stages = [{"method": "tokenflex", "weights": "random", "keep": 9}, {"method": "fastv", "keep": 4}]
     with vlmslim.patch(model, stages) as slim:
@@ -85,7 +85,7 @@ def test_what_is_on_disk(tmp_path):
     assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == ["model.safetensors", "vlmslim.json"]
 
 
-def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+def test_saving_again_replaces_every_file(tmp_path):
     saved_flex(tmp_path)
     want = saved_flex(tmp_path, weights="random:4")
     model = tiny("llava")
@@ -260,6 +260,16 @@ def test_a_method_in_a_file_is_saved_with_its_weights(own, tmp_path):
         vlmslim.patch(model, tmp_path / "saved")
 
 
+def test_two_trained_parts_of_one_name_are_refused(own, tmp_path):
+    file, name = own
+    other = tmp_path / "other" / "halve.py"
+    other.parent.mkdir()
+    other.write_text(file.read_text().replace("compress(self", "_unused(self"))
+    stages = [{"method": each, "weights": "random:1"} for each in (name, f"{other}")]
+    with pytest.raises(ValueError, match="two stages with a trained part have the name halve; rename the class of one"):
+        vlmslim.patch(tiny("llava"), stages)
+
+
 def test_a_file_in_the_folder_moves_with_it(own, tmp_path):
     file, _ = own
     (tmp_path / "saved").mkdir()
@@ -279,7 +289,7 @@ def test_a_repository_on_the_hub_names_no_code_to_run(own, tmp_path, monkeypatch
         slim.save_pretrained(tmp_path / "saved")
     monkeypatch.setattr("transformers.utils.cached_file", lambda _, file, **__: str(tmp_path / "saved" / file))
     with pytest.raises(ValueError, match="code that a repository on the hub names is not run"):
-        vlmslim.patch(tiny("llava"), "somebody/patch")
+        vlmslim.patch(tiny("llava"), "another/patch")
 
 
 def test_a_saved_method_that_is_gone(tmp_path):
