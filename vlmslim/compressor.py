@@ -268,8 +268,8 @@ class Compressor:
     budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
 
-    layers: ClassVar[tuple[int | float, ...]] = ()
-    tower_layers: ClassVar[tuple[int, ...]] = ()
+    layers: tuple[int | float, ...] = field(default=(), init=False, repr=False, compare=False)
+    tower_layers: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     needs_cls: ClassVar[bool] = False
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"

@@ -1,6 +1,7 @@
 """bipartite_merge: average similar visual tokens; stage 1 of AIM (ICCV 2025, arXiv 2412.03248)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class BipartiteMerge(Compressor):
             raise ValueError("order='released' moves tokens away from their places; use positions='renumbered' with it")
         self.projector: nn.Module | None = None  # where merging comes before it
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Find the projector, except for OneVision, which pools after it."""
         if model.config.model_type != "llava_onevision":
             self.projector = model.model.multi_modal_projector

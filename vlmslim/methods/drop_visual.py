@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices, check_layer, resolve_layer
 from vlmslim.ops.attention import attention_rows
@@ -38,6 +38,7 @@ class DropVisual(Compressor):
     text: str = "after"
 
     def __post_init__(self) -> None:
+        self.layers = tuple(self.layer) if isinstance(self.layer, Sequence) else (self.layer,)
         if not self.layers:
             raise ValueError("layer=[] names no decoder layer; give at least one")
         for layer in self.layers:
@@ -47,16 +48,6 @@ class DropVisual(Compressor):
             if not number or not 0 <= self.tau <= 1:
                 raise ValueError(f"tau={self.tau!r}: give a share of attention in [0, 1], or None to drop regardless")
         check_choices(self, text=("after", "all"))
-
-    def setup(self, model: nn.Module) -> None:
-        """Turn shares of the depth into layers."""
-        depth = len(model.model.language_model.layers)
-        self.layer = tuple(resolve_layer(layer, depth) for layer in self.layers)
-
-    @property
-    def layers(self) -> tuple[int | float, ...]:  # type: ignore[override]  # an option decides
-        """The layers before which the test is made."""
-        return tuple(self.layer) if isinstance(self.layer, Sequence) else (self.layer,)
 
     def requested(self, n: int) -> int | None:
         """Return None because the prompts decide, or 0 without a threshold."""

@@ -31,11 +31,7 @@ class FastV(Compressor):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_layer(self.layer)
-
-    @property
-    def layers(self) -> tuple[int | float]:  # type: ignore[override]  # an option decides
-        """The one layer before which tokens are dropped."""
-        return (self.layer,)
+        self.layers = (self.layer,)
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Rank by the last token's attention."""

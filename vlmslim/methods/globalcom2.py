@@ -1,9 +1,10 @@
 """GlobalCom²: "Global Compression Commander" (AAAI 2026, arXiv 2501.05179)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
@@ -66,12 +67,7 @@ class GlobalCom2(Compressor):
         if self.mode == "released" and self.positions == "original":
             raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
 
-    @property
-    def tower_layers(self) -> tuple[int, ...]:  # type: ignore[override]  # an option decides
-        """The last layer, whose CLS query scores the patches."""
-        return () if self.score == "distance" else (-1,)
-
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Choose `score` for this tower.
 
         Raises:
@@ -90,6 +86,7 @@ class GlobalCom2(Compressor):
                 f"score={self.score!r} reads the vision tower's CLS token, and this tower has none; "
                 "use score='distance' or 'auto'"
             )
+        self.tower_layers = () if self.score == "distance" else (-1,)  # the last, whose CLS query scores the patches
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.compressor import Compressor, LayerInput
 from vlmslim.ops.ranking import full_precision, rank_within_groups
@@ -60,7 +60,7 @@ class PageRankPrune(Compressor):
         if not 0 <= self.damping < 1:
             raise ValueError(f"damping={self.damping!r}: give a share in [0, 1); the release uses 0")
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Turn the schedule into layers of this model."""
         depth = len(model.model.language_model.layers)
         self.span = self.span_of(depth)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.compressor import (
     Compressor,
@@ -52,17 +52,13 @@ class Schedule(Compressor):
         for a, b in zip(self.counts, self.counts[1:], strict=False):
             if type(a) is type(b) and a < b:
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
+        self.layers = self.layer
 
-    @property
-    def layers(self) -> tuple[int | float, ...]:  # type: ignore[override]  # an option decides
-        """The layers before which tokens are dropped."""
-        return tuple(self.layer)
-
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
         depth = len(model.model.language_model.layers)
-        self.layer = tuple(resolve_layer(layer, depth) for layer in self.layer)
-        if list(self.layer) != sorted(set(self.layer)):
+        self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
+        if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
 
     def requested(self, n: int) -> int:
@@ -80,7 +76,7 @@ class Schedule(Compressor):
     def retain(self, tokens: LayerInput) -> Tensor:
         """Keep the count of this layer."""
         score = self._drawn(tokens) if self.by == "random" else tokens.attention(tokens.last[:, None]).mean(1)[:, 0]
-        return tokens.top(score, self.counts[self.layer.index(tokens.layer)])
+        return tokens.top(score, self.counts[self.layers.index(tokens.layer)])
 
     def _drawn(self, tokens: LayerInput) -> Tensor:
         """Draw a random number for each visual token, (B, S), the same at every layer."""

@@ -1,12 +1,12 @@
 """ToDRE: "Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
@@ -17,6 +17,8 @@ from vlmslim.ops.attention import cls_attention
 from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
+#: how similarity to the chosen tokens follows from similarity to each of them
+REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"max_sum": torch.add, "k_center": torch.maximum}
 MATRIX_LIMIT = 8192  # tokens up to which all similarities of an image are in memory at once: 256 MiB
 
 
@@ -58,7 +60,7 @@ class Diversify(GreedySelection):
             newline=("rows", "drop", "pool"),
         )
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Choose the pivot by whether the tower has a CLS token."""
         if self.pivot == "auto":
             self.pivot = "cls" if has_cls(model.model) else "random"
@@ -117,7 +119,7 @@ class ToDRE(Diversify):
 
     def stages(self) -> list[Compressor]:
         """Return stage 1, and stage 2 unless `layer` is None."""
-        first = Diversify(**{f.name: getattr(self, f.name) for f in fields(Diversify)})
+        first = Diversify(**{f.name: getattr(self, f.name) for f in fields(Diversify) if f.init})
         return [first] if self.layer is None else [first, DropVisual(self.layer, self.tau)]
 
 
@@ -144,8 +146,8 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
         similarity_to = rows_of(similarity)
     else:
         similarity_to = partial(similarity_row, unit)
-    reduce = {"max_sum": torch.add, "k_center": torch.maximum}[objective]
-    return farthest_greedy(similarity_to, pivot.reshape(-1).to(x.device), k, reduce).reshape(*pivot.shape, k)
+    first = pivot.reshape(-1).to(x.device)
+    return farthest_greedy(similarity_to, first, k, REDUCE[objective]).reshape(*pivot.shape, k)
 
 
 def similarity_row(unit: Tensor, pick: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class TokenFlex(Compressor):
         if len(self.counts) != len(self.probabilities) or min(self.probabilities, default=0) <= 0:
             raise ValueError(f"probabilities={self.probabilities}: give one above 0 for each of counts={self.counts}")
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Make the projector and load its weights."""
         config, own = model.config, model.model.multi_modal_projector
         #: the most tiles whose tokens OneVision does not shrink; 0 for other models

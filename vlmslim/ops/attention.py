@@ -1,16 +1,17 @@
 """Attention that fused kernels never return, recomputed for only the rows that a method asks for."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.ops.ranking import full_precision
 
 # --- vision towers ---------------------------------------------------------------------------------------------------
 
 
-def tower_qk(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the queries and keys of a CLIP or SigLIP encoder layer, unscaled.
 
     Args:
@@ -91,7 +92,7 @@ class DecoderAttention:
     """
 
     def __init__(
-        self, layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None = None
+        self, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None = None
     ):
         self.layer, self.attn, self.hidden = layer, layer.self_attn, hidden
         self.cos, self.sin = (t.to(hidden.device).expand(len(hidden), -1, -1) for t in rope)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ class ATP(Compressor):
             if not number or layer < 0 or (isinstance(layer, float) and layer >= 1):
                 raise ValueError(f"after={layer!r}: give a decoder layer from 0 on, or a share of the depth in [0, 1)")
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Place the modules in this model, and load or draw their weights.
 
         Raises:

@@ -4,12 +4,13 @@ AAAI 2025, arXiv 2409.01179.
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
@@ -19,20 +20,25 @@ from vlmslim.methods.recoverable.question import find_text
 from vlmslim.ops.budgets import largest_remainder, share_out
 from vlmslim.ops.ranking import full_precision
 
+
+@dataclass(frozen=True)
+class Reading:
+    """The options of `Recoverable` in which the paper's description and the released code differ."""
+
+    text_source: str
+    text_pool: str
+    recovery: str
+    neighbours: Sequence[int]
+    centres: str
+    keys: str
+    extra: str
+
+
 PRESETS = {
-    "corrected": dict(
-        text_source="question", text_pool="eot", recovery="minimum", neighbours=(20, 20, 10), centres="rest",
-        keys="own", extra="keep",
-    ),
-    "released": dict(
-        text_source="system", text_pool="last_pad", recovery="minimum", neighbours=(20, 20, 10), centres="width",
-        keys="shifted", extra="drop",
-    ),
-    "released_alt": dict(
-        text_source="system", text_pool="last_pad", recovery="all", neighbours=(10, 10, 10), centres="image",
-        keys="shifted", extra="keep",
-    ),
-}  # fmt: skip
+    "corrected": Reading("question", "eot", "minimum", (20, 20, 10), centres="rest", keys="own", extra="keep"),
+    "released": Reading("system", "last_pad", "minimum", (20, 20, 10), centres="width", keys="shifted", extra="drop"),
+    "released_alt": Reading("system", "last_pad", "all", (10, 10, 10), centres="image", keys="shifted", extra="keep"),
+}
 
 
 @dataclass
@@ -93,20 +99,20 @@ class Recoverable(Compressor):
     text_weight : weight of the text similarity against that of keys, in forming clusters
     """
 
-    tower_layers: ClassVar = (-1,)
+    tower_layers = (-1,)
     needs_cls: ClassVar = True
 
     keep: Keep | None = None
     clip: str | None = None
-    tokenizer: object = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
     preset: str = "corrected"
-    shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    shares: Sequence[float] = (0.5, 0.3, 0.2)
     text_source: str | None = None
     turn: str | None = None
     text_pool: str | None = None
     pad_length: int | None = None
     patch_norm: bool = False
-    neighbours: tuple[int, int, int] | None = None
+    neighbours: Sequence[int] | None = None
     recovery: str | None = None
     centres: str | None = None
     keys: str | None = None
@@ -117,12 +123,13 @@ class Recoverable(Compressor):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
-        for name, value in PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        check_choices(self, preset=tuple(PRESETS))
+        for f in fields(Reading):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, getattr(PRESETS[self.preset], f.name))
+        self.reading = Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
         check_choices(
-            self,
-            preset=tuple(PRESETS),
+            self.reading,
             text_source=("question", "user", "system"),
             text_pool=("eot", "last_pad"),
             recovery=("minimum", "rest", "all"),
@@ -130,12 +137,12 @@ class Recoverable(Compressor):
             keys=("own", "shifted"),
             extra=("keep", "drop"),
         )
-        self.shares, self.neighbours = tuple(self.shares), tuple(self.neighbours)
+        self.shares, neighbours = tuple(self.shares), self.reading.neighbours
         if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares={self.shares}: give three shares, of filter, recovery and merging, that sum to 1")
-        if len(self.neighbours) != 3 or not all(isinstance(k, int) and k >= 1 for k in self.neighbours):
+        if len(neighbours) != 3 or not all(isinstance(k, int) and k >= 1 for k in neighbours):
             raise ValueError(
-                f"neighbours={self.neighbours}: give three integers from 1 on, for filter, recovery and centres"
+                f"neighbours={neighbours}: give three integers from 1 on, for filter, recovery and centres"
             )
         for name, least in (("cluster", 1), ("pad_length", 2)):
             value = getattr(self, name)
@@ -146,7 +153,7 @@ class Recoverable(Compressor):
         if self.turn is not None and re.compile(self.turn).groups != 1:
             raise ValueError(f"turn={self.turn!r}: give a regular expression with exactly one group, the user's text")
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Load the CLIP and the tokenizer, and check that they belong to the model.
 
         Raises:
@@ -197,7 +204,7 @@ class Recoverable(Compressor):
             text = self.text_of(image)
             if text not in embedded:
                 self.clip_text.to(image.tower.device)
-                embedded[text] = self.clip_text.embed(text, self.text_pool, self.pad_length)
+                embedded[text] = self.clip_text.embed(text, self.reading.text_pool, self.pad_length)
             results.append(self._compress(image, k, embedded[text]))
         return results
 
@@ -207,7 +214,7 @@ class Recoverable(Compressor):
             raise ValueError("Recoverable reads the question from input_ids; pass input_ids instead of inputs_embeds")
         prompt = self.prompt_tokenizer.decode(image.prompt.tolist())
         special = getattr(self.prompt_tokenizer, "all_special_tokens", ())
-        return find_text(prompt, self.text_source, self.turn, special)
+        return find_text(prompt, self.reading.text_source, self.turn, special)
 
     def _compress(self, image: ImageTokens, k: int | None, text: Tensor) -> Compressed:
         """Compress an image to k tokens, or to as many as the method finds, by the embedding of a text (d,)."""
@@ -261,19 +268,19 @@ class Recoverable(Compressor):
         if budget == n:
             return torch.arange(n, device=x.device), x[:0]
         parts = None if budget is None else largest_remainder(budget, self.shares)
-        seen = top(attention, count_outliers(attention, self.neighbours[0]) if parts is None else parts[0])
+        seen = top(attention, count_outliers(attention, self.reading.neighbours[0]) if parts is None else parts[0])
         found = self.recovered(similarity, seen, None if parts is None else parts[1])
         free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, torch.cat([seen, found]), False)
         selected, rest = (~free).nonzero()[:, 0], free.nonzero()[:, 0]
         a, t = attention[rest], similarity[rest]
         if parts is None:
-            base = {"rest": len(rest), "selected": len(selected), "image": n, "width": width}[self.centres]
-            count = min(share_of(count_outliers(a, self.neighbours[2]), len(rest), base), len(rest))
-            extra = count > 0 or self.extra == "keep"
+            base = {"rest": len(rest), "selected": len(selected), "image": n, "width": width}[self.reading.centres]
+            count = min(share_of(count_outliers(a, self.reading.neighbours[2]), len(rest), base), len(rest))
+            extra = count > 0 or self.reading.extra == "keep"
         else:
             count, extra = max(parts[2] - 1, 0), parts[2] > 0  # the extra token is one of the merged ones
         centres = top(a, count)
-        keys = keys[rest] if self.keys == "own" else keys[: len(rest)]
+        keys = keys[rest] if self.reading.keys == "own" else keys[: len(rest)]
         merged = [x[rest][centres] + clusters(a, t, keys, centres, self.cluster, self.text_weight) @ x[rest]]
         if extra and count < len(rest):
             others = torch.ones_like(a).index_fill(0, centres, 0).bool()
@@ -291,12 +298,12 @@ class Recoverable(Compressor):
         Returns:
             (count,) indices, most similar first.
         """
-        n, neighbours = len(similarity), self.neighbours[1]
-        if count is None and self.recovery == "all":
+        n, neighbours = len(similarity), self.reading.neighbours[1]
+        if count is None and self.reading.recovery == "all":
             return top(similarity, count_outliers(similarity, neighbours))
         left = similarity.index_fill(0, seen, float("-inf"))
         if count is None:
-            if self.recovery == "rest":
+            if self.reading.recovery == "rest":
                 count = count_outliers(similarity[left.isfinite()], neighbours)
             else:
                 filled = torch.where(left.isfinite(), similarity, similarity.min())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class ClipText(nn.Module):
         self.stem = stem.detach().float().cpu()
         self.requires_grad_(False).eval().float()
 
-    def check_tower(self, tower: nn.Module) -> None:
+    def check_tower(self, tower: Any) -> None:
         """Refuse a model whose vision tower is not this CLIP's; a fine-tuned one passes.
 
         Raises:
@@ -131,7 +132,7 @@ def _hf_clip(name: str) -> ClipText:
     return hf_clip_text(model, tokenize, tokenizer.eos_token_id)
 
 
-def hf_clip_text(model: nn.Module, tokenize: Callable[[str, int], list[int]], end: int) -> ClipText:
+def hf_clip_text(model: Any, tokenize: Callable[[str, int], list[int]], end: int) -> ClipText:
     """Take the text tower out of a loaded HF `CLIPModel`.
 
     Args:
@@ -193,7 +194,7 @@ def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
     )
 
 
-def default_clip(model: nn.Module) -> str:
+def default_clip(model: Any) -> str:
     """Return the name of the CLIP that a model's vision tower comes from.
 
     Raises:

@@ -5,9 +5,10 @@ arXiv 2407.14439.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
@@ -136,7 +137,7 @@ class TokenCorr(Compressor):
         if self.neighbours < 1:
             raise ValueError(f"neighbours={self.neighbours}: give at least 1, or use merge='none'")
 
-    def setup(self, model: nn.Module) -> None:
+    def setup(self, model: Any) -> None:
         """Find the tower's layers and the projector."""
         deep = self.deep
         if deep is None:
@@ -144,9 +145,7 @@ class TokenCorr(Compressor):
             used = used if isinstance(used, int) else used[-1]
             deep = used if used < 0 else max(0, used - 1)  # hidden state i is the output of layer i - 1
         depth = len(encoder_layers(model.model))
-        self.low_layer, self.deep_layer = (
-            min(depth - 1, round(x * depth)) if isinstance(x, float) else x for x in (self.low, deep)
-        )
+        self.low_layer, self.deep_layer = _tower_layer(self.low, depth), _tower_layer(deep, depth)
         self.tower_layers = tuple({self.low_layer, self.deep_layer})
         self.cls = has_cls(model.model)
         self.projector = model.model.multi_modal_projector
@@ -252,6 +251,10 @@ class TokenCorr(Compressor):
         if before_projector:
             y = self.projector(y.to(image.tower.dtype))
         return image.features.index_copy(0, torch.cat(places), y.to(image.features))
+
+
+def _tower_layer(layer: int | float, depth: int) -> int:
+    return min(depth - 1, round(layer * depth)) if isinstance(layer, float) else layer
 
 
 def _resized(x: Tensor, side: int) -> Tensor:
