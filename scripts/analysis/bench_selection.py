@@ -525,11 +525,15 @@ def compare(ours: Tensor, plain: Tensor) -> float:
 
 
 def _milliseconds(function: Callable[[], Tensor], device: str) -> float:
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    sync()
+    """Time one call: processor time on a CPU, so that other programs do not count; on a GPU until it has finished."""
+    if device == "cpu":
+        start = time.process_time()
+        function()
+        return 1000 * (time.process_time() - start)
+    torch.cuda.synchronize()
     start = time.perf_counter()
     function()
-    sync()
+    torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - start)
 
 
@@ -538,11 +542,12 @@ def markdown(record: dict) -> str:
     lines = [
         "# Selection and merging against their formulas",
         "",
-        "Median milliseconds on one set of inputs, at the shapes of LLaVA-1.5-7B (N = 576) and LLaVA-NeXT-7B (2880). "
-        "The plain version takes the formula literally, with tensors (`scripts/analysis/bench_selection.py`). The "
-        "speed-up is the median over repetitions, interleaved, of plain over ours. Both give the same result in every "
-        "row, or the script fails. Ours can be slower where it orders ties (the lower index first), computes in fp64, "
-        "keeps no full attention map in memory, or sums in an order that repeats on GPUs.",
+        "Median milliseconds (on a CPU, of processor time) on one set of inputs, at the shapes of LLaVA-1.5-7B "
+        "(N = 576) and LLaVA-NeXT-7B (2880). The plain version takes the formula literally, with tensors "
+        "(`scripts/analysis/bench_selection.py`). The speed-up is the median over repetitions, interleaved, of plain "
+        "over ours. Both give the same result in every row, or the script fails. Ours can be slower where it orders "
+        "ties (the lower index first), computes in fp64, keeps no full attention map in memory, or sums in an order "
+        "that repeats on GPUs.",
         "",
         "`max-min, loop in NumPy` has the same algorithm on both sides. It shows how much of a selection on a CPU a "
         "loop over picks in NumPy would save, and so why that loop exists only once, in PyTorch.",
@@ -583,6 +588,7 @@ def main() -> int:
     given = parser.parse_args()
     sizes, widths, repeats = (QUICK_BUDGETS, QUICK, 1) if given.quick else (BUDGETS, FULL, given.repeats)
     results = []
+    torch.set_num_threads(1)  # a function's processor time is then its time
     with torch.inference_mode():
         for n, budgets in sizes.items():
             for case in cases(n, budgets, widths, given.device):
