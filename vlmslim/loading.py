@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmslim import bundled
 from vlmslim.io.messages import did_you_mean, one_line
 from vlmslim.patching import Slim, patch
-from vlmslim.registry import Spec
+from vlmslim.registry import Spec, build
 from vlmslim.saving.folder import CONFIG, read
 
 Name = str | os.PathLike[str]
@@ -65,10 +65,11 @@ def from_pretrained(
         OSError: there is no such checkpoint.
     """
     place = located(name, method, base=base, revision=revision, options=options)
+    methods = [build(stage) for stage in place.stages]  # before the checkpoint, because that may take minutes to load
     model, processor = load(
         place, dtype=dtype, device_map=device_map, attention=attn_implementation, trust_remote_code=trust_remote_code
     )
-    slim = patch(model, place.stages)
+    slim = patch(model, methods)
     slim.processor = processor
     return slim
 
