@@ -81,6 +81,7 @@ def train(settings: Settings, data: Items, out: Path, stop: int | None = None) -
     model, processor = load(settings)
     slim = vlmslim.patch(model, "atp", **{"weights": f"random:{settings.seed}"} | settings.method)
     modules, budget = slim.trained["atp"], BudgetLoss(**settings.script)
+    assert isinstance(modules, ThresholdModules)
     loss = budget.loss(modules, len(model.model.language_model.layers))
     before_step = budget.anneal(modules, settings.steps)
     return finetune(slim, processor, data, settings, out, loss, before_step, stop)

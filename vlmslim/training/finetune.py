@@ -146,6 +146,8 @@ class Answers:
 class Tuned(nn.Module):
     """The patched model and its trained parts as one module, because DistributedDataParallel must see both."""
 
+    model: Any
+
     def __init__(self, slim: vlmslim.Slim):
         super().__init__()
         self.model, self.trained = slim.model, slim.trained
@@ -393,7 +395,8 @@ class RunFolder:
 
 def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:
     """Freeze the patched model except for the parts to train, which become fp32."""
-    model, tuned = slim.model, Tuned(slim)
+    tuned = Tuned(slim)
+    model = tuned.model
     model.requires_grad_(False)
     if settings.train_decoder:
         for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):

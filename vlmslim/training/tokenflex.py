@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 import vlmslim
-from vlmslim.methods.tokenflex import pool_square
+from vlmslim.methods.tokenflex import TokenFlex, pool_square
 from vlmslim.training.conversations import Collator, Items
 from vlmslim.training.finetune import Settings, finetune, load
 
@@ -37,6 +37,7 @@ def warm_start(
     and never runs the language model. Counts are drawn as in training.
     """
     core, method, projector = slim.model.model, slim.methods[0], slim.trained["tokenflex"]
+    assert isinstance(method, TokenFlex)
     device = PartialState(cpu=settings.device == "cpu").device  # each process has its own
     for module in (core.vision_tower, core.multi_modal_projector, projector):
         module.to(device)

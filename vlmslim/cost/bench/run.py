@@ -179,6 +179,7 @@ class _Scenario:
         }
 
     def patched(self, variant: dict | None) -> AbstractContextManager:
+        """Patch the model inside the context, and yield the patch; yield None for the unpatched model."""
         return nullcontext() if variant is None else vlmslim.patch(self.model, [variant])
 
     def count(self, variant: dict | None) -> dict[str, Any]:
