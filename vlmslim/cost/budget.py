@@ -284,9 +284,10 @@ def search_nearest(
 
 def _with_option(spec: Spec, option: str, value: int | float) -> Solved:
     """Set one option of a method."""
+    changed: dict[str, Any] = {option: value}
     if isinstance(spec, Compressor):
-        return replace(spec, **{option: value})
-    return ({"method": spec} if isinstance(spec, str) else spec) | {option: value}
+        return replace(spec, **changed)
+    return ({"method": spec} if isinstance(spec, str) else spec) | changed
 
 
 def _accepts(spec: Spec, option: str, value: int) -> bool:
