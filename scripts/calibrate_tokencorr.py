@@ -1,41 +1,38 @@
 """Find TokenCorr's alpha for a checkpoint: the key similarity at which a wanted share of the patches stays.
 
-Similarities between keys have an offset that differs from tower to tower, so an alpha does not travel. This looks at
-pictures (never those of a benchmark) and prints the line for a configuration:
+Key similarities have an offset that differs between towers, so every tower needs an alpha of its own. The script looks
+at pictures (never at those of a benchmark) and prints the line for a configuration:
 
     python scripts/calibrate_tokencorr.py bundled/tiny-llava --share 0.2
     python scripts/calibrate_tokencorr.py bundled/tiny-llava-next --pictures pages --share 0.2
     python scripts/calibrate_tokencorr.py llava-hf/llava-v1.6-mistral-7b-hf --pictures DIR --share 0.2 beta=0.1
 
-`--pictures` takes `scenes` or `pages` (pictures of the bundled benchmarks' training split, made on the spot) or a
-folder of image files. Options of TokenCorr other than alpha and keep follow as NAME=VALUE.
+`--pictures` takes `scenes` or `pages` (pictures of the bundled benchmarks' training split, made when they are needed),
+or a folder of image files. Options of TokenCorr other than alpha and keep follow as NAME=VALUE.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent / "bundled"))
+sys.path.append(str(Path(__file__).with_name("bundled")))
 
 import argparse
 import random
 from collections.abc import Iterator
-from dataclasses import fields
-from pathlib import Path
 
-import torch
 import yaml
 from PIL import Image
 
-from vlmslim.loading import load
-from vlmslim.methods.tokencorr import TokenCorr
+from vlmslim.loading import default_device, load
 from vlmslim.methods.tokencorr.calibration import calibrate
+from vlmslim.registry import options_of
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def pictures(source: str, count: int, seed: int) -> Iterator[Image.Image]:
-    """`count` pictures of the training split of a bundled benchmark, or drawn from a folder."""
-    first = 10_000_000 * (1 + seed)  # far from the seeds that training begins with
+    """Make pictures of the training split of a bundled benchmark, or draw them from a folder."""
+    first = 10_000_000 * (1 + seed)  # far from the pictures that trained the bundled checkpoints
     if source == "scenes":
         from scenes import make_scene
 
@@ -53,8 +50,8 @@ def pictures(source: str, count: int, seed: int) -> Iterator[Image.Image]:
 
 
 def options(given: list[str]) -> dict:
-    """NAME=VALUE pairs as options of TokenCorr."""
-    known = {f.name for f in fields(TokenCorr)} - {"alpha", "keep"}
+    """Read NAME=VALUE pairs as options of TokenCorr."""
+    known = options_of("tokencorr").keys() - {"alpha", "keep"}
     found = {}
     for pair in given:
         name, equals, value = pair.partition("=")
@@ -74,7 +71,7 @@ def main() -> None:
     parser.add_argument("--pictures", default="scenes", help="scenes, pages or a folder")
     parser.add_argument("--count", type=int, default=100, help="how many pictures")
     parser.add_argument("--seed", type=int, default=0, help="other pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("options", nargs="*", help="of TokenCorr, NAME=VALUE")
     args = parser.parse_intermixed_args()

@@ -1,9 +1,8 @@
 """The threshold that `calibrate` finds keeps what was asked for."""
 
-import importlib
 import sys
-from pathlib import Path
 
+import calibrate_tokencorr
 import numpy as np
 import pytest
 import torch
@@ -50,12 +49,10 @@ def test_what_cannot_be_calibrated_is_refused():
 @pytest.fixture
 def script(monkeypatch):
     """`scripts/calibrate_tokencorr.py`, run with arguments."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    module = importlib.import_module("calibrate_tokencorr")
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["calibrate_tokencorr.py", *arguments])
-        module.main()
+        calibrate_tokencorr.main()
 
     return run
 

@@ -260,7 +260,7 @@ def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
 
 
 @pytest.mark.parametrize("family", ["llava", "next"])
-@pytest.mark.parametrize("keep", [None, 1, 5, 0.4])
+@pytest.mark.parametrize("keep", [None, 0.4])
 @torch.no_grad()
 def test_batch_is_singles(folder, family, keep):
     model = patched(folder, family)
@@ -288,33 +288,13 @@ def test_batch_is_singles(folder, family, keep):
         assert summary["kept"] == summary["requested"] == sum(asked_for) / 4
 
 
-@pytest.mark.parametrize("keep", [1.0, "all"])
-@torch.no_grad()
-def test_keeping_everything_changes_nothing(hf_folder, backend, keep):
-    for family in ("llava", "next"):
-        model = patched(hf_folder, family, backend=backend)
-        inputs = batch(model, [ROWS[0]])
-        n = visual_tokens(family, Picture(0).size)
-        want, want_logits = greedy(model, inputs)
-        with vlmslim.patch(model, method_for(hf_folder, keep=n if keep == "all" else keep)) as slim:
-            got, logits = greedy(model, inputs)
-            assert not slim.receipt.had_effect
-        assert torch.equal(got.sequences, want.sequences)
-        assert torch.equal(logits, want_logits)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llava", "next"])
 @torch.no_grad()
-def test_half_precision(folder, family, dtype):
+def test_it_decides_in_half_precision_too(folder, family, dtype):
     model = patched(folder, family, dtype)
-    inputs = batch(model, ROWS)
-    with vlmslim.patch(model, method_for(folder, keep=6)) as slim:
-        out, logits = greedy(model, inputs)
-        assert logits.isfinite().all()
-        assert slim.receipt.summary()["kept"] == 6
     with vlmslim.patch(model, method_for(folder)) as slim:
-        assert greedy(model, inputs)[1].isfinite().all()
+        assert greedy(model, batch(model, ROWS))[1].isfinite().all()
         assert 1 <= slim.receipt.summary()["kept"] < slim.receipt.summary()["visual_tokens"]
 
 

@@ -6,7 +6,7 @@ from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import noise, seeds, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, greedy, keep_only, reference, tiny, words
+from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, keep_only, reference, tiny, words
 
 import vlmslim
 from vlmslim.methods import tokencorr as core
@@ -172,25 +172,14 @@ def test_merging_happens_before_the_projector(family, merge):
     close(logits, reference(model, inputs, keep_only(inputs, [got.index]), embeds=embeds).full_logits())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("keep", [1, 3, 5, 15, 0.25, 0.6])
-def test_a_target_is_met_exactly(family, keep):
+def test_an_alpha_that_nothing_exceeds_keeps_everything(family):
     model = tiny(family)
-    with vlmslim.patch(model, "tokencorr", keep=keep) as slim:
-        model(**batch(model, ROWS))
-    receipt = slim.receipt.summary()
-    assert receipt["kept"] == receipt["requested"]
+    check_changes_nothing(model, batch(model, ROWS), TokenCorr(alpha=1.0))
 
 
-@pytest.mark.parametrize("options", [{"keep": 1.0}, {"alpha": 1.0}], ids=str)
-def test_keeping_everything_changes_nothing(family, options):
-    model = tiny(family)
-    check_changes_nothing(model, batch(model, ROWS), TokenCorr(**options))
-
-
-@pytest.mark.parametrize("options", [{"alpha": 0.3}, {"keep": 0.4}, {"alpha": 0.3, "sampling": "multinomial"}], ids=str)
-def test_a_batch_is_its_rows(family, backend, options):
-    check_a_batch_is_its_rows(tiny(family, backend), LONG_ROWS, TokenCorr(**options))
+@pytest.mark.parametrize("options", [{"alpha": 0.3}, {"alpha": 0.3, "sampling": "multinomial"}], ids=str)
+def test_a_batch_is_its_rows(family, options):
+    check_a_batch_is_its_rows(tiny(family), LONG_ROWS, TokenCorr(**options))
 
 
 @torch.no_grad()
@@ -217,16 +206,6 @@ def test_padding_takes_no_part():
     for view in views:
         for i, (crop, row, column) in enumerate(image.grid[view.slots].tolist()):
             close(view.keys[i], k[crop, :, 1 + row * 4 + column].flatten())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision(family, dtype):
-    model = tiny(family, dtype=dtype)
-    with vlmslim.patch(model, "tokencorr", keep=5) as slim:
-        _, logits = greedy(model, batch(model, ROWS))
-    assert logits.isfinite().all()
-    assert slim.receipt.summary()["kept"] == 5
 
 
 def test_gradients_pass_to_the_features():
