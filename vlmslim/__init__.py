@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+    from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, ScoreAndKeep
     from vlmslim.loading import from_pretrained
     from vlmslim.patching import Slim, patch
     from vlmslim.receipt import Receipt
@@ -25,6 +25,7 @@ __all__ = [
     "ImageTokens",
     "LayerInput",
     "Receipt",
+    "ScoreAndKeep",
     "Slim",
     "from_pretrained",
     "method",
@@ -32,7 +33,7 @@ __all__ = [
     "patch",
 ]
 _MODULES = {
-    "compressor": ("Compressed", "Compressor", "ImageTokens", "LayerInput"),
+    "compressor": ("Compressed", "Compressor", "ImageTokens", "LayerInput", "ScoreAndKeep"),
     "loading": ("from_pretrained",),
     "patching": ("Slim", "patch"),
     "receipt": ("Receipt",),

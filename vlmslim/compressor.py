@@ -1,10 +1,10 @@
-"""The one abstraction, a `Compressor`, and the records it is handed: `ImageTokens` and `LayerInput`."""
+"""The contract of a method: `Compressor`, what it is shown (`ImageTokens`, `LayerInput`) and returns (`Compressed`)."""
 
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
 
-Keep = int | float
+Keep: TypeAlias = int | float  # a count, or a share of an image's visual tokens
+
+
+# --- options that many methods have -----------------------------------------------------------------------------------
 
 
 def check_keep(keep: Keep, name: str = "keep") -> None:
@@ -61,8 +64,8 @@ def check_layer(layer: int | float, name: str = "layer") -> None:
 def resolve_layer(layer: int | float, depth: int) -> int:
     """Turn a share of the depth into a decoder layer; a number stays as it is.
 
-    A share is rounded down, and stays between 1 and `depth` - 1 however few layers there are: before layer 0 nothing
-    has attended yet, and behind the last layer there is nothing to save. 7/8 is layer 28 of 32, 24 of 28 and 3 of 4.
+    A share is rounded down and stays between 1 and `depth` - 1, because before layer 0 nothing has attended yet and
+    after the last layer there is nothing to save. 7/8 is layer 28 of 32, 24 of 28 and 3 of 4.
     """
     if not isinstance(layer, float):
         return layer
@@ -70,15 +73,18 @@ def resolve_layer(layer: int | float, depth: int) -> int:
 
 
 def check_choices(options: object, **known: tuple[str, ...]) -> None:
-    """Refuse options whose value is none of the known words: `check_choices(self, order=("raster", "released"))`.
+    """Refuse options whose value is unknown: `check_choices(self, order=("raster", "released"))`.
 
     Raises:
-        ValueError: which option, and what it may be.
+        ValueError: names the option and its known values.
     """
-    for name, words in known.items():
+    for name, values in known.items():
         value = getattr(options, name)
-        if value not in words:
-            raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, words))}")
+        if value not in values:
+            raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, values))}")
+
+
+# --- before the language model ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -111,9 +117,12 @@ class ImageTokens:
     features : (n, d)       projected tokens, in the order the language model would read them
     tower    : (c, p, v)    vision-tower features of each crop (or frame), as they enter the projector
     pixels   : (c, 3, h, w) the crops themselves
-    tiles    : (rows, columns) of the anyres mosaic; (0, 0) without one
-    size     : (height, width) of the picture that was cut into tiles; (0, 0) where none was
+    tiles    : rows and columns of tiles in the anyres mosaic; (0, 0) without tiles
+    size     : height and width of the picture that was cut into tiles; (0, 0) without tiles
     video    : whether the crops are the frames of a video
+    prompt   : (t,) ids of the text tokens of the same prompt, on the CPU; None if the caller gave embeddings
+    make_grid       : computes `grid` when a method asks for it
+    recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
     """
 
     features: Tensor
@@ -122,9 +131,9 @@ class ImageTokens:
     tiles: tuple[int, int] = (0, 0)
     size: tuple[int, int] = (0, 0)
     video: bool = False
-    layout: Callable[[], Tensor] | None = None  # computes `grid`
-    words: Callable[[], Tensor] | None = None  # computes `prompt`
-    taps: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)  # tower layer -> module, its input
+    prompt: Tensor | None = None
+    make_grid: Callable[[], Tensor] | None = None
+    recorded_layers: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def grid(self) -> Tensor:
@@ -132,28 +141,27 @@ class ImageTokens:
 
         Crop 0 is the whole image (the thumbnail under anyres), 1.. are the tiles in reading order; for a video the
         crop is the frame. Rows and columns count within the crop.
-        """
-        return self.layout().to(self.features.device)
 
-    @cached_property
-    def prompt(self) -> Tensor | None:
-        """(t,) ids of the text tokens of the same prompt, on the CPU; None when the caller gave embeddings."""
-        return self.words() if self.words is not None else None
+        Raises:
+            RuntimeError: the image was made without `make_grid`.
+        """
+        if self.make_grid is None:
+            raise RuntimeError("the positions of this image's tokens are unknown; make it with make_grid=...")
+        return self.make_grid().to(self.features.device)
 
     @cached_property
     def mosaic(self) -> Tensor:
         """(n, 3): component (0 whole image, 1 mosaic of tiles, frame number for a video; -1 newline), row, column.
 
-        Unlike `grid`, the tiles of an image share one coordinate system here.
+        Unlike in `grid`, the tiles of an image share one coordinate system.
         """
-        if self.video or not self.tiles[1]:
+        rows, columns = self.tiles
+        if self.video or not columns:
             return self.grid
         crop, row, column = self.grid.unbind(1)
-        side = self.side
-        tile = crop - 1
-        inside = crop > 0
-        row = torch.where(inside, row + tile // self.tiles[1] * side, row)
-        column = torch.where(inside, column + tile % self.tiles[1] * side, column)
+        tile, in_tile = crop - 1, crop > 0
+        row = torch.where(in_tile, row + tile // columns * self.side, row)
+        column = torch.where(in_tile, column + tile % columns * self.side, column)
         return torch.stack([crop.clamp(max=1), row, column], dim=1)
 
     @property
@@ -163,100 +171,112 @@ class ImageTokens:
 
     @property
     def fingerprint(self) -> int:
-        """A number that depends on the pixels alone: the same image gets the same one in any batch.
-
-        On every fourth row and column of them: to bring them all to the host would take longer than to choose tokens.
-        """
-        return zlib.crc32(self.pixels[..., ::4, ::4].detach().float().cpu().contiguous().numpy())
+        """A number that depends on the pixels only, so that an image has the same one in any batch."""
+        return zlib.crc32(self.pixels.detach().float().cpu().contiguous().numpy().data)
 
     def generator(self, seed: int) -> torch.Generator:
-        """A CPU generator for a random choice that the same image and seed repeat in any batch and in any run."""
+        """Return a CPU generator of random numbers, the same for this image and seed in any batch and in any run."""
         mixed = (seed * 0x9E3779B1 + self.fingerprint) % 2**32  # torch reads 32 bits of a CPU generator's seed
         return torch.Generator().manual_seed(mixed)
 
     def qk(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys of tower layer `layer`, unscaled, heads apart, CLS included: (c, heads, p', v / heads) each.
+        """Compute queries and keys of a vision-tower layer, unscaled, CLS included: (c, heads, p', v / heads) each.
 
         Raises:
             RuntimeError: the method did not list `layer` in `tower_layers`.
         """
-        if layer not in self.taps:
+        if layer not in self.recorded_layers:
             raise RuntimeError(f"tower layer {layer} was not recorded: list it in `tower_layers`")
-        return tower_qk(*self.taps[layer])
+        return tower_qk(*self.recorded_layers[layer])
 
     def pick(self, index: Tensor) -> Compressed:
         """Keep the image's own tokens at `index` (k,), in that order."""
         return Compressed(None, index)
 
 
+# --- between decoder layers -------------------------------------------------------------------------------------------
+
+
 @dataclass
 class LayerInput:
     """The tokens about to enter decoder layer `layer`, in a prefill that brought images.
 
-    hidden  : (B, S, d)    hidden states
-    mask    : (B, S)       False at padding
-    image   : (B, S)       0 at text and padding; i at the visual tokens of the row's i-th image
-    origin  : (B, S)       index of each token in the caller's sequence
-    last    : (B,)         index of the last real token of each row
-    entered : B lists      how many visual tokens of each image of the row entered the language model
-    images  : B lists      the images themselves
-    slot    : (B, S)       place of each visual token among its image's n; -1 at text, padding, and at tokens that a
-                           stage before the language model made without saying from which
-    weight  : (B, S)       how strongly each token may be attended to at this layer; None where all count in full
+    hidden   : (B, S, d) hidden states
+    mask     : (B, S)    False at padding
+    image    : (B, S)    i at the visual tokens of the row's i-th image, from 1; 0 at text and padding
+    slot     : (B, S)    position of a visual token among its image's n, from 0; -1 at text, at padding, and at tokens
+                         that a stage before the language model made without saying which slots they take
+    origin   : (B, S)    index of each token in the caller's sequence
+    last     : (B,)      index of the last token of each row that is not padding
+    entered  : per row, how many visual tokens of each image entered the language model
+    images   : per row, the images themselves
+    weight   : (B, S)    how strongly each token may be attended to at this layer; None if all count in full
+    previous : the layer before, its input and its rotary embeddings
+    keys     : (B, kv heads, S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
     """
 
     layer: int
     hidden: Tensor
     mask: Tensor
     image: Tensor
+    slot: Tensor
     origin: Tensor
     last: Tensor
     entered: list[list[int]]
-    images: list[list[ImageTokens]] = field(default_factory=list)
-    slot: Tensor | None = None
+    images: list[list[ImageTokens]]
     weight: Tensor | None = None
-    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None  # layer, its input, rotary embeddings
-    keys: Tensor | None = None  # of that layer, where the KV cache has them
+    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    keys: Tensor | None = None
 
     @cached_property
-    def _attended(self) -> DecoderAttention:
+    def _attention(self) -> DecoderAttention:
         if self.previous is None:
             raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
         return DecoderAttention(*self.previous, self.mask, self.keys)
 
     def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
-        """Attention that layer `layer - 1` paid from the query tokens `rows` (B, q): (B, heads, q, S), fp32.
+        """Compute the attention that query tokens paid in layer `layer - 1`.
 
-        Recomputed for these rows alone, so that any attention back end serves and no full map exists. With `end`, as
-        far as (B, heads, q, end), which is all that rows before `end` can see.
+        It is recomputed for these rows alone, so that every attention back end serves and no full map exists.
 
-        Raises:
-            RuntimeError: asked before layer 0, where nothing has attended yet.
+        Args:
+            rows: (B, q) indices of the query tokens.
+            temperature: of the softmax.
+            end: look at the tokens before `end` only, which is all that rows before `end` can see; None for all.
+
+        Returns:
+            (B, heads, q, S) in fp32, or (B, heads, q, end).
         """
-        attended = self._attended
-        rows = rows.to(attended.mask.device)
-        logits = attended.logits(rows, end)
+        attention = self._attention
+        rows = rows.to(attention.mask.device)
+        logits = attention.logits(rows, end)
         if self.weight is not None:
             logits = weighted_logits(logits, self.weight[:, :end].to(logits.device), rows)
         return logits.div_(temperature).softmax(-1).to(self.hidden.device)
 
     def top(self, score: Tensor, keep: Keep) -> Tensor:
-        """(B, S) bool: for every image the `keep` tokens of highest `score` (B, S), lower index first on ties.
+        """Choose for every image the `keep` tokens of highest `score` (B, S), the lower index first on ties.
 
         A share counts from what entered the language model.
+
+        Returns:
+            (B, S) bool, True at the chosen visual tokens.
 
         Raises:
             ValueError: `keep` is a count larger than an image.
         """
-        budget = [[0] + [resolve_keep(keep, n) for n in row] for row in self.entered]
-        width = max(map(len, budget))
-        budget = torch.tensor([row + [0] * (width - len(row)) for row in budget], device=score.device)
+        counts = [[0] + [resolve_keep(keep, n) for n in row] for row in self.entered]  # 0 of text and padding
+        width = max(map(len, counts))
+        budget = torch.tensor([row + [0] * (width - len(row)) for row in counts], device=score.device)
         return (rank_within_groups(score, self.image) < budget.gather(1, self.image)) & (self.image > 0)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Compressor:
-    """A visual-token compression method: settings and weights, never anything about the current image.
+    """A visual-token compression method: settings and weights, and nothing about the current image.
 
     Override `compress` to choose, merge or re-project the tokens of an image before the language model, `retain` to
     drop tokens between decoder layers, or both. Shared attributes:
@@ -284,43 +304,80 @@ class Compressor:
         """Look at the model once, when it is patched: check it, load trained weights."""
 
     def trained(self) -> nn.Module | None:
-        """The trained part, once `setup` has run: what training optimises and saving writes. None without one."""
+        """Return what training optimises and saving writes, once `setup` has run; None for a training-free method."""
         return None
 
     def stages(self) -> list["Compressor"]:
-        """The stages this method is made of, in order; by default itself."""
+        """Return the stages that this method consists of, in order; by default itself."""
         return [self]
 
     def requested(self, n: int) -> int | None:
-        """How many of an image's `n` tokens this method was asked to keep; None if it decides itself."""
+        """Return how many of an image's `n` tokens this method was asked to keep; None if it decides itself."""
         keep = getattr(self, "keep", None)
         return resolve_keep(keep, n) if isinstance(keep, int | float) else None
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """How many of the `n` tokens that this stage gets of an image each of `depth` decoder layers sees.
+        """Return how many of an image's `n` tokens each of `depth` decoder layers sees, as far as the settings say.
 
-        As far as the settings tell; the receipt says what happened. By default `requested` from the first of `layers`.
+        The receipt says what happened. By default `requested`, from the first of `layers` on.
         """
         k = self.requested(n)
         first = min((resolve_layer(layer, depth) for layer in self.layers), default=0)
         return [n] * first + [n if k is None else k] * (depth - first)
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Compress the images of one forward. Override to batch across images; the default goes one by one."""
+        """Compress the images of one forward. Override to batch across images; by default they go one by one."""
         return [self.compress(image) for image in images]
 
     def compress(self, image: ImageTokens) -> Compressed:
-        """The k <= n tokens that this image sends to the language model."""
+        """Return the k <= n tokens that an image sends to the language model."""
         raise NotImplementedError(f"{type(self).__name__} does not compress before the language model")
 
     def retain(self, tokens: LayerInput) -> Tensor:
-        """(B, S) bool, True at the tokens that stay from `tokens.layer` on. Text always stays."""
+        """Return (B, S) bool, True at the tokens that stay from `tokens.layer` on. Text always stays."""
         raise NotImplementedError(f"{type(self).__name__} sets `layers` but does not override `retain`")
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:
-        """(B, S) in [0, 1]: how strongly each token may be attended to from `tokens.layer` on; None asks `retain`.
+        """Return how strongly each token may be attended to from `tokens.layer` on: (B, S) in [0, 1]; None: `retain`.
 
-        For methods in training: nothing is dropped, gradients pass, and weights of successive layers multiply. A
+        For methods in training: nothing is dropped, gradients pass, and the weights of successive layers multiply. A
         weight of zero is what `retain` would drop. Text always counts in full.
         """
         return None
+
+
+@dataclass
+class ScoreAndKeep(Compressor):
+    """Base of the methods that score the tokens of an image and keep the best before the language model.
+
+        @dataclass
+        class Norm(ScoreAndKeep):
+            def score(self, image):
+                return image.features.norm(dim=-1)
+
+    Newline tokens of anyres images and videos are scored like any other token.
+
+    keep      : visual tokens to keep per image, a count or a share
+    positions : "renumbered" or "original" rotary positions
+    """
+
+    keep: Keep = 0.25
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def score(self, image: ImageTokens) -> Tensor:
+        """Return one number for each token of an image, (n,). Higher is better."""
+        raise NotImplementedError(f"{type(self).__name__} does not override `score`")
+
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Keep the tokens of highest score, the lower index first on ties, in reading order."""
+        n, score = len(image.features), self.score(image)
+        if not isinstance(score, Tensor) or score.shape != (n,):
+            got = f"a Tensor {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"{type(self).__name__}.score returned {got}: return a tensor of shape ({n},), a number for each token"
+            )
+        order = score.argsort(descending=True, stable=True)
+        return image.pick(order[: resolve_keep(self.keep, n)].sort().values)

@@ -11,8 +11,8 @@ from torch import nn
 
 from vlmslim import registry
 from vlmslim.compressor import Compressor
-from vlmslim.engine.decoder import DecoderHooks
 from vlmslim.engine.families import family_of, has_cls
+from vlmslim.engine.hooks import Hooks
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
 from vlmslim.registry import build, is_method_name, name_of
@@ -30,41 +30,25 @@ class Slim:
         stages: the stages that they consist of, in the order in which they act.
         trained: the trained parts by method name, an empty `nn.ModuleDict` for training-free methods. They belong to
             the handle: the model's own parameters and state dict stay as they are.
-        receipt: what really happened since the patch or the last `reset_receipt()`.
-        processor: the checkpoint's, when `vlmslim.from_pretrained` loaded both; else None.
+        receipt: what happened since the patch or the last `reset_receipt()`.
+        processor: the checkpoint's processor, if `vlmslim.from_pretrained` loaded both; else None.
     """
 
-    def __init__(self, model: nn.Module, methods: list[Compressor]):
+    def __init__(self, model: Any, methods: list[Compressor]):
         family_of(model)  # refuses what cannot be patched
         check_unpatched(model)
         self.model, self.methods = model, methods
         self.processor: Any = None
-        core = model.model
         parts = [copy.copy(part) for method in methods for part in method.stages()]
         for part in parts:
-            if part.needs_cls and not has_cls(core):
-                raise ValueError(
-                    f"{type(part).__name__} reads the vision tower's CLS token, and "
-                    f"{type(core.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
-                    "choose another method for this checkpoint"
-                )
-            with torch.random.fork_rng(devices=[]):  # what is built here draws nothing from the caller's random state
+            _check_cls(part, model)
+            with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
                 part.setup(model)
         self.trained = _trained(parts)
-        depth = len(core.language_model.layers)
+        depth = len(model.model.language_model.layers)
         self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
-        text, parameter = model.config.get_text_config(), next(model.model.language_model.parameters())
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.receipt = Receipt(
-            method=str(self),
-            positions=next((s.method.positions for s in self.stages if s.acts_before_llm), "original"),
-            backend=text._attn_implementation,
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            kv_numbers=2 * text.num_key_value_heads * head,
-            layers=depth,
-            places=tuple((stage.name, stage.layers) for stage in self.stages),
-        )
-        self._hooks = DecoderHooks(model, self.stages, self.receipt)
+        self.receipt = _empty_receipt(model, str(self), self.stages)
+        self._hooks = Hooks(model, self.stages, self.receipt)
         self._hooks.attach()
         model.save_pretrained = _Saving(self)
         model._vlmslim = self
@@ -75,7 +59,7 @@ class Slim:
             self._hooks.detach()
             del self.model._vlmslim, self.model.save_pretrained
 
-    def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor=None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:
         """Write the patch: methods and options to `vlmslim.json`, trained parts to `model.safetensors`.
 
         `vlmslim.from_pretrained(folder)` and `vlmslim.patch(model, folder)` restore it.
@@ -98,7 +82,7 @@ class Slim:
     def __enter__(self) -> "Slim":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __str__(self) -> str:
@@ -117,12 +101,12 @@ def _trained(parts: list[Compressor]) -> nn.ModuleDict:
 
 
 class _Saving:
-    """Stands in for `save_pretrained` of a patched model: a checkpoint does not carry the patch, and that is said."""
+    """Stands in for `save_pretrained` of a patched model, and warns that a checkpoint does not contain the patch."""
 
     def __init__(self, slim: Slim):
         self.slim, self.save = slim, slim.model.save_pretrained
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
             f"the checkpoint is saved without its patch ({self.slim}); slim.save_pretrained(folder) saves the patch, "
             "with_base=True both; or call vlmslim.patch again after loading",
@@ -173,3 +157,27 @@ def check_unpatched(model: nn.Module) -> None:
     """
     if (slim := getattr(model, "_vlmslim", None)) is not None:
         raise RuntimeError(f"this model is already patched with {slim}; remove() that patch first")
+
+
+def _check_cls(method: Compressor, model: Any) -> None:
+    """Refuse a method that reads the CLS token on a model whose vision tower has none."""
+    if method.needs_cls and not has_cls(model.model):
+        raise ValueError(
+            f"{type(method).__name__} reads the vision tower's CLS token, and "
+            f"{type(model.model.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
+            "choose another method for this checkpoint"
+        )
+
+
+def _empty_receipt(model: Any, method: str, stages: tuple[Stage, ...]) -> Receipt:
+    text, language_model = model.config.get_text_config(), model.model.language_model
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Receipt(
+        method=method,
+        positions=next((stage.method.positions for stage in stages if stage.acts_before_llm), "original"),
+        backend=text._attn_implementation,
+        dtype=str(next(language_model.parameters()).dtype).removeprefix("torch."),
+        kv_numbers=2 * text.num_key_value_heads * head_dim,
+        layers=len(language_model.layers),
+        places=tuple((stage.name, stage.layers) for stage in stages),
+    )

@@ -26,9 +26,11 @@ from vlmslim.compressor import Compressed, resolve_keep
 from vlmslim.doctor.checks import CHECKS, Subject
 from vlmslim.doctor.prompts import LONG, LONG_TEXT, VIDEO, Prompts
 from vlmslim.doctor.runs import UnpatchedRun, clone_sharing_weights, difference
-from vlmslim.engine.decoder import DecoderHooks
+from vlmslim.engine.entrance import Entrance
 from vlmslim.engine.families import kv_cache
-from vlmslim.engine.plan import Layout, Segment, Selection
+from vlmslim.engine.forward import Call
+from vlmslim.engine.hooks import Hooks
+from vlmslim.engine.layout import Layout, Segment, Selection
 from vlmslim.loading import load as load_checkpoint
 from vlmslim.methods.uniform import Uniform
 
@@ -258,14 +260,14 @@ def test_an_image_that_is_assumed_at_a_fixed_place(failed):
 
 def test_positions_that_go_wrong_in_decoding(failed, monkeypatch):
     """Trap 7: the prompt is renumbered, but the answer goes on from the caller's positions."""
-    describe = DecoderHooks._describe
+    describe = Call.describe
 
-    def wrong(self, call, embeds, cache, mask, position):
-        describe(self, call, embeds, cache, mask, position)
+    def wrong(call, embeds, cache, mask, position):
+        describe(call, embeds, cache, mask, position)
         if call.past:
-            call.segments[0].position = call.segments[0].position + call.past.shift
+            call.runs[0].tokens.position = call.runs[0].tokens.position + call.past.shift
 
-    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    monkeypatch.setattr(Call, "describe", wrong)
     assert set(failed(Plain())) == {"reference", "cache", "answer"}
 
 
@@ -274,29 +276,29 @@ def test_decoding_that_goes_on_lower_by_the_dropped_tokens(failed, monkeypatch):
 
     The first token of the answer is right, because it is predicted by the prompt.
     """
-    describe = DecoderHooks._describe
+    describe = Call.describe
 
-    def wrong(self, call, embeds, cache, mask, position):
-        describe(self, call, embeds, cache, mask, position)
+    def wrong(call, embeds, cache, mask, position):
+        describe(call, embeds, cache, mask, position)
         if call.past:
-            dropped = call.past.length - call.past.masks[-1].shape[1]
-            call.segments[0].position = call.segments[0].position - dropped
+            _, mask = call.past.masks[-1]
+            call.runs[0].tokens.position = call.runs[0].tokens.position - (call.past.length - mask.shape[1])
 
-    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    monkeypatch.setattr(Call, "describe", wrong)
     assert {"reference", "cache", "answer"} <= set(failed(Original()))
     assert "reference" in failed(Late())
 
 
 def test_one_token_taken_to_mean_decoding(failed, monkeypatch):
     """Trap 29: several tokens behind a cached prompt are treated as if there were no cache."""
-    describe = DecoderHooks._describe
+    describe = Call.describe
 
-    def wrong(self, call, embeds, cache, mask, position):
-        describe(self, call, embeds, cache, mask, position)
+    def wrong(call, embeds, cache, mask, position):
+        describe(call, embeds, cache, mask, position)
         if call.past and embeds.shape[1] > 1:
-            call.segments[0].position = call.segments[0].position + call.past.shift
+            call.runs[0].tokens.position = call.runs[0].tokens.position + call.past.shift
 
-    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    monkeypatch.setattr(Call, "describe", wrong)
     found = failed(Plain())
     assert list(found) == ["answer"] and "at once" in found["answer"]
 
@@ -310,7 +312,8 @@ def test_masking_instead_of_removing(failed, monkeypatch):
             return None
         every = np.tile(np.arange(keep.shape[1]), (len(keep), 1))
         dropped = (self.mask ^ keep).sum(1, keepdims=True)
-        return Selection(Layout(keep, self.position, None, every), every, every, keep.sum(1), dropped)
+        layout = replace(self, mask=keep, source=every)
+        return Selection(layout, every, every, keep.sum(1), dropped)
 
     monkeypatch.setattr(Layout, "select", mask_only)
     assert "KV cache takes" in failed(Plain())["memory"]
@@ -318,7 +321,7 @@ def test_masking_instead_of_removing(failed, monkeypatch):
 
 def test_keys_that_are_cached_twice(failed, monkeypatch):
     """Trap 1: a layer is run again for its attention, and appends to the cache again."""
-    leave = DecoderHooks._leave_lm
+    leave = Hooks._leave_lm
 
     def again(self, lm, args, output):
         output = leave(self, lm, args, output)
@@ -327,7 +330,7 @@ def test_keys_that_are_cached_twice(failed, monkeypatch):
             layer.keys, layer.values = (torch.cat([x, x], dim=-2) for x in (layer.keys, layer.values))
         return output
 
-    monkeypatch.setattr(DecoderHooks, "_leave_lm", again)
+    monkeypatch.setattr(Hooks, "_leave_lm", again)
     assert "KV cache takes" in failed(Plain())["memory"]
 
 
@@ -395,7 +398,7 @@ def test_weights_that_are_changed(load):
 
 def test_a_mask_that_is_edited_in_place(failed, monkeypatch):
     """Trap 8: the attention mask belongs to the caller, who decodes with it. A plan on the cache hides it."""
-    enter = DecoderHooks._enter_lm
+    enter = Hooks._enter_lm
 
     def edit(self, lm, args, kwargs):
         if self.call.encoded and kwargs["attention_mask"] is not None:
@@ -404,7 +407,7 @@ def test_a_mask_that_is_edited_in_place(failed, monkeypatch):
             kwargs["attention_mask"] = whole
         return enter(self, lm, args, kwargs)
 
-    monkeypatch.setattr(DecoderHooks, "_enter_lm", edit)
+    monkeypatch.setattr(Hooks, "_enter_lm", edit)
     assert "keep-all" in failed(Plain())
 
 
@@ -452,13 +455,12 @@ def wraps(owner, name):
 
 
 def of_features(edit):
-    @wraps(DecoderHooks, "_close_gaps")
-    def plant(original, self, call, embeds, found, text, results):
-        if sum(map(len, results)) < sum(len(columns) for _, columns, _ in found):
-            results = edit(
-                [Compressed(x.vectors(image), x.index) for (*_, image), x in zip(found, results, strict=True)]
-            )
-        return original(self, call, embeds, found, text, results)
+    @wraps(Entrance, "_close_gaps")
+    def plant(original, self, call, layout, embeds, placed, is_text, results):
+        if sum(map(len, results)) < sum(len(image.columns) for image in placed):
+            pairs = zip(placed, results, strict=True)
+            results = edit([Compressed(x.vectors(image.tokens), x.index) for image, x in pairs])
+        return original(self, call, layout, embeds, placed, is_text, results)
 
     return plant
 
@@ -467,17 +469,17 @@ def edited(edit):
     return of_features(lambda results: [Compressed(edit(x.features), x.index) for x in results])
 
 
-@wraps(DecoderHooks, "_describe")
-def late_positions(original, self, call, embeds, cache, mask, position):
-    original(self, call, embeds, cache, mask, position)
-    if call.past and call.past.length > LONG_TEXT:
-        call.segments[0].position = call.segments[0].position + 7
+@wraps(Call, "describe")
+def late_positions(original, self, embeds, cache, mask, position):
+    original(self, embeds, cache, mask, position)
+    if self.past and self.past.length > LONG_TEXT:
+        self.runs[0].tokens.position = self.runs[0].tokens.position + 7
 
 
 @wraps(Segment, "restore")
 def early_logits(original, self, hidden):
     restored = original(self, hidden).clone()
-    restored[:, : 0 if self.whole else restored.shape[1] - 24] = 0
+    restored[:, : restored.shape[1] - 24 if self.shortened else 0] = 0
     return restored
 
 
@@ -509,21 +511,22 @@ def first_text_token_dropped(original, self, keep, renumber=False):
     return original(self, keep, renumber)
 
 
-@wraps(DecoderHooks, "_leave_lm")
+@wraps(Hooks, "_leave_lm")
 def values_lost(original, self, lm, args, output):
     call = self.call
     output = original(self, lm, args, output)
-    if call.encoded and kv_cache(output) is not None and not call.segments[-1].whole:
+    tokens = call.runs[-1].tokens
+    if call.encoded and kv_cache(output) is not None and tokens.shortened:
         layer = kv_cache(output).layers[-1]
-        layer.values = layer.values * torch.from_numpy(call.segments[-1].layout.image == 0)[:, None, :, None]
+        layer.values = layer.values * torch.from_numpy(tokens.layout.image == 0)[:, None, :, None]
     return output
 
 
-@wraps(DecoderHooks, "_enter_layer")
+@wraps(Hooks, "_enter_layer")
 def dense_rope(original, self, i, layer, args, kwargs):
     done = original(self, i, layer, args, kwargs)
-    if done is not None and self.call.encoded and self.call.segments[i] is not self.call.segments[0]:
-        dense = (self.call.segments[i].mask.long().cumsum(1) - 1).clamp(min=0)
+    if done is not None and self.call.encoded and self.call.run(i) is not self.call.runs[0]:
+        dense = (self.call.run(i).tokens.mask.long().cumsum(1) - 1).clamp(min=0)
         done[1]["position_embeddings"] = self.lm.rotary_emb(done[0][0], position_ids=dense)
     return done
 
@@ -731,16 +734,16 @@ def test_faults_that_only_a_video_shows(load):
 
 def test_positions_of_a_video_that_go_wrong_in_decoding(failed, monkeypatch):
     """Trap 7, in rows with a video."""
-    describe = DecoderHooks._describe
+    describe = Call.describe
 
-    def wrong(self, call, embeds, cache, mask, position):
-        describe(self, call, embeds, cache, mask, position)
+    def wrong(call, embeds, cache, mask, position):
+        describe(call, embeds, cache, mask, position)
         if call.past and len(call.past.shift) > 3:
             shift = call.past.shift.clone()
             shift[:3] = 0
-            call.segments[0].position = call.segments[0].position + shift
+            call.runs[0].tokens.position = call.runs[0].tokens.position + shift
 
-    monkeypatch.setattr(DecoderHooks, "_describe", wrong)
+    monkeypatch.setattr(Call, "describe", wrong)
     assert {"cache", "answer"} <= set(failed(Plain(), "onevision"))
 
 

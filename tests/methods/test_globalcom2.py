@@ -149,7 +149,7 @@ def planted(side, tiles, top, left, where, monkeypatch, **options):
         tower=torch.zeros(1 + tiles[0] * tiles[1], side**2, 1),
         pixels=torch.zeros(1, 3, 2, 2),
         tiles=tiles,
-        layout=lambda: grid,
+        make_grid=lambda: grid,
     )
     score = noise(0, len(grid)) * 1e-3
     at = [image.mosaic.tolist().index(list(x)) for x in where]

@@ -16,7 +16,7 @@ def square_image(features: torch.Tensor, side: int) -> ImageTokens:
     n = side * side
     at = torch.arange(n)
     grid = torch.stack([torch.zeros_like(at), at // side, at % side], 1)
-    return ImageTokens(features, torch.zeros(1, n, 4), torch.zeros(1, 3, side, side), layout=lambda: grid)
+    return ImageTokens(features, torch.zeros(1, n, 4), torch.zeros(1, 3, side, side), make_grid=lambda: grid)
 
 
 @some

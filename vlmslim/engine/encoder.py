@@ -5,9 +5,10 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -18,11 +19,43 @@ from vlmslim.engine.families import encoder_layers, with_newlines
 _ATTRIBUTE = "vlmslim_images"
 
 
+@dataclass
+class Encoded:
+    """The images of an encoder output, without the tower's hidden states, which need not outlive the encoder.
+
+    images : in the order of the prompts
+    copies : how many rows in succession share them
+    """
+
+    images: list[ImageTokens]
+    copies: int
+
+    @classmethod
+    def of(cls, output: Any) -> "Encoded":
+        """Read the images off an encoder output.
+
+        Raises:
+            ValueError: the output was not encoded by this patched model.
+        """
+        if not is_recorded(output):
+            raise ValueError(
+                "these image features were encoded before the patch, or cut up by chunked prefill; let the patched "
+                "model encode the images, and call generate() with prefill_chunk_size=None"
+            )
+        images = getattr(output, _ATTRIBUTE)
+        return cls(images, len(output.pooler_output) // len(images))
+
+
+def is_recorded(output: object) -> bool:
+    """Tell whether an encoder output carries the records of its images."""
+    return hasattr(output, _ATTRIBUTE)
+
+
 class RecordingEncoder:
     """Stands in for `get_image_features` or `get_video_features` on one model instance.
 
-    The model's own output comes back with the `ImageTokens` of each image on it: `generate` may encode the images
-    long before it calls `forward`, so the record has to travel with the features.
+    The model's own output comes back with the `ImageTokens` of each image on it. `generate` may encode the images long
+    before it calls `forward`, so the record has to travel with the features.
 
     Args:
         core: the model without its head.
@@ -33,7 +66,7 @@ class RecordingEncoder:
 
     def __init__(
         self,
-        core: nn.Module,
+        core: Any,
         kind: str,
         tower_layers: tuple[int, ...],
         on_encoded: Callable[[str, ModelOutput], None],
@@ -42,8 +75,7 @@ class RecordingEncoder:
         self.name = f"get_{kind}_features"
         self.encode = getattr(core, self.name)
         self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
-        self.latest: weakref.ref | None = None
-        self.grids: dict[tuple, Tensor] = {}  # see `_grid`
+        self.latest: weakref.ref[Any] | None = None
 
     def attach(self) -> None:
         """Shadow the method on the instance."""
@@ -53,170 +85,165 @@ class RecordingEncoder:
         """Uncover the class's own method."""
         vars(self.core).pop(self.name, None)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the model does, and record."""
         seen = _Seen()
         with ExitStack() as hooks:
-            # Hooks live only while the images are encoded: a method may call the projector itself.
+            # The hooks live only while the images are encoded, because a method may call the projector itself.
             enter = hooks.enter_context
             enter(self.core.vision_tower.register_forward_pre_hook(seen.pixels, with_kwargs=True))
             enter(self.core.multi_modal_projector.register_forward_pre_hook(seen.tower, with_kwargs=True))
             for i in self.tower_layers:
                 layer = encoder_layers(self.core)[i]
-                enter(layer.register_forward_pre_hook(partial(seen.tap, i), with_kwargs=True))
+                enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
             if self.kind == "image" and hasattr(self.core, "pack_image_features"):
                 pack = self.core.pack_image_features
                 self.core.pack_image_features = partial(seen.pack, pack)
                 hooks.callback(vars(self.core).pop, "pack_image_features")
-            out = self.encode(*args, **kwargs)
-        if not isinstance(out, tuple):  # a caller of return_dict=False wants the bare features
-            setattr(out, _ATTRIBUTE, self._video(out, seen) if self.kind == "video" else self._images(out, seen))
-            self.latest = weakref.ref(out)
-            self.on_encoded(self.kind, out)
-        return out
+            output = self.encode(*args, **kwargs)
+        if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
+            setattr(
+                output, _ATTRIBUTE, self._videos(output, seen) if self.kind == "video" else self._images(output, seen)
+            )
+            self.latest = weakref.ref(output)
+            self.on_encoded(self.kind, output)
+        return output
 
-    def recognise(self, output) -> None:
-        """Give a copy of the latest output its records back: accelerate rebuilds what it moves between devices."""
+    def recognise(self, output: Any) -> None:
+        """Give a copy of the latest output its records back, because accelerate rebuilds outputs that it moves."""
         latest = self.latest() if self.latest is not None else None
         if is_recorded(output) or latest is None:
             return
         ours, theirs = latest.pooler_output, output.pooler_output
         if [x.shape for x in ours] == [x.shape for x in theirs] and torch.equal(ours[0], theirs[0].to(ours[0])):
-            setattr(output, _ATTRIBUTE, recorded(latest))
+            setattr(output, _ATTRIBUTE, getattr(latest, _ATTRIBUTE))
 
-    def _images(self, out, seen: "_Seen") -> list[ImageTokens]:
-        side = self.core.config.vision_config.image_size // self.core.config.vision_config.patch_size
-        count = len(out.pooler_output)
-        crops = seen.crops or [1] * count
-        tiles = [(0, 0)] * count
-        if seen.crops:
-            from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+    def _images(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+        config = self.core.config
+        pixels = config.vision_config.image_size
+        side = pixels // config.vision_config.patch_size
+        crops = seen.crops or [1] * len(output.pooler_output)
+        images = []
+        for n, part in enumerate(seen.parts(crops)):
+            patches, tiles, size = part["tower"].shape[1], (0, 0), (0, 0)
+            make_grid = partial(_crop_grid, side, patches)
+            if crops[n] > 1:
+                from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-            pinpoints, pixels = self.core.config.image_grid_pinpoints, self.core.config.vision_config.image_size
-            tiles = [
-                tuple(get_anyres_image_grid_shape(size, pinpoints, pixels)) if c > 1 else (0, 0)
-                for size, c in zip(seen.sizes, crops, strict=True)
-            ]
-        pixels, tower = seen.pixel_values.split(crops), seen.tower_features.split(crops)
-        taps = {i: (layer, x.split(crops)) for i, (layer, x) in seen.taps.items()}
-        return [
-            ImageTokens(
-                features=features,
-                tower=tower[n],
-                pixels=pixels[n],
-                tiles=tiles[n],
-                size=seen.sizes[n] if tiles[n][1] else (0, 0),
-                layout=partial(self._grid, seen, n, tiles[n][1], side, tower[n].shape[1]),
-                taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
+                size = seen.sizes[n]
+                rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, pixels)
+                tiles = rows, columns
+            if seen.crops:
+                make_grid = partial(_packed_grid, partial(seen.repack, n), crops[n], tiles[1], side, patches)
+            images.append(
+                ImageTokens(features=output.pooler_output[n], tiles=tiles, size=size, make_grid=make_grid, **part)
             )
-            for n, features in enumerate(out.pooler_output)
-        ]
+        return images
 
-    def _grid(self, seen: "_Seen", n: int, wide: int, side: int, patches: int) -> Tensor:
-        """`ImageTokens.grid` of image `n`, found once for images of one size: it takes longer than to choose by it."""
-        if not seen.crops:
-            return torch.from_numpy(_crop_grid(side, patches)).clone()
-        key = seen.sizes[n], seen.crops[n], wide, side, patches, seen.packing
-        if key not in self.grids:
-            if len(self.grids) == 256:
-                self.grids.clear()
-            self.grids[key] = _image_grid(partial(seen.repack, n), seen.crops[n], wide, side, patches)
-        return self.grids[key].clone()
-
-    def _video(self, out, seen: "_Seen") -> list[ImageTokens]:
-        count = len(out.pooler_output)
+    def _videos(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+        count = len(output.pooler_output)
         frames = len(seen.pixel_values) // count
-        pixels, tower = seen.pixel_values.split(frames), seen.tower_features.split(frames)
-        taps = {i: (layer, x.split(frames)) for i, (layer, x) in seen.taps.items()}
-        whole = with_newlines(self.core, out.pooler_output, frames)
         return [
-            ImageTokens(
-                features=features,
-                tower=tower[n],
-                pixels=pixels[n],
-                video=True,
-                layout=partial(_video_grid, frames, len(features)),
-                taps={i: (layer, x[n]) for i, (layer, x) in taps.items()},
+            ImageTokens(features=features, video=True, make_grid=partial(_video_grid, frames, len(features)), **part)
+            for features, part in zip(
+                with_newlines(self.core, output.pooler_output, frames), seen.parts([frames] * count), strict=True
             )
-            for n, features in enumerate(whole)
         ]
-
-
-def is_recorded(output) -> bool:
-    """Whether an encoder output carries the records of its images."""
-    return hasattr(output, _ATTRIBUTE)
-
-
-def recorded(output) -> list[ImageTokens]:
-    """The records that travel on an encoder output.
-
-    Raises:
-        ValueError: the output was not encoded by this patched model.
-    """
-    if not is_recorded(output):
-        raise ValueError(
-            "these image features were encoded before the patch, or cut up by chunked prefill; let the patched model "
-            "encode the images, and call generate() with prefill_chunk_size=None"
-        )
-    return getattr(output, _ATTRIBUTE)
 
 
 class _Seen:
-    """What passed by while images were encoded."""
+    """What passed through the model while images were encoded.
 
-    def __init__(self):
-        self.taps: dict[int, tuple[nn.Module, Tensor]] = {}
+    pixel_values   : of all crops or frames
+    tower_features : of all crops or frames, as they enter the projector
+    layers         : tower layer -> the module and its input
+    crops, sizes   : per image, the number of crops, and height and width; of anyres models only
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[nn.Module, Tensor]] = {}
         self.crops: list[int] | None = None
 
-    def pixels(self, tower, args, kwargs):
-        self.pixel_values = args[0] if args else kwargs["pixel_values"]
+    def pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
 
-    def tower(self, projector, args, kwargs):
-        self.tower_features = args[0] if args else kwargs["image_features"]
+    def tower(self, projector: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.tower_features: Tensor = args[0] if args else kwargs["image_features"]
 
-    def tap(self, i, layer, args, kwargs):
-        self.taps[i] = layer, args[0] if args else kwargs["hidden_states"]
+    def layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.layers[i] = layer, args[0] if args else kwargs["hidden_states"]
 
-    def pack(self, pack, image_features, image_sizes, **kwargs):
-        self.crops = [len(f) for f in image_features]
-        self.sizes = [tuple(map(int, size)) for size in image_sizes]  # once: each number waits for the device
+    def pack(self, pack: Callable, image_features: Any, image_sizes: Any, **kwargs: Any) -> Any:
+        self.crops = [len(features) for features in image_features]
+        self.sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
         self.repack = partial(_repack, pack, image_sizes, kwargs)
-        self.packing = tuple((name, value) for name, value in kwargs.items() if isinstance(value, str | int | float))
         return pack(image_features, image_sizes, **kwargs)
 
+    def parts(self, counts: list[int]) -> list[dict[str, Any]]:
+        """Split what was seen into images of so many crops or frames each."""
+        pixels, tower = self.pixel_values.split(counts), self.tower_features.split(counts)
+        layers = {i: (layer, x.split(counts)) for i, (layer, x) in self.layers.items()}
+        return [
+            {
+                "tower": tower[n],
+                "pixels": pixels[n],
+                "recorded_layers": {i: (layer, x[n]) for i, (layer, x) in layers.items()},
+            }
+            for n in range(len(counts))
+        ]
 
-def _repack(pack, image_sizes, kwargs, n: int, grid: Tensor) -> Tensor:
-    """Send something else, (c, p, 3), through the packing of image `n`, with -1 for the newline."""
-    packed, _ = pack([grid], image_sizes[n : n + 1], **kwargs | {"image_newline": grid.new_full((3,), -1.0)})
+
+# --- where each token of an image stands: `ImageTokens.grid` ---------------------------------------------------------
+
+
+def _crop_grid(side: int, patches: int) -> Tensor:
+    """Lay out one crop: (p, 3) zero, row and column of each token; -1 twice at CLS."""
+    rows, columns = torch.arange(side), torch.arange(side)
+    grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), rows, columns)
+    cls = torch.tensor([[0, -1, -1]]).expand(patches - side**2, 3)  # vision_feature_select_strategy="full" keeps CLS
+    return torch.cat([cls, grid])
+
+
+def _packed_grid(repack: Callable[[Tensor], Tensor], crops: int, columns: int, side: int, patches: int) -> Tensor:
+    """Lay out an image that the model packs: tiles are unpadded, resized and joined by newlines.
+
+    To learn where each token ends up, the coordinates themselves travel through the model's own packing and are read
+    off its result. A flat patch index would not survive the bilinear resizing of OneVision.
+
+    Args:
+        repack: sends other features (c, p, 3) through the packing of this image.
+        crops: of the image, the thumbnail included.
+        columns: of tiles; 0 without tiles.
+        side: patches along one side of a crop.
+        patches: tokens of a crop, CLS included if the model keeps it.
+
+    Returns:
+        (n, 3) crop, row and column of each token; -1 three times at a newline.
+    """
+    crop = _crop_grid(side, patches)
+    tiles = [crop + torch.tensor([1, i // columns * side, i % columns * side]) for i in range(crops - 1)]
+    component, row, column = repack(torch.stack([crop, *tiles]).float()).round().long().unbind(1)
+    in_tile = component == 1
+    tile = 1 + row // side * max(columns, 1) + column // side
+    return torch.stack(
+        [
+            torch.where(in_tile, tile, component),
+            torch.where(in_tile, row % side, row),
+            torch.where(in_tile, column % side, column),
+        ],
+        dim=1,
+    )
+
+
+def _repack(pack: Callable, image_sizes: Any, kwargs: dict, n: int, features: Tensor) -> Tensor:
+    """Send other features (c, p, 3) through the packing of image `n`, with -1 for the newline."""
+    newline = features.new_full((3,), -1.0)
+    packed, _ = pack([features], image_sizes[n : n + 1], **kwargs | {"image_newline": newline})
     return packed[0]
 
 
-def _image_grid(repack: Callable, crops: int, wide: int, side: int, patches: int) -> Tensor:
-    """`ImageTokens.grid` of an image that the model packs.
-
-    Tiles get unpadded, resized and joined by newlines. To learn where each token ends up, the coordinates themselves
-    travel through the model's own packing and are read off its result; a flat patch index would not survive the
-    bilinear resizing of OneVision.
-    """
-    crop = torch.from_numpy(_crop_grid(side, patches))
-    tiles = [crop + torch.tensor([1.0, i // wide * side, i % wide * side]) for i in range(crops - 1)]
-    at = repack(torch.stack([crop.float(), *tiles])).round().long()
-    kind, row, column = at.unbind(1)
-    number = torch.where(kind == 1, 1 + row // side * max(wide, 1) + column // side, kind)
-    return torch.stack([number, *(torch.where(kind == 1, x % side, x) for x in (row, column))], dim=1)
-
-
-@cache
-def _crop_grid(side: int, patches: int) -> np.ndarray:
-    """(p, 3): zero, row and column of each token of one crop; -1 twice at CLS."""
-    grid = np.zeros((patches, 3), dtype=np.int64)
-    grid[-(side**2) :, 1:] = np.indices((side, side)).reshape(2, -1).T
-    grid[: patches - side**2, 1:] = -1  # vision_feature_select_strategy="full" leaves CLS in front
-    return grid
-
-
 def _video_grid(frames: int, n: int) -> Tensor:
-    """`ImageTokens.grid` of a video: pooled frames one after the other, and one newline at the end."""
+    """Lay out a video of `n` tokens: pooled frames one after the other, and one newline at the end."""
     side = math.isqrt(n // frames)
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(side), torch.arange(side))
     return torch.cat([grid, grid.new_full((n - len(grid), 3), -1)])

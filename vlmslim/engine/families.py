@@ -1,8 +1,12 @@
-"""What differs between the model families, and between versions of transformers, in one place."""
+"""What differs between the model families, and between versions of transformers, in one place.
+
+Models are typed `Any`, because `nn.Module` declares every submodule as `Tensor | Module`.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +45,13 @@ FAMILIES = {
 }
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model.
+def family_of(model: Any) -> Family:
+    """Return the family of a loaded model.
 
     Raises:
         TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
     """
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None or not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "language_model"):
         known = ", ".join(f.name for f in FAMILIES.values())
         raise TypeError(
@@ -65,28 +69,28 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
-def encoder_layers(core: nn.Module) -> nn.ModuleList:
-    """The encoder layers of the vision tower, wherever this version of transformers keeps them."""
+def encoder_layers(core: Any) -> nn.ModuleList:
+    """Return the encoder layers of the vision tower, wherever this version of transformers keeps them."""
     return getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
 
 
-def has_cls(core: nn.Module) -> bool:
-    """Whether the vision tower has a CLS token."""
+def has_cls(core: Any) -> bool:
+    """Tell whether the vision tower has a CLS token."""
     tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
     return hasattr(tower.embeddings, "class_embedding")
 
 
 def kv_cache(where: dict | ModelOutput) -> Cache | None:
-    """The KV cache among a forward's keyword arguments, or on its output; None without one."""
+    """Return the KV cache among a forward's keyword arguments, or on its output; None without one."""
     if isinstance(where, ModelOutput):
         return where.get(KV_CACHE)
     return where.get(KV_CACHE, where.get("past_key_values"))  # a caller may use the old name for some time
 
 
 def cached_keys(cache: Cache | None, layer: int, hidden: Tensor) -> Tensor | None:
-    """Rotated keys (B, kv heads, S, head_dim) that a layer has just cached for `hidden` (B, S, d); None if it has not.
+    """Return the rotated keys that a layer has just cached for `hidden` (B, S, d): (B, kv heads, S, head_dim).
 
-    Caches that quantise, or move to another device, do not have them as they were.
+    None if the cache does not have them as they were, because it quantises them or moves them to another device.
     """
     keys = getattr(cache.layers[layer], "keys", None) if cache is not None else None
     if keys is None or keys.ndim != 4 or keys.device != hidden.device or not keys.is_floating_point():
@@ -94,21 +98,22 @@ def cached_keys(cache: Cache | None, layer: int, hidden: Tensor) -> Tensor | Non
     return keys if keys.shape[::2] == hidden.shape[:2] else None
 
 
-def placeholders(core: nn.Module, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:
-    """(B, L) bool: the placeholder positions of the prompt's images (kind "image") or videos (kind "video")."""
+def placeholders(core: Any, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:
+    """Find the placeholders of the prompt's images (kind "image") or videos (kind "video"): (B, L) bool."""
     token = getattr(core.config, f"{kind}_token_id", None)
     if input_ids is not None:
         return np.equal(input_ids, -1 if token is None else token)
+    assert embeds is not None  # transformers demands one of the two
     if token is None:
         return np.zeros(embeds.shape[:2], dtype=bool)
     table = core.get_input_embeddings()
     return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1).cpu().numpy()
 
 
-def with_newlines(core: nn.Module, videos: Sequence[Tensor], frames: int) -> list[Tensor]:
-    """The tokens of each video as the language model reads them: square frames, and a newline at the end.
+def with_newlines(core: Any, videos: Sequence[Tensor], frames: int) -> list[Tensor]:
+    """Return the tokens of each video as the language model reads them: square frames, and a newline at the end.
 
-    Newer transformers return them so from `get_video_features`; in 5.17 it is `forward` that adds the newline.
+    Newer transformers return them so from `get_video_features`; in 5.17 `forward` adds the newline.
     """
 
     def bare(video: Tensor) -> bool:

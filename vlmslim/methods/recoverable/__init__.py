@@ -241,7 +241,7 @@ class Recoverable(Compressor):
 
     def _scores(self, image: ImageTokens, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return CLS attention (c, p), text similarity (c, p) and keys (c, p, v) of every patch, in fp32."""
-        layer, hidden = image.taps[-1]
+        layer, hidden = image.recorded_layers[-1]
         with torch.no_grad():
             q, k = image.qk(-1)
             last = layer(hidden, attention_mask=None)  # the output of the tower's last layer

@@ -1,0 +1,145 @@
+"""Checks of what methods return.
+
+All checks stand here and none waits for the device: types and shapes are known on the host, and the values of indices
+are looked at in the copy that the engine makes anyway.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def check_compressed(method: Compressor, images: list[ImageTokens], answer: object) -> list[Compressed]:
+    """Check the types and shapes of what `compress` or `compress_images` returned.
+
+    Raises:
+        ValueError: names the method, what it returned and what to return instead.
+    """
+    overrides_images = type(method).compress_images is not Compressor.compress_images
+    name = f"{type(method).__name__}.{'compress_images' if overrides_images else 'compress'}"
+    if not isinstance(answer, list | tuple):
+        raise ValueError(
+            f"{name} returned {_described(answer)}: return a list with one Compressed for each of the images"
+        )
+    if len(answer) != len(images):
+        raise ValueError(
+            f"{name} returned {len(answer)} results for {len(images)} images: return one Compressed for each image"
+        )
+    for i, (image, result) in enumerate(zip(images, answer, strict=True)):
+        _check_one(f"{name} returned", f"image {i} of this batch", method, image, result)
+    return list(answer)
+
+
+def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, result: object) -> None:
+    n, width = image.features.shape
+    if not isinstance(result, Compressed):
+        raise ValueError(f"{name} {_described(result)}: return image.pick(index), or Compressed(features)")
+    features, index = result.features, result.index
+    if features is None and index is None:
+        raise ValueError(f"{name} Compressed(None, None): return image.pick(index), or Compressed(features)")
+    if index is not None:
+        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+            raise ValueError(
+                f"{name} a mask for an index, {_described(index)}: return image.pick(mask.nonzero()[:, 0])"
+            )
+        if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
+            raise ValueError(
+                f"{name} {_described(index)} for an index: give the positions of the tokens that stay as a tensor (k,) "
+                "of integers"
+            )
+    if features is not None:
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            raise ValueError(
+                f"{name} {_described(features)} for features: give a tensor (k, {width}) of floating-point numbers"
+            )
+        if features.ndim != 2 or features.shape[1] != width:
+            raise ValueError(
+                f"{name} features of shape {tuple(features.shape)}: give (k, {width}), because the language model "
+                f"reads tokens of {width} numbers"
+            )
+        if index is not None and len(index) != len(features):
+            raise ValueError(
+                f"{name} {len(features)} tokens with an index of {len(index)}: give one slot to each token"
+            )
+    k = len(result)
+    if k == 0:
+        raise ValueError(f"{name} no token of {which}, which has {n}: keep at least one")
+    if k > n:
+        raise ValueError(f"{name} {k} tokens for {which}, which has {n}: return at most as many as there are")
+    if index is None and k < n and method.positions == "original":
+        raise ValueError(
+            f"{name} {k} tokens for {which} without saying which slots they take: return Compressed(features, index), "
+            "or set positions='renumbered'"
+        )
+
+
+def check_indices(method: Compressor, images: list[ImageTokens], indices: list[np.ndarray | None]) -> None:
+    """Check the values of the indices, on the host, of results that passed `check_compressed`.
+
+    Raises:
+        ValueError: names the method, what it returned and what to return instead.
+    """
+    name = type(method).__name__
+    for i, (image, index) in enumerate(zip(images, indices, strict=True)):
+        if index is None:
+            continue
+        n = len(image.features)
+        outside = index[(index < 0) | (index >= n)]
+        if len(outside):
+            raise ValueError(
+                f"{name} keeps token {outside[0]} of image {i} of this batch, which has {n}: positions count from 0 "
+                f"within each image, so use 0 .. {n - 1}"
+            )
+        if (distinct := len(np.unique(index))) < len(index):
+            raise ValueError(
+                f"{name} returned {len(index)} tokens for {distinct} distinct positions of image {i} of this batch: "
+                "keep each position once, such as index.unique()"
+            )
+
+
+def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> Tensor:
+    """Check what `retain` returned.
+
+    Raises:
+        ValueError: names the method, what it returned and what to return instead.
+    """
+    name, shape = f"{type(method).__name__}.retain", tuple(tokens.mask.shape)
+    instead = f"return a bool mask (B, S), here {shape}, True at the tokens that stay"
+    if isinstance(answer, Tensor) and answer.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} returned {_described(answer)}, which look like scores: {instead}, such as tokens.top(score, keep)"
+        )
+    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) != shape:
+        raise ValueError(f"{name} returned {_described(answer)}: {instead}")
+    return answer
+
+
+def check_weight(method: Compressor, tokens: LayerInput, answer: object) -> Tensor | None:
+    """Check what `soft_retain` returned.
+
+    Raises:
+        ValueError: names the method, what it returned and what to return instead.
+    """
+    if answer is None:
+        return None
+    shape = tuple(tokens.mask.shape)
+    if not isinstance(answer, Tensor) or not answer.is_floating_point() or tuple(answer.shape) != shape:
+        raise ValueError(
+            f"{type(method).__name__}.soft_retain returned {_described(answer)}: return weights (B, S) in [0, 1], here "
+            f"{shape}, or None outside of training"
+        )
+    return answer
+
+
+def _described(answer: object) -> str:
+    """Describe what a method returned: `a Tensor (16, 192) of float32`, `a list`, `None`."""
+    if isinstance(answer, Tensor):
+        return f"a Tensor {tuple(answer.shape)} of {str(answer.dtype).removeprefix('torch.')}"
+    if answer is None:
+        return "None"
+    kind = type(answer).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"

@@ -1,0 +1,234 @@
+"""The entrance of the language model: find the images in the prompts, compress them, close the gaps."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmslim.compressor import Compressed, ImageTokens
+from vlmslim.engine.answers import check_compressed, check_indices
+from vlmslim.engine.families import placeholders
+from vlmslim.engine.forward import Call, Visit
+from vlmslim.engine.layout import Layout, Segment, to_device
+from vlmslim.engine.stages import Stage
+from vlmslim.ops.attention import gather_rows
+from vlmslim.receipt import Image
+
+
+@dataclass
+class Placed:
+    """An image in a prompt.
+
+    row     : of the batch
+    columns : (n,) indices of the image's placeholders in that row
+    tokens  : the image
+    """
+
+    row: int
+    columns: np.ndarray
+    tokens: ImageTokens
+
+
+class Entrance:
+    """What happens to the images between the encoder and the first decoder layer.
+
+    Args:
+        core: the model without its head.
+        stages: of the patch.
+    """
+
+    def __init__(self, core: nn.Module, stages: tuple[Stage, ...]):
+        self.core = core
+        self.stage = next((stage for stage in stages if stage.acts_before_llm), None)
+        self.asked = self.stage or stages[-1]  # the stage whose budget the receipt shows for each image
+        self.any_acts = any(stage.acts_before_llm or stage.layers for stage in stages)
+
+    def compress(self, call: Call, embeds: Tensor) -> Tensor:
+        """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
+        tokens = call.runs[0].tokens
+        layout = tokens.layout = Layout.of_text(tokens.mask, tokens.position)
+        ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
+        placed, is_text = locate(self.core, call, layout.mask, ids)
+        call.text = is_text.sum(1).tolist()
+        call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)
+        if placed and self.any_acts:
+            _check_finite([image.tokens for image in placed])
+            for image in placed:
+                image.tokens.prompt = None if ids is None else torch.from_numpy(ids[image.row][is_text[image.row]])
+        if not placed or self.stage is None:
+            self._note(call, layout, placed, None)
+            return embeds
+        results = self._ask(self.stage, call, [image.tokens for image in placed])
+        self._note(call, layout, placed, results)
+        return self._close_gaps(call, layout, embeds, placed, is_text, results)
+
+    @staticmethod
+    def _ask(stage: Stage, call: Call, images: list[ImageTokens]) -> list[Compressed]:
+        with call.timed(images[0].features.device):
+            answer = stage.method.compress_images(images)
+        return check_compressed(stage.method, images, answer)
+
+    def _note(self, call: Call, layout: Layout, placed: list[Placed], results: list[Compressed] | None) -> None:
+        """Write down which image each visual token belongs to, and how many tokens of each image enter."""
+        call.images, call.counts = [[] for _ in call.text], [[] for _ in call.text]
+        for i, image in enumerate(placed):
+            row, n, result = image.row, len(image.columns), None if results is None else results[i]
+            call.images[row].append(image.tokens)
+            call.counts[row].append(Image(n, self.asked.method.requested(n), n if result is None else len(result)))
+            layout.image[row, image.columns] = len(call.images[row])
+            if result is None or result.index is not None:
+                layout.slot[row, image.columns] = np.arange(n)
+        visual = [sum(counts) for counts in call.entered]
+        for run in call.runs:
+            run.visual = visual
+        if self.stage is not None:
+            call.visits.append(Visit(self.stage, [sum(image.tokens for image in row) for row in call.counts], visual))
+
+    def _close_gaps(
+        self,
+        call: Call,
+        layout: Layout,
+        embeds: Tensor,
+        placed: list[Placed],
+        is_text: np.ndarray,
+        results: list[Compressed],
+    ) -> Tensor:
+        """Move the kept tokens together, and write those that the method made into their slots."""
+        assert self.stage is not None
+        method, device = self.stage.method, embeds.device
+        indices = _indices_to_host(results)
+        check_indices(method, [image.tokens for image in placed], indices)
+        keep, rows, columns, vectors = is_text.copy(), [], [], []
+        for image, result, index in zip(placed, results, indices, strict=True):
+            slots = np.arange(len(result)) if index is None else np.sort(index)
+            taken = image.columns[slots]
+            keep[image.row, taken] = True
+            if result.features is not None or (slots != index).any():  # the prompt does not contain them so
+                rows.append(np.full(len(result), image.row))
+                columns.append(taken)
+                vectors.append(result.vectors(image.tokens))
+        renumber = method.positions == "renumbered"
+        selection = layout.select(keep, renumber)
+        if selection is not None:
+            embeds = gather_rows(embeds, *to_device(device, selection.index))
+            segment = Segment.of(selection.layout, device)
+            for run in call.runs:
+                run.tokens = segment
+            if renumber:
+                (shift,) = to_device(device, selection.dropped)
+                call.shift = shift if call.shift is None else call.shift + shift
+        if vectors:
+            row, column = np.concatenate(rows), np.concatenate(columns)
+            if selection is None:
+                embeds = embeds.clone()
+            else:
+                column = selection.target[row, column]
+            embeds[tuple(to_device(device, row, column))] = torch.cat(vectors).to(embeds)
+        return embeds
+
+
+def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None) -> tuple[list[Placed], np.ndarray]:
+    """Find the images in the prompts.
+
+    `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
+
+    Args:
+        core: the model without its head.
+        call: the forward.
+        mask: (B, L) False at padding.
+        ids: (B, L) of the tokens; None if the caller gave embeddings.
+
+    Returns:
+        The images by row and position in the prompt, and (B, L) bool, the text tokens.
+
+    Raises:
+        ValueError: a row has more placeholders than images.
+    """
+    placed: list[Placed] = []
+    is_text = mask
+    for kind, encoded in call.encoded.items():
+        is_placeholder = placeholders(core, kind, ids, call.embeds)
+        is_text = is_text & ~is_placeholder
+        first = 0  # the first image of the row
+        for row, there in enumerate(is_placeholder):
+            (columns,) = there.nonzero()
+            number = first
+            while len(columns):
+                if number == len(encoded.images):
+                    raise ValueError(
+                        f"row {row} has more {kind} placeholders than there are {kind}s left for it; every prompt "
+                        f"needs its own {kind}s (transformers 5.17 mixes them up itself where beams share a prompt)"
+                    )
+                image = encoded.images[number]
+                n = len(image.features)
+                placed.append(Placed(row, columns[:n], image))
+                columns, number = columns[n:], number + 1
+            if row % encoded.copies == encoded.copies - 1:
+                first = number
+    placed.sort(key=lambda image: (image.row, image.columns[0]))
+    return placed, is_text
+
+
+def trim_cached_prefix(kwargs: dict, seen: int) -> dict:
+    """Drop leading tokens that the cache already accounts for from the arguments of a forward.
+
+    A caller who continues a conversation asks the cache how long it is and sends the rest. The compressed cache is
+    shorter than the conversation, so the rest is too long by the number of dropped tokens.
+
+    Args:
+        kwargs: of the forward.
+        seen: tokens of the conversation that the cache accounts for.
+
+    Raises:
+        ValueError: mask or positions do not cover the conversation.
+    """
+    name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
+    size = kwargs[name].shape[1]
+    mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and mask.ndim == 2:
+        fresh = mask.shape[1] - seen
+        if fresh > size or fresh < 1:
+            raise ValueError(
+                f"the attention mask covers {mask.shape[1]} tokens, the cache stands for {seen} and {size} more "
+                "came in; the mask must cover the whole conversation, dropped visual tokens included"
+            )
+    elif position is not None and size > 1:
+        fresh = int(position.max()) + 1 - seen  # without a mask there is no padding
+        if fresh < 1:
+            raise ValueError(
+                f"positions end at {fresh + seen - 1}, but the cache already stands for {seen} tokens; pass an "
+                "attention mask that covers the whole conversation, dropped visual tokens included"
+            )
+    else:
+        return kwargs
+    if fresh >= size:
+        return kwargs
+    trimmed = {name: kwargs[name][:, -fresh:]}
+    if position is not None:
+        trimmed["position_ids"] = position[..., -fresh:]
+    return kwargs | trimmed
+
+
+def _check_finite(images: list[ImageTokens]) -> None:
+    """Refuse images of which nothing sensible can be chosen."""
+    sums = torch.stack([image.features.detach().sum(dtype=torch.float32) for image in images])
+    if all(map(math.isfinite, sums.tolist())):
+        return
+    for i, image in enumerate(images):  # large finite numbers may overflow a sum
+        if not image.features.isfinite().all():
+            raise ValueError(
+                f"the visual tokens of image {i} of this batch are not finite; "
+                "check the picture and the dtype of the vision tower"
+            )
+
+
+def _indices_to_host(results: list[Compressed]) -> list[np.ndarray | None]:
+    """Copy the indices of all results to the host, in one copy because each waits for the device."""
+    known = [result.index for result in results if result.index is not None]
+    if not known:
+        return [None] * len(results)
+    joined = torch.cat([index.to(known[0].device) for index in known]).cpu().numpy()
+    parts = iter(np.split(joined, np.cumsum([len(index) for index in known])[:-1]))
+    return [None if result.index is None else next(parts) for result in results]

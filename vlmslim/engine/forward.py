@@ -1,0 +1,207 @@
+"""One forward of a patched model while it runs: what the caller sent, and the runs of decoder layers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from vlmslim.compressor import ImageTokens
+from vlmslim.engine.encoder import Encoded
+from vlmslim.engine.layout import Segment, concat_masks
+from vlmslim.engine.plan import Plan
+from vlmslim.engine.stages import Stage
+from vlmslim.ops.attention import weighted_causal_mask
+from vlmslim.receipt import Image, Prefill, Span, StagePass
+
+
+@dataclass
+class Run:
+    """Consecutive decoder layers that see the same tokens. A drop before a layer ends one run and starts the next.
+
+    first  : its first layer
+    tokens : the tokens that these layers compute
+    visual : visual tokens of each row
+    cached : (B, P) mask of what the KV cache of these layers held before this forward; None if nothing
+    weight : (B, S) how strongly each token may be attended to, while a method trains; None if all count in full
+    """
+
+    first: int
+    tokens: Segment
+    visual: list[int] = field(default_factory=list)
+    cached: Tensor | None = None
+    weight: Tensor | None = None
+    _attention_mask: Any = field(default=None, init=False)  # a tensor, None, or what flex attention takes
+    _has_attention_mask: bool = field(default=False, init=False)
+    _rotary: tuple[Tensor, ...] | None = field(default=None, init=False)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, P + S) False at padding, of what is cached and of the tokens."""
+        return concat_masks(self.cached, self.tokens.mask)
+
+    def attention_mask(self, lm: Any, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
+        """Return the attention mask of these layers for `hidden` (B, S, d). It is made once, in the first layer."""
+        if not self._has_attention_mask:
+            if self.weight is not None:
+                mask = self._weighted_mask(lm, hidden, cache)
+            else:
+                mask = create_causal_mask(lm.config, hidden, self.mask.to(hidden.device), cache, layer_idx=layer)
+            self._attention_mask, self._has_attention_mask = mask, True
+        mask = self._attention_mask
+        return mask.to(hidden.device) if isinstance(mask, Tensor) else mask
+
+    def _weighted_mask(self, lm: Any, hidden: Tensor, cache: Cache | None) -> Tensor:
+        assert self.weight is not None
+        backend = lm.config._attn_implementation
+        if backend not in ("eager", "sdpa"):
+            raise ValueError(
+                f"{backend} attention takes no weights of keys, which training between layers needs; "
+                "call model.set_attn_implementation('sdpa')"
+            )
+        if cache is not None:
+            raise ValueError(
+                "a method in training hides visual tokens instead of dropping them, and a KV cache would bring them "
+                "back: pass use_cache=False, or call .eval() on the trained part to drop them"
+            )
+        return weighted_causal_mask(self.tokens.mask, self.weight, hidden.dtype)
+
+    def rotary(self, lm: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return cosine and sine of the rotary positions of these layers. They are computed once."""
+        if self._rotary is None:
+            self._rotary = lm.rotary_emb(hidden, position_ids=self.tokens.position)
+        return tuple(x.to(hidden.device) for x in self._rotary)
+
+
+@dataclass
+class Visit:
+    """One question to a stage, and the visual tokens of each row before and after the answer."""
+
+    stage: Stage
+    before: list[int]
+    after: list[int]
+
+
+@dataclass
+class Call:
+    """One forward of the model, while it runs.
+
+    input_ids, embeds : what the caller sent
+    encoded  : the images that were encoded, by kind
+    past     : the plan on the KV cache
+    seen     : tokens of the caller's sequence that the KV cache accounts for
+    length   : tokens of the caller's sequence in this forward
+    padded   : whether some layer may see padding
+    runs     : of decoder layers, in order; empty in a forward that vlmslim leaves alone
+    images   : per row, the images
+    counts   : per row, the token counts of the images
+    text     : per row, text tokens
+    tail     : tokens after the last image of any row
+    shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
+    previous : the decoder layer before one that drops tokens, its input and its rotary embeddings
+    spans    : time of each call of a method
+    visits   : questions to the stages, in order
+    """
+
+    input_ids: Tensor | None
+    embeds: Tensor | None
+    encoded: dict[str, Encoded]
+    past: Plan | None
+    seen: int = 0
+    length: int = 0
+    padded: bool = True
+    runs: list[Run] = field(default_factory=list)
+    images: list[list[ImageTokens]] = field(default_factory=list)
+    counts: list[list[Image]] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
+    tail: int = 0
+    shift: Tensor | None = None
+    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    spans: list[Span] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+
+    def describe(self, embeds: Tensor, cache: Cache | None, mask: Tensor | None, position: Tensor | None) -> None:
+        """Write down what enters the language model, `embeds` (B, L, d): the runs before anything is dropped."""
+        batch, self.length = embeds.shape[:2]
+        device, past = embeds.device, self.past
+        if cache is not None:
+            self.seen = past.seen(cache) if past else cache.get_seq_length(0)
+        total = self.seen + self.length
+        self.padded = mask is not None or bool(past and past.padded)
+        if mask is None:
+            mask = torch.ones(batch, total, dtype=torch.bool, device=device)
+        if mask.ndim != 2 or mask.shape[1] != total:
+            raise ValueError(
+                f"a patched model needs a 2-D attention mask over the whole conversation, ({batch}, {total}) here, "
+                f"dropped visual tokens included; this one is {tuple(mask.shape)}"
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+        if position is None:
+            position = torch.arange(self.seen, total, device=device)[None]
+        position = position.to(device).expand(batch, -1)
+        if past:
+            self.shift = past.shift.to(device)
+            position = position - self.shift
+        tokens = Segment(mask[:, self.seen :], position, self.padded)
+        if past:
+            decoded = mask[:, past.length : self.seen]
+            held = [(first, torch.cat([mask.to(device), decoded], dim=1)) for first, mask in past.masks]
+            self.runs = [Run(first, tokens, cached=mask) for first, mask in held]
+        else:
+            self.runs = [Run(0, tokens, cached=mask[:, : self.seen] if self.seen else None)]
+
+    def run(self, layer: int) -> Run:
+        """Return the run that a decoder layer belongs to."""
+        return next(run for run in reversed(self.runs) if run.first <= layer)
+
+    @property
+    def entered(self) -> list[list[int]]:
+        """Per row, the tokens of each image that entered the language model."""
+        return [[image.kept for image in row] for row in self.counts]
+
+    @property
+    def altered(self) -> bool:
+        """Whether some layer sees, or has seen, other tokens than the caller sent."""
+        return self.past is not None or self.runs[-1].tokens.shortened
+
+    def timed(self, device: torch.device) -> Span:
+        """Return a context in which a method works on tensors of `device`."""
+        self.spans.append(Span(device))
+        return self.spans[-1]
+
+    def plan(self) -> Plan:
+        """Return what the KV cache holds after this forward."""
+        masks = [(run.first, run.mask) for run in self.runs]
+        padded = bool(self.past and self.past.padded) or any(run.tokens.padded for run in self.runs)
+        shift = self.shift
+        if shift is None:
+            shift = self.runs[0].tokens.position.new_zeros(len(self.text), 1)
+        return Plan(self.seen + self.length, shift, masks, padded, self.tail)
+
+    def prefill(self, stages: tuple[Stage, ...], cache: Cache | None, depth: int) -> Prefill:
+        """Return the record of this forward for the receipt."""
+        runs = [self.run(layer) for layer in range(depth)]
+        return Prefill(
+            images=self.counts,
+            text=self.text,
+            visual=[run.visual for run in runs],
+            sequence=[run.tokens.mask.shape[1] for run in runs],
+            kv=[] if cache is None else [cache.get_seq_length(layer) for layer in range(depth)],
+            stages=self._passes(stages),
+            spans=self.spans,
+        )
+
+    def _passes(self, stages: tuple[Stage, ...]) -> list[StagePass]:
+        """Sum up what each stage did."""
+        passes, now = [], [sum(image.tokens for image in row) for row in self.counts]
+        for stage in stages:
+            visits = [visit for visit in self.visits if visit.stage is stage]
+            before = visits[0].before if visits else now
+            now = visits[-1].after if visits else now
+            lost = [sum(visit.before[row] - visit.after[row] for visit in visits) for row in range(len(now))]
+            sizes = [image.tokens if stage.acts_before_llm else image.kept for row in self.counts for image in row]
+            asked = [stage.method.requested(n) for n in sizes]
+            passes.append(StagePass(before, now, sum(n > 0 for n in lost), asked == sizes, None in asked))
+        return passes

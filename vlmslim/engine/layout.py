@@ -1,0 +1,161 @@
+"""The tokens that a run of decoder layers sees: a `Layout` to decide with, a `Segment` to compute with.
+
+The layout lives on the host. The placeholders are found there anyway, and the many small steps of this bookkeeping take
+longer to launch on a device than to compute on the host.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmslim.ops.attention import gather_rows
+
+
+@dataclass
+class Layout:
+    """The tokens of a forward that a run of decoder layers sees, on the host: S of the L that the caller sent.
+
+    mask     : (B, S) False at padding
+    position : (B, S) rotary position
+    image    : (B, S) i at the visual tokens of the row's i-th image, 0 at text and padding
+    slot     : (B, S) position of a visual token within its image, from 0; -1 at text, at padding and where the method
+               did not say which slots its tokens take
+    origin   : (B, S) index in the caller's sequence
+    source   : (B, L) for each of the caller's tokens, the index of the token that stands for it here: itself, or the
+               last one before it that was kept; -1 if there is none. None while nothing has been dropped
+    gapped   : tokens were dropped and the others kept their rotary positions
+    """
+
+    mask: np.ndarray
+    position: np.ndarray
+    image: np.ndarray
+    slot: np.ndarray
+    origin: np.ndarray
+    source: np.ndarray | None = None
+    gapped: bool = False
+
+    @classmethod
+    def of_text(cls, mask: Tensor, position: Tensor) -> "Layout":
+        """Lay out a sequence (B, L) as if it had no images. Waits for the device."""
+        shape = tuple(mask.shape)
+        image, slot, origin = np.zeros(shape, int), np.full(shape, -1), np.tile(np.arange(shape[1]), (shape[0], 1))
+        return cls(mask.cpu().numpy(), position.cpu().numpy(), image, slot, origin)
+
+    @property
+    def last(self) -> np.ndarray:
+        """(B,) index of each row's last token."""
+        return (self.mask * np.arange(1, self.mask.shape[1] + 1)).argmax(1)
+
+    def select(self, keep: np.ndarray, renumber: bool = False) -> "Selection | None":
+        """Drop all tokens except the `keep` (B, S). The kept tokens of each row are padded on the left.
+
+        Args:
+            keep: True at tokens that stay.
+            renumber: lower the rotary position of each kept token by the number of tokens dropped before it.
+
+        Returns:
+            None if everything stays.
+        """
+        keep = keep & self.mask
+        kept_so_far = keep.cumsum(1)  # (B, S), the token itself included
+        dropped_so_far = self.mask.cumsum(1) - kept_so_far
+        if not dropped_so_far[:, -1].any():
+            return None
+        counts = kept_so_far[:, -1:]
+        size = counts.max()
+        # a stable sort moves the kept tokens to the end of their row, in order
+        index = keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
+        taken = np.arange(len(keep))[:, None], index
+        mask = keep[taken]
+        # where each kept token goes; at a dropped token, where the last kept token before it goes
+        target = np.where(kept_so_far > 0, kept_so_far + (size - 1 - counts), -1)
+        source = target
+        if self.source is not None:
+            source = np.where(self.source < 0, -1, np.take_along_axis(target, self.source.clip(min=0), axis=1))
+        layout = Layout(
+            mask=mask,
+            position=(self.position - dropped_so_far if renumber else self.position)[taken],
+            image=np.where(mask, self.image[taken], 0),  # at padding stands some dropped token
+            slot=np.where(mask, self.slot[taken], -1),
+            origin=self.origin[taken],
+            source=source,
+            gapped=self.gapped or not renumber,
+        )
+        return Selection(layout, index, target, counts[:, 0], dropped_so_far[:, -1:])
+
+
+@dataclass
+class Selection:
+    """The outcome of `Layout.select`.
+
+    layout  : the kept tokens
+    index   : (B, S') takes them from the old sequence
+    target  : (B, S) where in the new sequence each kept token went
+    counts  : (B,) tokens of each row, without padding
+    dropped : (B, 1) tokens that each row lost
+    """
+
+    layout: Layout
+    index: np.ndarray
+    target: np.ndarray
+    counts: np.ndarray
+    dropped: np.ndarray
+
+
+@dataclass
+class Segment:
+    """The tokens of a forward that a run of decoder layers sees, on the device.
+
+    mask     : (B, S) False at padding
+    position : (B, S) rotary position
+    padded   : whether some row may have padding
+    layout   : the same on the host; None in a forward without images
+    source   : (B, L) `Layout.source`; None while nothing has been dropped
+    """
+
+    mask: Tensor
+    position: Tensor
+    padded: bool
+    layout: Layout | None = None
+    source: Tensor | None = None
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> "Segment":
+        """Copy to the device a layout of which something has been dropped."""
+        assert layout.source is not None
+        mask, position, source = to_device(device, layout.mask, layout.position, layout.source)
+        return cls(mask, position, not layout.mask.all(), layout, source)
+
+    @property
+    def shortened(self) -> bool:
+        """Whether tokens have been dropped."""
+        return self.source is not None
+
+    @property
+    def gapped(self) -> bool:
+        """Whether the rotary positions have gaps where tokens were dropped."""
+        return self.layout is not None and self.layout.gapped
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Put hidden states (B, S, d) back where the caller expects them: (B, L, d).
+
+        The place of a dropped token takes the state of the last kept token before it, because that token is the one
+        which predicts the next token. A loss or a log-likelihood over the caller's labels is therefore the one of the
+        shortened sequence. Places before the first kept token are zero.
+        """
+        if self.source is None:
+            return hidden
+        source = self.source.to(hidden.device)
+        return gather_rows(hidden, source.clamp(min=0)).masked_fill_(source[..., None] < 0, 0)
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """Copy arrays from the host to a device, without waiting for the device."""
+    return [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+
+
+def concat_masks(cached: Tensor | None, mask: Tensor) -> Tensor:
+    """Put one mask after the other, (B, P) and (B, S) -> (B, P + S). None stands for an empty one."""
+    return mask if cached is None else torch.cat([cached, mask], dim=1)
