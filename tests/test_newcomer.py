@@ -82,7 +82,7 @@ def test_a_file_in_lmms_eval(tmp_path, llava):
     name = f"{write(tmp_path / 'norm.py', EXAMPLE)}:Norm"
     for arguments in (f"method={name},keep=4", f'method=[{{"method": "{name}", "keep": 4}}]'):
         lm = VlmSlim.create_from_arg_string(f"pretrained={llava},device=cpu,{arguments}")
-        assert lm.receipt["method"] == "Norm(keep=4)"
+        assert lm.receipt["method"].startswith("Norm(keep=4")
         lm.clean()
 
 

@@ -515,8 +515,7 @@ def first_text_token_dropped(original, self, keep, renumber=False):
 def values_lost(original, self, lm, args, output):
     call = self.call
     output = original(self, lm, args, output)
-    tokens = call.runs[-1].tokens
-    if call.encoded and kv_cache(output) is not None and tokens.shortened:
+    if call.encoded and kv_cache(output) is not None and (tokens := call.runs[-1].tokens).shortened:
         layer = kv_cache(output).layers[-1]
         layer.values = layer.values * torch.from_numpy(tokens.layout.image == 0)[:, None, :, None]
     return output
