@@ -1,6 +1,7 @@
 """Checkpoints by name: loaded with and without a patch, by every command in the same way; and refused."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,12 @@ def test_a_checkpoint_as_every_command_gets_it():
     assert processor.tokenizer.pad_token is not None
     again = load_model(LLAVA, dtype=torch.bfloat16)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(monkeypatch):
+    bare = SimpleNamespace(tokenizer=SimpleNamespace(pad_token=None, eos_token="</s>"))
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: bare)
+    assert load(LLAVA)[1].tokenizer.pad_token == "</s>"
 
 
 def test_the_checkpoint_under_a_saved_patch():

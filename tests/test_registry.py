@@ -201,7 +201,8 @@ def test_an_edited_file_is_loaded_again(tmp_path):
     assert method_class(f"{file}") is method_class(f"{file}:Norm") is not before
 
 
-def test_files_beside_it_are_imported_relatively_and_loaded_again(tmp_path):
+def test_files_beside_it_are_imported_relatively_and_loaded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for folder, keep in (("a", 1), ("b", 2)):
         write(tmp_path / folder / "_utils.py", f"KEEP = {keep}")
         write(tmp_path / folder / "norm.py", NORM.replace("16", "KEEP").replace("@", "from ._utils import KEEP\n@", 1))
