@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from evaluation_doubles import REMARK, REVERSED, write_norm
+from method_files import NORM, write
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
@@ -54,16 +54,17 @@ def test_two_runs_give_the_same_bytes(tmp_path):
 @pytest.mark.slow
 def test_an_edited_method_is_refused_and_a_remark_is_not(tmp_path):
     """The loop that the author of a method lives in: run, edit, run again. Each call is a process of its own."""
-    changes = {"tasks": ["scenes_count"], "methods": [write_norm(tmp_path)], "baselines": False, "limit": 2}
+    norm = tmp_path / "norm.py"
+    changes = {"tasks": ["scenes_count"], "methods": [f"{write(norm)}:Norm"], "baselines": False, "limit": 2}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(CONFIG | changes | {"output": str(tmp_path / "out")}))
     first = command_line(path)
     assert first.returncode == 0 and "| norm-16" in first.stdout, first.stderr
-    write_norm(tmp_path, REMARK)
+    write(norm, NORM.replace("More follows.", "Much more follows."))
     again = command_line(path)
     assert again.returncode == 0 and "2 of 2 cells are finished" in again.stderr
     assert again.stdout == first.stdout
-    write_norm(tmp_path, REVERSED)
+    write(norm, NORM.replace("argsort()", "argsort(descending=True)"))
     edited = command_line(path)
     assert edited.returncode == 2 and edited.stdout == ""
     assert "vlmslim: the method norm-16 changed in the middle of the run (norm.py): " in edited.stderr

@@ -2,37 +2,23 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from evaluation_doubles import REMARK, REVERSED, FakeHarness, stage, write_config, write_norm
-from tiny import tiny
+from evaluation_doubles import COST, FakeHarness, Solving, rewrite, stage, stored, write_config
 
-import vlmslim
-from vlmslim.cost.budget import BudgetError, Solution
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.progress import Display
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
-from vlmslim.io.code import code_hash
 from vlmslim.io.files import write_atomically
 from vlmslim.leaderboard.board import Leaderboard
 
-ADDED = {"label", "task", "samples_sha256"}  # by the store
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
-
-
-def rewrite(store: Store, label: str, task: str, without: str = "", **changes) -> None:
-    """Save a cell again, without a part of its record, or with another one."""
-    kept = {name: value for name, value in store.cell(label, task).items() if name not in ADDED | {without}}
-    store.save_cell(label, task, kept | changes, store.samples(label, task))
 
 
 @pytest.fixture
@@ -189,10 +175,6 @@ def test_a_refused_run_changes_nothing(config):
     assert Leaderboard.read(config().output) == before
 
 
-def stored(folder: Path) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("refusal", ["task", "checkpoint", "budget", "loading", "device", "count"])
 def test_what_fresh_refuses_is_not_thrown_away(config, monkeypatch, refusal):
     run(config(), harness=FakeHarness())
@@ -241,130 +223,6 @@ def test_a_run_without_a_cell_does_not_lock_its_directory(config):
         run(config(seed=1), harness=FakeHarness())
 
 
-def test_a_task_that_was_edited_is_not_mixed(config):
-    run(config(methods=["none"], budgets=[64]), harness=FakeHarness())
-    with pytest.raises(ConfigError) as error:
-        run(config(), harness=FakeHarness(definition="edited"))
-    assert str(error.value) == (
-        f"the task count changed in the middle of the run (settings): {config().output} holds its cell none, made "
-        "before, and numbers must not be mixed. Undo the change, use another --output directory, or start over with "
-        "--fresh"
-    )
-    harness = FakeHarness()
-    run(config(), harness=harness)  # as it was
-    assert ("none", "count") not in harness.evaluated
-
-
-def test_a_task_that_is_edited_during_the_run_stops_it(config):
-    class Edited(FakeHarness):
-        def evaluate(self, variant, task):
-            self.definition = {"settings": "edited"}
-            return super().evaluate(variant, task)
-
-    with pytest.raises(CellError, match="the task count was changed meanwhile .settings."):
-        run(config(), harness=Edited())
-    assert Store(config().output).cell("none", "count") is None
-
-
-def test_a_cell_of_an_older_vlmslim_is_refused(config):
-    """It does not record its code. To do it again without a word would throw away what may have taken days."""
-    run(config(), harness=FakeHarness())
-    store = Store(config().output)
-    rewrite(store, "none", "text", without="code")
-    before = stored(config().output)
-    with pytest.raises(ConfigError) as error:
-        run(config(), harness=FakeHarness())
-    assert str(error.value) == (
-        f"{config().output} holds a cell none / text of an older vlmslim, which did not record the code that made it, "
-        "so it is unknown whether its numbers may be mixed with new ones; use another --output directory, or start "
-        "over with --fresh"
-    )
-    assert stored(config().output) == before
-    assert Leaderboard.read(config().output).rows  # an old directory can still be read
-
-
-@pytest.fixture
-def edit(monkeypatch):
-    """Pretends that files of code were edited."""
-
-    def edit(*files):
-        def edited(classes):
-            return {name: hash + name * (name in files) for name, hash in code_hash(classes).items()}
-
-        monkeypatch.setattr("vlmslim.evaluation.inputs.code_hash", edited)
-
-    return edit
-
-
-def test_a_method_that_was_edited_is_not_mixed(config, edit):
-    run(config(), harness=FakeHarness())
-    edit("vlmslim/methods/divprune.py")
-    with pytest.raises(ConfigError) as error:
-        run(config(), harness=FakeHarness())
-    assert str(error.value) == (
-        "the method divprune-64 changed in the middle of the run (vlmslim/methods/divprune.py): "
-        f"{config().output} holds its cell count, made before, and numbers must not be mixed. Undo the change, give "
-        "the changed method another 'label', use another --output directory, or start over with --fresh"
-    )
-    harness = FakeHarness()
-    run(config(methods=[{"method": "divprune", "label": "mine"}]), harness=harness)
-    assert {label for label, _ in harness.evaluated} == {"mine-64", "mine-16"}  # the other rows keep their cells
-    edit()
-    harness = FakeHarness()
-    run(config(), harness=harness)  # as it was
-    assert harness.evaluated == []
-
-
-def test_a_method_of_ones_own_is_edited_between_two_calls(config, tmp_path):
-    methods = [{"method": write_norm(tmp_path), "label": "norm"}]
-    run(config(methods=methods, budgets=[16]), harness=FakeHarness())
-    write_norm(tmp_path, REMARK)
-    harness = FakeHarness()
-    run(config(methods=methods, budgets=[16]), harness=harness)
-    assert harness.evaluated == []
-    write_norm(tmp_path, REVERSED)
-    with pytest.raises(ConfigError, match=r"the method norm changed in the middle of the run \(norm.py\): "):
-        run(config(methods=methods, budgets=[16]), harness=FakeHarness())
-    cell = Store(config().output).cell("norm", "text")
-    assert cell["method_versions"] == {"norm.py": "uncommitted"}
-    assert "method_versions" not in Store(config().output).cell("none", "text")
-
-
-def test_an_engine_that_was_edited_is_not_mixed(config, edit):
-    run(config(), harness=FakeHarness())
-    edit("vlmslim/compressor.py", "vlmslim/patching.py")
-    with pytest.raises(ConfigError) as error:
-        run(config(), harness=FakeHarness())
-    assert str(error.value) == (
-        "the engine changed in the middle of the run (vlmslim/compressor.py, vlmslim/patching.py): "
-        f"{config().output} holds its cell count, made before, and numbers must not be mixed. Undo the change, use "
-        "another --output directory, or start over with --fresh"
-    )
-
-
-def test_a_cost_is_solved_anew_for_edited_code(config, edit):
-    run(config(budgets=[COST]), harness=Solving())
-    shutil.rmtree(config().output / "cells" / SOLVED_ROWS[1])
-    edit("vlmslim/methods/divprune.py")
-    harness = Solving()
-    run(config(budgets=[COST]), harness=harness)
-    assert harness.solved == SOLVED_ROWS[1:]
-
-
-def test_edited_code_is_timed_again(config, edit):
-    run(config(), harness=FakeHarness())
-    shutil.rmtree(config().output / "cells" / "divprune-16")
-    shutil.rmtree(config().output / "cells" / "divprune-64")
-    edit("vlmslim/methods/divprune.py")
-    with pytest.raises(KeyboardInterrupt):
-        run(config(), harness=FakeHarness(fail_at=("divprune-16", "count"), failure=KeyboardInterrupt()))
-    rows = {row.label: row for row in Leaderboard.read(config().output).rows}
-    assert rows["divprune-64"].times is None and rows["random-64"].times is not None
-    harness = FakeHarness()
-    run(config(), harness=harness)
-    assert harness.timed == ROWS
-
-
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -402,173 +260,7 @@ def test_a_cell_of_another_run_is_told_from_a_changed_method(config):
         run(config(), harness=FakeHarness())
 
 
-# ---------------------------------------------------------------------- trained methods
-
-
-@pytest.fixture
-def trained(tmp_path):
-    """Trains a TokenFLEX anew, into the same folder, and says how a configuration names it."""
-
-    def trained(seed: int, **options) -> dict:
-        with vlmslim.patch(tiny("llava"), "tokenflex", keep=4, weights=f"random:{seed}") as slim:
-            slim.save_pretrained(tmp_path / "flex")
-        return {"method": "tokenflex", "keep": 64, "weights": str(tmp_path / "flex"), "label": "flex"} | options
-
-    return trained
-
-
-def seal(entry) -> str:
-    return json.loads((Path(entry["weights"]) / "vlmslim.json").read_text())["sha256"]
-
-
-def test_cells_say_with_which_weights_they_were_made(config, trained):
-    entry = trained(seed=1)
-    board = run(config(methods=["divprune", entry]), harness=FakeHarness())
-    store = Store(config().output)
-    assert store.cell("flex", "text")["weights"] == {entry["weights"]: seal(entry)}
-    assert "weights" not in store.cell("divprune-64", "text")
-    rows = {row.label: row for row in board.rows}
-    assert rows["flex"].provenance["weights"] == f"{entry['weights']}={seal(entry)}"
-    assert "weights" not in rows["divprune-64"].provenance
-    again = FakeHarness()
-    run(config(methods=["divprune", trained(seed=1)]), harness=again)
-    assert (again.evaluated, again.loads) == ([], 0)  # the same training
-
-
-@pytest.mark.parametrize("change", ["trained anew", "deleted"])
-def test_weights_that_changed_under_their_path_are_refused(config, trained, change):
-    entry = trained(seed=1)
-    before = seal(entry)
-    run(config(methods=[entry]), harness=FakeHarness())
-    if change == "deleted":
-        shutil.rmtree(entry["weights"])
-    else:
-        trained(seed=2)
-    now = "none that can be read" if change == "deleted" else seal(entry)[:12]
-    harness = FakeHarness()
-    with pytest.raises(ConfigError) as error:
-        run(config(methods=[entry]), harness=harness)
-    assert str(error.value) == (
-        f"the weights of flex changed in the middle of the run: {config().output} holds its cell count, made when "
-        f"{entry['weights']} held {before[:12]}; it holds {now} now, and numbers must not be mixed. "
-        "Give the new ones another 'label', use another --output directory, or start over with --fresh"
-    )
-    assert harness.loads == 0
-
-
-def test_new_weights_under_a_new_label(config, trained):
-    run(config(methods=[trained(seed=1)]), harness=FakeHarness())
-    harness = FakeHarness()
-    run(config(methods=[trained(seed=2, label="flex-2")]), harness=harness)
-    assert {label for label, _ in harness.evaluated} == {"flex-2"}
-
-
-def test_weights_in_a_later_stage_count_too(config, trained):
-    entry = trained(seed=1)
-    stages = [{"method": "tokenflex", "keep": 64, "weights": entry["weights"]}, {"method": "fastv", "keep": 16}]
-    methods = [{"stages": stages, "label": "both"}]
-    run(config(methods=methods), harness=FakeHarness())
-    trained(seed=2)
-    with pytest.raises(ConfigError, match="the weights of both changed"):
-        run(config(methods=methods), harness=FakeHarness())
-
-
-def test_weights_that_are_words_need_no_record(config):
-    run(config(methods=[{"method": "tokenflex", "weights": "pool"}]), harness=FakeHarness())
-    assert "weights" not in Store(config().output).cell("tokenflex-64-weights=pool", "text")
-
-
-def test_other_weights_are_timed_again(config, trained):
-    settings = config(methods=["divprune", trained(seed=1)])
-    run(settings, harness=FakeHarness())
-    shutil.rmtree(config().output / "cells" / "flex")
-    trained(seed=2)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, harness=FakeHarness(fail_at=("flex", "text"), failure=KeyboardInterrupt()))
-    rows = {row.label: row for row in Leaderboard.read(config().output).rows}
-    assert rows["flex"].times is None and rows["divprune-64"].times is not None  # not the old one's time
-    harness = FakeHarness()
-    run(settings, harness=harness)
-    assert [label for label, _ in harness.evaluated] == ["flex"]
-    assert "flex" in harness.timed and "none" in harness.timed
-
-
-def test_weights_that_are_replaced_during_the_run_stop_it(config, trained):
-    class Impatient(FakeHarness):
-        def evaluate(self, variant, task):
-            if (variant.label, task) == ("flex", "text"):
-                trained(seed=2)
-            return super().evaluate(variant, task)
-
-    with pytest.raises(CellError, match="weights of flex were replaced meanwhile"):
-        run(config(methods=[trained(seed=1)]), harness=Impatient())
-    assert Store(config().output).cell("flex", "text") is None
-
-
-def test_a_cost_is_solved_anew_for_other_weights(config, trained):
-    settings = config(methods=[trained(seed=1, keep=None, budgets=[COST])])
-    run(settings, harness=Solving())
-    shutil.rmtree(config().output / "cells" / "flex")
-    trained(seed=2)
-    harness = Solving()
-    run(settings, harness=harness)
-    assert harness.solved == ["flex"]
-
-
-def test_a_clip_of_ones_own_counts_as_weights(config, tmp_path):
-    (tmp_path / "clip").mkdir()
-    weights = tmp_path / "clip" / "model.safetensors"
-    weights.write_bytes(b"first")
-    (tmp_path / "clip" / "config.json").write_text("{}")
-    methods = [{"method": "recoverable", "keep": 64, "clip": str(tmp_path / "clip"), "label": "mine"}]
-    run(config(methods=methods), harness=FakeHarness())
-    weights.write_bytes(b"other")
-    with pytest.raises(ConfigError, match="the weights of mine changed"):
-        run(config(methods=methods), harness=FakeHarness())
-
-
-def test_a_saved_patch_as_the_checkpoint_brings_its_weights(config, trained):
-    """The base lies elsewhere, so its hash is not that of the trained part: that one is in the row."""
-    folder = trained(seed=1)["weights"]
-    settings = config(model={"pretrained": folder}, methods=["tokenflex"], budgets=[64])
-    stages = {variant.label: variant.stages for variant in settings.variants()}
-    assert stages["tokenflex-64"] == ({"method": "tokenflex", "keep": 64, "weights": folder},)
-    run(settings, harness=FakeHarness())
-    trained(seed=2)
-    with pytest.raises(ConfigError, match="the weights of tokenflex-64 changed"):
-        run(settings, harness=FakeHarness())
-
-
-def test_weights_that_cannot_be_read_are_a_clear_error(config, trained):
-    entry = trained(seed=1)
-    (Path(entry["weights"]) / "vlmslim.json").write_text("{}")
-    with pytest.raises(ConfigError, match="flex: .*vlmslim.json is no configuration of vlmslim"):
-        run(config(methods=[entry]), harness=FakeHarness())
-
-
 # ---------------------------------------------------------------------- costs
-
-COST = {"equivalent_tokens": 40}
-
-
-class Solving(FakeHarness):
-    """Solves every budget by keep=40, which costs what was asked, or `cost`."""
-
-    def __init__(self, cost=40.0, impossible=(), **options):
-        super().__init__(**options)
-        self.solved, self.cost, self.impossible = [], cost, impossible
-
-    def solve(self, variant):
-        self.solved.append(variant.label)
-        if variant.label in self.impossible:
-            raise BudgetError("it cannot")
-        stages = ({**variant.stages[0], "keep": 40},)
-        return Solution(stages, "keep", 40, variant.budget, 40.0, 4)
-
-    def evaluate(self, variant, task):
-        plain = replace(variant, budget=self.cost) if isinstance(variant.budget, dict) else variant
-        return super().evaluate(plain, task)
-
 
 SOLVED_ROWS = ["random-equivalent_tokens=40", "divprune-equivalent_tokens=40"]
 

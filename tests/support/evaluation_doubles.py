@@ -1,14 +1,16 @@
 """A stand-in for `vlmslim.evaluation.harness.Harness` that evaluates nothing and always says the same."""
 
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
 
+from vlmslim.cost.budget import BudgetError, Solution
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.harness import Cell
+from vlmslim.evaluation.store import Store
 
 SHAPE = DecoderShape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=300)
 
@@ -142,30 +144,33 @@ class FakeHarness:
         }
 
 
-NORM = """
-from dataclasses import dataclass
-
-from vlmslim import Compressor
+COST = {"equivalent_tokens": 40}
 
 
-@dataclass
-class Norm(Compressor):
-    keep: int | float = 16
+class Solving(FakeHarness):
+    """Solves every budget by keep=40, which costs what was asked, or `cost`."""
 
-    def compress(self, image):
-        order = image.features.norm(dim=-1).argsort(descending=True)
-        return image.pick(order[: self.requested(len(order))].sort().values)
-"""
-#: Edits of `NORM`: one that says the same, and one that ranks the other way round.
-REMARK = ("descending=True", "descending=True,  # the largest first\n            ")
-REVERSED = ("descending=True", "descending=False")
+    def __init__(self, cost=40.0, impossible=(), **options):
+        super().__init__(**options)
+        self.solved, self.cost, self.impossible = [], cost, impossible
+
+    def solve(self, variant):
+        self.solved.append(variant.label)
+        if variant.label in self.impossible:
+            raise BudgetError("it cannot")
+        return Solution(({**variant.stages[0], "keep": 40},), "keep", 40, variant.budget, 40.0, 4)
+
+    def evaluate(self, variant, task):
+        return super().evaluate(replace(variant, budget=self.cost) if variant.cost else variant, task)
 
 
-def write_norm(folder: Path, *edits: tuple[str, str]) -> str:
-    """Write a method into `norm.py`, after edits, and return the name that loads it."""
-    text = NORM
-    for old, new in edits:
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "norm.py").write_text(text)
-    return f"{folder / 'norm.py'}:Norm"
+def stored(folder: Path) -> dict[Path, bytes]:
+    """Read every file in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rewrite(store: Store, label: str, task: str, without: str = "", **changes) -> None:
+    """Save a cell again, without a part of its record, or with another one."""
+    added = {"label", "task", "samples_sha256"}  # by the store
+    kept = {name: value for name, value in store.cell(label, task).items() if name not in added | {without}}
+    store.save_cell(label, task, kept | changes, store.samples(label, task))
