@@ -1,11 +1,11 @@
 """Evaluation through lmms-eval. Importing this package loads neither lmms-eval nor torch."""
 
 
-def manifest():
-    """What the entry point `lmms_eval.models` hands to lmms-eval: the models `vlmslim` and `vlmslim_chat`.
+def manifest() -> list:
+    """Return what the entry point `lmms_eval.models` gives to lmms-eval: the models `vlmslim` and `vlmslim_chat`.
 
-    `vlmslim` speaks lmms-eval's simple protocol, the only one that carries every kind of request; a task's
-    `doc_to_messages` is honoured all the same. `vlmslim_chat` is the same implementation behind the chat protocol.
+    `vlmslim` uses lmms-eval's simple protocol, because only that carries every kind of request; it honours a task's
+    `doc_to_messages` all the same. `vlmslim_chat` is the same implementation for the chat protocol.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

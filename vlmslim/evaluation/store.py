@@ -1,10 +1,10 @@
-"""The output directory of a run: every file is whole or absent, and says which run it belongs to.
+"""The output directory of a run. Every file is whole or absent, and says which run it belongs to.
 
 run.json                     the configuration, and what every cell shares
-cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of how they came about
-cells/LABEL/TASK.jsonl       its samples, one question per line
-solutions.json               what budgets that are costs came to
-timing.json                  prefill and decode times of all methods, taken together
+cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of how they were made
+cells/LABEL/TASK.jsonl       the samples of the cell, one question per line
+solutions.json               how budgets that are costs were solved
+timing.json                  prefill and decode times of all methods, measured together
 leaderboard.{md,csv,json,html}
 """
 
@@ -26,8 +26,8 @@ RESULTS = (
 )
 
 
-def digest(value) -> str:
-    """A hash of anything JSON-able, independent of the order of keys."""
+def digest(value: object) -> str:
+    """Hash anything that JSON can hold. The order of keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -44,12 +44,13 @@ def timing_key(label: str, made_with: dict) -> list:
 
 
 def _sealed(record: dict) -> str:
+    """Write a record as JSON, with a hash of itself."""
     record = json.loads(json.dumps(record, default=str))
     return json.dumps({**record, "seal": digest(record)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def _unsealed(path: Path) -> dict | None:
-    """The record, or None if the file is absent, cut short or changed."""
+    """Read a record; None if the file is absent, cut short or changed."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         seal = record.pop("seal")
@@ -68,7 +69,7 @@ class Store:
         """Make the directory.
 
         Raises:
-            ConfigError: it cannot be written to.
+            ConfigError: the directory cannot be written to.
         """
         try:
             check_writable(self.directory)
@@ -79,24 +80,24 @@ class Store:
 
     @property
     def run(self) -> dict | None:
-        """What `save_run` wrote; None in a directory without a run."""
+        """The record that `save_run` wrote; None in a directory without a run."""
         return _unsealed(self.directory / "run.json")
 
     def check_run(self, shared: dict) -> str:
-        """Whether results may be added to those that are there; nothing is written.
+        """Check that new results may be added to those in the directory. Nothing is written.
 
         Args:
-            shared: everything that changes the numbers of all cells; a run goes on only with the very same.
+            shared: everything that changes the numbers of all cells.
 
         Returns:
             The hash of `shared`, which every cell carries.
 
         Raises:
-            ConfigError: the directory holds results that are not comparable, naming what differs.
+            ConfigError: the directory holds results that are not comparable; the message names what differs.
         """
         before = self.run
         if not any(self.directory.glob("cells/*/*.json")):
-            return digest(shared)  # it failed before its first cell: there is nothing to mix with
+            return digest(shared)  # an earlier run failed before its first cell: there is nothing to mix with
         if before is None:
             raise ConfigError(f"{self.directory} holds cells but no readable run.json; use another --output or --fresh")
         if differences := _differences(before["shared"], json.loads(json.dumps(shared))):
@@ -108,23 +109,23 @@ class Store:
         return digest(shared)
 
     def save_run(self, shared: dict, config: dict) -> None:
-        """Write what every cell shares, and the configuration; methods and tasks may be added from run to run."""
+        """Write what every cell shares, and the configuration, which may list more methods and tasks than before."""
         write_atomically(self.directory / "run.json", _sealed({"shared": shared, "config": config}))
 
     def clear(self) -> None:
-        """Delete the results, and nothing else that may lie in the directory."""
+        """Delete the results, and no other file in the directory."""
         if (self.directory / "cells").is_dir():
             shutil.rmtree(self.directory / "cells")
         for name in RESULTS:
             (self.directory / name).unlink(missing_ok=True)
 
     def save_solutions(self, record: dict) -> None:
-        """Write what budgets came to."""
+        """Write how budgets that are costs were solved."""
         write_atomically(self.directory / "solutions.json", _sealed(record))
 
     @property
     def solutions(self) -> dict | None:
-        """What budgets came to; None if there are none or the file is not whole."""
+        """The record that `save_solutions` wrote; None if there is none, or if the file is not whole."""
         return _unsealed(self.directory / "solutions.json")
 
     # ------------------------------------------------------------------ cells
@@ -133,7 +134,7 @@ class Store:
         return self.directory / "cells" / label / f"{task.replace('/', '_')}.json"
 
     def save_cell(self, label: str, task: str, record: dict, samples: Iterable[dict]) -> None:
-        """Write a finished cell: the samples first, then the record that vouches for them."""
+        """Write a finished cell: the samples first, then the record with their hash."""
         path = self._path(label, task)
         lines = "".join(json.dumps(s, default=str, ensure_ascii=False) + "\n" for s in samples)
         write_atomically(path.with_suffix(".jsonl"), lines)
@@ -141,7 +142,7 @@ class Store:
         write_atomically(path, _sealed({**record, "label": label, "task": task, "samples_sha256": seal}))
 
     def cell(self, label: str, task: str) -> dict | None:
-        """The record of a finished cell; None if there is none, or if any of its two files is not whole."""
+        """Read the record of a finished cell; None if there is none, or if one of its two files is not whole."""
         path = self._path(label, task)
         record = _unsealed(path)
         samples = path.with_suffix(".jsonl")
@@ -151,27 +152,28 @@ class Store:
         return record if whole else None
 
     def is_damaged(self, label: str, task: str) -> bool:
-        """Whether there is a cell that is not whole."""
+        """Tell whether there is a cell that is not whole."""
         return self._path(label, task).exists() and self.cell(label, task) is None
 
     def samples(self, label: str, task: str) -> list[dict]:
-        """The samples of a finished cell, in the order of the task's questions."""
+        """Read the samples of a finished cell, in the order of the task's questions."""
         text = self._path(label, task).with_suffix(".jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
     # ------------------------------------------------------------------ timings
 
     def save_timing(self, record: dict) -> None:
-        """Write the timings of all methods, which were taken together."""
+        """Write the times of all methods, which were measured together."""
         write_atomically(self.directory / "timing.json", _sealed(record))
 
     @property
     def timing(self) -> dict | None:
-        """The timings; None if there are none or the file is not whole."""
+        """The record that `save_timing` wrote; None if there is none, or if the file is not whole."""
         return _unsealed(self.directory / "timing.json")
 
 
 def _differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """Write one line for each key, also of nested dictionaries, that has two values."""
     lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -15,7 +15,7 @@ _STRIDE, _SAMPLE = 2**20, 2**12  # of larger ones, bytes at the start of every s
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """Return the versions of all libraries that can change a number."""
     others = ("torch", "torchvision", "transformers", "tokenizers", "pillow", "lmms_eval")
     return {"vlmslim": vlmslim.__version__, **{name: version(name) for name in others}}
 
@@ -82,7 +82,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware(device: str | None = None) -> str:
-    """The device that computes, in words; by default the GPU if there is one."""
+    """Name the device that computes; by default the GPU if there is one."""
     import torch
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -101,10 +101,10 @@ def _cpu_name() -> str:
 
 
 def fingerprint(checkpoint: str) -> str | None:
-    """A hash of a local checkpoint's files, so that a retrained one is not taken for the old; None on the hub.
+    """Hash the files of a local checkpoint, so that a retrained one is told from the old; None for one on the hub.
 
-    Of files above 64 MiB it reads 4 KiB in every MiB, and the end: training changes a matrix all over, so whichever was
-    trained, be it the projector alone, it shows; a gigabyte is looked through in a moment.
+    Of files above 64 MiB only 4 KiB of every MiB are read, and the end. Training changes every region of a weight
+    matrix, so this notices a retrained checkpoint, even if only its projector was trained.
     """
     directory = Path(checkpoint)
     if not directory.is_dir():
@@ -118,13 +118,14 @@ def fingerprint(checkpoint: str) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """A hash of one file, as `fingerprint` reads it; its size is in it, its name and time are not."""
+    """Hash one file as `fingerprint` reads it. Its size counts, its name and time do not."""
     seal = hashlib.sha256(f"{path.stat().st_size}\n".encode())
     _read_into(seal, path)
     return seal.hexdigest()
 
 
-def _read_into(seal, path: Path) -> None:
+def _read_into(seal: "hashlib._Hash", path: Path) -> None:
+    """Add a file to a hash: all of it, or samples of a large file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         for start in (0,) if size <= _WHOLE else (*range(0, size, _STRIDE), size - _SAMPLE):
