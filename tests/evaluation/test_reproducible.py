@@ -55,14 +55,21 @@ def test_two_runs_give_the_same_bytes(tmp_path):
 def test_an_edited_method_is_refused_and_a_remark_is_not(tmp_path):
     """The loop that the author of a method lives in: run, edit, run again. Each call is a process of its own."""
     norm = tmp_path / "norm.py"
-    changes = {"tasks": ["scenes_count"], "methods": [f"{write(norm)}:Norm"], "baselines": False, "limit": 2}
+    changes = {
+        "tasks": ["scenes_count"],
+        "methods": [f"{write(norm)}:Norm", "drop_visual"],
+        "baselines": False,
+        "limit": 2,
+    }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(CONFIG | changes | {"output": str(tmp_path / "out")}))
     first = command_line(path)
     assert first.returncode == 0 and "| norm-16" in first.stdout, first.stderr
+    assert first.stdout == (tmp_path / "out" / "leaderboard.md").read_text()  # warnings go elsewhere
+    assert "drop_visual: stage 1 (drop_visual, before layer 7) acted on 0 of 2 prompts" in first.stderr
     write(norm, NORM.replace("More follows.", "Much more follows."))
     again = command_line(path)
-    assert again.returncode == 0 and "2 of 2 cells are finished" in again.stderr
+    assert again.returncode == 0 and "3 of 3 cells are finished" in again.stderr
     assert again.stdout == first.stdout
     write(norm, NORM.replace("argsort()", "argsort(descending=True)"))
     edited = command_line(path)

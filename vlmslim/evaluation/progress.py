@@ -112,6 +112,9 @@ def output_to(log: Path) -> Iterator[None]:
 
 def log_to(log: Path | None = None) -> None:
     """Keep the log of lmms-eval off the terminal, and write it to a file if one is given."""
+    import lmms_eval.evaluator  # when these two are imported they start to log to the terminal
+    import lmms_eval.models  # noqa: F401
+
     logger.remove()
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
