@@ -211,7 +211,7 @@ def test_what_makes_runs_comparable(load):
         ),
         (
             {"methods": [{"method": "divprune", "keep": 3, "budget": {"flops_ratio": 0.1}}]},
-            "divprune: nothing is left to solve; leave out the option that the budget shall decide",
+            "divprune: nothing is left to solve; leave out the option that the budget decides",
         ),
         ({"methods": [{"method": "none", "budget": {"flops_ratio": 0.1}}]}, "none: nothing is left to solve"),
         ("just words", "a configuration is a mapping"),
