@@ -300,6 +300,12 @@ def answer_logits(
     return model.lm_head(out.last_hidden_state[:, :-1][target != -100]), target[target != -100], out
 
 
+def visual_tokens(out: LlavaModelOutputWithPast) -> torch.Tensor:
+    """Return the visual tokens of a batch (B * 144, hidden); transformers 5.24 has them picture by picture."""
+    tokens = out.image_hidden_states
+    return tokens if isinstance(tokens, torch.Tensor) else torch.cat(list(tokens))
+
+
 def pointing_loss(attention: torch.Tensor, batch: dict, image_token: int) -> torch.Tensor:
     """Cross-entropy between the share of one layer's attention (B, heads, L, L) on the evidence and its target."""
     asking = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
@@ -390,12 +396,13 @@ def main() -> None:
         batch = {k: v.to(accelerator.device) for k, v in batch.items() if k != "tasks"}
         with accelerator.autocast():
             logits, target, out = answer_logits(model, batch)
-            align = alignment_loss(model, out.image_hidden_states, batch["words"])
+            tokens = visual_tokens(out)
+            align = alignment_loss(model, tokens, batch["words"])
         parts = {
             "answer": F.cross_entropy(logits.float(), target),
             "align": align,
             "point": pointing_loss(out.attentions[len(out.attentions) // 2], batch, model.config.image_token_id),
-            "layout": layout_loss(out.image_hidden_states, batch["centre"]),
+            "layout": layout_loss(tokens, batch["centre"]),
         }
         weights = {"answer": 1, **config}
         loss = sum(weights[name] * part for name, part in parts.items())
