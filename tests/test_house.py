@@ -74,7 +74,7 @@ def test_engine_and_ops_import_no_method():
 
 
 def test_only_some_rooms_know_transformers_model_code():
-    known = ("engine", "loading", "training", "cost.bench.prompt")
+    known = ("engine", "loading", "training")
     assert not [m for m in users("transformers.models") if not any(in_room(m, room) for room in known)]
 
 

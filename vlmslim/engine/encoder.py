@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vlmslim.compressor import ImageTokens
-from vlmslim.engine.families import encoder_layers, with_newlines
+from vlmslim.engine.families import anyres_tiles, encoder_layers, with_newlines
 
 _ATTRIBUTE = "vlmslim_images"
 
@@ -120,19 +120,15 @@ class RecordingEncoder:
 
     def _images(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
         config = self.core.config
-        pixels = config.vision_config.image_size
-        side = pixels // config.vision_config.patch_size
+        side = config.vision_config.image_size // config.vision_config.patch_size
         crops = seen.crops or [1] * len(output.pooler_output)
         images = []
         for n, part in enumerate(seen.parts(crops)):
             patches, tiles, size = part["tower"].shape[1], (0, 0), (0, 0)
             make_grid = partial(_crop_grid, side, patches)
             if crops[n] > 1:
-                from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
                 size = seen.sizes[n]
-                rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, pixels)
-                tiles = rows, columns
+                tiles = anyres_tiles(config, size)
             if seen.crops:
                 make_grid = partial(_packed_grid, partial(seen.repack, n), crops[n], tiles[1], side, patches)
             images.append(

@@ -80,6 +80,14 @@ def has_cls(core: Any) -> bool:
     return hasattr(tower.embeddings, "class_embedding")
 
 
+def anyres_tiles(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of tiles that an image of `size` (height, width) is cut into, in an anyres model."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return rows, columns
+
+
 def kv_cache(where: dict | ModelOutput) -> Cache | None:
     """Return the KV cache among a forward's keyword arguments, or on its output; None without one."""
     if isinstance(where, ModelOutput):

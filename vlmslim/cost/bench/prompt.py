@@ -1,12 +1,13 @@
 """Made-up prompts of an exact size: random words around images of noise."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmslim.engine.families import FAMILIES
+from vlmslim.engine.families import FAMILIES, anyres_tiles
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,10 @@ class SyntheticPrompt:
         count = batch * images
         pixels, crops = {}, 1
         if FAMILIES[config.model_type].anyres:
-            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
             size = image_size or (2 * side, 2 * side)
             onevision = config.model_type == "llava_onevision"
             if not onevision or images == 1:  # OneVision cuts no tiles if a prompt has several images
-                crops = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
+                crops = 1 + math.prod(anyres_tiles(config, size))
             pixels["image_sizes"] = torch.tensor([size] * count, device=device)
             if onevision:
                 pixels["batch_num_images"] = torch.tensor([images] * batch, device=device)
