@@ -1,6 +1,6 @@
-"""The checks: each compares two things that must be alike, and says how far apart they are.
+"""The checks. Each compares two things that must be equal, and says how far apart they are.
 
-The first line of a check's docstring is what it claims; `docs/trust.md` says which real fault each one is there for.
+The first line of a check's docstring is its claim. `docs/trust.md` names the real fault that each check finds.
 """
 
 import re
@@ -80,7 +80,7 @@ class Subject(Run):
 
 
 def video(subject: Subject) -> Outcome:
-    """It takes a video, which is then among the prompts of all other checks; or it says that it takes none."""
+    """Check that a video works, and so belongs to the prompts of all other checks, or is refused in words."""
     if not subject.prompts.videos:
         raise NotApplicable(why_no_video(subject.model, subject.prompts.processor))
     try:
@@ -95,7 +95,7 @@ def video(subject: Subject) -> Outcome:
 
 
 def budget(subject: Subject) -> Outcome:
-    """Every stage keeps as many visual tokens of every image as it was asked to, and no token is sent twice."""
+    """Check that every stage keeps as many visual tokens of every image as asked, and sends no token twice."""
     notes, prefill = subject.together.notes, subject.together.prefill
     assert prefill is not None
     copies, sent = max(((sent.copies, len(sent)) for sent in notes.sent), default=(0, 0))
@@ -122,17 +122,17 @@ def budget(subject: Subject) -> Outcome:
 
 
 def batch(subject: Subject) -> Outcome:
-    """A batch of prompts is answered as each prompt by itself, under a method that has not seen the others."""
+    """Check that a batch is answered as each prompt by itself, under a method that has not seen the others."""
     return subject.rounding(subject.batch())
 
 
 def padding(subject: Subject) -> Outcome:
-    """Rows padded on the left give the logits of rows padded on the right."""
+    """Check that rows padded on the left give the logits of rows padded on the right."""
     return subject.rounding(subject.padding())
 
 
 def reference(subject: Subject) -> Outcome:
-    """From the method's own answers, another model computed layer by layer by hand gives the logits of every place."""
+    """Check every logit against another model, computed by hand layer by layer from the method's own answers."""
     renumbered = any(s.acts_before_llm and s.method.positions == "renumbered" for s in subject.slim.stages)
     differences = {}
     for row, alone in subject.alone.items():
@@ -148,14 +148,14 @@ def reference(subject: Subject) -> Outcome:
 
 
 def cache(subject: Subject) -> Outcome:
-    """Decoding through the KV cache gives the logits of recomputing the whole sequence without one."""
+    """Check that decoding from the KV cache gives the logits of recomputing the whole sequence without one."""
     if subject.prunes:
         raise NotApplicable("the last token decides what stays, and in a longer sequence that is another token")
     return subject.rounding(subject.cache())
 
 
 def answer(subject: Subject) -> Outcome:
-    """The log-likelihood of a forced answer, fed at once or as labels, is that of its tokens one by one."""
+    """Check that the log-likelihood of a forced answer, at once or as labels, is that of its tokens one by one."""
     differences = {"at once": subject.at_once()}
     if not subject.prunes:
         differences["as labels"] = subject.as_labels()
@@ -164,7 +164,7 @@ def answer(subject: Subject) -> Outcome:
 
 
 def memory(subject: Subject) -> Outcome:
-    """The KV cache holds the tokens of the receipt and no more; peak memory is not above the unpatched model's."""
+    """Check that the KV cache holds the tokens of the receipt, and peak memory is not above the unpatched model's."""
     shape, steps = DecoderShape.from_config(subject.model.config), subject.answer.shape[1]
     held = expected = 0.0
     for alone in subject.alone.values():  # one by one, because the formula knows no padding
@@ -181,7 +181,7 @@ def memory(subject: Subject) -> Outcome:
 
 
 def attention(subject: Subject) -> Outcome:
-    """No full attention map is made, and the attention back end stays what it was."""
+    """Check that no full attention map is made, and that the attention back end stays what it was."""
     inputs = subject.prompts.inputs((LONG,))
     plain, length = subject.unpatched.shapes, inputs["input_ids"].shape[1]
     if _maps(plain, {length}):
@@ -201,7 +201,7 @@ def _maps(shapes: set[tuple[int, ...]], lengths: set[int]) -> list[tuple[int, ..
 
 
 def repeat(subject: Subject) -> Outcome:
-    """The same prompts twice give the same logits; they, and the process's random generators, stay as they were."""
+    """Check that the same prompts give the same logits twice; that they and all random generators stay the same."""
     inputs, guard, first = subject.prompts.inputs(), RngGuard(), subject.together.answer
     with guard.watch():
         again, _ = decode(subject.model, inputs, subject.answer, whole=True)
@@ -213,7 +213,7 @@ def repeat(subject: Subject) -> Outcome:
 
 
 def keep_all(subject: Subject) -> Outcome:
-    """Asked to keep everything, it changes nothing: answers, logits and cache are those of the unpatched model."""
+    """Check that keeping everything gives the answers, logits and cache of the unpatched model."""
     slim, model, prompts, unpatched = subject.slim, subject.model, subject.prompts, subject.unpatched
     for stage in slim.stages:
         if stage.acts_before_llm and stage.name in slim.trained:
