@@ -106,6 +106,31 @@ def test_the_cost_of_what_changed_is_solved_anew(config, make):
     assert harness.solved == ["mine"]
 
 
+@pytest.mark.parametrize("change", ["code", "weights", "task"])
+def test_what_changes_during_the_run_stops_it(config, program, train, change):
+    class Impatient(FakeHarness):
+        def evaluate(self, variant, task):
+            if (variant.label, task) == ("mine", "text"):
+                if change == "code":
+                    program(REVERSED)
+                elif change == "weights":
+                    train(2)
+                else:
+                    self.definition = {"settings": "edited"}
+            return super().evaluate(variant, task)
+
+    with pytest.raises(CellError) as error:
+        run(config(methods=[train(1) if change == "weights" else program(NORM)]), harness=Impatient())
+    sentence = {
+        "code": "the method mine was changed meanwhile (norm.py); undo the change, give the changed method another ",
+        "weights": "the weights of mine were replaced meanwhile; run again when training is over",
+        "task": f"the task text was changed meanwhile (settings); undo the change, {HOW_TO_CONTINUE}",
+    }
+    assert str(error.value).startswith(sentence[change])
+    store = Store(config().output)
+    assert store.cell("mine", "count") is not None and store.cell("mine", "text") is None
+
+
 # ---------------------------------------------------------------------- code
 
 
@@ -252,18 +277,6 @@ def test_a_saved_patch_as_the_checkpoint_brings_its_weights(config, train):
     assert stages["tokenflex-64"] == ({"method": "tokenflex", "keep": 64, "weights": folder},)
 
 
-def test_weights_that_are_replaced_during_the_run_stop_it(config, train):
-    class Impatient(FakeHarness):
-        def evaluate(self, variant, task):
-            if (variant.label, task) == ("mine", "text"):
-                train(2)
-            return super().evaluate(variant, task)
-
-    with pytest.raises(CellError, match="weights of mine were replaced meanwhile"):
-        run(config(methods=[train(1)]), harness=Impatient())
-    assert Store(config().output).cell("mine", "text") is None
-
-
 def test_weights_that_cannot_be_read_are_a_clear_error(config, train):
     entry = train(1)
     write(Path(entry["weights"]) / "vlmslim.json", "{}")
@@ -287,12 +300,13 @@ def test_a_task_that_was_edited_is_not_mixed(config):
     assert ("none", "count") not in harness.evaluated
 
 
-def test_a_task_that_is_edited_during_the_run_stops_it(config):
-    class Edited(FakeHarness):
-        def evaluate(self, variant, task):
-            self.definition = {"settings": "edited"}
-            return super().evaluate(variant, task)
+def test_questions_are_told_apart_by_what_is_asked():
+    def hash_of(settings=None, **changes):
+        sample = {"doc_id": 0, "target": "a", "arguments": ["how many?", {"until": ["x"]}], "doc_hash": "at 0x7f"}
+        return inputs.questions_hash([sample | changes], settings or {})
 
-    with pytest.raises(CellError, match="the task count was changed meanwhile .settings."):
-        run(config(), harness=Edited())
-    assert Store(config().output).cell("none", "count") is None
+    short, long = ({"generation_kwargs": {"max_new_tokens": n}, "doc_to_text": f"at 0x{n}"} for n in (1, 512))
+    assert hash_of() == hash_of(doc_hash="at 0x80", resps=[["b"]])
+    assert hash_of() != hash_of(arguments=["how many now?"])
+    assert hash_of(short) != hash_of(long)
+    assert hash_of(short) == hash_of(short | {"doc_to_text": "at 0x9"})

@@ -410,17 +410,6 @@ def test_without_timing(config):
     assert all(row.times is None for row in board.rows)
 
 
-def test_questions_are_told_apart_by_what_is_asked():
-    from vlmslim.evaluation.run import _questions
-
-    sample = {"doc_id": 0, "target": "a", "arguments": ["how many?", {"until": ["x"]}], "doc_hash": "at 0x7f"}
-    assert _questions([sample], {}) == _questions([sample | {"doc_hash": "at 0x80", "resps": [["b"]]}], {})
-    assert _questions([sample], {}) != _questions([sample | {"arguments": ["how many now?"]}], {})
-    short, long = ({"generation_kwargs": {"max_new_tokens": n}, "doc_to_text": f"at 0x{n}"} for n in (1, 512))
-    assert _questions([sample], short) != _questions([sample], long)
-    assert _questions([sample], short) == _questions([sample], short | {"doc_to_text": "at 0x9"})
-
-
 def test_the_files_of_a_run_are_plain_json_and_yaml(config):
     run(config(), harness=FakeHarness())
     written = config().output

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlmslim import bundled
 from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.store import digest
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io.code import SourceError, code_hash
@@ -26,10 +27,7 @@ class Inputs:
         self.code: dict[str, dict[str, str]] = {}
         self.weights: dict[str, dict[str, str | None]] = {}
         for variant in variants:
-            try:
-                self.code[variant.label] = code_hash(variant.classes)
-            except SourceError as error:
-                raise ConfigError(f"{variant.label}: {error}") from error
+            self.code[variant.label] = _code(variant)
             self.weights[variant.label] = _weights(variant)
         self.definitions = {leaf.task: tasks.definition(leaf.task) for leaf in tasks.leaves}
 
@@ -85,27 +83,46 @@ class Inputs:
         return changed_parts(cell["code"], self.code[variant.label]) if before == now else []
 
     def check_unchanged(self, variant: Variant, task: str) -> None:
-        """Refuse numbers of weights or of a task that were replaced while they were in use.
-
-        Code is read once, when it is imported, so that an edit does not reach a run that is going on.
+        """Refuse numbers of code, weights or a task that were changed while they were in use.
 
         Raises:
-            CellError: the message names what changed.
+            CellError: the message names what changed, and says how to continue.
         """
-        self.check_weights(variant)
+        self.check_row(variant)
         if parts := changed_parts(self.definitions[task], self._tasks.definition(task)):
-            raise CellError(
-                f"the task {task} was changed meanwhile ({shortened(parts)}); undo the change, {HOW_TO_CONTINUE}"
-            )
+            raise _meanwhile(f"the task {task} was changed meanwhile ({shortened(parts)})", "undo the change")
 
-    def check_weights(self, variant: Variant) -> None:
-        """Refuse numbers of weights that were replaced while they were in use.
+    def check_row(self, variant: Variant) -> None:
+        """Refuse numbers of weights, or of another author's code, that were changed while they were in use.
+
+        An edit of this package does not reach a run that is going on, because Python has imported it already.
 
         Raises:
-            CellError: they were.
+            CellError: the message names what changed, and says how to continue.
         """
         if _weights(variant) != self.weights[variant.label]:
             raise CellError(f"the weights of {variant.label} were replaced meanwhile; run again when training is over")
+        files = changed_parts(self.code[variant.label], _code(variant))
+        if own := [file for file in files if not file.startswith("vlmslim/")]:
+            raise _meanwhile(
+                f"the method {variant.label} was changed meanwhile ({shortened(own)})",
+                "undo the change, give the changed method another 'label'",
+            )
+
+
+def questions_hash(samples: list[dict], settings: dict) -> str:
+    """Hash what was asked and how; not by lmms-eval's `doc_hash`, in which pictures stand by their memory address.
+
+    Args:
+        samples: of a cell.
+        settings: of its task, as lmms-eval has them; functions among them stand by their address, so few count.
+    """
+    asked = [
+        [sample["doc_id"], sample["target"], [text for text in sample["arguments"] if isinstance(text, str)]]
+        for sample in samples
+    ]
+    how = {name: settings.get(name) for name in ("output_type", "generation_kwargs", "num_fewshot", "repeats")}
+    return digest([asked, how])
 
 
 def weight_hashes(stages: Iterable[dict]) -> dict[str, str | None]:
@@ -142,6 +159,13 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _code(variant: Variant) -> dict[str, str]:
+    try:
+        return code_hash(variant.classes)
+    except SourceError as error:
+        raise ConfigError(f"{variant.label}: {error}") from error
+
+
 def _weights(variant: Variant) -> dict[str, str | None]:
     try:
         return weight_hashes(variant.stages)
@@ -156,3 +180,7 @@ def _is_engine(file: str) -> bool:
 
 def _mixed(what: str, cell: str, advice: str) -> ConfigError:
     return ConfigError(f"{what}: {cell}, and numbers must not be mixed. {advice}, {HOW_TO_CONTINUE}")
+
+
+def _meanwhile(what: str, advice: str) -> CellError:
+    return CellError(f"{what}; {advice}, {HOW_TO_CONTINUE}")

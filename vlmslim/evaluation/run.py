@@ -16,7 +16,7 @@ from vlmslim.evaluation import preflight
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, shortened
+from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
 from vlmslim.evaluation.progress import Display
 from vlmslim.evaluation.store import Store, digest, timing_key
 from vlmslim.evaluation.variants import Variant
@@ -253,7 +253,7 @@ class _Run:
             **self.record,
             "seconds": round(time.perf_counter() - started, 3),
             "definition": self.inputs.definitions[task],
-            "questions": _questions(cell.samples, cell.results.get("configs", {}).get(task, {})),
+            "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
             "lmms_eval": cell.results,
         }
@@ -291,7 +291,7 @@ class _Run:
         with self.display.bar(total=len(self.variants) * (timing.repeats + 1), desc="timing") as bar:
             times = self.harness.time(self.variants, timing, lambda: bar.update(1))
         for variant in self.variants:
-            self.inputs.check_weights(variant)
+            self.inputs.check_row(variant)
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
 
 
@@ -315,18 +315,3 @@ def _refusing(where: str) -> Iterator[None]:
 def _as_written(stages: list[dict]) -> str:
     """Write stages as a user writes them."""
     return " + ".join(", ".join(f"{key}: {value}" for key, value in stage.items()) for stage in stages)
-
-
-def _questions(samples: list[dict], settings: dict) -> str:
-    """Hash what was asked and how; not by lmms-eval's `doc_hash`, in which pictures stand by their memory address.
-
-    Args:
-        samples: of a cell.
-        settings: of its task, as lmms-eval has them; functions among them stand by their address, so few count.
-    """
-    asked = [
-        [sample["doc_id"], sample["target"], [text for text in sample["arguments"] if isinstance(text, str)]]
-        for sample in samples
-    ]
-    how = {name: settings.get(name) for name in ("output_type", "generation_kwargs", "num_fewshot", "repeats")}
-    return digest([asked, how])
