@@ -1,7 +1,6 @@
 """What a patched model really did: the answer to "is it even on?"."""
 
 import json
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,50 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-
-class Span:
-    """Time that a method took, a context manager. On CUDA the device records the times, so the host never waits."""
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._ms: float | None = None
-
-    def __enter__(self) -> "Span":
-        self._start = self._tick()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._end = self._tick()
-
-    def _tick(self):
-        if self._stream is None:
-            return time.perf_counter()
-        return self._stream.record_event(torch.cuda.Event(enable_timing=True))
-
-    @property
-    def finished(self) -> bool:
-        """Whether `ms` can be read without waiting for the device."""
-        return self._ms is not None or self._stream is None or self._end.query()
-
-    @property
-    def ms(self) -> float:
-        """Milliseconds between start and end."""
-        if self._ms is None:
-            if self._stream is None:
-                self._ms = 1000 * (self._end - self._start)
-            else:
-                self._end.synchronize()
-                self._ms = self._start.elapsed_time(self._end)
-        return self._ms
-
-    def __reduce__(self):  # events belong to their process: a copy holds the number
-        return _measured, (self.ms,)
-
-
-def _measured(ms: float) -> Span:
-    span = Span(torch.device("cpu"))
-    span._ms = ms
-    return span
+from vlmslim.cost.timer import Timer
 
 
 class Image(NamedTuple):
@@ -97,7 +53,7 @@ class Prefill:
     kv       : per decoder layer, tokens in its KV cache afterwards, padding and earlier turns included; empty without
                a cache
     stages   : per stage of the patch
-    spans    : time of each call of a method
+    timers   : time of each call of a method
     """
 
     images: list[list[Image]]
@@ -106,12 +62,12 @@ class Prefill:
     sequence: list[int]
     kv: list[int]
     stages: list[StagePass] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list, repr=False)
+    timers: list[Timer] = field(default_factory=list, repr=False)
 
     @property
     def selection_ms(self) -> float:
         """Milliseconds spent in the methods. Reading this waits for the device."""
-        return sum(span.ms for span in self.spans)
+        return sum(timer.ms for timer in self.timers)
 
     def as_dict(self) -> dict:
         """Return everything, ready for JSON."""
@@ -217,7 +173,7 @@ class Receipt:
         self.stages = [StageCounts() for _ in self.places]
         self._last: Prefill | None = None
         self._ms = 0.0
-        self._running: deque[Span] = deque()
+        self._running: deque[Timer] = deque()
 
     @property
     def last(self) -> Prefill:
@@ -244,7 +200,7 @@ class Receipt:
         self.kv = _plus(self.kv, (rows * n for n in prefill.kv or [0] * self.layers))
         self.stages = [a + StageCounts.of(b) for a, b in zip(self.stages, prefill.stages, strict=True)]
         self._last = prefill
-        self._running += prefill.spans
+        self._running += prefill.timers
         while self._running and self._running[0].finished:
             self._ms += self._running.popleft().ms
 

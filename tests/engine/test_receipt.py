@@ -14,8 +14,9 @@ from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, l
 import vlmslim
 from vlmslim import Receipt
 from vlmslim.cost.memory import cache_bytes
+from vlmslim.cost.timer import Timer
 from vlmslim.engine.families import KV_CACHE, kv_cache
-from vlmslim.receipt import Image, Prefill, Span, StagePass, Tally, headline
+from vlmslim.receipt import Image, Prefill, StagePass, Tally, headline
 
 KV_BYTES = 2 * 2 * 8 * 4  # of a token in a layer: keys and values, 2 heads of 8, fp32
 
@@ -245,7 +246,7 @@ def test_a_stage_says_whether_it_was_asked_to_keep_everything(method, keeps_all)
 def test_selection_time_is_the_time_in_the_methods(monkeypatch):
     """With a clock that only the methods move."""
     now = [100.0]
-    monkeypatch.setattr("vlmslim.receipt.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("vlmslim.cost.timer.time.perf_counter", lambda: now[0])
 
     class Slow(Both):
         def chosen(self, n, prompt):
@@ -282,9 +283,9 @@ def test_on_a_gpu_time_is_the_devices_and_counting_does_not_wait():
         assert twin.selection_ms == slim.receipt.selection_ms > 0
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with Span(torch.device("cuda")) as span:
+        with Timer(torch.device("cuda")) as timer:
             torch.ones(8, device="cuda").sum()
-        assert span.finished in (True, False)
+        assert timer.finished in (True, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -94,7 +94,7 @@ FAULTS = {
     "text": wrong_prefill(
         text=lambda counts: [n + 1 for n in counts], visual=lambda rows: [[n - 1 for n in row] for row in rows]
     ),
-    "spans": wrong_prefill(spans=lambda spans: []),
+    "timers": wrong_prefill(timers=lambda timers: []),
     "summary of kept": halved(),
     "summary of positions": other_settings(),
     "summary of images": counted_twice(),

@@ -51,7 +51,7 @@ class ReceiptAudit:
                 "visual": (last.visual, [[n - text] for n in computed]),
                 "sequence": (last.sequence, computed),
                 "kv": (last.kv, held),
-                "spans": (len(last.spans), visits),
+                "timers": (len(last.timers), visits),
             }
         )
         self._images += images

@@ -3,8 +3,8 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
+from vlmslim.cost.timer import ReadClock, Timer
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
-ReadClock = Callable[[], float]  # returns seconds
 
 
 @dataclass(frozen=True)
@@ -69,41 +70,25 @@ class TokenTimestamps(BaseStreamer):
         """Do nothing: the last token has been handed out before."""
 
 
-class ModuleTimer:
-    """A context manager that times the first call of a module, with everything that the hooks of a patch do in it.
+@contextmanager
+def first_call_timed(module: nn.Module, timer: Timer) -> Iterator[Timer]:
+    """Time the first call of a module inside the context, with everything that the hooks of a patch do in it."""
 
-    On a GPU it records two events, because a synchronisation would disturb what it measures.
-    """
+    def start(*_: object) -> None:
+        timer.start()
+        before.remove()
 
-    def __init__(self, module: nn.Module, cuda: bool, clock: ReadClock):
-        self.module, self.cuda, self.clock = module, cuda, clock
-        self.marks: list[Any] = []
+    def stop(*_: object) -> None:
+        timer.stop()
+        after.remove()
 
-    def __enter__(self) -> "ModuleTimer":
-        self.handles = [  # before the first hook of the patch, and after its last one
-            self.module.register_forward_pre_hook(self._mark, prepend=True),
-            self.module.register_forward_hook(self._mark),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _mark(self, *_: object) -> None:
-        if len(self.marks) == 2:
-            return
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(self.clock())
-
-    @property
-    def milliseconds(self) -> float:
-        """Duration of the first call; on a GPU, synchronise before you read it."""
-        first, last = self.marks
-        return first.elapsed_time(last) if self.cuda else 1000 * (last - first)
+    before = module.register_forward_pre_hook(start, prepend=True)  # before the first hook of the patch
+    after = module.register_forward_hook(stop)  # after its last one
+    try:
+        yield timer
+    finally:
+        before.remove()
+        after.remove()
 
 
 def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:
@@ -128,7 +113,7 @@ def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClo
     if cuda:
         torch.cuda.synchronize(model.device)
     stamps = TokenTimestamps(clock)
-    with torch.inference_mode(), ModuleTimer(model.model.language_model, cuda, clock) as prefill:
+    with torch.inference_mode(), first_call_timed(model.model.language_model, Timer(model.device, clock)) as prefill:
         start = clock()
         model.generate(
             **inputs,
@@ -140,7 +125,7 @@ def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClo
         )
     first, last = stamps.seconds[1], stamps.seconds[new_tokens]  # number 0 is the prompt
     decode_ms = 1000 * (last - first) / (new_tokens - 1)
-    return Timing(1000 * (first - start), prefill.milliseconds, decode_ms, 1000 * (last - start))
+    return Timing(1000 * (first - start), prefill.ms, decode_ms, 1000 * (last - start))
 
 
 def time_warm(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:

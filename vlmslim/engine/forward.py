@@ -9,12 +9,13 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import ImageTokens
+from vlmslim.cost.timer import Timer
 from vlmslim.engine.encoder import Encoded
 from vlmslim.engine.layout import Segment, concat_masks
 from vlmslim.engine.plan import Plan
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import weighted_causal_mask
-from vlmslim.receipt import Image, Prefill, Span, StagePass
+from vlmslim.receipt import Image, Prefill, StagePass
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Call:
     tail     : tokens after the last image of any row
     shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
     previous : the decoder layer before one that drops tokens, its input and its rotary embeddings
-    spans    : time of each call of a method
+    timers   : time of each call of a method
     visits   : questions to the stages, in order
     """
 
@@ -119,7 +120,7 @@ class Call:
     tail: int = 0
     shift: Tensor | None = None
     previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
-    spans: list[Span] = field(default_factory=list)
+    timers: list[Timer] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
 
     def describe(self, embeds: Tensor, cache: Cache | None, mask: Tensor | None, position: Tensor | None) -> None:
@@ -166,10 +167,10 @@ class Call:
         """Whether some layer sees, or has seen, other tokens than the caller sent."""
         return self.past is not None or self.runs[-1].tokens.shortened
 
-    def timed(self, device: torch.device) -> Span:
+    def timed(self, device: torch.device) -> Timer:
         """Return a context in which a method works on tensors of `device`."""
-        self.spans.append(Span(device))
-        return self.spans[-1]
+        self.timers.append(Timer(device))
+        return self.timers[-1]
 
     def plan(self) -> Plan:
         """Return what the KV cache holds after this forward."""
@@ -190,7 +191,7 @@ class Call:
             sequence=[run.tokens.mask.shape[1] for run in runs],
             kv=[] if cache is None else [cache.get_seq_length(layer) for layer in range(depth)],
             stages=self._passes(stages),
-            spans=self.spans,
+            timers=self.timers,
         )
 
     def _passes(self, stages: tuple[Stage, ...]) -> list[StagePass]:

@@ -19,7 +19,8 @@ from vlmslim.cost.bench.prompt import SyntheticPrompt
 from vlmslim.cost.flops import DecoderShape, Ledger, equivalent_tokens, kv_bytes
 from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.cost.parts import count_flops
-from vlmslim.cost.timing import MedianIqr, ReadClock, Timing, interleave, time_warm
+from vlmslim.cost.timer import ReadClock
+from vlmslim.cost.timing import MedianIqr, Timing, interleave, time_warm
 from vlmslim.engine.families import kv_cache
 from vlmslim.io import provenance
 
