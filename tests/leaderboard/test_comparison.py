@@ -6,6 +6,7 @@ import pytest
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.leaderboard.comparison import compare
 from vlmslim.leaderboard.samples import ScoredTask, UnscoredTask, answer_text, question_score, read_task, source_of
+from vlmslim.leaderboard.significance import wilson
 from vlmslim.leaderboard.task_groups import GROUPS, group_of
 
 
@@ -128,6 +129,7 @@ def test_p_values_are_corrected_for_all_pairs_of_a_budget():
     assert result.pair("b", "none", "t").p == result.pair("c", "none", "t").p == pytest.approx(2 / 64)
     assert result.pair("b", "none", "t").p_adjusted == pytest.approx(3 * 2 / 64)
     assert result.pair("c", "none", "t").p_adjusted == pytest.approx(2 / 64)
+    assert result.pair("c", "none", "t").significant and not result.pair("b", "none", "t").significant
     assert result.pair("a", "c", "t") is None
 
 
@@ -174,6 +176,29 @@ def test_graded_scores_have_a_bootstrap_interval_and_right_or_wrong_ones_wilsons
     assert high - low == pytest.approx(2 * 1.96 * graded.std(ddof=1) / 10, rel=0.1)
     low, high = result.intervals["a", "u"]
     assert right.mean() - low > 1.3 * (high - right.mean())  # Wilson's interval leans to 50 %
+
+
+def test_questions_about_one_picture_widen_wilsons_interval():
+    """Twelve pictures with five questions each, right or wrong together, are worth about twelve questions."""
+    right = np.repeat([1.0] * 9 + [0.0] * 3, 5)
+    rows = {label: samples(right, [i // 5 for i in range(60)]) for label in ("none", "a")}
+    expected = wilson(np.array(0.75), np.array(60 * 11 / 59), clusters=12)
+    np.testing.assert_allclose(compared([read(rows)]).intervals["a", "t"], expected, atol=1e-9)
+
+
+def test_a_task_of_few_pictures_keeps_its_number_of_pictures_in_every_draw():
+    """If all pictures were drawn as one stratum, a draw would often have no picture of the small task but the worst."""
+    small, large = np.array([0.1, 0.4, 0.6, 0.9]), np.linspace(0, 1, 100)
+    tasks = [read({"none": small, "a": small}, source="few"), read({"none": large, "a": large}, "u", source="many")]
+    low, high = compared(tasks).intervals["a", "t"]
+    assert 0.1 < low < high < 0.9
+
+
+def test_each_group_has_an_interval_of_its_own_tasks():
+    sure, unsure = [1.0] * 40, [1.0, 0.0] * 20
+    tasks = [read({"none": sure, "a": row}, name) for name, row in (("t", [1.0] * 39 + [0.0]), ("u", unsure))]
+    groups = compared(tasks, groups={"t": "OCR", "u": "general"}).groups
+    assert groups["a", "OCR"][0] > 0.9 and groups["a", "general"][1] < 0.7
 
 
 def test_a_question_without_a_score_is_not_tested_but_its_answer_is_compared():
