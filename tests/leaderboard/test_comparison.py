@@ -110,6 +110,7 @@ def test_a_comparison():
     assert (reverse.low, reverse.high) == (-bad_pair.high, -bad_pair.low)
     assert (reverse.first, reverse.second) == ("none", "bad")
     assert not result.pair("none", "same", "t").better
+    assert str(result.pair("none", "same", "t").difference) == "0.0"  # not -0.0
     assert result.pair("same", "bad", None).difference == pytest.approx((base.mean() - bad.mean()) / base.mean())
     assert result.pair("same", "nowhere", None) is None
     assert result.ranks == {"same": 1, "bad": 2}

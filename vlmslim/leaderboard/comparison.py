@@ -64,10 +64,10 @@ class Pair:
             self,
             first=self.second,
             second=self.first,
-            difference=-self.difference,
+            difference=0.0 - self.difference,  # never -0.0
             better=not self.better and self.difference != 0,
-            low=None if self.high is None else -self.high,
-            high=None if self.low is None else -self.low,
+            low=None if self.high is None else 0.0 - self.high,
+            high=None if self.low is None else 0.0 - self.low,
         )
 
 

@@ -109,7 +109,7 @@ class StageActivity:
     @property
     def never_acted(self) -> bool:
         """Whether the stage dropped nothing, although it was not asked to keep all tokens."""
-        return self.acted == 0 and not self.keeps_all
+        return self.acted == 0 < self.prompts and not self.keeps_all
 
 
 @dataclass(frozen=True)
