@@ -60,17 +60,19 @@ class Slim:
             del self.model._vlmslim, self.model.save_pretrained
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:
-        """Write the patch: methods and options to `vlmslim.json`, trained parts to `model.safetensors`.
+        """Write the patch: methods and options to `vlmslim.json`, trained parts to `vlmslim-HASH.safetensors`.
 
         `vlmslim.from_pretrained(folder)` and `vlmslim.patch(model, folder)` restore it.
 
         Args:
-            folder: made if it is not there. Files are replaced atomically.
-            with_base: write the checkpoint and its processor too, unpatched, as `folder/base`.
+            folder: made if it is not there. A patch in it is replaced, all at once; other files stay as they are.
+            with_base: write the checkpoint and its processor too, unpatched, as `folder/base`. If the folder has a
+                `base` already, the new one is `folder/base-NUMBER`; a name in `vlmslim.json` tells them apart.
             processor: the checkpoint's; by default `self.processor`, or found where the model came from.
 
         Raises:
-            ValueError: a method that no name can load again, or an option that JSON cannot hold.
+            ValueError: a method that no name can load again, an option that JSON cannot hold, or a folder that cannot
+                be written to or has a `vlmslim.json` that vlmslim did not write.
         """
         processor = processor or self.processor
         save(folder, self.model, self.methods, self.trained, with_base=with_base, processor=processor)

@@ -1,20 +1,29 @@
 """Files that are complete or absent, checks of where they go, and tables in Markdown."""
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED = 3600  # seconds without a write, after which a temporary file belongs to a process that died
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """Yield a path to write to. It replaces `path` when the block ends, and is removed if the block fails.
 
-    So a reader, or the next run after a crash, never sees half a file.
+    So a reader, or the next run after a crash, never sees half a file. Nobody can guess the name of the temporary file
+    and put a link there. The next write deletes what a crash left, after an hour.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _delete_abandoned(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = Path(name)
+    os.fchmod(handle, 0o666 & ~_umask())
+    os.close(handle)
     try:
         yield part
         with open(part, "rb+") as file:
@@ -22,6 +31,21 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete temporary files of `path` that nobody has written to for an hour."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):  # another process deleted it first, or owns it
+            if time.time() - part.lstat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+def _umask() -> int:
+    """Return the mask of file permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,32 +1,39 @@
-"""Patches on disk: `vlmslim.json` names the methods and their options, `model.safetensors` holds the trained parts.
+"""Patches on disk: `vlmslim.json` names the methods and their options, `vlmslim-HASH.safetensors` holds trained parts.
 
 A folder that `Slim.save_pretrained` wrote may stand wherever a method or a checkpoint is named: `vlmslim.patch(model,
 DIR)`, `vlmslim.from_pretrained(DIR)`, `weights=DIR` of a trained method, `pretrained=DIR` of the lmms-eval model.
+
+Saving is one commit. New files take names that nothing else uses; then `vlmslim.json`, which names them, replaces the
+old one; then the files that only the old one named are deleted. So a crash leaves the old patch or the new one, and
+no file of the user is touched.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import secrets
+import tempfile
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
 
 import vlmslim
 from vlmslim import bundled
 from vlmslim.compressor import Compressor
-from vlmslim.io.files import atomically, write_atomically
+from vlmslim.io.files import atomically, check_writable, write_atomically
 from vlmslim.registry import address_of, file_of, method_class, method_names, name_of, options_of
 from vlmslim.saving import backbone
+from vlmslim.saving.schema import BASE, FORMAT, HERE, Configuration, parse
 
-CONFIG, WEIGHTS, BASE = "vlmslim.json", "model.safetensors", "base"
-FORMAT = 1
+CONFIG = "vlmslim.json"
 
 Stage = dict[str, Any]
 
@@ -37,7 +44,7 @@ class Saved:
 
     folder   : where it is
     methods  : a dictionary for each method: its name under "method", and its options
-    base     : the checkpoint under the patch, as `backbone.describe` returns it, and whether the folder includes it
+    base     : the checkpoint under the patch, as `backbone.describe` returns it, and the copy of it in the folder
     trained  : names of the trained parts
     sha256   : hash of the file with the trained parts; None without any
     from_hub : whether the folder is a copy of a repository on the hub, whose author names no code to run
@@ -101,7 +108,7 @@ class Saved:
             ValueError: the checkpoint has no name, or was a local folder that is gone.
         """
         if self.base["included"]:
-            return str(self.folder / BASE), None
+            return str(self.folder / self.base["folder"]), None
         name = self.base["name"]
         if not name or (os.path.isabs(name) and not Path(name).is_dir()):
             what = f"was {name}, which is not here" if name else "had no name when it was saved"
@@ -117,11 +124,20 @@ class Saved:
         if name not in self.trained:
             there = ", ".join(self.trained) or "nothing"
             raise ValueError(f"{self.folder} has no weights of {name!r}, only of {there}")
-        path = self.folder / WEIGHTS
+        path = self.folder / weights_file(self.sha256 or "")
         if not path.is_file() or _sha256(path) != self.sha256:
             raise ValueError(f"{path} is missing or not the file that {CONFIG} beside it was saved with")
+        try:
+            state = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no tensors: {error}") from error
         prefix = f"{name}."
-        return {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def weights_file(sha256: str) -> str:
+    """Return the name of the file with trained parts. It contains the hash, so no checkpoint has such a file."""
+    return f"vlmslim-{sha256[:16]}.safetensors"
 
 
 def read(name: str | os.PathLike[str], revision: str | None = None) -> Saved | None:
@@ -135,14 +151,21 @@ def read(name: str | os.PathLike[str], revision: str | None = None) -> Saved | N
     path = _from_hub(os.fspath(name), revision) if from_hub else folder / CONFIG
     if path is None or not path.is_file():
         return None
+    data = _configuration(path)
+    base = data.base.model_dump()
+    if base["name"] == HERE:
+        base["name"] = str(path.parent)
+    stages = [stage.model_dump() for stage in data.methods]
+    return Saved(path.parent, stages, base, data.trained, data.sha256, from_hub)
+
+
+def _configuration(path: Path) -> Configuration:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] > FORMAT:
-            newer = data["versions"]["vlmslim"]
-            raise ValueError(f"{path} was written by vlmslim {newer}; this is {vlmslim.__version__}")
-        return Saved(path.parent, data["methods"], data["base"], data["trained"], data.get("sha256"), from_hub)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no configuration of vlmslim: {error!r}") from error
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def _from_hub(name: str, revision: str | None) -> Path | None:
@@ -155,7 +178,8 @@ def _from_hub(name: str, revision: str | None) -> Path | None:
     found = cached_file(name, CONFIG, revision=revision, **quiet)
     if found is None:
         return None
-    cached_file(name, WEIGHTS, revision=revision, **quiet)
+    if sha256 := _configuration(Path(found)).sha256:
+        cached_file(name, weights_file(sha256), revision=revision, **quiet)
     return Path(found)
 
 
@@ -171,28 +195,59 @@ def save(
     """Write a patch; see `Slim.save_pretrained`."""
     folder = Path(folder)
     described = [_describe(method, trained.keys(), folder) for method in methods]
-    folder.mkdir(parents=True, exist_ok=True)
-    if with_base:
-        _save_base(model, folder, processor)
-    sha256 = None
-    if trained:
-        state = {k: v.detach().cpu().contiguous() for k, v in trained.state_dict().items()}
-        with atomically(folder / WEIGHTS) as part:
-            save_file(state, part, {"format": "pt"})
-            part.chmod(0o644)
-        sha256 = _sha256(folder / WEIGHTS)
-    else:
-        (folder / WEIGHTS).unlink(missing_ok=True)
+    old = _configuration(folder / CONFIG) if os.path.lexists(folder / CONFIG) else None
+    check_writable(folder)
+    base = backbone.describe(model, signed=bool(trained))
+    if base["name"] == str(folder.resolve()):
+        base["name"] = HERE
+    sha256 = _save_weights(folder, trained, old) if trained else None
+    copy = _save_base(model, folder, processor) if with_base else {"included": False}
     config = {
         "format": FORMAT,
         "versions": {"vlmslim": vlmslim.__version__, **{name: version(name) for name in ("torch", "transformers")}},
         "methods": described,
         "trained": list(trained),
         "sha256": sha256,
-        "base": backbone.describe(model, signed=bool(trained)) | {"included": with_base},
+        "base": base | copy,
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / CONFIG, text)  # last, because it makes the folder complete
+    write_atomically(folder / CONFIG, text)
+    if old is not None:
+        _delete(folder, old, sha256)
+
+
+def _save_weights(folder: Path, trained: nn.ModuleDict, old: Configuration | None) -> str:
+    """Write the trained parts under their hash, and return it.
+
+    Raises:
+        ValueError: a file of that name is there, but no patch in this folder wrote it.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in trained.state_dict().items()}
+    data = safetensors.torch.save(state, {"format": "pt"})
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = folder / weights_file(sha256)
+    if os.path.lexists(path):
+        if path.is_file() and _sha256(path) == sha256:
+            return sha256
+        if old is None or old.sha256 != sha256:
+            raise ValueError(f"{path} is there, and {CONFIG} does not name it: move it away, or give another folder")
+    with atomically(path) as part:
+        part.write_bytes(data)
+    return sha256
+
+
+def _delete(folder: Path, old: Configuration, kept: str | None) -> None:
+    """Delete the files that only the replaced configuration named, and no others."""
+    if old.sha256 and old.sha256 != kept:
+        (folder / weights_file(old.sha256)).unlink(missing_ok=True)
+    if old.base.included:
+        copy = folder / old.base.folder
+        for name in old.base.files:
+            (copy / name).unlink(missing_ok=True)
+        folders = [path for path in copy.rglob("*") if path.is_dir() and not path.is_symlink()]
+        for path in sorted([copy, *folders], reverse=True):  # the innermost first
+            with suppress(OSError):  # it holds files of the user, which stay
+                path.rmdir()
 
 
 def _describe(method: Compressor, trained: Collection[str], folder: Path) -> Stage:
@@ -210,21 +265,23 @@ def _describe(method: Compressor, trained: Collection[str], folder: Path) -> Sta
     return {"method": name, **options}
 
 
-def _save_base(model: Any, folder: Path, processor: Any) -> None:
-    """Write the unpatched checkpoint and its processor as `folder/base`, replaced as a whole."""
+def _save_base(model: Any, folder: Path, processor: Any) -> dict[str, Any]:
+    """Write the unpatched checkpoint and its processor into a new folder; return what `schema.Base` records of it."""
     from transformers import AutoProcessor
 
     if processor is None:
         try:
-            processor = AutoProcessor.from_pretrained(model.name_or_path)
+            processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError("the model does not know its processor: give processor=...") from error
-    fresh, old = folder / f"{BASE}.tmp", folder / BASE
-    shutil.rmtree(fresh, ignore_errors=True)
-    type(model).save_pretrained(model, fresh)  # the instance's own warns that the patch is not saved
-    processor.save_pretrained(fresh)
-    shutil.rmtree(old, ignore_errors=True)
-    fresh.replace(old)
+    name = f"{BASE}-{secrets.token_hex(8)}" if os.path.lexists(folder / BASE) else BASE
+    with tempfile.TemporaryDirectory(prefix=f".{BASE}.", suffix=".part", dir=folder) as part:
+        fresh = Path(part) / BASE  # because the temporary folder itself is readable by its owner only
+        type(model).save_pretrained(model, fresh)  # the instance's own warns that the patch is not saved
+        processor.save_pretrained(fresh)
+        files = sorted(path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file())
+        fresh.rename(folder / name)
+    return {"included": True, "folder": name, "files": files}
 
 
 def _sha256(path: Path) -> str:
