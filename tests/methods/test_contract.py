@@ -12,6 +12,8 @@ from checks import check_changes_nothing, kept_of
 from clip_fixtures import Words
 from contract import contract_methods
 from doubles import options_of, registered
+from receipt_audit import audited
+from snapshots import left_behind
 from tiny import FAMILIES, LONG_ROWS, ROWS, SEVERAL, Picture, batch, close, greedy, keep_only, reference, tiny
 
 import vlmslim
@@ -153,3 +155,15 @@ def test_selected_tokens_enter_at_their_places(name, family, positions, subject)
         if all(result.features is None for _, result in seen):
             kept = keep_only(inputs, [result.index for _, result in seen])
             close(logits, reference(model, inputs, kept, positions=positions).full_logits())
+
+
+@over(contract_methods())
+def test_nothing_is_left_of_its_patch(name, family, subject):
+    """On the model, on another model, in the process, in the method's class; also if the method keeps everything."""
+    for keep in (5, 1.0):
+        assert left_behind(*subject(name, family, keep)) == []
+
+
+@over(contract_methods())
+def test_every_entry_of_its_receipt_is_true(name, family, subject):
+    assert audited(*subject(name, family)) == []

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from tiny import all_visual, lengths, visual
+from tiny import BOS, ROWS, SEVERAL, Clip, all_visual, batch, family_of, lengths, visual, words
 from torch import nn
 
+import vlmslim
+from vlmslim import Compressor
 from vlmslim.engine.families import kv_cache
 from vlmslim.patching import Slim
 
@@ -126,3 +128,16 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, float) or isinstance(b, float):  # means may have been added up in another order
         return None not in (a, b) and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
     return a == b
+
+
+def audited(model: nn.Module, method: Compressor | list[Compressor]) -> list[str]:
+    """Return what is wrong in the receipt of a few single prompts under a method."""
+    rows = [ROWS[0], SEVERAL[0], [BOS, *words(3, 7)]]
+    if family_of(model) == "onevision":
+        rows.append([BOS, *words(4, 3), Clip(0), *words(5, 2)])
+    with vlmslim.patch(model, method) as slim:
+        audit = ReceiptAudit(slim)
+        for row in rows:
+            audit.prefill(batch(model, [row]))
+        audit.summary()
+    return audit.mismatches

@@ -1,14 +1,17 @@
 """Snapshots of everything that a patch could leave behind: on its model, in the process, and in classes."""
 
+import copy
 import sys
 from collections.abc import Iterable
 
 import torch
+from tiny import ROWS, batch, greedy
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import vlmslim
 from vlmslim import Compressor
 
 #: Tables of functions that transformers looks up by name.
@@ -130,3 +133,24 @@ def class_memories(methods: Iterable[Compressor]) -> Snapshot:
         for name, value in vars(holder).items()
         if isinstance(value, dict | list | set) and not name.startswith("__")
     }
+
+
+@torch.no_grad()
+def left_behind(model, method: Compressor | list[Compressor]) -> list[str]:
+    """Patch a model, use it, and remove the patch; return what another model, or this one later, would notice."""
+    other, inputs = copy.deepcopy(model), batch(model, ROWS)
+    methods = method if isinstance(method, list) else [method]
+    want = model(**inputs).logits  # in a first run, transformers sets up a few things for good
+    assert torch.equal(other(**inputs).logits, want)
+    before, around, memories = model_state(model), process_state(model), class_memories(methods)
+    slim = vlmslim.patch(model, method)
+    greedy(model, inputs)
+    found = [f"{name}, while patched" for name in changes(around, process_state(model))]
+    if not torch.equal(other(**inputs).logits, want):
+        found.append("the other model's answers")
+    slim.remove()
+    found += changes(before, model_state(model)) + changes(around, process_state(model))
+    found += changes(memories, class_memories(methods))
+    if not torch.equal(model(**inputs).logits, want):
+        found.append("the model's answers")
+    return found
