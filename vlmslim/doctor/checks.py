@@ -15,6 +15,7 @@ from vlmslim.cost.flops import DecoderShape, kv_bytes
 from vlmslim.cost.memory import peak_memory
 from vlmslim.doctor.prompts import LONG, VIDEO, why_no_video
 from vlmslim.doctor.runs import (
+    STEPS,
     RngGuard,
     Run,
     UnpatchedRun,
@@ -22,8 +23,6 @@ from vlmslim.doctor.runs import (
     decode,
     difference,
     generate,
-    largest_difference,
-    last_logits,
     shapes,
 )
 from vlmslim.evaluation.effect import check_effect
@@ -84,14 +83,14 @@ def video(subject: Subject) -> Outcome:
     if not subject.prompts.videos:
         raise NotApplicable(why_no_video(subject.model, subject.prompts.processor))
     try:
-        logits = last_logits(subject.model, subject.prompts.inputs((VIDEO,)))
+        with torch.no_grad():
+            logits = subject.model(**subject.prompts.inputs((VIDEO,)), use_cache=False).logits
     except (ValueError, NotImplementedError) as error:
         if re.search(r"\b(video|frame)s?\b", str(error), re.IGNORECASE):
             raise NotApplicable(str(error)) from error
         raise  # it crashed, or does not say that videos are the reason
     ((seen,),) = subject.slim.receipt.last.images
-    wrong = sum(int((~x.isfinite()).sum()) for x in logits)
-    return Outcome(wrong, 0, "logits", f"{seen.tokens} -> {seen.kept} visual tokens")
+    return Outcome(int((~logits.isfinite()).sum()), 0, "logits", f"{seen.tokens} -> {seen.kept} visual tokens")
 
 
 def budget(subject: Subject) -> Outcome:
@@ -141,7 +140,7 @@ def reference(subject: Subject) -> Outcome:
         if alone.prefill is not None:
             answer = subject.answer_of(row)
             places, logits = subject.unpatched.reference.logits(row, answer, alone.notes, renumbered)
-            differences[row] = difference(alone.logits[places], logits)
+            differences[row] = difference(alone.logits[0][places], logits)
     outcome = subject.rounding(max(differences.values()))
     wrong = [f"prompt {row} {x:.2g}" for row, x in differences.items() if not x <= outcome.tolerance]
     return replace(outcome, note=", ".join(wrong))
@@ -165,11 +164,11 @@ def answer(subject: Subject) -> Outcome:
 
 def memory(subject: Subject) -> Outcome:
     """Check that the KV cache holds the tokens of the receipt, and peak memory is not above the unpatched model's."""
-    shape, steps = DecoderShape.from_config(subject.model.config), subject.answer.shape[1]
+    shape = DecoderShape.from_config(subject.model.config)
     held = expected = 0.0
     for alone in subject.alone.values():  # one by one, because the formula knows no padding
         if alone.prefill is not None:
-            tokens = [alone.prefill.text[0] + visual + steps for (visual,) in alone.prefill.visual]
+            tokens = [alone.prefill.text[0] + visual + STEPS for (visual,) in alone.prefill.visual]
             held, expected = held + alone.kv_bytes, expected + kv_bytes(shape, tokens, subject.model.dtype.itemsize)
     if held != expected:
         note = f"the KV cache takes {held:.0f} bytes, the tokens of the receipt {expected:.0f}"
@@ -202,14 +201,14 @@ def _maps(shapes: set[tuple[int, ...]], lengths: set[int]) -> list[tuple[int, ..
 
 def repeat(subject: Subject) -> Outcome:
     """Check that the same prompts give the same logits twice; that they and all random generators stay the same."""
-    inputs, guard, first = subject.prompts.inputs(), RngGuard(), subject.together.answer
+    inputs, guard, first = subject.prompts.inputs(), RngGuard(), subject.together.answers
     with guard.watch():
-        again, _ = decode(subject.model, inputs, subject.answer, whole=True)
+        again, _ = decode(subject.model, inputs, subject.answer)
     edited = [name for name, x in subject.prompts.inputs().items() if not torch.equal(x, inputs[name])]
     touched = [f"edited {name} in place" for name in edited] + [f"drew from, or seeded, {name}" for name in guard.used]
     if touched:
         return Outcome(len(touched), 0, "changes", "; ".join(touched))
-    return Outcome(difference(first, again[:, -first.shape[1] :]), subject.unpatched.run_to_run_noise, "logits")
+    return Outcome(difference(first, again[:, -STEPS - 1 :]), subject.unpatched.run_to_run_noise, "logits")
 
 
 def keep_all(subject: Subject) -> Outcome:
@@ -228,7 +227,7 @@ def keep_all(subject: Subject) -> Outcome:
     differences = {
         "answers": max(difference(ours.answers, plain.answers) for ours, plain in pairs),
         "logits": max(difference(ours.logits, plain.logits) for ours, plain in pairs),
-        "cache": max(largest_difference(ours.cache, plain.cache) for ours, plain in pairs),
+        "cache": max(difference(ours.cache, plain.cache) for ours, plain in pairs),
     }
     notes = [f"{name} differ by {x:.3g}" for name, x in differences.items() if x > unpatched.run_to_run_noise]
     return Outcome(max(differences.values()), unpatched.run_to_run_noise, "logits", ", ".join(notes))

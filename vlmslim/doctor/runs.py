@@ -52,23 +52,19 @@ def generate(model: Any, inputs: dict[str, Tensor]) -> Generated:
 
 
 @torch.no_grad()
-def decode(
-    model: PreTrainedModel, inputs: dict[str, Tensor], answer: Tensor, stride: int = 1, whole: bool = False
-) -> tuple[Tensor, Cache]:
-    """Prefill the prompts, and feed an answer (B, T) through the KV cache, whatever the model would say.
+def decode(model: Any, inputs: dict[str, Tensor], answer: Tensor, stride: int = 1) -> tuple[Tensor, Cache]:
+    """Prefill the prompts (B, L), and feed an answer (B, T) through the KV cache, whatever the model would say.
 
     Args:
         model: patched or not.
         inputs: of the prompts.
-        answer: (B, T) tokens.
+        answer: tokens.
         stride: number of tokens fed at a time.
-        whole: return the logits of the prompts too.
 
     Returns:
-        Logits (B, T + 1, V) before, between and after the tokens of the answer (with stride 1), or with `whole`
-        (B, L + T, V), and the cache.
+        Logits (B, L + T, V), and the cache.
     """
-    out = model(**inputs, use_cache=True, logits_to_keep=0 if whole else 1)
+    out = model(**inputs, use_cache=True)
     logits, mask = [out.logits], inputs["attention_mask"]
     for tokens in answer.split(stride, dim=1):
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
@@ -80,30 +76,18 @@ def decode(
 
 
 def likelihood(logits: Tensor, answer: Tensor) -> Tensor:
-    """Return the negative log-likelihood (B, T) of an answer, from the logits (B, T + 1, V) of `decode`."""
+    """Return the negative log-likelihood (B, T) of an answer, from the logits (B, T + 1, V) around its tokens."""
     return -logits[:, :-1].log_softmax(-1).gather(-1, answer[..., None])[..., 0]
 
 
-@torch.no_grad()
-def last_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Compute the logits (at most LAST, V) of each prompt's last tokens, without a cache."""
-    return _last(model(**inputs, use_cache=False).logits.float(), inputs["attention_mask"])
-
-
-def _last(logits: Tensor, mask: Tensor) -> list[Tensor]:
-    return [row[real.bool()][-LAST:].clone() for row, real in zip(logits, mask, strict=True)]
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
+def difference(ours: Tensor | list[Tensor], theirs: Tensor | list[Tensor]) -> float:
     """Return the largest absolute difference; infinite where a shape differs or a number is not finite."""
+    if isinstance(ours, list):
+        return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert isinstance(theirs, Tensor)
     if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
         return float("inf")
     return float((ours.double() - theirs.double()).abs().max())
-
-
-def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Return the largest `difference` of tensors taken pair by pair."""
-    return max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def clone_sharing_weights(model: nn.Module) -> Any:
@@ -112,35 +96,24 @@ def clone_sharing_weights(model: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class Together:
-    """The whole batch, padded on the left and decoded token by token.
+class Decoded:
+    """Prompts and their answers, decoded token by token.
 
-    prompts : of each row, logits (at most LAST, V) of the prompt's last tokens
-    answer  : (B, T + 1, V) logits before, between and after the tokens of the answer
-    notes   : what the method answered
-    prefill : the receipt's; None without a patch
+    logits   : of each prompt, (L + T, V) without padding
+    notes    : what the method answered
+    prefill  : the receipt's; None without a patch and without an image
+    kv_bytes : bytes of the KV cache after the answer
     """
 
-    prompts: list[Tensor]
-    answer: Tensor
-    notes: Notes
-    prefill: Prefill | None
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One prompt by itself, decoded token by token.
-
-    logits     : (L + T, V)
-    notes      : what the method answered
-    prefill    : the receipt's; None without a patch and without an image
-    kv_bytes   : bytes of the KV cache after the last token of the answer
-    """
-
-    logits: Tensor
+    logits: list[Tensor]
     notes: Notes
     prefill: Prefill | None
     kv_bytes: int
+
+    @property
+    def answers(self) -> Tensor:
+        """(B, T + 1, V) logits before, between and after the tokens of the answers."""
+        return torch.stack([logits[-STEPS - 1 :] for logits in self.logits])
 
 
 class Run:
@@ -159,30 +132,27 @@ class Run:
         self.fresh = model if fresh is None else fresh
 
     @cached_property
-    def together(self) -> Together:
-        """The batch."""
-        slim, inputs = _slim(self.model), self.prompts.inputs()
-        mask, length = inputs["attention_mask"].clone(), inputs["input_ids"].shape[1]
-        with noted(slim) as notes:
-            logits, _ = decode(self.model, inputs, self.answer, whole=True)
-        prefill = None if slim is None else slim.receipt.last
-        return Together(_last(logits[:, :length], mask), logits[:, length - 1 :].clone(), notes, prefill)
+    def together(self) -> Decoded:
+        """The batch, padded on the left."""
+        return self._decode(self.model, self.prompts.batch)
 
     @cached_property
-    def alone(self) -> dict[int, Alone]:
-        """Every row of the batch by itself, and the long one.
+    def alone(self) -> dict[int, Decoded]:
+        """Each prompt of the batch by itself, and the long one, under a method that has seen no prompt yet.
 
-        The last row comes first, so that a method which remembers a prompt answers otherwise than in the batch.
+        The last prompt comes first, so that a method which remembers one answers otherwise than in the batch.
         """
-        rows = [*reversed(self.prompts.batch), LONG]
-        return {row: self._alone(row) for row in rows}
+        return {row: self._decode(self.fresh, (row,)) for row in (*reversed(self.prompts.batch), LONG)}
 
-    def _alone(self, row: int) -> Alone:
-        slim = _slim(self.fresh)
+    def _decode(self, model: Any, rows: tuple[int, ...]) -> Decoded:
+        slim: Slim | None = getattr(model, "_vlmslim", None)
+        inputs, answer = self.prompts.inputs(rows), torch.cat([self.answer_of(row) for row in rows])
+        real = F.pad(inputs["attention_mask"].bool(), (0, STEPS), value=True)
         with noted(slim) as notes:
-            logits, cache = decode(self.fresh, self.prompts.inputs((row,)), self.answer_of(row), whole=True)
-        prefill = slim.receipt.last if slim is not None and (row in self.prompts.pictured or row == LONG) else None
-        return Alone(logits[0], notes, prefill, cache_bytes(cache))
+            logits, cache = decode(model, inputs, answer)
+        pictured = any(row in (*self.prompts.pictured, LONG) for row in rows)
+        prefill = slim.receipt.last if slim is not None and pictured else None
+        return Decoded([x[keep] for x, keep in zip(logits, real, strict=True)], notes, prefill, cache_bytes(cache))
 
     def answer_of(self, row: int) -> Tensor:
         """Return the answer (1, T) of a row; that of the first one for the long row, which is not in the batch."""
@@ -192,37 +162,40 @@ class Run:
     @cached_property
     @torch.no_grad()
     def recomputed(self) -> tuple[Tensor, float]:
-        """Logits (B, T + 1, V) of prompts and answer in one forward without a cache, and the model's own loss."""
+        """Logits (B, T + 1, V) around the answer in one forward without a cache, and the model's own loss."""
         inputs = self.prompts.inputs()
         inputs["input_ids"] = torch.cat([inputs["input_ids"], self.answer], dim=1)
-        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, self.answer.shape[1]), value=1)
+        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, STEPS), value=1)
         labels = torch.full_like(inputs["input_ids"], -100)
-        labels[:, -self.answer.shape[1] :] = self.answer
+        labels[:, -STEPS:] = self.answer
         out = self.model(**inputs, labels=labels, use_cache=False)
-        return out.logits[:, -self.answer.shape[1] - 1 :].float(), float(out.loss)
+        return out.logits[:, -STEPS - 1 :].float(), float(out.loss)
 
     def batch(self) -> float:
         """Compare the batch with its prompts one by one."""
-        steps = self.answer.shape[1] + 1
-        alone = torch.stack([self.alone[row].logits[-steps:] for row in self.prompts.batch])
-        return difference(self.together.answer, alone)
+        return difference(self.together.answers, torch.cat([self.alone[row].answers for row in self.prompts.batch]))
 
+    @torch.no_grad()
     def padding(self) -> float:
-        """Compare the batch padded on the left with the batch padded on the right."""
-        return largest_difference(self.together.prompts, last_logits(self.model, self.prompts.inputs(side="right")))
+        """Compare the last logits of prompts padded on the left with those of prompts padded on the right."""
+        inputs = self.prompts.inputs(side="right")
+        right = self.model(**inputs, use_cache=False).logits.float()
+        ours = [logits[:-STEPS][-LAST:] for logits in self.together.logits]
+        return difference(ours, [x[m.bool()][-LAST:] for x, m in zip(right, inputs["attention_mask"], strict=True)])
 
     def cache(self) -> float:
         """Compare decoding through the KV cache with recomputing everything without one."""
-        return difference(self.together.answer, self.recomputed[0])
+        return difference(self.together.answers, self.recomputed[0])
 
     def at_once(self) -> float:
         """Compare the log-likelihood of the answer, fed token by token, with that of the answer fed at once."""
-        logits, _ = decode(self.model, self.prompts.inputs(), self.answer, stride=self.answer.shape[1])
-        return difference(likelihood(self.together.answer, self.answer), likelihood(logits, self.answer))
+        logits, _ = decode(self.model, self.prompts.inputs(), self.answer, stride=STEPS)
+        steps = likelihood(self.together.answers, self.answer)
+        return difference(steps, likelihood(logits[:, -STEPS - 1 :], self.answer))
 
     def as_labels(self) -> float:
         """Compare the log-likelihood of the answer, fed token by token, with the model's own loss on labels."""
-        return abs(float(likelihood(self.together.answer, self.answer).mean()) - self.recomputed[1])
+        return abs(float(likelihood(self.together.answers, self.answer).mean()) - self.recomputed[1])
 
 
 class UnpatchedRun(Run):
@@ -253,13 +226,14 @@ class UnpatchedRun(Run):
             self.cache(),
             self.at_once(),
             self.as_labels(),
-            torch.finfo(model.dtype).eps * float(self.together.answer.std()),
+            torch.finfo(model.dtype).eps * float(self.together.answers.std()),
         )
         if not math.isfinite(self.noise + self.run_to_run_noise):
             raise ValueError(
                 f"the unpatched model's logits in {model.dtype} are not all finite, so nothing can be compared with "
                 "them; use another dtype, or a checkpoint that is not damaged"
             )
+        del self.together, self.alone, self.recomputed  # gigabytes on a large model, and the noise is all we need
         self.reference = Reference(model, prompts)
         self.backend = model.config.get_text_config()._attn_implementation
         self.peak = peak_memory(model, prompts.inputs())
@@ -268,11 +242,6 @@ class UnpatchedRun(Run):
     def changed(self, model: PreTrainedModel) -> float:
         """Return how far the answer of an unpatched model to the first row is from this one's."""
         return difference(generate(model, self.prompts.inputs((0,))).logits, self.first_row.logits)
-
-
-def _slim(model: Any) -> Slim | None:
-    """Return the patch of a model, if it has one."""
-    return getattr(model, "_vlmslim", None)
 
 
 class ShapeRecorder(TorchDispatchMode):
