@@ -1,6 +1,5 @@
 """`scripts/analysis/bench_selection.py`: every core function agrees with its formula, and a wrong one would be seen."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,21 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "analysis" / "bench_selection.py"
+pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+
+import bench_selection as bench  # noqa: E402
+
+RECORD = Path(__file__).parents[2] / "assets" / "bench" / "selection_cpu.json"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
-    spec = importlib.util.spec_from_file_location("bench_selection", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_every_core_function_agrees_with_its_formula(bench, monkeypatch, tmp_path, capsys):
+def test_every_core_function_agrees_with_its_formula(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_selection.py", "--quick", "--output", str(tmp_path / "out")])
     assert bench.main() == 0, capsys.readouterr().out
     record = json.loads((tmp_path / "out.json").read_text())
@@ -34,7 +26,7 @@ def test_every_core_function_agrees_with_its_formula(bench, monkeypatch, tmp_pat
     assert all(r["name"] in text for r in record["results"])
 
 
-def test_a_wrong_result_is_seen(bench, monkeypatch, tmp_path, capsys):
+def test_a_wrong_result_is_seen(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "farthest_points", lambda x, k: torch.arange(k))
     line = ["bench_selection.py", "--quick", "--only", "max-min", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", line)
@@ -54,15 +46,14 @@ def test_a_wrong_result_is_seen(bench, monkeypatch, tmp_path, capsys):
         ([1, 2, 3], [1, 2], float("inf")),
     ],
 )
-def test_difference(bench, ours, plain, difference):
+def test_difference(ours, plain, difference):
     assert bench.compare(torch.tensor(ours), torch.tensor(plain)) == difference
 
 
-def test_the_committed_figures_are_the_scripts(bench):
+def test_the_committed_figures_are_the_scripts():
     """The page in assets/bench is what the script makes of the record beside it, and names every case."""
-    base = SCRIPT.parents[2] / "assets" / "bench" / "selection_cpu"
-    record = json.loads(base.with_suffix(".json").read_text())
-    assert base.with_suffix(".md").read_text() == bench.markdown(record)
+    record = json.loads(RECORD.read_text())
+    assert RECORD.with_suffix(".md").read_text() == bench.markdown(record)
     assert {(r["n"], r["k"]) for r in record["results"] if r["k"]} == {
         (n, k) for n, budgets in bench.BUDGETS.items() for k in budgets
     }
