@@ -255,9 +255,9 @@ def test_it_keeps_what_the_equations_say(family, options):
             if image[key]:
                 peers = [q for q in range(size) if image[q] == image[key]]
                 many = [q for q in peers if q >= key] if options.get("mean") == "visible" else peers
-                behind = [q for q in range(key, size) if not image[q]]
+                after = [q for q in range(key, size) if not image[q]]
                 own[image[key] - 1, slot[key]] = sum(attention[q, key] for q in peers) / len(many)
-                cross[image[key] - 1, slot[key]] = sum(attention[q, key] for q in behind) / len(behind)
+                cross[image[key] - 1, slot[key]] = sum(attention[q, key] for q in after) / len(after)
         for i in range(2):
             here = sorted(slot[k] for k in range(size) if image[k] == i + 1)
             for score in (own, cross):

@@ -94,7 +94,7 @@ def test_each_prompt_decides_by_its_own_shares(family, layer, text):
     eager = tiny(family, "eager")
     found = [shares(eager, batch(eager, [row]), layer, text) for row in INTERLEAVED]
     if text == "after":
-        assert found[2][1] == found[3][1] == 0, "visual tokens see no text behind them"
+        assert found[2][1] == found[3][1] == 0, "visual tokens see no text after them"
         assert found[1][1] > 0
     values = sorted({0.0, 1.0, *(round(max(pair), 6) for pair in found), *(round(pair[0], 6) for pair in found)})
     model = tiny(family)

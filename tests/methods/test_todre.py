@@ -225,7 +225,7 @@ def test_the_budget_is_met_exactly(family, newline, keep):
         crop = image.grid[index, 0]
         if newline == "drop" and len(index) <= (image.grid[:, 0] >= 0).sum():
             assert (crop >= 0).all()
-        if newline == "rows":  # a newline only behind tokens of its row
+        if newline == "rows":  # a newline only after tokens of its row
             previous = torch.cat([torch.tensor([-1]), crop[:-1]])
             assert not ((crop < 0) & (previous < 0)).any()
 

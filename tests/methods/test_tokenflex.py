@@ -211,7 +211,7 @@ def test_packing_at_full_side_is_the_models(family):
 @pytest.mark.parametrize("side", [1, 2, 3])
 @torch.no_grad()
 def test_anyres_images_are_packed_as_a_model_of_that_side_would(family, side):
-    """Base and tiles at t x t, unpadded, a newline behind each row: as the model packs a tower of t x t patches."""
+    """Base and tiles at t x t, unpadded, a newline after each row: as the model packs a tower of t x t patches."""
     model = tiny(family)
     model.config.image_grid_pinpoints = [[32, 64], [64, 32], [64, 64], [32, 96]]
     sizes = [(60, 30), (32, 64), (60, 60), (90, 20), (17, 64), (64, 23)]

@@ -24,6 +24,20 @@ def test_cells_partition_the_grid_into_rectangles(height, width, data):
     assert cells.flatten().bincount().max() <= 4 * height * width / k + 1, "a cell is much larger than its share"
 
 
+@some
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_part_i_of_a_line_begins_at_i_times_length_over_parts(height, width, data):
+    k = data.draw(st.integers(1, height * width))
+    cells = grid_cells(height, width, k)
+    first = cells[:, 0].unique().tolist()  # of each band of rows
+    for band, (begin, end) in enumerate(zip(first, [*first[1:], k], strict=True)):
+        assert begin == band * k // len(first)
+        assert int((cells[:, 0] == begin).nonzero()[0]) == band * height // len(first)
+        line = cells[cells[:, 0] == begin][0]
+        for i in range(end - begin):
+            assert int((line == begin + i).nonzero()[0]) == i * width // (end - begin)
+
+
 @pytest.mark.parametrize("k", [0, 13])
 def test_a_number_of_cells_that_does_not_fit_is_refused(k):
     with pytest.raises(ValueError, match="use 1 to 12"):

@@ -23,14 +23,14 @@ def _close(got, want) -> None:
 
 def _forward(arrays) -> None:
     full = torch.from_numpy(arrays["P"]).float()
-    before, n, behind = arrays["spans"].tolist()
+    before, n, after = arrays["spans"].tolist()
     alive = torch.from_numpy(arrays["alive"]).bool()
     visual = slice(before, before + n)
     image = torch.zeros(full.shape[0], full.shape[-1], dtype=torch.long)
     image[:, visual] = alive.long()
     text = torch.zeros_like(image, dtype=torch.bool)
     text[:, before + n :] = True
-    assert before + n + behind == full.shape[-1]
+    assert before + n + after == full.shape[-1]
 
     def attend(rows: Tensor) -> Tensor:
         return full.gather(2, rows[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[-1]))
@@ -38,7 +38,7 @@ def _forward(arrays) -> None:
     for chunk in (5, 128):
         from_image, from_text = (x[:, visual] for x in attention_from_image_and_text(attend, image, text, chunk))
         from_image = from_image / alive.sum(1, keepdim=True)
-        from_text = from_text / behind
+        from_text = from_text / after
         _close(from_image[alive], arrays["s_self"][alive])
         _close(from_text[alive], arrays["s_cross"][alive])
     if not np.array_equal(arrays["s_self"][alive], arrays["s_self_n"][alive]):
