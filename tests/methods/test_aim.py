@@ -7,8 +7,9 @@ import pytest
 import torch
 from checks import check_a_batch_is_its_rows, kept_of
 from doubles import watched
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cosine, noise, some, thorough
 from tiny import (
     BOS,
     DEPTH,
@@ -46,9 +47,9 @@ def merge_by_hand(x, metric, k: int):
         even, odd = tokens[::2], tokens[1::2]
         found = []
         for place, (_, key, _) in enumerate(even):
-            cosine = [_cosine(key, other) for _, other, _ in odd]
-            best = max(range(len(odd)), key=lambda j: (cosine[j], -j))
-            found.append((-cosine[best], place, best))
+            similarity = [cosine(key, other) for _, other, _ in odd]
+            best = max(range(len(odd)), key=lambda j: (similarity[j], -j))
+            found.append((-similarity[best], place, best))
         found.sort()
         groups = {j: [odd[j]] for j in range(len(odd))}
         for _, place, best in found[:r]:
@@ -58,11 +59,6 @@ def merge_by_hand(x, metric, k: int):
         ]
         tokens = [even[place] for _, place, _ in found[r:]] + means
     return np.stack([t[0] for t in tokens]), [t[2] for t in tokens]
-
-
-def _cosine(a, b) -> float:
-    scale = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / scale) if scale else 0.0
 
 
 def rank_by_hand(attention, iterations: int = 5, damping: float = 0.0):
@@ -81,15 +77,11 @@ def rank_by_hand(attention, iterations: int = 5, damping: float = 0.0):
     return np.sqrt(total / heads)
 
 
-def some(seed: int, *shape) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@settings(deadline=None, max_examples=60)
+@thorough
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 4), st.data())
 def test_merging_agrees_with_plain_loops(seed, n, frames, data):
     k = data.draw(st.integers(1, n))
-    x, metric = some(seed, frames, n, 5), some(seed + 1, frames, n, 3)
+    x, metric = noise(seed, frames, n, 5), noise(seed + 1, frames, n, 3)
     if data.draw(st.booleans()) and n > 2:
         metric[:, n // 2] = 0  # a zero token is like none
     for key in (None, metric):
@@ -109,7 +101,7 @@ def test_equal_tokens_merge_in_order():
 
 
 def test_merging_is_done_in_full_precision_and_passes_gradients():
-    x = some(0, 1, 32, 8)
+    x = noise(0, 1, 32, 8)
     half = x.bfloat16()
     got, slot = merge_tokens(half, None, 9)
     want, place = merge_tokens(half.float(), None, 9)
@@ -124,7 +116,7 @@ def test_merging_is_done_in_full_precision_and_passes_gradients():
     assert (x.grad != 0).all()
 
 
-@settings(deadline=None, max_examples=40)
+@some
 @given(
     st.integers(0, 10**6),
     st.integers(1, 14),
@@ -137,7 +129,7 @@ def test_importance_agrees_with_plain_loops(seed, size, heads, iterations, dampe
     """In blocks of any height, and with padding on either side."""
     rows, damping = data.draw(st.integers(1, size)), 0.15 * damped
     left, right = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
-    logits = some(seed, heads, size, size) * 3
+    logits = noise(seed, heads, size, size) * 3
     inner = logits.masked_fill(torch.ones(size, size).triu(1).bool(), float("-inf")).double().softmax(-1)
     whole = left + size + right
     padded = torch.eye(whole, dtype=torch.float64).repeat(heads, 1, 1)  # a padding query sees itself

@@ -3,15 +3,14 @@
 import numpy as np
 import torch
 from checks import kept_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import some, thorough
 from tiny import BOS, ROWS, Picture, batch, close, keep_only, merged_embeddings, reference, tiny, visual, words
 from vector_checks.divprune import check_greedy, distances
 
 import vlmslim
 from vlmslim.methods.divprune import DivPrune, farthest_points
-
-repeatable = settings(deadline=None, derandomize=True, max_examples=40)
 
 
 def tokens_of(seed: int, n: int, d: int, kind: str) -> np.ndarray:
@@ -31,7 +30,7 @@ def tokens_of(seed: int, n: int, d: int, kind: str) -> np.ndarray:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 24), st.data())
-@settings(repeatable, max_examples=80)
+@thorough
 def test_divprune_is_greedy_farthest_point_selection(seed, n, d, data):
     kind = data.draw(st.sampled_from(["plain", "copies", "signs", "zeros", "alike", "scaled"]))
     k = data.draw(st.integers(1, n))
@@ -46,7 +45,7 @@ def test_divprune_is_greedy_farthest_point_selection(seed, n, d, data):
 
 
 @given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 4))
-@repeatable
+@some
 def test_divprune_batches_are_their_members(seed, n, batch_size):
     x = torch.from_numpy(np.stack([tokens_of(seed + i, n, 8, "plain") for i in range(batch_size)]))
     k = max(1, n // 2)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import thorough
 from tiny import (
     BOS,
     DEPTH,
@@ -143,7 +144,7 @@ def test_prompts_that_end_in_an_image_keep_it(family):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 3), st.integers(1, 12), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@thorough
 def test_attention_mass_agrees_with_plain_loops(seed, rows, heads, size, chunk):
     rng = np.random.default_rng(seed)
     maps = rng.random((rows, heads, size, size))

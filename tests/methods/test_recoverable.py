@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cosine, some, thorough
 from test_lof import outliers_by_hand, sure
 from tiny import BOS, DEPTH, Picture, batch, greedy, lengths, tiny, visual_tokens
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -20,18 +21,11 @@ from vlmslim.engine.families import kv_cache
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
 from vlmslim.ops.budgets import largest_remainder
 
-QUICK = settings(max_examples=25, deadline=None)
-
 # --- plain loops, float64 ------------------------------------------------------------------------------------------
 
 
 def best(score: list[float], k: int, among=None) -> list[int]:
     return sorted(range(len(score)) if among is None else among, key=lambda i: (-score[i], i))[:k]
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    length = math.sqrt(sum(u * u for u in a)) * math.sqrt(sum(v * v for v in b))
-    return sum(u * v for u, v in zip(a, b, strict=True)) / length
 
 
 def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
@@ -77,7 +71,7 @@ def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
     return kept, merged
 
 
-@QUICK
+@some
 @given(seed=st.integers(0, 10**6), p=st.integers(1, 9), heads=st.integers(1, 3))
 def test_attention_of_one_wide_head(seed, p, heads):
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +86,7 @@ def test_attention_of_one_wide_head(seed, p, heads):
         np.testing.assert_allclose(got[c].numpy(), [math.exp(v) / total for v in logits[1:]], rtol=2e-5)
 
 
-@QUICK
+@some
 @given(seed=st.integers(0, 10**6), p=st.integers(1, 9), d=st.integers(2, 9))
 def test_text_similarity(seed, p, d):
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +108,7 @@ def method_strategy():
     )
 
 
-@settings(max_examples=60, deadline=None)
+@thorough
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 48), method=method_strategy(), data=st.data())
 def test_the_whole_of_it(seed, n, method, data):
     budget = data.draw(st.none() | st.integers(1, n - 1), label="budget")

@@ -5,8 +5,9 @@ import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
 from doubles import name_of, watched
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cosine, thorough
 from tiny import (
     BOS,
     DEPTH,
@@ -38,11 +39,6 @@ OBJECTIVES = ("max_sum", "k_center")
 # --- the search, against plain loops ---------------------------------------------------------------------------------
 
 
-def cosine(a, b) -> float:
-    norms = sum(x * x for x in a) ** 0.5 * sum(x * x for x in b) ** 0.5
-    return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
-
-
 def closeness(tokens: list, chosen: list[int], v: int, objective: str) -> float:
     likeness = [cosine(tokens[v], tokens[c]) for c in chosen]
     return sum(likeness) if objective == "max_sum" else max(likeness)
@@ -69,7 +65,7 @@ def clouds(draw):
 
 
 @given(clouds(), st.sampled_from(OBJECTIVES))
-@settings(max_examples=150, deadline=None)
+@thorough
 def test_search_agrees_with_plain_loops(cloud, objective):
     x, k, pivot = cloud
     got = diverse(torch.from_numpy(x), k, torch.tensor(pivot), objective).tolist()
@@ -89,7 +85,7 @@ def test_search_agrees_with_plain_loops(cloud, objective):
     st.sampled_from(OBJECTIVES),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@thorough
 def test_ties_go_to_the_lower_index(signed, objective, data):
     """Signed unit vectors times powers of two: every similarity is exactly -1, 0 or 1, and most are tied."""
     x = torch.zeros(len(signed), 4)

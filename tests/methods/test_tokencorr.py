@@ -5,7 +5,7 @@ import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import noise, seeds, some
+from strategies import cosine, noise, seeds, some
 from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, keep_only, reference, tiny, words
 
 import vlmslim
@@ -22,11 +22,6 @@ def view_of(seed: int, m: int, beta: float = 0.2, first: int = 0) -> View:
     keys = kinds[torch.randint(0, 3, (m,), generator=generator)] + 0.7 * torch.randn(m, 6, generator=generator)
     low, deep = torch.randn(2, m, generator=generator).mul(2).softmax(-1)
     return View(torch.arange(first, first + m), keys, core.repetition(keys, int(beta * m)), low, deep, low, 1.5)
-
-
-def cosine(a, b) -> float:
-    a, b = a.double(), b.double()
-    return float(a @ b / (a.norm() * b.norm()))
 
 
 @some

@@ -1,15 +1,24 @@
-"""Random inputs for the tests of pure functions."""
+"""Random inputs for the tests of pure functions, and what plain loops are made of."""
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
 some = settings(max_examples=25, deadline=None, derandomize=True)
+thorough = settings(some, max_examples=100)
 seeds = st.integers(0, 2**32)
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a, b) -> float:
+    """The cosine of two vectors, in float64; 0 if one of them is zero."""
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    length = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / length) if length else 0.0
 
 
 def mosaic(side: int, tiles: tuple[int, int], top: int, left: int) -> torch.Tensor:
