@@ -290,7 +290,7 @@ def test_options_and_their_defaults():
         ),
         (lambda: method("none", keep=4), "unknown option of none 'keep'. Known: none"),
         (lambda: method("fastv"), "fastv needs the option keep: give keep=...; its options are keep, layer"),
-        (lambda: method("schedule", layer=3, counts=4), r"schedule cannot be made with layer=3, counts=4: .*"),
+        (lambda: method("schedule", layer=3, counts=4), r"layer=3: give a list \(number\)"),
         (lambda: build(3), "a stage is a name, a method object or a dictionary with the key 'method', not 3"),
         (lambda: build({"keep": 3}), "a stage is a name, a method object or a dictionary"),
         (lambda: parse_method("fastv:3"), "'fastv:3': write options as name:option=value, such as fastv:layer=3"),

@@ -4,13 +4,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
+from vlmslim.options import check_options, fits, shown
 
 Keep: TypeAlias = int | float  # a count, or a share of an image's visual tokens
 
@@ -24,8 +25,8 @@ def check_keep(keep: Keep, name: str = "keep") -> None:
     Raises:
         ValueError: `keep` is neither a count (int >= 1) nor a share (float in (0, 1]).
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise ValueError(f"{name}={keep!r}: give a count (64) or a share (0.11) of the visual tokens to keep")
+    if not fits(keep, Keep):
+        raise ValueError(f"{name}={shown(keep)}: give a count (64) or a share (0.11) of the visual tokens to keep")
     if isinstance(keep, int) and keep < 1:
         raise ValueError(f"{name}={keep}: at least one visual token per image must be kept")
     if isinstance(keep, float) and not 0 < keep <= 1:
@@ -56,8 +57,7 @@ def check_layer(layer: int | float, name: str = "layer") -> None:
     Raises:
         ValueError: `layer` is neither a number (int >= 1) nor a share of the depth (float in (0, 1)).
     """
-    number = isinstance(layer, int | float) and not isinstance(layer, bool)
-    if not number or layer <= 0 or (isinstance(layer, float) and layer >= 1):
+    if layer <= 0 or (isinstance(layer, float) and layer >= 1):
         raise ValueError(f"{name}={layer!r}: give a decoder layer from 1 on, or a share of the depth in (0, 1)")
 
 
@@ -293,6 +293,15 @@ class Compressor:
     needs_cls: ClassVar[bool] = False
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Check the options by their annotations, before the class reads them in `__post_init__`.
+
+        Raises:
+            ValueError: names the option, its value and what to give instead.
+        """
+        check_options(cls, given, named)
+        return super().__new__(cls)
 
     @property
     def acts_before_llm(self) -> bool:

@@ -29,7 +29,7 @@ def describe_checkpoint(model: ModelConfig) -> dict:
         check_checkpoint(model.pretrained)
         place = located(model.pretrained, revision=model.revision)
         name = check_checkpoint(place.checkpoint)
-        loaded = AutoConfig.from_pretrained(name, revision=place.revision)
+        loaded = AutoConfig.from_pretrained(name, revision=place.revision, trust_remote_code=False)
     except OSError as error:
         raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
     except ValueError as error:

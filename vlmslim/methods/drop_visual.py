@@ -43,10 +43,8 @@ class DropVisual(Compressor):
             raise ValueError("layer=[] names no decoder layer; give at least one")
         for layer in self.layers:
             check_layer(layer)
-        if self.tau is not None:
-            number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-            if not number or not 0 <= self.tau <= 1:
-                raise ValueError(f"tau={self.tau!r}: give a share of attention in [0, 1], or None to drop regardless")
+        if self.tau is not None and not 0 <= self.tau <= 1:
+            raise ValueError(f"tau={self.tau!r}: give a share of attention in [0, 1], or None to drop regardless")
         check_choices(self, text=("after", "all"))
 
     def requested(self, n: int) -> int | None:

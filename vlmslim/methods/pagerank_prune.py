@@ -49,14 +49,12 @@ class PageRankPrune(Compressor):
             layer = getattr(self, name)
             if layer is None:
                 continue
-            if isinstance(layer, bool) or not isinstance(layer, int | float):
-                raise ValueError(f"{name}={layer!r}: give a decoder layer (14) or a share of the depth (0.5)")
             if layer < 0 or isinstance(layer, float) and layer > 1:
                 raise ValueError(f"{name}={layer}: a layer is not negative, and a share of the depth lies in [0, 1]")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r}: give a positive number; the paper uses 0.1")
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations!r}: give an integer from 1 on; the paper uses 5")
+        if not 1 <= self.iterations <= 1000:
+            raise ValueError(f"iterations={self.iterations!r}: give an integer from 1 to 1000; the paper uses 5")
         if not 0 <= self.damping < 1:
             raise ValueError(f"damping={self.damping!r}: give a share in [0, 1); the release uses 0")
 

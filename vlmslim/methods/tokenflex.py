@@ -111,9 +111,13 @@ class TokenFlex(Compressor):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self, pool=("resize", "adaptive"))
+        if not 1 <= self.expansion <= 64:
+            raise ValueError(f"expansion={self.expansion}: give an integer from 1 to 64; the paper uses 3")
         if isinstance(self.keep, int):
             square_side(self.keep)
         self.counts, self.probabilities = tuple(self.counts), tuple(self.probabilities)
+        if min(self.counts, default=0) < 1:
+            raise ValueError(f"counts={self.counts}: give squares from 1 on")
         for count in self.counts:
             square_side(count, "counts")
         if len(self.counts) != len(self.probabilities) or min(self.probabilities, default=0) <= 0:

@@ -1,11 +1,13 @@
 """Trained parts of methods: filled with saved weights, or with random ones for training."""
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlmslim.compressor import Compressor
+from vlmslim.options import shown
 from vlmslim.registry import name_of
 from vlmslim.saving import backbone
 from vlmslim.saving.folder import CONFIG, read
@@ -36,6 +38,8 @@ def load_part(method: Compressor, part: nn.Module, model: nn.Module) -> None:
         )
     kind, _, seed = weights.partition(":")
     if kind == "random":
+        if not re.fullmatch(r"\d{0,18}", seed):
+            raise ValueError(f"weights={shown(weights)}: after 'random:' give a seed, an integer from 0 on")
         _initialise(part, int(seed or 0))
     else:
         _fill(part, weights, name, model)

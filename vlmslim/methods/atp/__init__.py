@@ -198,18 +198,16 @@ class ATP(Compressor):
     def __post_init__(self) -> None:
         self.after, self.strides = tuple(self.after), tuple(self.strides)
         check_choices(self, mean=("all", "visible"))
-        for name, low in (("at_least", 0), ("width", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r}: give an integer from {low} on")
-        for stride in self.strides:
-            if isinstance(stride, bool) or not isinstance(stride, int) or stride < 2:
-                raise ValueError(f"strides={self.strides}: give integers from 2 on")
+        if self.at_least < 0:
+            raise ValueError(f"at_least={self.at_least}: give an integer from 0 on")
+        if not 1 <= self.width <= 2**16:
+            raise ValueError(f"width={self.width}: give an integer from 1 to {2**16}")
+        if min(self.strides, default=2) < 2:
+            raise ValueError(f"strides={self.strides}: give integers from 2 on")
         if not self.after:
             raise ValueError("after=() names no decoder layer; give at least one")
         for layer in self.after:
-            number = isinstance(layer, int | float) and not isinstance(layer, bool)
-            if not number or layer < 0 or (isinstance(layer, float) and layer >= 1):
+            if layer < 0 or (isinstance(layer, float) and layer >= 1):
                 raise ValueError(f"after={layer!r}: give a decoder layer from 0 on, or a share of the depth in [0, 1)")
 
     def setup(self, model: Any) -> None:

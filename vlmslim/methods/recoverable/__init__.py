@@ -3,6 +3,7 @@
 AAAI 2025, arXiv 2409.01179.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from vlmslim.methods.recoverable.lof import count_outliers
 from vlmslim.methods.recoverable.question import find_text
 from vlmslim.ops.budgets import largest_remainder, share_out
 from vlmslim.ops.ranking import full_precision
+from vlmslim.options import shown
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,18 @@ class Recoverable(Compressor):
         self.shares, neighbours = tuple(self.shares), self.reading.neighbours
         if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares={self.shares}: give three shares, of filter, recovery and merging, that sum to 1")
-        if len(neighbours) != 3 or not all(isinstance(k, int) and k >= 1 for k in neighbours):
+        if len(neighbours) != 3 or min(neighbours) < 1:
             raise ValueError(
                 f"neighbours={neighbours}: give three integers from 1 on, for filter, recovery and centres"
             )
         for name, least in (("cluster", 1), ("pad_length", 2)):
             value = getattr(self, name)
-            if name == "pad_length" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value!r}: give an integer from {least} on")
-        if self.turn is not None and re.compile(self.turn).groups != 1:
+        named = self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike)
+        if not named and not hasattr(self.tokenizer, "decode"):
+            raise ValueError(f"tokenizer={shown(self.tokenizer)}: give a hub id, a folder, or an object with `decode`")
+        if self.turn is not None and _groups(self.turn) != 1:
             raise ValueError(f"turn={self.turn!r}: give a regular expression with exactly one group, the user's text")
 
     def setup(self, model: Any) -> None:
@@ -184,7 +187,7 @@ class Recoverable(Compressor):
             name = self.tokenizer or model.config._name_or_path
             if not name:
                 raise ValueError("this model does not tell where it was loaded from; give tokenizer=HUB_ID_OR_FOLDER")
-            self.prompt_tokenizer = AutoTokenizer.from_pretrained(name)
+            self.prompt_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Filter, recover and merge one image."""
@@ -325,6 +328,14 @@ def joint_cls_attention(q: Tensor, k: Tensor) -> Tensor:
     cls, keys = q[:, :, 0].flatten(1), k.float().transpose(1, 2).flatten(2)
     logits = (keys @ cls[..., None])[..., 0] / cls.shape[1] ** 0.5
     return logits.softmax(-1)[:, 1:]
+
+
+def _groups(pattern: str) -> int:
+    """Return the number of groups in a regular expression, or -1 if it is none."""
+    try:
+        return re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError):
+        return -1
 
 
 @full_precision

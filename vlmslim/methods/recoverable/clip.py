@@ -124,7 +124,7 @@ def _hf_clip(name: str) -> ClipText:
     from transformers import AutoTokenizer, CLIPModel
 
     model = CLIPModel.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def tokenize(text: str, length: int) -> list[int]:
         return tokenizer(text, truncation=True, max_length=length)["input_ids"]

@@ -130,7 +130,7 @@ class TokenCorr(Compressor):
             raise ValueError(f"beta={self.beta}: give a share of a crop's patches in [0, 1)")
         for name in ("low", "deep"):
             layer = getattr(self, name)
-            if isinstance(layer, bool) or isinstance(layer, float) and not 0 <= layer <= 1:
+            if isinstance(layer, float) and not 0 <= layer <= 1:
                 raise ValueError(f"{name}={layer}: give a tower layer (2) or a share of the tower's depth (0.08)")
         if self.iqr < 0:
             raise ValueError(f"iqr={self.iqr}: give a number from 0 on; the usual factor is 1.5")
