@@ -1,5 +1,8 @@
 """The command line: fast help, clear errors, exit statuses, and what goes to stdout."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
 
@@ -107,6 +110,39 @@ def test_an_interruption_says_how_to_go_on(tmp_path, fake):
     shown = call("run", write_config(tmp_path))
     assert shown.exit_code == 130
     assert "the same command goes on" in shown.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_in_one_line(number, status, tmp_path, fake, monkeypatch):
+    double = fake()
+    before = signal.getsignal(number)
+    monkeypatch.setattr(double, "evaluate", lambda *_: os.kill(os.getpid(), number))
+    shown = call("run", write_config(tmp_path))
+    assert shown.exit_code == status
+    word = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert shown.stderr.splitlines()[-1] == f"vlmslim: {word}; the same command goes on where it stopped"
+    assert signal.getsignal(number) == before
+
+
+def test_a_full_disk_is_one_line_and_the_details_are_in_the_log(tmp_path, fake, monkeypatch):
+    fake()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlmslim.evaluation.store.Store.save_cell", full)
+    shown = call("run", write_config(tmp_path))
+    assert shown.exit_code == 1
+    assert "No space left on device" in shown.stderr and "Traceback" not in shown.stderr
+    assert "Traceback" in (tmp_path / "out" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("size", ["abc", "2", "-1"])
+def test_a_world_of_several_processes_is_refused(size, tmp_path, fake, monkeypatch):
+    fake()
+    monkeypatch.setenv("WORLD_SIZE", size)
+    shown = call("run", write_config(tmp_path))
+    assert shown.exit_code == 2 and f"WORLD_SIZE is '{size}' here: unset it" in shown.stderr
 
 
 def test_mistakes_end_with_status_2(tmp_path):

@@ -1,20 +1,59 @@
 """The command `vlmslim`. Each command imports what it needs when it runs, so that help is instant."""
 
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+class _Stopped(BaseException):
+    """A signal that ends the process."""
+
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Ends every command in one line when a signal stops it: with status 130, 143 or 129."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run a command, while the signals that end a process raise an exception."""
+
+        def stop(number: int, _: object) -> NoReturn:
+            raise _Stopped(number)
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+            ignored = [number for number in signals if signal.getsignal(number) is signal.SIG_IGN]  # as nohup asks
+            before = {number: signal.signal(number, stop) for number in signals if number not in ignored}
+        try:
+            return super().invoke(context)
+        except (_Stopped, KeyboardInterrupt) as stopped:
+            number = getattr(stopped, "number", signal.SIGINT)
+            word = "interrupted" if number is signal.SIGINT else f"stopped by {number.name}"
+            hint = "; the same command goes on where it stopped" if context.invoked_subcommand == "run" else ""
+            _fail(f"{word}{hint}", status=128 + number)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 app = typer.Typer(
     name="vlmslim",
+    cls=_Commands,
     help="Visual-token compression for LLaVA-style models: compare methods, time them, check them.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,6 +78,16 @@ _METHOD_HELP = "As fastv:layer=3:keep=64, or path/to/file.py:Class:keep=64; repe
 def _fail(message: object, status: int = 2) -> NoReturn:
     typer.secho(f"vlmslim: {message}", err=True, fg="red")
     raise typer.Exit(status)
+
+
+def _log(log: Path) -> str:
+    """Append the exception that is being handled to a file, and say so; a full disk may leave no room for it."""
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return ""
+    return f"; details in {log}"
 
 
 @contextmanager
@@ -96,6 +145,7 @@ def run(
         from vlmslim.evaluation.progress import RichDisplay, log_to
         from vlmslim.evaluation.run import run
         from vlmslim.evaluation.store import Store
+        from vlmslim.io.messages import one_line
         from vlmslim.leaderboard.render import render
 
         if export is not None:
@@ -108,12 +158,15 @@ def run(
         try:
             with RichDisplay() as display:
                 board = run(settings, fresh=fresh, display=display)
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on where it stopped", status=130)
+        except ConfigError:
+            raise
         except CellError as error:
             _fail(f"{error}\nFinished cells are kept; details in {settings.output / 'run.log'}", status=1)
+        except Exception as error:
+            details = _log(settings.output / "run.log")
+            _fail(f"{type(error).__name__}: {one_line(error)}\nFinished cells are kept{details}", status=1)
         typer.echo(render(board, "md"), nl=False)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         _fail(error)
 
 
@@ -142,7 +195,7 @@ def leaderboard(
         if published or published_tables is not None:
             theirs = Published.compare(board, load_papers(published_tables or DIRECTORY))
         typer.echo(render(board, format.value, theirs), nl=False)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         _fail(error)
 
 

@@ -203,7 +203,7 @@ def parse_method(text: str) -> dict[str, Any]:
         _check_option(name, option, known)
         try:
             stage[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             stage[option] = value  # a word
     return stage
 

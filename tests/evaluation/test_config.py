@@ -174,6 +174,13 @@ def test_what_makes_runs_comparable(load):
         assert load(change).shared() != base
 
 
+def laughs(depth):
+    """Return a YAML of a few hundred bytes that stands for 9**depth words."""
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]" for i in range(depth)]
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -225,6 +232,31 @@ def test_what_makes_runs_comparable(load):
             "baselines: at which budget shall random run? No method here has one; give 'budgets', or 'baselines: false",
         ),
         ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
+        ({"seed": 2**32}, "seed: Input should be less than"),
+        ({"limit": 10**4000}, "limit: "),
+        ({"batch_size": "2"}, "batch_size: Input should be a valid integer"),
+        ({"budgets": [10**4000]}, "budgets.0: "),
+        ({"budgets": [float("nan")]}, "budgets.0: "),
+        ({"methods": [{"method": "fastv", "keep": 4, "layer": 10**4000}]}, "layer="),
+        ({"methods": [{"method": "fastv", "keep": 4, 3: 4}]}, "methods.0"),
+        ({3: 4}, "unknown key 3"),
+        ({None: 4}, "unknown key None"),
+        ("? [a, b]\n: 1\n", "a list or a mapping cannot be a key"),
+        ("seed: 2024-13-45\n", "month must be in 1..12"),
+        ("seed: !!timestamp x\n", "not readable as YAML"),
+        ("seed: !!int ''\n", "not readable as YAML"),
+        ("seed: !!bool x\n", "not readable as YAML"),
+        (f"seed: {'9' * 5000}\n", "Exceeds the limit"),
+        ("seed: !!python/object/apply:os.system [ls]\n", "not readable as YAML"),
+        ("tasks: " + "[" * 60 + "]" * 60, "more than 50 lists and mappings"),
+        ("tasks: " + "[" * 50_000, "not readable as YAML"),
+        ("tasks: &a [*a]\n", "an alias stands for something that contains it"),
+        (laughs(8), "it stands for more than 20000 values"),
+        ("tasks: [" + "x," * 30_000 + "]", "it stands for more than 20000 values"),
+        ("#" * 2**21, "is larger than 1 MiB"),
+        ("seed: \x00", "not readable as YAML"),
     ],
 )
 def test_mistakes_are_named(load, changes, message):
@@ -232,6 +264,18 @@ def test_mistakes_are_named(load, changes, message):
         load(changes)
     assert message in str(error.value)
     assert "config.yaml" in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"model: \xff\n")
+    with pytest.raises(ConfigError, match=r"config.yaml: is not UTF-8 \(byte 8\)"):
+        load_config(path)
+
+
+def test_aliases_that_stand_for_little_are_fine(load):
+    config = load(yaml.safe_dump(GOOD | {"methods": None}).replace("methods: null", "methods: [&a {method: fastv}]"))
+    assert config.methods[0].method == "fastv"
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):

@@ -156,8 +156,8 @@ def changed(**table):
         (changed(columns=["POPE"]), "must be the same, but differ in GQA, POPE"),
         (changed(row={"budget": 64}), "rows: 0: budget: "),
         (PAPER | {"benchmarks": {"GQA": {"tasks": ["gqa"], "unit": "percent"}}}, "'tasks' and 'metric' together"),
-        ("a: [1", "cannot be read as YAML"),
-        (b"title: \xff", "cannot be read as YAML"),
+        ("a: [1", "not readable as YAML"),
+        (b"title: \xff", "is not UTF-8"),
     ],
 )
 def test_malformed_tables_are_refused_in_one_sentence(tmp_path, text, message):

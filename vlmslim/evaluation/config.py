@@ -17,14 +17,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from vlmslim.evaluation.errors import ConfigError
-from vlmslim.evaluation.schema import Budget, MethodConfig, ModelConfig, Strict, TaskConfig, TimingConfig
+from vlmslim.evaluation.schema import Budget, Count, MethodConfig, ModelConfig, Strict, TaskConfig, TimingConfig
 from vlmslim.evaluation.variants import Variant, expand
 from vlmslim.io.messages import did_you_mean
+from vlmslim.io.yaml_files import read_yaml
+from vlmslim.options import shown
 
 
 class RunConfig(Strict):
@@ -34,11 +35,11 @@ class RunConfig(Strict):
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     methods: Annotated[list[MethodConfig], Field(min_length=1)]
     budgets: list[Budget] = []
-    budget_prompts: Annotated[int, Field(ge=1)] = 16
+    budget_prompts: Count = 16
     baselines: list[str] | Literal[False] = ["random", "uniform"]  # methods are worth little that do not beat these
-    batch_size: Annotated[int, Field(ge=1)] = 1
-    seed: int = 0
-    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0  # NumPy takes no others
+    limit: Count | None = None
     output: Path
     include_path: list[Path] = []
     timing: TimingConfig | None = TimingConfig()
@@ -69,17 +70,6 @@ class RunConfig(Strict):
         }
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that is given twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: the key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path | str, **overrides: Any) -> RunConfig:
     """Read and check a configuration file.
 
@@ -93,22 +83,20 @@ def load_config(path: Path | str, **overrides: Any) -> RunConfig:
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a directory; give a YAML file")
-    if not path.is_file():
+    if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise ConfigError(f"{path}: no such file.{near}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = read_yaml(path)
         if not isinstance(data, dict):
             raise ConfigError("a configuration is a mapping with the keys model, tasks, methods and output")
         config = RunConfig.model_validate(data | {k: v for k, v in overrides.items() if v is not None})
         config.variants()
         return config
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     except ValidationError as error:
         lines = dict.fromkeys(f"{path}: {_describe(e)}" for e in error.errors())
         raise ConfigError("\n".join(lines)) from error
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -116,7 +104,11 @@ def _describe(error: ErrorDetails) -> str:
     """Say in one line which key is wrong and why."""
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "float") and "[" not in str(part))
     message = error["msg"].removeprefix("Value error, ")
-    if number := re.fullmatch(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", str(error["input"]), re.IGNORECASE):
+    if number := re.fullmatch(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", _text(error["input"]), re.IGNORECASE):
         whole, fraction, sign, power = number.groups()
         message = f"YAML reads {error['input']} as text; write {whole}{fraction or '.0'}e{sign or '+'}{power}"
     return f"{where}: {message}" if where else message
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)

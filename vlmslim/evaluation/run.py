@@ -49,9 +49,10 @@ def run(
             be written to; the checkpoint, the device or a task does not exist; or a method cannot meet a budget.
         CellError: a cell failed, or a stage of its method did nothing.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise ConfigError(
-            "vlmslim run is one process. For several: vlmslim run CONFIG --export DIR, then "
+            f"vlmslim run is one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']!r} here: unset it. "
+            "For several processes: vlmslim run CONFIG --export DIR, then "
             "accelerate launch -m lmms_eval --config DIR/FILE.yaml"
         )
     store, display = Store(config.output), display or Display()

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictFloat, S
 
 from vlmslim.io.messages import did_you_mean
 
-Keep = StrictInt | StrictFloat
+Keep = Annotated[StrictInt, Field(lt=2**63)] | Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 
 class Strict(BaseModel):
@@ -34,7 +35,7 @@ class ModelConfig(Strict):
     device_map: str | None = None
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     revision: str | None = None
-    max_frames_num: Annotated[int, Field(ge=1)] | None = None
+    max_frames_num: Count | None = None
     system_prompt: str | None = None
 
     def arguments(self) -> dict:
@@ -142,6 +143,6 @@ class MethodConfig(Strict):
 class TimingConfig(Strict):
     """How the methods are timed at the end of a run."""
 
-    prompts: Annotated[int, Field(ge=1)] = 4
-    repeats: Annotated[int, Field(ge=1)] = 5
-    new_tokens: Annotated[int, Field(ge=2)] = 16
+    prompts: Count = 4
+    repeats: Count = 5
+    new_tokens: Annotated[Count, Field(ge=2)] = 16

@@ -64,8 +64,9 @@ def check_writable(directory: Path | str) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
-        raise ValueError(f"{directory} cannot be written to: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{directory} cannot be written to: {reason}") from error
 
 
 def check_file(path: Path) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.io.yaml_files import read_yaml
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.tables import Column, Table, name_columns, number, score_text
@@ -137,14 +137,14 @@ def load_papers(directory: Path | str = DIRECTORY) -> list[Paper]:
     papers = []
     for path in paths:
         try:
-            papers.append(Paper.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            papers.append(Paper.model_validate(read_yaml(path)))
         except ValidationError as error:
             mistakes = [
                 ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
             ]
             raise ConfigError(f"{path} is no table of published numbers: {'; '.join(mistakes)}") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return papers
 
 

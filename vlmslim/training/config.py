@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from vlmslim.io.yaml_files import parse_yaml, read_yaml
 
 
 def command_line(description: str, config: Path, result: str) -> argparse.ArgumentParser:
@@ -27,8 +27,18 @@ def command_line(description: str, config: Path, result: str) -> argparse.Argume
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML configuration and replace values, see `override`."""
-    return override(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}, overrides)
+    """Read a YAML configuration and replace values, see `override`.
+
+    Raises:
+        ValueError: the file is no YAML or no mapping, there is no such key, or no value.
+    """
+    try:
+        config = read_yaml(Path(path)) or {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a configuration is a mapping of settings")
+    return override(config, overrides)
 
 
 def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 def _parsed(text: str) -> Any:
     """Read a value as YAML, and numbers such as 5e-4 too, because YAML takes those for words."""
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
