@@ -242,6 +242,12 @@ def laughs(depth):
         ({"methods": [{"method": "fastv", "keep": 4, "layer": 10**4000}]}, "layer="),
         ({"methods": [{"method": "fastv", "keep": 4, 3: 4}]}, "methods.0"),
         ({3: 4}, "unknown key 3"),
+        *(
+            ({"methods": [{"method": "fastv", "keep": 4, "label": label}]}, f"methods: {label[:3]!r}"[:-1])
+            for label in (".", "..", "x" * 300)
+        ),
+        ({"methods": [{"method": "fastv", "keep": 4, "label": x} for x in ("a", "A")]}, "'a' and 'A' share a file"),
+        ({"methods": [{"method": "fastv", "keep": 4, "label": "none"}]}, "two are called 'none'; give one of them"),
         ({None: 4}, "unknown key None"),
         ("? [a, b]\n: 1\n", "a list or a mapping cannot be a key"),
         ("seed: 2024-13-45\n", "month must be in 1..12"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -387,6 +388,35 @@ def test_fresh_spares_other_files(config):
     (config().output / "notes.txt").write_text("mine")
     run(config(), fresh=True, harness=FakeHarness())
     assert (config().output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["run.json", "leaderboard.md", "timing.json", "cells/mine/notes.json"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_files_that_no_run_wrote_are_not_replaced(name, fresh, config):
+    file = config().output / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=f"holds {name}, and nothing there says that vlmslim wrote it"):
+        run(config(), fresh=fresh, harness=FakeHarness())
+    assert file.read_text() == "mine"
+
+
+def test_fresh_spares_files_between_the_cells(config):
+    run(config(), harness=FakeHarness())
+    mine = [config().output / "cells" / "none" / name for name in ("notes.txt", "notes.json")]
+    for file in mine:
+        file.write_text("mine")
+    run(config(), fresh=True, harness=(harness := FakeHarness()))
+    assert all(file.read_text() == "mine" for file in mine) and harness.evaluated
+
+
+def test_a_cell_that_was_moved_is_done_again(config):
+    run(config(), harness=FakeHarness())
+    cells = config().output / "cells"
+    for suffix in (".json", ".jsonl"):
+        shutil.copy(cells / "none" / f"text{suffix}", cells / "divprune-16" / f"text{suffix}")
+    run(config(), harness=(harness := FakeHarness()))
+    assert harness.evaluated == [("divprune-16", "text")]
 
 
 def test_a_fresh_run_leaves_no_old_leaderboard_behind(config):

@@ -202,7 +202,13 @@ def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
     """Its YAML, what that includes, its functions and its data; not comments, and not when a file was written."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "questions.json").write_text("[1]")
-    (tmp_path / "code.py").write_text("def images(doc): return []")
+    (tmp_path / "code.py").write_text("import helper\nfrom .parts import cut\ndef images(doc): return []")
+    (tmp_path / "helper.py").write_text("import deeper, os, code")
+    (tmp_path / "deeper.py").write_text("A = 1")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("from .cut import cut")
+    (tmp_path / "parts" / "cut.py").write_text("def cut(): ...")
+    (tmp_path / "stranger.py").write_text("B = 1")
     (tmp_path / "_base").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: [data/*.json]}}\n")
     (tmp_path / "own.yaml").write_text("task: own\ninclude: _base\ndoc_to_visual: !function code.images\n")
     config = load_config(folder / "config.yaml").model_copy(
@@ -210,19 +216,23 @@ def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
     )
     tasks = Tasks(config)
     before = tasks.definition("own")
-    assert sorted(before) == ["data in questions.json", "functions in code.py", "settings"]
+    code = [f"functions in {name}.py" for name in ("__init__", "code", "cut", "deeper", "helper")]
+    assert sorted(before) == ["data in questions.json", *code, "settings"]
     os.utime(tmp_path / "data" / "questions.json", (1, 1))
     (tmp_path / "own.yaml").write_text("# words\n" + (tmp_path / "own.yaml").read_text())
     assert tasks.definition("own") == before
     for name, text, part in (
         ("data/questions.json", "[2]", "data in questions.json"),
         ("data/more.json", "[3]", "data in more.json"),
-        ("code.py", "def images(doc): return [1]", "functions in code.py"),
+        ("deeper.py", "A = 2", "functions in deeper.py"),
+        ("parts/cut.py", "def cut(): return 1", "functions in cut.py"),
+        ("stranger.py", "B = 2", None),
+        ("code.py", (tmp_path / "code.py").read_text() + "[1:]", "functions in code.py"),
         ("_base", (tmp_path / "_base").read_text() + "generation_kwargs: {max_new_tokens: 1}\n", "settings"),
     ):
         (tmp_path / name).write_text(text)
         now = tasks.definition("own")
-        assert {key for key in now if now[key] != before.get(key)} == {part}
+        assert {key for key in now if now[key] != before.get(key)} == ({part} if part else set())
         before = now
 
 

@@ -10,12 +10,16 @@ leaderboard.{md,csv,json,html}
 
 import hashlib
 import json
-import shutil
+import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.files import check_writable, write_atomically
+from vlmslim.options import shown
+
+LONGEST = 200  # bytes of a label or a task; file systems allow 255 for a name with its ending
 
 #: Files beside the cells that `clear` deletes.
 RESULTS = (
@@ -41,6 +45,30 @@ def timing_key(label: str, made_with: dict) -> list:
     weights = [made_with["weights"]] if "weights" in made_with else []
     code = [digest(made_with["code"])] if "code" in made_with else []
     return [label, made_with["stages"], *weights, *code]
+
+
+def check_file_names(key: str, names: Iterable[str]) -> None:
+    """Refuse labels or tasks whose results have no file of their own.
+
+    Raises:
+        ConfigError: a name is a place such as "..", or too long; or two names share a file, here or on a file system
+            that does not tell upper from lower case.
+    """
+    taken: dict[str, str] = {}
+    for name in names:
+        file = file_name(name)
+        if not file.strip(".") or len(file.encode(errors="replace")) > LONGEST or "\0" in file:
+            raise ConfigError(f"{key}: {shown(name)} names no file: use at most {LONGEST} bytes, not only dots")
+        same = unicodedata.normalize("NFC", file).casefold()
+        if same in taken:
+            what = f"two are called {name!r}" if taken[same] == name else f"{taken[same]!r} and {name!r} share a file"
+            raise ConfigError(f"{key}: {what}; give one of them another {'label' if key == 'methods' else 'name'!r}")
+        taken[same] = name
+
+
+def file_name(task: str) -> str:
+    """Return the name of a task's files, without their ending."""
+    return task.replace("/", "_")
 
 
 def _sealed(record: dict) -> str:
@@ -69,12 +97,20 @@ class Store:
         """Make the directory.
 
         Raises:
-            ConfigError: the directory cannot be written to.
+            ConfigError: the directory cannot be written to, or has files of other origin that a run would replace.
         """
         try:
             check_writable(self.directory)
         except ValueError as error:
             raise ConfigError(f"output: {error}") from error
+        cells = list(self.directory.glob("cells/*/*"))
+        if self.run is None and not any(_unsealed(path) is not None for path in cells if path.suffix == ".json"):
+            present = [name for name in RESULTS if (self.directory / name).exists()]
+            if present := present + [str(path.relative_to(self.directory)) for path in cells]:
+                raise ConfigError(
+                    f"output: {self.directory} holds {present[0]}, and nothing there says that vlmslim wrote it; move "
+                    "it away, or use another --output directory"
+                )
 
     # ------------------------------------------------------------------ the run
 
@@ -113,9 +149,14 @@ class Store:
         write_atomically(self.directory / "run.json", _sealed({"shared": shared, "config": config}))
 
     def clear(self) -> None:
-        """Delete the results, and no other file in the directory."""
-        if (self.directory / "cells").is_dir():
-            shutil.rmtree(self.directory / "cells")
+        """Delete the results, and no other file in the directory: cells are known by their seal."""
+        for path in self.directory.glob("cells/*/*.json"):
+            if _unsealed(path) is not None:
+                path.unlink()
+                path.with_suffix(".jsonl").unlink(missing_ok=True)
+        for folder in (*self.directory.glob("cells/*"), self.directory / "cells"):
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
         for name in RESULTS:
             (self.directory / name).unlink(missing_ok=True)
 
@@ -131,7 +172,7 @@ class Store:
     # ------------------------------------------------------------------ cells
 
     def _path(self, label: str, task: str) -> Path:
-        return self.directory / "cells" / label / f"{task.replace('/', '_')}.json"
+        return self.directory / "cells" / label / f"{file_name(task)}.json"
 
     def save_cell(self, label: str, task: str, record: dict, samples: Iterable[dict]) -> None:
         """Write a finished cell: the samples first, then the record with their hash."""
@@ -142,11 +183,11 @@ class Store:
         write_atomically(path, _sealed({**record, "label": label, "task": task, "samples_sha256": seal}))
 
     def cell(self, label: str, task: str) -> dict | None:
-        """Read the record of a finished cell; None if there is none, or if one of its two files is not whole."""
+        """Read the record of a finished cell; None if it is absent, moved from elsewhere, or not whole."""
         path = self._path(label, task)
         record = _unsealed(path)
         samples = path.with_suffix(".jsonl")
-        if record is None or not samples.is_file():
+        if record is None or not samples.is_file() or (record.get("label"), record.get("task")) != (label, task):
             return None
         whole = hashlib.sha256(samples.read_bytes()).hexdigest() == record.get("samples_sha256")
         return record if whole else None

@@ -1,9 +1,10 @@
 """The tasks of lmms-eval that a run names: what they report, and hashes that notice when one is edited."""
 
+import ast
 import glob
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import vlmslim.tasks
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import TaskConfig
-from vlmslim.evaluation.store import digest
+from vlmslim.evaluation.store import check_file_names, digest
 from vlmslim.io import provenance
+from vlmslim.io.code import imports_of
 from vlmslim.io.messages import did_you_mean
 
 
@@ -43,6 +45,7 @@ class Tasks:
                     leaves[name] = task
                 leaves.setdefault(name, task.model_copy(update={"task": name}))
         self.leaves = list(leaves.values())
+        check_file_names("tasks", [leaf.task for leaf in self.leaves])
         for leaf in self.leaves:
             known = self.metrics(leaf.task)
             if leaf.metric is not None and known and leaf.metric not in known:
@@ -140,7 +143,28 @@ def _code_files(settings: dict, folders: list[Path]) -> list[Path]:
     for module in sorted({name.rpartition(".")[0] for name in names}):
         beside = [file for folder in folders if (file := folder / f"{module}.py").is_file()]
         files += beside or _installed(module)
-    return files
+    return _with_imports(files)
+
+
+def _with_imports(files: Iterable[Path]) -> list[Path]:
+    """Add the files that lie beside a file and that it imports, and what those import."""
+    found: list[Path] = []
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop(0).resolve()
+        if file in found:
+            continue
+        found.append(file)
+        try:
+            tree = ast.parse(file.read_bytes(), str(file)) if file.suffix == ".py" else ast.Module([], [])
+        except (SyntaxError, ValueError, RecursionError):
+            continue  # its import will fail and say so
+        for names in imports_of(tree, file.parent.parts):  # relative imports become absolute paths
+            place = file.parent.joinpath(*names)
+            waiting += [
+                other for other in (place.with_name(f"{names[-1]}.py"), place / "__init__.py") if other.is_file()
+            ]
+    return found
 
 
 def _installed(module: str) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlmslim.cost.budget import free_option
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import Budget, Cost, MethodConfig
+from vlmslim.evaluation.store import check_file_names
 from vlmslim.registry import label, method, options_of
 from vlmslim.saving.folder import read
 
@@ -78,11 +79,7 @@ def expand(config: "RunConfig") -> list[Variant]:
     given = {row.content for row in listed}
     rows = [unpatched, *(row for row in baselines if row.content not in given)]
     rows += [row for row in listed if row.content != unpatched.content]
-    labels: set[str] = set()
-    for row in rows:
-        if row.label in labels:
-            raise ConfigError(f"two methods are labelled {row.label!r}; give one of them another 'label'")
-        labels.add(row.label)
+    check_file_names("methods", [row.label for row in rows])
     return rows
 
 

@@ -143,7 +143,7 @@ def _read(file: Path, folder: tuple[str, ...], size: int, written: int) -> _Cont
     if file.suffix != ".py":  # a compiled module
         return _Contents(_sha256(file.read_bytes()))
     tree = ast.parse(file.read_bytes(), str(file))
-    return _Contents(_sha256(repr(_plain(tree)).encode()), frozenset(_imports(tree, folder)))
+    return _Contents(_sha256(repr(_plain(tree)).encode()), frozenset(imports_of(tree, folder)))
 
 
 def _plain(node: object) -> object:
@@ -161,7 +161,7 @@ def _plain(node: object) -> object:
     return [type(node).__name__, *((name, _plain(value)) for name, value in fields.items() if value not in (None, []))]
 
 
-def _imports(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def imports_of(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yield the names of all modules that a file in a package `folder` may import, in functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
