@@ -56,3 +56,8 @@ def test_an_open_clip_by_name_needs_its_weights(open_clip_folder, tmp_path):
     open_clip.add_model_config(flat)
     by_name = load_clip(f"Tiny-8:{open_clip_folder}/open_clip_model.safetensors")
     torch.testing.assert_close(by_name.embed("a red car"), load_clip(open_clip_folder).embed("a red car"))
+
+
+def test_a_clip_in_use_is_not_loaded_again(hf_folder):
+    clip = load_clip(hf_folder)
+    assert load_clip(hf_folder) is clip

@@ -218,7 +218,7 @@ def keep_all(subject: Subject) -> Outcome:
         if stage.acts_before_llm and stage.name in slim.trained:
             raise NotApplicable(f"{stage.name} is trained to make tokens of its own, however many")
     slim.remove()
-    with Slim(model, [keeping_everything(method) for method in slim.methods]) as by_fraction:
+    with Slim(model, [_keeping_everything(method) for method in slim.methods]) as by_fraction:
         pairs = [(generate(model, prompts.inputs()), unpatched.generated)]
         count = by_fraction.receipt.last.images[0][0].tokens  # of the first row, which has one picture
     if (by_count := _keeping_count(slim.methods, count)) is not None:
@@ -239,19 +239,19 @@ def _keeping_count(methods: list[Compressor], count: int) -> list[Compressor] | 
     None if no method has a budget, or a stage that decides itself would still drop some.
     """
     try:
-        asked = [with_keep(method, count) for method in methods if "keep" in options_of(method)]
+        asked = [_with_keep(method, count) for method in methods if "keep" in options_of(method)]
         stages = [stage for method in asked for stage in method.stages()]
         return asked if asked and all(stage.requested(count) == count for stage in stages) else None
     except ValueError:
         return None  # it takes fractions only
 
 
-def with_keep(method: Any, keep: int | float) -> Compressor:
+def _with_keep(method: Any, keep: int | float) -> Compressor:
     """Return the same method at another budget."""
     return replace(method, keep=keep)
 
 
-def keeping_everything(method: Compressor) -> Compressor:
+def _keeping_everything(method: Compressor) -> Compressor:
     """Return the same method at a budget of everything.
 
     Raises:
@@ -262,7 +262,7 @@ def keeping_everything(method: Compressor) -> Compressor:
         return method  # it only counts
     if "keep" not in options_of(method):
         raise NotApplicable(f"{cls.__name__} has no option `keep`")
-    return with_keep(method, 1.0)
+    return _with_keep(method, 1.0)
 
 
 #: In this order: `video` decides what the others are given, and `keep-all` takes the patch off to put on its own.

@@ -17,6 +17,9 @@ from vlmslim.engine.families import family_of
 from vlmslim.patching import Method, Slim, check_unpatched, patch
 from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
 
+#: How a method says that it does not go with a checkpoint, or that something which it needs is missing.
+_REFUSALS = ValueError, ImportError, OSError
+
 
 def examine(
     model: PreTrainedModel,
@@ -61,37 +64,34 @@ def examine(
     if methods is None and isinstance(keep, int):
         resolve_keep(keep, _smallest_picture(unpatched(videos)))
     report = Report.about(model, unpatched(videos).noise, FACTOR)
-    changed_by = ""
+
+    def note(finding: Finding) -> None:
+        report.findings.append(finding)
+        on_finding(finding)
+
     for given in method_names() if methods is None else methods:
         name = label(os.fspath(given) if isinstance(given, os.PathLike) else given)
-        if changed_by:
-            note = f"not examined, because {changed_by} changed the model"
-            report.add(Finding(name, "patch", "n/a", note=note), on_finding)
-            continue
         try:
             slim = _patch(model, given, keep)
-        except (ValueError, ImportError) as error:
-            if methods is not None:
+        except Exception as error:
+            if methods is not None and isinstance(error, _REFUSALS):
                 raise
-            status = "fail" if isinstance(error, BrokenMethod) else "n/a"
-            report.add(Finding(name, "patch", status, note=str(error)), on_finding)
-            continue
-        except OSError:
-            raise  # there is no such saved method
-        except Exception as error:  # its `setup` failed
-            report.add(Finding(name, "patch", "fail", note=_one_line(error)), on_finding)
+            refused = isinstance(error, _REFUSALS) and not isinstance(error, BrokenMethod)
+            why = str(error) if isinstance(error, _REFUSALS) else _one_line(error)
+            note(Finding(name, "patch", "n/a" if refused else "fail", note=why))
         else:
             with slim:
                 if methods is not None:
                     _check_counts(slim, unpatched(videos))
                 for finding in _findings(name, slim, unpatched, videos):
-                    report.add(finding, on_finding)
+                    note(finding)
                     if finding.check == "budget":  # the receipt has seen the batch, and that once
                         report.receipts[name] = slim.receipt.summary()
-        if (difference := unpatched(videos).changed(model)) > unpatched(videos).run_to_run_noise:
-            note = f"it changed the model: without the patch, the logits differ by {difference:.3g}"
-            report.add(Finding(name, "restore", "fail", difference, 0, "logits", note), on_finding)
-            changed_by = name
+        difference, tolerated = unpatched(videos).changed(model), unpatched(videos).run_to_run_noise
+        if difference > tolerated:
+            why = "without the patch, the model answers otherwise than before; no other method was examined after that"
+            note(Finding(name, "restore", "fail", difference, tolerated, "logits", why))
+            break
     return report
 
 

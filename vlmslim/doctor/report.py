@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 
@@ -67,11 +67,6 @@ class Report:
             "versions": {"vlmslim": vlmslim.__version__} | {name: version(name) for name in ("torch", "transformers")},
         }
         return cls(facts, noise, factor)
-
-    def add(self, finding: Finding, on_finding: Callable[[Finding], None]) -> None:
-        """Add a finding, and pass it on."""
-        self.findings.append(finding)
-        on_finding(finding)
 
     @property
     def failures(self) -> list[Finding]:

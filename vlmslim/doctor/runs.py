@@ -91,8 +91,11 @@ def difference(ours: Tensor | list[Tensor], theirs: Tensor | list[Tensor]) -> fl
 
 
 def clone_sharing_weights(model: nn.Module) -> Any:
-    """Copy a model, with its patch if it has one, but share its weights, so that the copy takes no memory."""
-    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    """Copy a model and its patch, if it has one, but share the weights of both, so that the copy takes no memory."""
+    slim: Slim | None = getattr(model, "_vlmslim", None)
+    held = [value for stage in (slim.stages if slim else ()) for value in vars(stage.method).values()]
+    modules = [model, *(value for value in held if isinstance(value, nn.Module))]
+    return copy.deepcopy(model, {id(x): x for module in modules for x in (*module.parameters(), *module.buffers())})
 
 
 @dataclass(frozen=True)

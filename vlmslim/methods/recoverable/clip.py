@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from vlmslim import bundled
 
 #: the CLIP of LLaVA-1.5, and the width, depth, patch size and image size of its vision tower
 CLIP_OF_LLAVA = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
+
+#: CLIPs that patches hold, by name. They are shared because a model may be patched several times (`vlmslim doctor` does
+#: it three times), and a CLIP has a gigabyte.
+_in_use: "WeakValueDictionary[str, ClipText]" = WeakValueDictionary()
 
 
 class ClipText(nn.Module):
@@ -92,13 +97,20 @@ class ClipText(nn.Module):
 
 
 def load_clip(name: str) -> ClipText:
-    """Load a CLIP by the names that `Recoverable.clip` takes.
+    """Load a CLIP by the names that `Recoverable.clip` takes, or return the one that another patch still uses.
 
     Raises:
         ValueError: the folder has no CLIP, or the open_clip name comes without weights.
         ImportError: open_clip is not installed.
         TypeError: the CLIP's towers are not plain transformers.
     """
+    clip = _in_use.get(name)
+    if clip is None:
+        clip = _in_use[name] = _load(name)
+    return clip
+
+
+def _load(name: str) -> ClipText:
     name = bundled.resolve(name)
     if Path(name).is_dir():
         if (Path(name) / "open_clip_config.json").is_file():
