@@ -217,6 +217,20 @@ def patched(folder, family="llava", dtype=torch.float32, backend="sdpa"):
     return model
 
 
+READINGS = {  # what the description and the two routines of the release (commit d927594) do
+    "corrected": ("question", "eot", "minimum", (20, 20, 10), "rest", "own", "keep"),
+    "released": ("system", "last_pad", "minimum", (20, 20, 10), "width", "shifted", "drop"),
+    "released_alt": ("system", "last_pad", "all", (10, 10, 10), "image", "shifted", "keep"),
+}
+
+
+@pytest.mark.parametrize("preset", READINGS)
+def test_a_preset_is_a_reading_of_the_paper(preset):
+    names = ("text_source", "text_pool", "recovery", "neighbours", "centres", "keys", "extra")
+    method = vlmslim.method("recoverable", preset=preset)
+    assert tuple(getattr(method, name) for name in names) == READINGS[preset]
+
+
 @pytest.mark.parametrize(
     "options", [{}, dict(preset="released", pad_length=12), dict(preset="released_alt", pad_length=12)]
 )
