@@ -115,13 +115,18 @@ def test_an_interruption_says_how_to_go_on(tmp_path, fake):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_in_one_line(number, status, tmp_path, fake, monkeypatch):
     double = fake()
-    before = signal.getsignal(number)
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, handler)  # a test run in the background inherits that SIGINT is ignored
     monkeypatch.setattr(double, "evaluate", lambda *_: os.kill(os.getpid(), number))
-    shown = call("run", write_config(tmp_path))
+    try:
+        shown = call("run", write_config(tmp_path))
+        restored = signal.getsignal(number)
+    finally:
+        signal.signal(number, inherited)
     assert shown.exit_code == status
     word = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert shown.stderr.splitlines()[-1] == f"vlmslim: {word}; the same command goes on where it stopped"
-    assert signal.getsignal(number) == before
+    assert restored == handler
 
 
 def test_a_full_disk_is_one_line_and_the_details_are_in_the_log(tmp_path, fake, monkeypatch):

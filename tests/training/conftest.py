@@ -1,4 +1,4 @@
-"""Training in one process leaves accelerate's shared state behind, which the next test must not meet."""
+"""Training in one process leaves accelerate's shared state behind, which no other test must meet."""
 
 import pytest
 
@@ -6,6 +6,11 @@ import pytest
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
     state = pytest.importorskip("accelerate.state")
+
+    def reset():
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+    reset()  # tests of other shelves may have run before, in the same process
     yield
-    state.AcceleratorState._reset_state(True)
-    state.GradientState._reset_state()
+    reset()
