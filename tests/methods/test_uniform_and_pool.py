@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import noise, seeds, some
+from strategies import mosaic, noise, seeds, shapes, some
 from tiny import close
 from torch.nn import functional as F
 
@@ -45,6 +45,19 @@ def test_pool_averages_every_token_once(side, data):
 
 
 @some
+@given(shapes(), st.integers(0, 8))
+def test_pool_sends_newlines_in_their_places_when_patches_run_out(shape, newlines):
+    side, tiles, top, left, seed = shape
+    grid = mosaic(side, tiles, top, left)
+    tower, pixels = torch.zeros(1 + tiles[0] * tiles[1], side**2, 1), torch.zeros(1, 3, 2, 2)
+    image = ImageTokens(noise(seed, len(grid), 3), tower, pixels, tiles=tiles, make_grid=lambda: grid)
+    k = min(int((grid[:, 0] >= 0).sum()) + newlines, len(grid) - 1)
+    result = vlmslim.method("pool", keep=k).compress(image)
+    assert len(result.index) == k and (result.index.diff() > 0).all()
+    close(result.features, image.features[result.index], 1e-6)
+
+
+@some
 @given(st.integers(2, 9), st.integers(1, 4))
 def test_uniform_takes_the_same_place_of_every_block(outer, inner):
     side = outer * inner
@@ -53,7 +66,9 @@ def test_uniform_takes_the_same_place_of_every_block(outer, inner):
     row, column = index // side, index % side
     blocks = (row // inner * outer + column // inner).tolist()
     assert blocks == list(range(outer * outer))
-    assert len({(int(r % inner), int(c % inner)) for r, c in zip(row, column, strict=True)}) == 1
+    ((down, right),) = {(int(r % inner), int(c % inner)) for r, c in zip(row, column, strict=True)}
+    if inner % 2:
+        assert (down, right) == (inner // 2, inner // 2), "not the middle"
 
 
 @some
