@@ -13,6 +13,7 @@ from strategies import cosine, noise, some, thorough
 from tiny import (
     BOS,
     DEPTH,
+    IMAGE,
     LONG_ROWS,
     ROWS,
     SEVERAL,
@@ -291,6 +292,24 @@ def test_tiles_merge_by_their_own_keys():
         want = model.model.multi_modal_projector(torch.from_numpy(want[np.argsort(place)]).float())
         assert sorted(index[place].tolist()) == mine
         close(out.features[torch.isin(out.index, index)], want)
+
+
+@torch.no_grad()
+def test_a_cls_token_among_the_features_merges_like_a_patch():
+    model = tiny("llava")
+    model.config.vision_feature_select_strategy = "full"
+    inputs = batch(model, [ROWS[0]])
+    ids = inputs["input_ids"][0].tolist()
+    ids.insert(ids.index(IMAGE), IMAGE)  # one more placeholder, for CLS
+    inputs |= dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+    merge, shown = watched(BipartiteMerge, keep=6)
+    with vlmslim.patch(model, merge):
+        model(**inputs)
+    ((_, got),) = shown
+    x, keys = likeness_by_hand(model, inputs)
+    want, index = merge_by_hand(x.numpy(), keys.numpy(), 6)
+    assert got.index.tolist() == sorted(index)
+    close(got.features, model.model.multi_modal_projector(torch.from_numpy(want[np.argsort(index)]).float()))
 
 
 @pytest.mark.parametrize("newline", ["within", "extra"])
