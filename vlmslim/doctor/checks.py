@@ -16,8 +16,8 @@ from vlmslim.cost.memory import peak_memory
 from vlmslim.doctor.prompts import LONG, VIDEO, why_no_video
 from vlmslim.doctor.runs import (
     STEPS,
+    ModelRun,
     RngGuard,
-    Run,
     UnpatchedRun,
     clone_sharing_weights,
     decode,
@@ -57,7 +57,7 @@ class Outcome:
         return self.measured <= self.tolerance
 
 
-class Subject(Run):
+class Subject(ModelRun):
     """A model under one method, and what it is compared with.
 
     slim      : the patch
@@ -201,7 +201,7 @@ def _maps(shapes: set[tuple[int, ...]], lengths: set[int]) -> list[tuple[int, ..
 
 def repeat(subject: Subject) -> Outcome:
     """Check that the same prompts give the same logits twice; that they and all random generators stay the same."""
-    inputs, guard, first = subject.prompts.inputs(), RngGuard(), subject.together.answers
+    inputs, guard, first = subject.prompts.inputs(), RngGuard(), subject.together.answer_logits
     with guard.watch():
         again, _ = decode(subject.model, inputs, subject.answer)
     edited = [name for name, x in subject.prompts.inputs().items() if not torch.equal(x, inputs[name])]

@@ -114,12 +114,12 @@ class Decoded:
     kv_bytes: int
 
     @property
-    def answers(self) -> Tensor:
+    def answer_logits(self) -> Tensor:
         """(B, T + 1, V) logits before, between and after the tokens of the answers."""
         return torch.stack([logits[-STEPS - 1 :] for logits in self.logits])
 
 
-class Run:
+class ModelRun:
     """A model's answers to the prompts. Each is computed when a check first asks for it.
 
     The methods that return a number compare two ways of computing the same logits.
@@ -176,7 +176,9 @@ class Run:
 
     def batch(self) -> float:
         """Compare the batch with its prompts one by one."""
-        return difference(self.together.answers, torch.cat([self.alone[row].answers for row in self.prompts.batch]))
+        return difference(
+            self.together.answer_logits, torch.cat([self.alone[row].answer_logits for row in self.prompts.batch])
+        )
 
     @torch.no_grad()
     def padding(self) -> float:
@@ -188,20 +190,20 @@ class Run:
 
     def cache(self) -> float:
         """Compare decoding through the KV cache with recomputing everything without one."""
-        return difference(self.together.answers, self.recomputed[0])
+        return difference(self.together.answer_logits, self.recomputed[0])
 
     def at_once(self) -> float:
         """Compare the log-likelihood of the answer, fed token by token, with that of the answer fed at once."""
         logits, _ = decode(self.model, self.prompts.inputs(), self.answer, stride=STEPS)
-        steps = likelihood(self.together.answers, self.answer)
+        steps = likelihood(self.together.answer_logits, self.answer)
         return difference(steps, likelihood(logits[:, -STEPS - 1 :], self.answer))
 
     def as_labels(self) -> float:
         """Compare the log-likelihood of the answer, fed token by token, with the model's own loss on labels."""
-        return abs(float(likelihood(self.together.answers, self.answer).mean()) - self.recomputed[1])
+        return abs(float(likelihood(self.together.answer_logits, self.answer).mean()) - self.recomputed[1])
 
 
-class UnpatchedRun(Run):
+class UnpatchedRun(ModelRun):
     """The run of a model that no patch has ever touched, and all else that a patched model is compared with.
 
     reference         : the same model, computed by hand
@@ -229,7 +231,7 @@ class UnpatchedRun(Run):
             self.cache(),
             self.at_once(),
             self.as_labels(),
-            torch.finfo(model.dtype).eps * float(self.together.answers.std()),
+            torch.finfo(model.dtype).eps * float(self.together.answer_logits.std()),
         )
         if not math.isfinite(self.noise + self.run_to_run_noise):
             raise ValueError(
