@@ -109,3 +109,10 @@ def table_line(label: str, row: dict) -> str:
         f"{row['kv_bytes'] / 1024:.0f} KiB",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def test_every_trap_has_its_guard():
+    """The tests that `docs/traps.md` names exist."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/traps.md").read_text()))
+    there = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) > 20 and named <= there, named - there

@@ -5,7 +5,7 @@ import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
 from doubles import BUDGETED, Everything, keeping_everything, registered, watched
 from PIL import Image
-from tiny import BOS, IMAGE, SIDE, close, tiny, words
+from tiny import BOS, IMAGE, SIDE, Picture, batch, close, tiny, words
 from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
@@ -104,35 +104,22 @@ def test_the_grid_locates_every_token(family):
     assert (shrunk > 1) == (family == "onevision")
 
 
+@pytest.mark.parametrize("size", [(60, 30), (64, 23), (23, 64), (40, 64), (60, 60), (32, 64)])
 @pytest.mark.parametrize("family", ["next", "onevision"])
 @torch.no_grad()
-def test_grids_met_before_are_those_found_anew(family):
-    """Under one patch, whoever edits one, in any order of sizes, and when the model is told to pack in another way."""
-
-    def grids(rows, again=1):
-        spy, seen = watched(Everything)
-        with vlmslim.patch(model, spy):
-            for turn in range(again):
-                model(**inputs_of(model, rows))
-                found = [image.grid.clone() for image, _ in seen[turn * len(SIZES) :]]
-                for image, _ in seen:
-                    image.grid.fill_(7)
-            return found
-
-    model = anyres(family)
-    backwards = ROWS[::-1]
-    order = [size for row in backwards for size in row if isinstance(size, tuple)]
-    fresh = dict(zip([size for row in ROWS for size in row if isinstance(size, tuple)], grids(ROWS), strict=True))
-    for size, found in zip(order, grids(backwards, again=2), strict=True):
-        assert torch.equal(found, fresh[size])
-    if family == "onevision":
-        spy, seen = watched(Everything)
-        with vlmslim.patch(model, spy):
-            for ratio in ("anyres_max_2", "anyres_max_9"):
-                model.config.vision_aspect_ratio = ratio
-                model(**inputs_of(model, ROWS))
-        assert all(len(image.grid) == len(image.features) for image, _ in seen)
-        assert {len(image.grid) for image, _ in seen[len(SIZES) :]} != {len(grid) for grid in fresh.values()}
+def test_the_mosaic_follows_the_unpadded_grid(family, size):
+    """Sizes that lose rows or columns to unpadding: coordinates are contiguous within what is left, and in order."""
+    model = tiny(family)
+    spy, seen = watched(Everything)
+    with vlmslim.patch(model, spy):
+        model(**batch(model, [[BOS, Picture(0, size), 5]]))
+    component, row, column = seen[0][0].mosaic.unbind(1)
+    tiles = component == 1
+    height, width = row[tiles].unique(), column[tiles].unique()
+    assert (height.diff() == 1).all() and (width.diff() == 1).all()
+    assert torch.equal(row[tiles], height.repeat_interleave(len(width)))
+    assert torch.equal(column[tiles], width.repeat(len(height)))
+    assert int((component < 0).sum()) == len(height), "one newline ends each row"
 
 
 @pytest.mark.parametrize("family", ["next", "onevision"])

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from doubles import Both, BothOriginal, Everything, First, Stairs, expect, name_of
-from tiny import LONG_ROWS, ROWS, SEVERAL, batch, close, tiny, valid
+from doubles import BUDGETED, Both, BothOriginal, Everything, First, Stairs, expect, name_of, registered
+from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, close, lengths, tiny, valid, words
+from watch import Watch
 
 import vlmslim
+from vlmslim.engine.families import kv_cache
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1])
@@ -96,3 +98,46 @@ def test_keys_of_the_kv_cache_serve_as_recomputed_ones(family, backend):
     for (cached, ours), (recomputed, want) in seen.values():
         assert recomputed and not cached
         assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("name", [name for name in BUDGETED if name != "aim"])
+@torch.no_grad()
+def test_no_full_attention_map_is_made(family, name):
+    """Attention stays fused, nobody asks for weights, and no (heads, S, S) tensor is made in the language model.
+
+    AIM reads every row, block by block, and a block of a tiny prompt looks like a map: see test_aim.
+    """
+    model = tiny(family)
+    row = [BOS, Picture(0, (64, 64)), *words(0, 7)]
+    inputs = batch(model, [row])
+    weights = []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+    length = inputs["input_ids"].shape[1]
+    with vlmslim.patch(model, registered(name, 5)), Watch() as watch:
+        out = model(**inputs)
+    assert weights == [None] * DEPTH
+    assert out.attentions is None
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    sizes = {length, *lengths(kv_cache(out))} - {16, 17}  # the tower's own maps are 16 or 17 wide
+    heads = model.config.get_text_config().num_attention_heads
+    full = [s for s in watch.shapes if len(s) >= 3 and s[-1] == s[-2] in sizes and heads in s[:-2]]
+    assert not full, f"made a full attention map: {full[0]}"
+
+
+@torch.no_grad()
+def test_attention_of_padding_is_finite_in_half_precision(backend):
+    model = tiny("llava", backend, torch.float16)
+    seen = []
+
+    class Look(Everything):
+        def retain(self, tokens):
+            everywhere = torch.arange(tokens.mask.shape[1]).expand(tokens.mask.shape)
+            seen.append(tokens.attention(everywhere))
+            return tokens.mask
+
+    rows = [[BOS, Picture(0), 5], [BOS, *words(0, 60), Picture(1), *words(1, 9)]]
+    with vlmslim.patch(model, Look()):
+        model(**batch(model, rows))
+    for attention in seen:
+        assert torch.isfinite(attention).all()

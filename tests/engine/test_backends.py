@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 import torch._dynamo
-from doubles import BothOriginal, Everything, Stairs, Strided, StridedOriginal, expect, name_of
-from tiny import DEPTH, LONG_ROWS, ROWS, batch, close, greedy, lengths, tiny, valid
+from doubles import BUDGETED, BothOriginal, Everything, Stairs, Strided, StridedOriginal, expect, name_of, registered
+from tiny import BOS, DEPTH, LONG_ROWS, ROWS, Picture, batch, close, greedy, lengths, tiny, valid, words
 
 import vlmslim
 from vlmslim.engine.families import kv_cache
@@ -115,3 +115,18 @@ def test_other_attention_back_ends(family, implementation):
                 got = greedy(model, inputs)
                 assert torch.isfinite(model(**inputs).logits[mask]).all()
             close(got[1], wanted[name_of(rule)], 2e-2 if dtype == torch.float16 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", BUDGETED)
+@torch.no_grad()
+def test_left_padding_is_finite_in_half_precision(backend, name, dtype):
+    """One row of a few tokens beside one of many: most of the first is padding."""
+    model = tiny("llava", backend, dtype)
+    rows = [[BOS, Picture(0), 5], [BOS, *words(0, 60), Picture(1), *words(1, 9)], [BOS, 7]]
+    with vlmslim.patch(model, registered(name, 2)):
+        inputs = batch(model, rows)
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        steps = greedy(model, inputs)[1]
+    assert torch.isfinite(logits).all()
+    assert torch.isfinite(steps[:, :, 2:90]).all()

@@ -393,6 +393,23 @@ def test_one_token_prompts(family):
         assert lengths(kv_cache(out))[2:] == [1 + 1 + 5] * 2
 
 
+@torch.no_grad()
+def test_one_token_is_not_taken_for_a_decode_step(family):
+    """A prefill of one token, a decode of several, and a prompt that is an image alone."""
+    model = tiny(family)
+    one = dict(input_ids=torch.tensor([[5], [6]]))
+    want = model(**one).logits
+    with vlmslim.patch(model, Both()):
+        assert torch.equal(model(**one).logits, want)
+        cache = kv_cache(model(**batch(model, [ROWS[0]])))
+        assert torch.equal(model(**one).logits, want), "another conversation's plan was used"
+        single = batch(model, [[Picture(0)]])
+        assert lengths(kv_cache(model(**single)))[0] == (single["input_ids"].shape[1] + 1) // 2
+        more = words(3, 4)
+        several = model(torch.tensor([more]), **{KV_CACHE: cache}).logits[0]
+    close(several, expect(model, ROWS[0], Both(), more).logits()[-4:])
+
+
 def works_or_says_so(run, want, word: str):
     """`run()` gives what `want` is, or raises an error that names the feature."""
     try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from doubles import Both, Stairs, Strided
 from snapshots import changes, model_state
-from tiny import ROWS, batch, greedy, lengths, tiny
+from tiny import LONG_ROWS, ROWS, batch, greedy, lengths, tiny
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache
@@ -129,3 +129,18 @@ def test_a_patch_draws_nothing_from_the_random_state():
     torch.manual_seed(3)
     with vlmslim.patch(model, Built()):
         assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.parametrize("rule", [Strided(), Stairs(), Both()], ids=str)
+@torch.no_grad()
+def test_the_callers_tensors_are_not_edited(family, backend, rule):
+    model = tiny(family, backend)
+    inputs = batch(model, LONG_ROWS)
+    copies = {key: value.clone() for key, value in inputs.items()}
+    labels = inputs["input_ids"].clone()
+    with vlmslim.patch(model, rule):
+        model(**inputs, labels=labels)
+        greedy(model, inputs)
+    assert torch.equal(labels, copies["input_ids"])
+    for key, value in copies.items():
+        assert torch.equal(inputs[key], value), key

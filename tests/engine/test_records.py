@@ -3,8 +3,8 @@
 import weakref
 
 import torch
-from doubles import Both, First
-from tiny import BOS, IMAGE, LONG_ROWS, SEVERAL, Clip, Picture, batch, close, merged_embeddings, tiny, visual
+from doubles import Both, First, watched
+from tiny import BOS, IMAGE, LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, close, merged_embeddings, tiny, visual
 
 import vlmslim
 from vlmslim.engine.families import encoder_layers
@@ -53,6 +53,20 @@ def test_what_a_method_is_shown(family):
             assert torch.equal(ids == IMAGE, tokens.image[i][tokens.mask[i]] > 0)
             assert int(tokens.origin[i][tokens.last[i]]) == len(inputs["input_ids"][i]) - 1
             assert not tokens.image[i][~tokens.mask[i]].any(), "padding counted as visual"
+
+
+@torch.no_grad()
+def test_a_method_is_shown_the_text_of_its_own_prompt(family):
+    """The whole prompt with the question behind the image; nothing of a neighbour's, no padding. In beams too."""
+    model = tiny(family)
+    inputs = batch(model, ROWS)
+    for run in (model, lambda **inputs: model.generate(**inputs, num_beams=2, max_new_tokens=2)):
+        spy, seen = watched(First)
+        with vlmslim.patch(model, spy):
+            run(**inputs)
+        copies = len(seen) // len(ROWS)
+        for i, (image, _) in enumerate(seen):
+            assert image.prompt.tolist() == [token for token in ROWS[i // copies] if isinstance(token, int)]
 
 
 @torch.no_grad()

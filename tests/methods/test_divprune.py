@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import some, thorough
 from tiny import BOS, ROWS, Picture, batch, close, keep_only, merged_embeddings, reference, tiny, visual, words
 from vector_checks.divprune import check_greedy, distances
+from watch import Watch
 
 import vlmslim
 from vlmslim.methods.divprune import DivPrune, farthest_points
@@ -52,6 +53,40 @@ def test_divprune_batches_are_their_members(seed, n, batch_size):
     together = farthest_points(x, k)
     for i in range(batch_size):
         check_greedy(together[i].tolist(), distances(x[i].numpy()))
+
+
+def test_selection_is_not_done_in_half_precision():
+    """Near duplicates in 4096 dimensions: as many distinct picks as asked for, and those of fp32 on the same values."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(24, 4096, generator=generator)
+    x = centres[torch.arange(256) % 24] + 0.05 * torch.randn(256, 4096, generator=generator)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = x.to(dtype)
+        picks = farthest_points(half, 58).tolist()
+        assert len(set(picks)) == 58
+        assert picks == farthest_points(half.float(), 58).tolist()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert farthest_points(half, 58).tolist() == picks
+    zero = torch.randn(32, 16, generator=generator)
+    zero[5] = 0
+    assert len(set(farthest_points(zero, 8).tolist())) == 8
+    copies = torch.randn(16, 8, generator=generator).repeat(4, 1)
+    picks = farthest_points(copies, 32).tolist()
+    assert len(set(picks)) == 32
+    assert len({p % 16 for p in picks[:16]}) == 16, "a copy was taken before every distinct token was"
+
+
+def test_selection_does_not_wait_for_the_device():
+    """The greedy loop makes no host synchronisation, however many tokens it picks, and is O(k n)."""
+    x = torch.randn(2, 300, 32)
+    for k in (2, 100):
+        with Watch() as watch:
+            farthest_points(x, k)
+        assert watch.syncs() == 0
+    largest = max(torch.tensor(shape).prod().item() for shape in watch.shapes)
+    assert largest <= 2 * 300 * 300
+    big = [shape for shape in watch.shapes if torch.tensor(shape).prod().item() > 2 * 300 * 32]
+    assert len(big) < 10, "a matrix is made at every step"
 
 
 @torch.no_grad()
