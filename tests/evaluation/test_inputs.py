@@ -16,6 +16,7 @@ from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.render import render
 
 HOW_TO_CONTINUE = "use another --output directory, or start over with --fresh"
 REVERSED = NORM.replace("argsort()", "argsort(descending=True)")
@@ -192,9 +193,10 @@ def test_other_methods_under_an_old_label_are_named_as_such(config):
         run(config(methods=[{"method": "divprune", "label": "mine"}]), harness=FakeHarness())
 
 
-def test_a_cell_says_which_version_of_a_file_of_ones_own_it_ran(config, program):
-    run(config(methods=[program(NORM)]), harness=FakeHarness())
+def test_cells_and_the_board_say_which_version_of_a_file_of_ones_own_ran(config, program):
+    board = run(config(methods=[program(NORM)]), harness=FakeHarness())
     store = Store(config().output)
+    assert "; norm.py uncommitted; " in render(board, "md")
     assert store.cell("mine", "text")["method_versions"] == {"norm.py": "uncommitted"}
     assert "method_versions" not in store.cell("none", "text")
 

@@ -305,6 +305,7 @@ def _facts(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
         "limit": config["limit"],
         "versions": run["shared"]["versions"],
         "git_commits": distinct("git_commit"),
+        "method_versions": dict(item for cell in cells.values() for item in cell.get("method_versions", {}).items()),
         "config_hashes": distinct("config_hash"),
         "hardware": distinct("hardware"),
         "backends": sorted({f"{r['backend']} in {r['dtype']}" for r in receipts}),

@@ -1,5 +1,6 @@
 """The notes under the tables: what a reader must know to use the numbers."""
 
+import re
 from dataclasses import asdict
 
 from vlmslim.evaluation.effect import acted_on
@@ -137,13 +138,14 @@ def _origin(board: Leaderboard) -> str:
     facts = board.facts
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     commits, configs = (", ".join(map(_short, facts[name])) for name in ("git_commits", "config_hashes"))
+    own = "".join(f"; {file} {_short(version)}" for file, version in facts["method_versions"].items())
     checkpoint = f" ({_short(facts['checkpoint'])})" if facts["checkpoint"] else ""
     return (
         f"{facts['model']}{checkpoint}; seed {facts['seed']}; {versions}; {'; '.join(facts['hardware'])}; "
-        f"{'; '.join(facts['backends'])}; commit {commits}; config {configs}; cells {facts['cells']}."
+        f"{'; '.join(facts['backends'])}; commit {commits}{own}; config {configs}; cells {facts['cells']}."
     )
 
 
 def _short(hash: str) -> str:
-    """Return the first digits of a hash; a "+" at the end marks a changed working tree."""
-    return hash[:12] + ("+" if hash.endswith("+") else "")
+    """Return the first digits of a hash, with the "+" that marks uncommitted changes; other texts stay as they are."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", hash)

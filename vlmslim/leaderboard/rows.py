@@ -8,8 +8,8 @@ from vlmslim.evaluation.store import timing_key
 from vlmslim.leaderboard.comparison import Stability
 from vlmslim.leaderboard.scores import Estimate, Score
 
-#: What every cell records about its origin; only trained methods have weights.
-PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "hardware", "weights")
+#: What cells record about their origin. Only trained methods have weights, only files of other authors versions.
+PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "method_versions", "hardware", "weights")
 
 
 @dataclass(frozen=True)
