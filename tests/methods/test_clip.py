@@ -28,6 +28,27 @@ def test_a_hf_clip(hf_folder):
     torch.testing.assert_close(clip.project(patches, norm=True), normed)
 
 
+@torch.no_grad()
+def test_a_text_with_an_end_in_it_is_pooled_at_the_first(hf_folder, open_clip_folder):
+    """As CLIP does. What follows the first end counts only for "last_pad"."""
+    import open_clip
+
+    model = CLIPModel.from_pretrained(hf_folder).eval()
+    ids = torch.tensor([[100, 7, 101, 8, 101]])
+    features = model.get_text_features(ids)
+    clip = load_clip(hf_folder)
+    torch.testing.assert_close(clip.embed("w7 <eot> w8"), getattr(features, "pooler_output", features)[0])
+    torch.testing.assert_close(clip.embed("w7 <eot> w8"), clip.embed("w7"))
+    states = model.text_projection(model.text_model(torch.cat([ids, torch.full((1, 3), 101)], 1)).last_hidden_state)
+    torch.testing.assert_close(clip.embed("w7 <eot> w8", "last_pad", 8), states[0, -1])
+
+    name, clip = f"local-dir:{open_clip_folder}", load_clip(open_clip_folder)
+    text = "a red car <|endoftext|> a blue dog"
+    expected = open_clip.create_model(name).encode_text(open_clip.get_tokenizer(name)([text]))[0]
+    torch.testing.assert_close(clip.embed(text), expected)
+    assert not torch.equal(clip.embed(text, "last_pad"), clip.embed("a red car", "last_pad"))
+
+
 def test_an_open_clip(open_clip_folder):
     import open_clip
 

@@ -31,8 +31,29 @@ def test_the_question_is_found(name):
     assert find_text(PROMPTS[name], "user", special=special) == ASKED
 
 
-def test_the_released_slip_reads_the_system_prompt():
-    assert find_text(PROMPTS["vicuna"], "system", special=["<s>"]) == f"{SYSTEM} USER:"
+def test_the_released_slip_reads_the_first_line_as_it_is():
+    """The release decodes without `skip_special_tokens` and takes `split("\\n")[0]`."""
+    assert find_text(PROMPTS["vicuna"], "system", special=["<s>"]) == f"<s> {SYSTEM} USER:  "
+
+
+@pytest.mark.parametrize(
+    "said, question",
+    [
+        (
+            "Context: Below is a food web.\nWhich is a producer?\nA. bear\nB. oak\nAnswer with the letter.",
+            "Which is a producer?",
+        ),
+        ("Context: A passage.\nWhat is it?\nIt goes on.\nWhich is it?\n(A) this?\n(B) that?", "Which is it?"),
+        ("Context: Two lines\nof a text.\nComplete the sentence.\nA. is\nB. was", "Complete the sentence."),
+        ("Hint: Give an integer.\nQuestion: How many are there?", "Question: How many are there?"),
+        ("hint: Look closely.\nName the animal.\nOne word.", "Name the animal."),
+        ("Context: nothing follows.", "Context: nothing follows."),
+        ("Context: no question.\nA. yes\nB. no", "A. yes"),
+        ("What is the context: this?\nIs it?", "What is the context: this?"),
+    ],
+)
+def test_the_question_after_a_context_or_a_hint(said, question):
+    assert find_text(f"USER: \n{said} ASSISTANT:", "question") == question
 
 
 def test_a_template_of_ones_own():

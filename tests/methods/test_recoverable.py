@@ -250,7 +250,7 @@ def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
     q, k = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
     a = (k @ q[0] / 16**0.5).softmax(0)[1:]
     if options:
-        ids = [100, 2, 2, 2, 3] + [101] * 7  # the first line: three words of the system prompt and "USER:"
+        ids = [100, 1, 2, 2, 2, 3] + [101] * 6  # the first line: "<s>", three words of the system prompt and "USER:"
         text = clip.text_projection(clip.text_model(torch.tensor([ids])).last_hidden_state[0, -1])
     else:
         text = clip.get_text_features(torch.tensor([[100, 20, 21, 22, 23, 24, 101]]))
@@ -467,6 +467,16 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, mon
         model(**inputs)
     _, image_again, again = seen[1]
     assert torch.equal(again.vectors(image_again), result.vectors(image))
+
+
+@pytest.mark.parametrize("preset", ["released", "released_alt"])
+@torch.no_grad()
+def test_clip_reads_the_first_line_as_it_was_decoded(hf_folder, monkeypatch, preset):
+    model, seen = patched(hf_folder), spy(monkeypatch)
+    with vlmslim.patch(model, method_for(hf_folder, preset=preset, pad_length=12)):
+        model(**batch(model, [ROWS[1]]))
+    method, image, _ = seen[0]
+    assert method.text_of(image) == "<s> SYSTEM SYSTEM SYSTEM USER: "
 
 
 def test_embeddings_hide_the_question(hf_folder):

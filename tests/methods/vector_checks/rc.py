@@ -80,7 +80,8 @@ def check_text_tower(arrays: dict[str, np.ndarray]) -> None:
         ids = arrays[key].tolist()
         whole = ids[: ids.index(said["eos"]) + 1]  # padding is the tower's own business
         text = hf_clip_text(model, lambda text, length, whole=whole: whole, said["eos"])
-        for pool, name in (("last_pad", "feat"), ("eot", "clip_pooled")):
+        for preset, name in (("released", "feat"), ("released_alt", "feat"), ("corrected", "clip_pooled")):
+            pool = Recoverable(preset=preset).reading.text_pool
             got, want = text.embed("", pool, len(ids)).numpy(), arrays[key.replace("ids", name)][0]
             scale = np.abs(want).max()  # a small entry is a difference of large ones, and rounds as they do
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{key} {pool}")
@@ -98,7 +99,8 @@ def check_compression(arrays: dict[str, np.ndarray]) -> None:
     assert routines, "no routine of the release in this file"
     for name in routines:
         expected = {key.removeprefix(f"{name}_"): arrays[key] for key in arrays if key.startswith(f"{name}_")}
-        method = Recoverable(preset=PRESETS[name], neighbours=tuple(map(int, expected["lof_k"])))
+        method = Recoverable(preset=PRESETS[name])
+        assert tuple(method.reading.neighbours) == tuple(expected["lof_k"])
         check_routine(method, expected, x, attention, similarity, keys)
 
 

@@ -61,7 +61,8 @@ class Recoverable(Compressor):
     default, follows the description. `preset="released"` follows the code, and `"released_alt"` follows the second
     routine in its file, which is commented out there. The two presets reproduce these faults:
 
-    - the "question" is the first line of the prompt, which is the system prompt (`text_source="system"`);
+    - the "question" is the first line of the decoded prompt, which is `<s>` and the system prompt, special tokens and
+      blanks included (`text_source="system"`);
     - the text is pooled at the last padding token instead of at its end (`text_pool="last_pad"`), and so depends on
       `pad_length`, whose released value is unknown;
     - the share of outliers is multiplied by the feature width to get the number of centres (`centres="width"`); the
@@ -84,8 +85,8 @@ class Recoverable(Compressor):
                   the checkpoint
     preset      : "corrected", "released" or "released_alt": the values of options below that are None
     shares      : fractions of `keep` for filter, recovery and merging
-    text_source : "question" (first line of the user's last turn), "user" (all of that turn), or "system" (first line
-                  of the whole prompt)
+    text_source : "question" (first line of the user's last turn, or the question after a leading `Context:` or
+                  `Hint:`), "user" (all of that turn), or "system" (first line of the decoded prompt, as it is)
     turn        : regular expression of a user's turn whose group 1 is the text, for chat templates unknown to us
     text_pool   : "eot" (CLIP's own text embedding) or "last_pad"
     pad_length  : tokens that the text is padded to, for "last_pad"; None: as many as the CLIP reads

@@ -76,7 +76,8 @@ class ClipText(nn.Module):
 
         Args:
             text: any length; it is cut to what the tower reads.
-            pool: "eot" takes the state at the end of the text, "last_pad" the state at the last of `length` places.
+            pool: "eot" takes the state at the first end of text, as CLIP does; "last_pad" the state at the last of
+                `length` places.
             length: number of places, for "last_pad"; None for as many as the tower reads.
         """
         device = self.projection.device
@@ -182,7 +183,7 @@ def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
 
     def tokenize(words: str, length: int) -> list[int]:
         ids = tokenizer([words], context_length=length)[0].tolist()  # with padding at the end
-        return ids[: ids.index(end) + 1]
+        return ids[: len(ids) - ids[::-1].index(end)]  # to the last end, because the text may contain another one
 
     stem, projection, norm = tower.conv1.weight, tower.proj, tower.ln_post
     if text is model:
