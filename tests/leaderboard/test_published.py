@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -189,7 +190,7 @@ def test_the_same_model_task_method_and_budget_are_side_by_side(llava, papers):
     assert line.theirs_relative == 85.5 / 85.9 and line.ours_relative == pytest.approx(8 / 9)
     assert line.source == "third party"
     line = cells["divprune-0.098", "gqa", "2503.02175", "Table 1"]
-    assert (line.theirs, line.ours) == (56.85, 50)
+    assert (line.theirs, line.ours, line.differs) == (56.85, 50, "order: raster here, selection there")
     assert ("none", "pope", "2412.03248", "image table of the ICCV poster") in cells
     labels = {line.label for line in result.lines}
     assert labels == {"none", "divprune-64", "divprune-0.098", "random-0.098"}  # AIM was published at 72 and 252
@@ -220,16 +221,51 @@ def test_what_differs_does_not_match(llava, changes):
 
 
 @pytest.mark.parametrize(
-    "order, also, expected",
+    "order, ran_with, expected",
     [
-        ("selection", [], 0),  # an option of ours that the paper does not have
-        ("selection", [{"order": "selection"}], 1),  # the paper's own way, although it is not our default
-        ("raster", [], 1),  # our default, written out
+        ("selection", {}, []),  # an option of ours that the paper does not have
+        ("selection", {"divprune": [{"order": "selection"}]}, [""]),
+        ("raster", {}, [""]),  # our default, written out
+        ("raster", {"divprune": [{"order": "selection"}]}, ["order: raster here, selection there"]),
+        ("raster", {"divprune": [{"order": "selection"}, {"order": "raster"}]}, [""]),
+        ("raster", {"aim": [{"order": "released"}]}, [""]),  # of another method
     ],
 )
-def test_options_are_compared_with_the_defaults_filled_in(tmp_path, order, also, expected):
+def test_options_are_compared_with_the_defaults_filled_in(tmp_path, order, ran_with, expected):
     entry = {"method": "divprune", "keep": 64, "order": order}
-    assert len(matches(board(tmp_path, methods=[entry], budgets=[], baselines=False), also=also)) == expected
+    lines = matches(board(tmp_path, methods=[entry], budgets=[], baselines=False), ran_with=ran_with)
+    assert [line.differs for line in lines] == expected
+
+
+def test_a_default_row_is_marked_and_stands_after_the_papers_own(tmp_path):
+    default = {"method": "divprune", "keep": 0.098}
+    own = {"method": "divprune", "keep": 0.098, "order": "selection", "label": "own"}
+    ours = board(tmp_path, methods=[default, own], budgets=[], baselines=False)
+    changes = {"ran_with": {"divprune": [{"order": "selection"}]}, "row": {"keep": 0.098}}
+    result = Published.compare(ours, [Paper.model_validate(changed(**changes))])
+    shown = {column.name: column.texts for column in result.table(ours).columns}
+    assert shown["method"] == ["own", "divprune-0.098 ≠"]
+    assert shown["options"] == ["the paper's", "order: raster here, selection there"]
+    assert "≠ marks a row of ours that runs with our default options" in result.notes[-1]
+    assert "order: raster here, selection there" in render(ours, "csv", result)
+    alone = Published.compare(ours, [Paper.model_validate(changed(row={"keep": 0.098}))])
+    assert [line.label for line in alone.lines] == ["divprune-0.098"] and "≠" not in render(ours, "md", alone)
+
+
+def test_the_papers_own_rows_of_the_configurations_run_as_the_papers_did(papers):
+    """A row with "paper" in its label has the options of that paper's tables."""
+    checked = 0
+    for path in Path("eval_configs").glob("llava*.yaml"):
+        config = load_config(path)
+        of_model = [t for p in papers for t in p.tables if config.model.pretrained in t.checkpoints]
+        for row in config.variants():
+            name = row.stages[0]["method"]
+            used = [options for table in of_model for options in table.ran_with.get(name, [])]
+            if "paper" in row.label:
+                assert any(options.items() <= row.stages[0].items() for options in used), (path, row.label)
+                assert any(r.method == name and r.keep == row.budget for t in of_model for r in t.rows), row.label
+                checked += 1
+    assert checked == 7
 
 
 def test_every_row_that_is_the_same_is_shown(tmp_path):
@@ -301,7 +337,7 @@ from vlmslim.leaderboard.published import Published, load_papers
 from vlmslim.leaderboard.render import FORMATS, render
 
 board = Leaderboard.read(sys.argv[1])
-published = Published.compare(board, load_papers())
+published = Published.compare(board, [paper for paper in load_papers() if paper.arxiv == "2412.03248"])
 assert published.lines
 assert all(render(board, format, published) for format in FORMATS)
 assert "torch" not in sys.modules

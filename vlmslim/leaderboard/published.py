@@ -1,8 +1,9 @@
 """The papers' tables, and the cells of them that can be compared with ours.
 
 The tables are in `vlmslim/leaderboard/papers/*.yaml`, one file per paper, with the source of every number. A published
-cell is compared with one of ours only if checkpoint, task, metric, method with its options, and budget are the same,
-and if the run asked all questions of the task.
+cell is compared with one of ours only if checkpoint, task, metric, method and budget are the same, if the run asked all
+questions of the task, and if our row has the options that the paper used. A row with our default options stands beside
+it too, with a mark, and says how it differs.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.tables import Column, Table, name_columns, number, score_text
 
 DIRECTORY = Path(__file__).parent / "papers"
+DIFFERS = "≠"  # marks a row of ours with other options than the paper's
 
 
 class _Strict(BaseModel):
@@ -73,7 +75,8 @@ class PublishedTable(_Strict):
     visual_tokens : of an image before compression
     protocol      : the evaluation code
     convention    : how budgets and costs are counted
-    also          : options that are the paper's own although they are not our default; rows with them match too
+    ran_with      : method -> the options that it ran with there, where these are not our defaults; several if they give
+                    the same result
     columns       : names of the paper's `benchmarks`
     """
 
@@ -84,7 +87,7 @@ class PublishedTable(_Strict):
     visual_tokens: int | None = None
     protocol: str
     convention: str
-    also: list[dict] = []
+    ran_with: dict[str, list[dict]] = {}
     columns: list[str]
     rows: list[PublishedRow]
 
@@ -153,6 +156,7 @@ class Line:
     """A published number and ours, in the paper's unit.
 
     *_relative : relative to the unpatched model of the same table, and of our run
+    differs    : the options of our row that are not the paper's; empty if all are
     """
 
     label: str
@@ -167,6 +171,7 @@ class Line:
     arxiv: str
     table: str
     source: str
+    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,11 @@ class Published:
             if found := [line for row in table.rows for line in _lines(board, paper, table, row)]:
                 lines += found
                 notes.append(f"{where}: {table.protocol}; {table.convention}. Read from {paper.read}.")
+        if any(line.differs for line in lines):
+            notes.append(
+                f"{DIFFERS} marks a row of ours that runs with our default options, which are not those of the paper: "
+                "its difference is not one between two runs of the same method."
+            )
         if not lines:
             notes.append(
                 f"No published cell about {model} has a task, metric, method and budget of this run. "
@@ -207,8 +217,13 @@ class Published:
             return None
         rows = {row.label: row for row in board.rows}
         own = [rows[line.label] for line in self.lines]
+        names, budgets = name_columns(own)
+        marked = [
+            f"{name} {DIFFERS}" if line.differs else name for name, line in zip(names.texts, self.lines, strict=True)
+        ]
         columns = [
-            *name_columns(own),
+            Column(names.name, marked),
+            budgets,
             Column("benchmark", [line.benchmark for line in self.lines]),
             Column("published", [f"{line.theirs:g}" for line in self.lines]),
             Column("here", [_ours(board, row, line) for row, line in zip(own, self.lines, strict=True)]),
@@ -217,6 +232,8 @@ class Published:
             Column("here, % of unpatched", [number(line.ours_relative, 100, 1) for line in self.lines]),
             Column("source", [f"{line.arxiv}, {line.table} ({line.source})" for line in self.lines]),
         ]
+        if any(line.differs for line in self.lines):
+            columns.insert(2, Column("options", [line.differs or "the paper's" for line in self.lines]))
         return Table("Published and here", own, columns)
 
 
@@ -244,11 +261,17 @@ def _available(tables: list[tuple[Paper, PublishedTable]]) -> str:
 
 
 def _lines(board: Leaderboard, paper: Paper, table: PublishedTable, published: PublishedRow) -> list[Line]:
-    """Compare a published row with our rows that are the same."""
-    same = [row for row in board.rows if _is_same(row, published, table, board)]
-    # A count and a fraction may give the same number of tokens; the row whose budget is written as there comes first.
-    written_alike = [row for row in same if type(row.budget) is type(published.keep)]
-    return [line for row in written_alike or same for line in _lines_of(board, paper, table, published, row)]
+    """Compare a published row with our rows: those with the paper's options first, then those with our defaults."""
+    told = {row.label: _difference(row, published, table, board) for row in board.rows}
+    lines: list[Line] = []
+    for differs in sorted({text for text in told.values() if text is not None}):
+        same = [row for row in board.rows if told[row.label] == differs]
+        # A count and a share may give the same number of tokens; the row whose budget is written as there comes first.
+        written_alike = [row for row in same if type(row.budget) is type(published.keep)]
+        lines += [
+            line for row in written_alike or same for line in _lines_of(board, paper, table, published, row, differs)
+        ]
+    return lines
 
 
 def _same_size(board: Leaderboard, table: PublishedTable, task: str) -> bool:
@@ -257,7 +280,7 @@ def _same_size(board: Leaderboard, table: PublishedTable, task: str) -> bool:
 
 
 def _lines_of(
-    board: Leaderboard, paper: Paper, table: PublishedTable, published: PublishedRow, row: Row
+    board: Leaderboard, paper: Paper, table: PublishedTable, published: PublishedRow, row: Row, differs: str
 ) -> Iterator[Line]:
     """Compare the cells of a published row with those of one of our rows."""
     base = next((row for row in board.rows if row.label == UNPATCHED), None)
@@ -282,24 +305,43 @@ def _lines_of(
             arxiv=paper.arxiv,
             table=table.table,
             source=table.source,
+            differs=differs,
         )
 
 
-def _is_same(row: Row, published: PublishedRow, table: PublishedTable, board: Leaderboard) -> bool:
-    """Compare the method, the options and the budget of a published row with those of one of ours."""
-    if published.method is None or len(row.stages) != 1 or row.stages[0]["method"] != published.method:
-        return False
-    if published.method == UNPATCHED:
-        return True
-    tokens = table.visual_tokens or board.facts["visual_tokens"]
-    ours, theirs = _options(row.stages[0]), [_options({**published.options, **also}) for also in ({}, *table.also)]
-    return _is_same_budget(row, published, tokens) and any(
-        ours == options or _differ_by_defaults(published.method, ours, options) for options in theirs
+def _difference(row: Row, published: PublishedRow, table: PublishedTable, board: Leaderboard) -> str | None:
+    """Say in which options one of our rows differs from a published row.
+
+    Returns:
+        An empty text if the options are the paper's; a text such as "order: raster here, selection there" if they are
+        our defaults; None if the rows cannot be compared.
+    """
+    name = published.method
+    if name is None or len(row.stages) != 1 or row.stages[0]["method"] != name:
+        return None
+    if name == UNPATCHED:
+        return ""
+    if not _is_same_budget(row, published, table.visual_tokens or board.facts["visual_tokens"]):
+        return None
+    ours, theirs = (
+        _options(row.stages[0]),
+        [_options(own | published.options) for own in table.ran_with.get(name, [{}])],
+    )
+    if ours in theirs:
+        return ""
+    defaults = _defaults(name)
+    ours, first, *others = (defaults | options for options in (ours, *theirs))
+    if ours in (first, *others):
+        return ""
+    if ours != defaults | _options(published.options):
+        return None
+    return "; ".join(
+        f"{option}: {ours[option]} here, {first[option]} there" for option in first if ours[option] != first[option]
     )
 
 
 def _is_same_budget(row: Row, published: PublishedRow, tokens: float) -> bool:
-    """Compare budgets: the same `keep`, or a fraction and a count that give the same number of tokens."""
+    """Compare budgets: the same `keep`, or a share and a count that give the same number of tokens."""
     ours, theirs = row.stages[0].get("keep"), published.keep
     if theirs is None:
         return ours is None and published.fraction is None and published.equivalent_tokens is None
@@ -316,15 +358,14 @@ def _options(stage: dict) -> dict:
     return {name: value for name, value in stage.items() if name not in ("method", "keep", "seed")}
 
 
-def _differ_by_defaults(method: str, ours: dict, theirs: dict) -> bool:
-    """Compare options after filling in the method's defaults.
+def _defaults(method: str) -> dict:
+    """Return a method's default options.
 
     The registry loads torch, so it is imported only for a row whose options are not written as in the table.
     """
     from vlmslim.registry import options_of
 
-    defaults = options_of(method)
-    return defaults | ours == defaults | theirs
+    return options_of(method)
 
 
 def _scale(board: Leaderboard, task: str, unit: str) -> int:
