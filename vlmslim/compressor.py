@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -227,6 +227,28 @@ class LayerInput:
     weight: Tensor | None = None
     previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
     keys: Tensor | None = None
+
+    def without_last(self, count: int) -> "LayerInput":
+        """Return the same input without the last `count` tokens of every row, which the caller's prompt does not have.
+
+        They are guesses of speculative decoding, or an answer that the caller scores.
+        """
+        if not count:
+            return self
+        end = self.hidden.shape[1] - count
+        cut = {name: getattr(self, name)[:, :end] for name in ("hidden", "mask", "image", "slot", "origin")}
+        previous = self.previous
+        if previous is not None:
+            layer, hidden, rope = previous
+            previous = layer, hidden[:, :end], (rope[0][:, :end], rope[1][:, :end])
+        return replace(
+            self,
+            **cut,
+            last=self.last.clamp(max=end - 1),
+            weight=None if self.weight is None else self.weight[:, :end],
+            previous=previous,
+            keys=None if self.keys is None else self.keys[:, :, :end],
+        )
 
     @cached_property
     def _attention(self) -> DecoderAttention:

@@ -54,9 +54,13 @@ class Slim:
         model._vlmslim = self
 
     def remove(self) -> None:
-        """Give the model back exactly as it was. A second call does nothing."""
+        """Give the model back exactly as it was. A second call does nothing.
+
+        What began under the patch ends under it, in another thread too: a forward that runs, and an answer whose KV
+        cache lives. Their hooks go with them.
+        """
         if getattr(self.model, "_vlmslim", None) is self:
-            self._hooks.detach()
+            self._hooks.remove()
             del self.model._vlmslim, self.model.save_pretrained
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:

@@ -1,6 +1,7 @@
 """What a patched model really did: the answer to "is it even on?"."""
 
 import json
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from vlmslim.cost.timer import Timer
+
+_LOCK = threading.RLock()  # of all receipts, because a receipt is copied with its model and a lock cannot be
 
 
 class Image(NamedTuple):
@@ -167,6 +170,10 @@ class Receipt:
 
     def reset(self) -> None:
         """Start counting anew."""
+        with _LOCK:
+            self._clear()
+
+    def _clear(self) -> None:
         self.tokens, self.requested, self.kept = Tally(), Tally(), Tally()
         self.prompts = self.text_prompts = self.text_tokens = 0
         self.visual, self.sequence, self.kv = ([0] * self.layers for _ in range(3))
@@ -187,7 +194,11 @@ class Receipt:
         return self._last
 
     def saw_prefill(self, prefill: Prefill) -> None:
-        """Count a batch of prompts with images."""
+        """Count a batch of prompts with images. Several threads may count at once."""
+        with _LOCK:
+            self._count(prefill)
+
+    def _count(self, prefill: Prefill) -> None:
         rows = len(prefill.text)
         tokens, requested, kept = zip(*chain.from_iterable(prefill.images), strict=True)
         self.tokens += Tally.of(tokens)
@@ -206,7 +217,8 @@ class Receipt:
 
     def saw_text(self, rows: int) -> None:
         """Count a batch of prompts without images."""
-        self.text_prompts += rows
+        with _LOCK:
+            self.text_prompts += rows
 
     @classmethod
     def pooled(cls, receipts: Iterable["Receipt"]) -> "Receipt":
@@ -236,9 +248,10 @@ class Receipt:
     @property
     def selection_ms(self) -> float:
         """Milliseconds spent in the methods, over all prompts. Reading this waits for the device; counting does not."""
-        while self._running:
-            self._ms += self._running.popleft().ms
-        return self._ms
+        with _LOCK:
+            while self._running:
+                self._ms += self._running.popleft().ms
+            return self._ms
 
     @property
     def had_effect(self) -> bool:

@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +19,9 @@ from vlmslim.compressor import ImageTokens
 from vlmslim.engine.families import anyres_tiles, encoder_layers, with_newlines
 
 _ATTRIBUTE = "vlmslim_images"
+
+#: What has passed while images are encoded in this thread or task. Another thread's hooks see it and look away.
+_ENCODING: ContextVar["_Seen | None"] = ContextVar("vlmslim_encoding", default=None)
 
 
 @dataclass
@@ -75,20 +80,27 @@ class RecordingEncoder:
         self.name = f"get_{kind}_features"
         self.encode = getattr(core, self.name)
         self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
-        self.latest: weakref.ref[Any] | None = None
+        self.latest = _Latest()
 
     def attach(self) -> None:
         """Shadow the method on the instance."""
         setattr(self.core, self.name, self)
+        if self.kind == "image" and hasattr(self.core, "pack_image_features"):
+            self.core.pack_image_features = _Packer(self.core)
 
     def detach(self) -> None:
         """Uncover the class's own method."""
         vars(self.core).pop(self.name, None)
+        if self.kind == "image":
+            vars(self.core).pop("pack_image_features", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the model does, and record."""
         seen = _Seen()
+        before = _ENCODING.get()
         with ExitStack() as hooks:
+            _ENCODING.set(seen)
+            hooks.callback(_ENCODING.set, before)
             # The hooks live only while the images are encoded, because a method may call the projector itself.
             enter = hooks.enter_context
             enter(self.core.vision_tower.register_forward_pre_hook(seen.pixels, with_kwargs=True))
@@ -96,22 +108,18 @@ class RecordingEncoder:
             for i in self.tower_layers:
                 layer = encoder_layers(self.core)[i]
                 enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
-            if self.kind == "image" and hasattr(self.core, "pack_image_features"):
-                pack = self.core.pack_image_features
-                self.core.pack_image_features = partial(seen.pack, pack)
-                hooks.callback(vars(self.core).pop, "pack_image_features")
             output = self.encode(*args, **kwargs)
         if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
             setattr(
                 output, _ATTRIBUTE, self._videos(output, seen) if self.kind == "video" else self._images(output, seen)
             )
-            self.latest = weakref.ref(output)
+            self.latest.output = weakref.ref(output)
             self.on_encoded(self.kind, output)
         return output
 
     def recognise(self, output: Any) -> None:
         """Give a copy of the latest output its records back, because accelerate rebuilds outputs that it moves."""
-        latest = self.latest() if self.latest is not None else None
+        latest = self.latest.output()
         if is_recorded(output) or latest is None:
             return
         ours, theirs = latest.pooler_output, output.pooler_output
@@ -147,6 +155,29 @@ class RecordingEncoder:
         ]
 
 
+class _Latest(threading.local):
+    """The latest output of an encoder in each thread."""
+
+    output: Callable[[], Any] = staticmethod(lambda: None)
+
+    def __reduce__(self) -> tuple:
+        return _Latest, ()  # a copy of the model has encoded nothing
+
+
+class _Packer:
+    """Stands in for `pack_image_features` of one model instance, and shows the running encoding how it packs."""
+
+    def __init__(self, core: Any):
+        self.pack_features = core.pack_image_features
+        self.__signature__ = inspect.signature(self.pack_features)
+
+    def __call__(self, image_features: Any, image_sizes: Any, **kwargs: Any) -> Any:
+        """Pack as the model does."""
+        if (seen := _ENCODING.get()) is not None:
+            seen.pack(self.pack_features, image_features, image_sizes, kwargs)
+        return self.pack_features(image_features, image_sizes, **kwargs)
+
+
 class _Seen:
     """What passed through the model while images were encoded.
 
@@ -160,20 +191,30 @@ class _Seen:
         self.layers: dict[int, tuple[nn.Module, Tensor]] = {}
         self.crops: list[int] | None = None
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the module runs in another thread, for another encoding."""
+        return _ENCODING.get() is not self
+
     def pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.elsewhere:
+            return
         self.pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
 
     def tower(self, projector: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.elsewhere:
+            return
         self.tower_features: Tensor = args[0] if args else kwargs["image_features"]
 
     def layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.elsewhere:
+            return
         self.layers[i] = layer, args[0] if args else kwargs["hidden_states"]
 
-    def pack(self, pack: Callable, image_features: Any, image_sizes: Any, **kwargs: Any) -> Any:
+    def pack(self, pack: Callable, image_features: Any, image_sizes: Any, kwargs: dict) -> None:
         self.crops = [len(features) for features in image_features]
         self.sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
         self.repack = partial(_repack, pack, image_sizes, kwargs)
-        return pack(image_features, image_sizes, **kwargs)
 
     def parts(self, counts: list[int]) -> list[dict[str, Any]]:
         """Split what was seen into images of so many crops or frames each."""

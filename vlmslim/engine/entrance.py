@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from vlmslim.compressor import Compressed, ImageTokens
 from vlmslim.engine.answers import check_compressed, check_indices
@@ -53,10 +55,14 @@ class Entrance:
         placed, is_text = locate(self.core, call, layout.mask, ids)
         call.text = is_text.sum(1).tolist()
         call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)
+        end = embeds.shape[1] - call.guess
+        if any(image.columns[-1] >= end for image in placed):
+            call.guess, end = 0, embeds.shape[1]
         if placed and self.any_acts:
             _check_finite([image.tokens for image in placed])
             for image in placed:
-                image.tokens.prompt = None if ids is None else torch.from_numpy(ids[image.row][is_text[image.row]])
+                words = None if ids is None else ids[image.row, :end][is_text[image.row, :end]]
+                image.tokens.prompt = None if words is None else torch.from_numpy(words)
         if not placed or self.stage is None:
             self._note(call, layout, placed, None)
             return embeds
@@ -132,6 +138,7 @@ class Entrance:
 def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None) -> tuple[list[Placed], np.ndarray]:
     """Find the images in the prompts.
 
+    An image whose placeholders the caller's mask hides, all or in part, is left alone: what is visible of it stays.
     `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
 
     Args:
@@ -147,6 +154,7 @@ def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None
         ValueError: a row has more placeholders than images.
     """
     placed: list[Placed] = []
+    hidden: list[tuple[int, np.ndarray]] = []
     is_text = mask
     for kind, encoded in call.encoded.items():
         is_placeholder = placeholders(core, kind, ids, call.embeds)
@@ -163,12 +171,38 @@ def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None
                     )
                 image = encoded.images[number]
                 n = len(image.features)
-                placed.append(Placed(row, columns[:n], image))
+                if mask[row, columns[:n]].all():
+                    placed.append(Placed(row, columns[:n], image))
+                else:
+                    hidden.append((row, columns[:n]))
                 columns, number = columns[n:], number + 1
             if row % encoded.copies == encoded.copies - 1:
                 first = number
+    for row, columns in hidden:
+        is_text[row, columns] = mask[row, columns]
     placed.sort(key=lambda image: (image.row, image.columns[0]))
     return placed, is_text
+
+
+def check_length(cache: Cache, mask: Any, size: int) -> None:
+    """Refuse a KV cache that is shorter than the conversation that its caller describes.
+
+    Args:
+        cache: without a plan.
+        mask: the caller's, over the whole conversation; None without one.
+        size: tokens that come in.
+
+    Raises:
+        ValueError: the cache lacks tokens, so a patch dropped them and its record is lost.
+    """
+    held = cache.get_seq_length(0)
+    whole = isinstance(mask, Tensor) and mask.ndim == 2
+    if whole and mask.shape[1] > held + size and not cache.is_compileable:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[1]} tokens, but the KV cache holds {held} and {size} come in: a "
+            "patch shortened this cache, and what it dropped is not recorded in it; copy caches with copy.deepcopy, or "
+            "prefill again"
+        )
 
 
 def trim_cached_prefix(kwargs: dict, seen: int) -> dict:

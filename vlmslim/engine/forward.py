@@ -12,6 +12,7 @@ from vlmslim.compressor import ImageTokens
 from vlmslim.cost.timer import Timer
 from vlmslim.engine.encoder import Encoded
 from vlmslim.engine.layout import Segment, concat_masks
+from vlmslim.engine.packed import Packed
 from vlmslim.engine.plan import Plan
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import weighted_causal_mask
@@ -92,6 +93,11 @@ class Call:
     input_ids, embeds : what the caller sent
     encoded  : the images that were encoded, by kind
     past     : the plan on the KV cache
+    cache    : the KV cache; None without one
+    owner    : the hooks that handle this forward
+    guess    : tokens at the end that are no part of the prompt: guesses of speculative decoding, or an answer that
+               the caller scores
+    packed   : samples that the caller packed into rows; None if every row is one sample
     seen     : tokens of the caller's sequence that the KV cache accounts for
     length   : tokens of the caller's sequence in this forward
     padded   : whether some layer may see padding
@@ -110,6 +116,10 @@ class Call:
     embeds: Tensor | None
     encoded: dict[str, Encoded]
     past: Plan | None
+    cache: Cache | None = None
+    owner: Any = None
+    guess: int = 0
+    packed: Packed | None = None
     seen: int = 0
     length: int = 0
     padded: bool = True
@@ -123,20 +133,34 @@ class Call:
     timers: list[Timer] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
 
-    def describe(self, embeds: Tensor, cache: Cache | None, mask: Tensor | None, position: Tensor | None) -> None:
-        """Write down what enters the language model, `embeds` (B, L, d): the runs before anything is dropped."""
+    def describe(
+        self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True
+    ) -> None:
+        """Write down what enters the language model, `embeds` (B, L, d): the runs before anything is dropped.
+
+        `drops`: whether some stage may drop tokens.
+        """
         batch, self.length = embeds.shape[:2]
         device, past = embeds.device, self.past
+        self.cache = cache
+        if past and past.rows != batch:
+            raise ValueError(
+                f"the KV cache holds {past.rows} rows and {batch} came in; select, reorder or repeat its rows by the "
+                "cache's own methods, so that what was dropped from each row stays known"
+            )
         if cache is not None:
             self.seen = past.seen(cache) if past else cache.get_seq_length(0)
         total = self.seen + self.length
         self.padded = mask is not None or bool(past and past.padded)
         if mask is None:
             mask = torch.ones(batch, total, dtype=torch.bool, device=device)
-        if mask.ndim != 2 or mask.shape[1] != total:
+        if not drops:  # a patch that only counts takes any mask
+            mask = padding_of(mask, batch, total)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != total:
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
                 f"a patched model needs a 2-D attention mask over the whole conversation, ({batch}, {total}) here, "
-                f"dropped visual tokens included; this one is {tuple(mask.shape)}"
+                f"dropped visual tokens included; this one is {given}"
             )
         mask = mask.to(device=device, dtype=torch.bool)
         if position is None:
@@ -166,6 +190,11 @@ class Call:
     def altered(self) -> bool:
         """Whether some layer sees, or has seen, other tokens than the caller sent."""
         return self.past is not None or self.runs[-1].tokens.shortened
+
+    def restore(self, run: Run, hidden: Tensor) -> Tensor:
+        """Put the hidden states of a run back where the caller expects them: (B, L, d)."""
+        hidden = run.tokens.restore(hidden)
+        return hidden if self.packed is None else self.packed.pack(hidden)
 
     def timed(self, device: torch.device) -> Timer:
         """Return a context in which a method works on tensors of `device`."""
@@ -206,3 +235,19 @@ class Call:
             asked = [stage.method.requested(n) for n in sizes]
             passes.append(StagePass(before, now, sum(n > 0 for n in lost), asked == sizes, None in asked))
         return passes
+
+
+def padding_of(mask: Any, batch: int, total: int) -> Tensor:
+    """Read off an attention mask of any kind which tokens are no padding, (batch, total) bool.
+
+    `generate` makes the causal mask itself for a static cache, (B, 1, L, T) or a dictionary of such masks. The last
+    query sees every token that is no padding. A mask of another kind is taken to have no padding.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return torch.ones(batch, total, dtype=torch.bool)
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1, :total]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    return mask

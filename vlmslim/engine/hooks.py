@@ -1,13 +1,13 @@
 """The hooks of a patch: what is attached where, and in which order it acts.
 
-    core (LlavaModel)        enter: note the prompt and the encoded images; cut what the cache already holds
+    core (LlavaModel)        begin: note the prompt and the encoded images; cut what the cache already holds
       language_model         enter: compress each image, close the gaps      leave: put tokens back in place
         layers[i]            enter: drop visual tokens; give each run of layers its own mask and positions
 
 Outside the language model no shape changes, which is why `generate`, labels and evaluation harnesses need no change.
 """
 
-import inspect
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,19 @@ from transformers.utils import ModelOutput
 from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_retained, check_weight
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, is_recorded
-from vlmslim.engine.entrance import Entrance, trim_cached_prefix
+from vlmslim.engine.entrance import Entrance, check_length, trim_cached_prefix
 from vlmslim.engine.families import cached_keys, encoder_layers, family_of, kv_cache
 from vlmslim.engine.forward import Call, Run, Visit
+from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.layout import Segment, to_device
-from vlmslim.engine.plan import Plan
+from vlmslim.engine.packed import BOUNDARIES, Packed
+from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Receipt
+
+#: `logits_to_keep` of the forward that begins in this thread or task: what comes before them is the prompt.
+_LOGITS: ContextVar[int] = ContextVar("vlmslim_logits", default=0)
 
 
 class Hooks:
@@ -40,8 +45,7 @@ class Hooks:
     """
 
     def __init__(self, model: Any, stages: tuple[Stage, ...], receipt: Receipt):
-        self.core, self.lm = model.model, model.model.language_model
-        self.argument_names = list(inspect.signature(type(self.core).forward).parameters)[1:]
+        self.model, self.core, self.lm = model, model.model, model.model.language_model
         self.depth = len(self.lm.layers)
         self.stages, self.receipt = stages, receipt
         self.entrance = Entrance(self.core, stages)
@@ -49,27 +53,47 @@ class Hooks:
         kinds = ["image", "video"] if family_of(model).video else ["image"]
         tower_layers = _tower_layers(stages, len(encoder_layers(self.core)))
         self.encoders = {kind: RecordingEncoder(self.core, kind, tower_layers, self._on_encoded) for kind in kinds}
-        self.call: Call | None = None
         self.handles: list[RemovableHandle] = []
+        self.first_layer = self.depth  # that has a hook; those behind it have one too
+        self.gate: Gate | None = None
+        self.forwards, self.removed = 0, False  # kept by the gate: forwards that run now, and whether new ones may
+
+    @property
+    def call(self) -> Call | None:
+        """The forward of this patch that runs in this thread or task; None outside of one."""
+        call = RUNNING.get()
+        return call if call is not None and call.owner is self else None
 
     def attach(self) -> None:
         """Register the hooks, on this instance only."""
         for encoder in self.encoders.values():
             encoder.attach()
+        self.gate = Gate.of(self.core)
         add = self.handles.append
-        add(self.core.register_forward_pre_hook(self._enter_core, with_kwargs=True))
-        add(self.core.register_forward_hook(self._leave_core, always_call=True))
+        add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         add(self.lm.register_forward_pre_hook(self._enter_lm, with_kwargs=True))
         add(self.lm.register_forward_hook(self._leave_lm))
         # the layer before one that drops tokens has the attention by which a method ranks them
-        first = 0 if self._gaps_at_entrance else min(self.at_layer, default=self.depth + 1) - 1
-        for i in range(first, self.depth):
-            add(self.lm.layers[i].register_forward_pre_hook(partial(self._enter_layer, i), with_kwargs=True))
+        self._hook_layers(0 if self._gaps_at_entrance else min(self.at_layer, default=self.depth + 1) - 1)
+        self.gate.add(self)
+
+    def _hook_layers(self, first: int) -> None:
+        """Register the hooks of the decoder layers from `first` on, as far as they are not."""
+        for i in range(first, self.first_layer):
+            hook = partial(self._enter_layer, i)
+            self.handles.append(self.lm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+        self.first_layer = min(first, self.first_layer)
+
+    def remove(self) -> None:
+        """Begin no more forwards. The hooks go as soon as no forward runs and no cache needs them."""
+        assert self.gate is not None
+        for encoder in self.encoders.values():
+            encoder.detach()
+        self.removed = True
+        self.gate.settle()
 
     def detach(self) -> None:
         """Remove every hook."""
-        for encoder in self.encoders.values():
-            encoder.detach()
         while self.handles:
             self.handles.pop().remove()
 
@@ -85,23 +109,29 @@ class Hooks:
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
-    def _enter_core(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs |= dict(zip(self.argument_names, args, strict=False))  # LLaVA-NeXT passes input_ids by position
-        cache = kv_cache(kwargs)
+    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note whose logits the caller asks for."""
+        keep = kwargs.get("logits_to_keep")
+        _LOGITS.set(keep if isinstance(keep, int) and kwargs.get("labels") is None else 0)
+
+    def begin(self, kwargs: dict) -> tuple[Call | None, dict]:
+        """Begin a forward: return its call, None if it is left alone, and its arguments."""
+        cache, logits = kv_cache(kwargs), _LOGITS.get()
+        _LOGITS.set(0)
         past = Plan.of(cache)
+        if past is None and self.removed:
+            return None, kwargs
         if cache is not None and past is not None:
             kwargs = trim_cached_prefix(kwargs, past.seen(cache))
+            self._hook_layers(min((first for first, _ in past.masks[1:]), default=self.depth))  # another patch's plan
         outputs = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
         for kind, output in outputs.items():
             self.encoders[kind].recognise(output)
-        if not self.entrance.any_acts:  # images that were encoded elsewhere cannot be counted, and need not be
-            outputs = {kind: output for kind, output in outputs.items() if is_recorded(output)}
+        if self.removed or not self.entrance.any_acts:  # images encoded elsewhere cannot be counted, and need not be
+            outputs = {kind: output for kind, output in outputs.items() if is_recorded(output) and not self.removed}
         encoded = {kind: Encoded.of(output) for kind, output in outputs.items()}
-        self.call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), encoded, past)
-        return (), kwargs
-
-    def _leave_core(self, core: nn.Module, args: tuple, output: object) -> None:
-        self.call = None
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        return Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0)), kwargs
 
     # -- the language model ------------------------------------------------------------------------------------------
 
@@ -110,26 +140,58 @@ class Hooks:
         if call is None:
             return None  # the language model is used alone
         embeds, cache = kwargs["inputs_embeds"], kv_cache(kwargs)
+        mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if not call.encoded and call.past is None:
-            if cache is None or cache.get_seq_length() == 0:
+            if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
                 self.receipt.saw_text(len(embeds))
+            elif self.entrance.any_acts:
+                check_length(cache, mask, embeds.shape[1])
             return None
         if call.encoded:
             self._check_images_allowed(cache)
-        call.describe(embeds, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            call.packed = self._packed(kwargs, cache)
+        if call.packed is not None and position is not None:
+            position = call.packed.unpack(position.expand(embeds.shape[:2]))
+            embeds = call.packed.unpack(embeds)
+            call.input_ids = None if call.input_ids is None else call.packed.unpack(call.input_ids, fill=-1)
+            call.embeds = None if call.embeds is None else call.packed.unpack(call.embeds)
+            mask, call.guess = call.packed.mask, 0
+            kwargs = {k: v for k, v in kwargs.items() if k not in BOUNDARIES}
+        call.describe(embeds, cache, mask, position, self.entrance.any_acts)
         if call.encoded:
             embeds = self.entrance.compress(call, embeds)
         changed = {"inputs_embeds": embeds}
-        if call.altered:
+        if call.altered or call.packed is not None:
             changed["position_ids"] = call.runs[0].tokens.position
             if call.encoded or call.padded:
                 changed["attention_mask"] = call.runs[0].mask
         return args, kwargs | changed
 
+    def _packed(self, kwargs: dict, cache: Cache | None) -> Packed | None:
+        """Find samples that the caller packed into rows. Only a forward without a mask and a cache can have them."""
+        position = kwargs.get("position_ids")
+        if position is None or kwargs.get("attention_mask") is not None or not self.entrance.any_acts:
+            return None
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        packed = Packed.of(position)
+        use_cache = kwargs.get("use_cache")
+        if packed is not None and (cache is not None or (self.lm.config.use_cache if use_cache is None else use_cache)):
+            raise ValueError(
+                "rotary positions that start again inside a row pack several samples into it, and transformers keeps "
+                "them apart only without a KV cache: pass use_cache=False, or give each sample a row of its own"
+            )
+        return packed
+
     def _check_images_allowed(self, cache: Cache | None) -> None:
         """Refuse what a forward with images cannot have."""
         if not self.entrance.any_acts:
             return
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(
+                f"visual tokens cannot be removed from a {type(cache).__name__}; continuous batching takes text "
+                "prompts only: call generate() for prompts with images"
+            )
         if cache is not None and cache.is_compileable:
             raise ValueError(
                 f"{type(cache).__name__} reserves room for every token; visual tokens can be removed from a "
@@ -152,21 +214,32 @@ class Hooks:
         call, cache = self.call, kv_cache(output)
         if call is None or not call.runs:
             return output
+        call.cache = cache
         if call.encoded:
             self.receipt.backend = lm.config._attn_implementation  # as it is now, not as it was at the patch
             self.receipt.dtype = str(output.last_hidden_state.dtype).removeprefix("torch.")
-            self.receipt.saw_prefill(call.prefill(self.stages, cache, self.depth))
-        if not call.altered:
+            if any(call.counts):
+                self.receipt.saw_prefill(call.prefill(self.stages, cache, self.depth))
+            else:  # the caller's mask hides every image
+                self.receipt.saw_text(len(call.text))
+        if not call.altered and call.packed is None:
             return output
         if call.encoded and cache is not None:
-            call.plan().attach(cache)
-        output.last_hidden_state = call.runs[-1].tokens.restore(output.last_hidden_state)
+            self._note_plan(call.plan(), cache)
+        output.last_hidden_state = call.restore(call.runs[-1], output.last_hidden_state)
         if output.hidden_states is not None:  # what enters the first layer, and what leaves each
             runs = [call.run(max(0, i - 1)) for i in range(len(output.hidden_states))]
             output.hidden_states = tuple(
-                run.tokens.restore(hidden) for run, hidden in zip(runs, output.hidden_states, strict=True)
+                call.restore(run, hidden) for run, hidden in zip(runs, output.hidden_states, strict=True)
             )
         return output
+
+    def _note_plan(self, plan: Plan, cache: Cache) -> None:
+        """Note in `cache` what it holds now, and stay as long as it lives."""
+        assert self.gate is not None
+        if not isinstance(cache, CompressedCache):
+            self.gate.hold(cache)
+        compressed(cache, plan)
 
     # -- the decoder layers ------------------------------------------------------------------------------------------
 
@@ -209,12 +282,13 @@ class Hooks:
             weight=run.weight,
             previous=call.previous,
             keys=cached_keys(cache, i - 1, hidden),
-        )
+        ).without_last(call.guess)
         with call.timed(hidden.device):
             weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
             if weight is None:
                 with torch.no_grad():
                     keep = check_retained(stage.method, tokens, stage.method.retain(tokens))
+                    keep = nn.functional.pad(keep, (0, call.guess), value=True)
         call.previous = None
         if weight is not None:
             weight = weight.to(device).masked_fill(image == 0, 1)

@@ -4,12 +4,14 @@ A `Plan` is an attribute of the cache that it describes. So it dies with the cac
 there is no state to forget to reset.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
 
-_ATTRIBUTE = "_vlmslim_plan"
+from vlmslim.engine.gate import RUNNING
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Plan:
         Raises:
             ValueError: the cache was cropped into tokens of which some were dropped.
         """
-        plan = getattr(cache, _ATTRIBUTE, None)
-        if cache is None or plan is None or (held := cache.get_seq_length(0)) == 0:
+        if not isinstance(cache, CompressedCache) or (held := cache.get_seq_length(0)) == 0:
             return None
+        plan = cache.plan
         cropped = plan.held - held
         if cropped > plan.tail:
             raise ValueError(
@@ -50,19 +52,103 @@ class Plan:
             )
         if cropped > 0:
             masks = [(first, mask[:, :-cropped]) for first, mask in plan.masks]
-            plan = cls(plan.length - cropped, plan.shift, masks, plan.padded, plan.tail - cropped)
-            plan.attach(cache)
+            plan = cache.plan = cls(plan.length - cropped, plan.shift, masks, plan.padded, plan.tail - cropped)
         return plan
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return len(self.shift)
 
     @property
     def held(self) -> int:
         """Tokens that layer 0 had cached when the plan was made."""
         return self.masks[0][1].shape[1]
 
-    def attach(self, cache: Cache) -> None:
-        """Make this the plan of `cache`."""
-        setattr(cache, _ATTRIBUTE, self)
-
     def seen(self, cache: Cache) -> int:
         """Count the caller's tokens that `cache` accounts for, those decoded after the plan was made included."""
         return self.length + cache.get_seq_length(0) - self.held
+
+    def select(self, rows: Any) -> "Plan":
+        """Return the plan of these `rows` of the cache, in this order."""
+        taken = [(first, mask[_on(mask, rows)]) for first, mask in self.masks]
+        return Plan(self.length, self.shift[_on(self.shift, rows)], taken, self.padded, self.tail)
+
+    def repeat(self, times: int) -> "Plan":
+        """Return the plan of a cache whose rows are repeated, each so many times in succession."""
+        masks = [(first, mask.repeat_interleave(times, 0)) for first, mask in self.masks]
+        return Plan(self.length, self.shift.repeat_interleave(times, 0), masks, self.padded, self.tail)
+
+
+class CompressedCache(Cache):
+    """A KV cache that holds a shortened prompt: its plan follows its rows, and no other model can use it unawares.
+
+    A cache becomes one by `compressed`, which changes the class of this one instance.
+    """
+
+    plan: Plan
+    kind: type[Cache]  # what it was before
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Append keys and values, in a forward that knows the plan.
+
+        Raises:
+            RuntimeError: the forward does not know it, because its model is not patched.
+        """
+        call = RUNNING.get()
+        if call is None or call.cache is not self:
+            raise RuntimeError(
+                "this KV cache holds a prompt whose visual tokens were dropped, and the model that reads it now is not "
+                "patched, so every position would be wrong; go on with the patched model, or prefill again"
+            )
+        return super().update(*args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other rows."""
+        super().reorder_cache(beam_idx)
+        self.plan = self.plan.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self.plan = self.plan.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.plan = self.plan.repeat(repeats)
+
+    def reset(self) -> None:
+        """Forget everything, the plan too."""
+        super().reset()
+        del self.plan
+        self.__class__ = self.kind  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple:
+        return _restored, (self.kind,), vars(self)
+
+
+def compressed(cache: Cache, plan: Plan) -> None:
+    """Note in `cache` that it holds a shortened prompt."""
+    if not isinstance(cache, CompressedCache):
+        cache.__class__ = _compressed_class(type(cache))
+    assert isinstance(cache, CompressedCache)
+    cache.plan = plan
+
+
+@functools.cache
+def _compressed_class(kind: type) -> type[CompressedCache]:
+    return type(
+        f"Compressed{kind.__name__}", (CompressedCache, kind), {"kind": kind, "__doc__": CompressedCache.__doc__}
+    )
+
+
+def _restored(kind: type[Cache]) -> Cache:
+    """Make an empty cache that `copy` or `pickle` fills."""
+    cls = _compressed_class(kind)
+    return cls.__new__(cls)
+
+
+def _on(x: Tensor, rows: Any) -> Any:
+    """Return the indices of rows where `x` is."""
+    return rows.to(x.device) if isinstance(rows, Tensor) else rows
