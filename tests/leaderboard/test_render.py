@@ -13,11 +13,12 @@ from evaluation_doubles import FakeHarness, stage, write_config
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.comparison import Pair
 from vlmslim.leaderboard.notes import notes
 from vlmslim.leaderboard.render import FORMATS, render
 from vlmslim.leaderboard.rows import Row, Solved
 from vlmslim.leaderboard.scores import Estimate, Score
-from vlmslim.leaderboard.tables import cost_columns, score_columns, tables, with_interval
+from vlmslim.leaderboard.tables import cost_columns, p_text, score_columns, tables, with_interval
 
 
 def texts(columns) -> dict[str, list[str]]:
@@ -99,13 +100,29 @@ def test_the_tables(decided):
     against = built["Against the unpatched model"]
     assert "none" not in against["method"]
     at = against["method"].index("fastv-16")
-    assert against["count"][at] == "-60.0 ± 12.5†" and against["p"][at] == "<0.001"
+    assert against["count"][at] == "-60.0 ± 12.8†" and against["p"][at] == "<0.001"
     assert against["loyalty %"][against["method"].index("divprune-16")] == "100.0"
     between = built["Between methods at 16"]
     divprune, fastv = map(between["row minus column"].index, ("divprune-16", "fastv-16"))
     assert between["divprune-16"][divprune] == "–"
     assert between["divprune-16"][fastv].startswith("-66.7") and between["fastv-16"][divprune].startswith("+66.7")
     assert "Task groups, % of unpatched" not in built  # all tasks are in one group
+
+
+@pytest.mark.parametrize(
+    "p, at_limit, text",
+    [
+        (0.0039, False, "0.004"),
+        (0.0039, True, "<0.005"),
+        (0.0003, False, "<0.001"),
+        (0.005, True, "<0.005"),
+        (0.13, True, "<0.2"),
+        (1.0, True, "1.000"),
+    ],
+)
+def test_a_p_value_that_the_swaps_cannot_resolve_is_an_upper_bound(p, at_limit, text):
+    pair = Pair("a", "none", None, -0.5, p / 78, p, better=False, at_limit=at_limit)
+    assert p_text(pair) == text
 
 
 def test_differences_are_in_the_unit_of_the_questions_scores(tmp_path):
@@ -250,6 +267,7 @@ def test_json(board):
     families = {(pair["task"], pair["first"].split("-")[1]) for pair in data["pairs"]}
     assert families == {(task, budget) for task in ("count", "text", None) for budget in ("64", "16")}
     assert all(0 < pair["p"] <= pair["p_adjusted"] <= 1 for pair in data["pairs"])
+    assert not any(pair["at_limit"] for pair in data["pairs"])  # four questions: all patterns are tried
     assert len(data["stability"]) == 2 * (len(board.rows) - 1)
 
 

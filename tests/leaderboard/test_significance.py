@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vlmslim.leaderboard.significance import (
+    covariances,
     effective_size,
+    half_width,
     holm,
-    interval,
     mcnemar,
     pareto_front,
     ranks,
-    resamples,
+    resolution,
     sums_by_unit,
     swap_test,
     units_of,
@@ -59,30 +60,30 @@ def test_questions_about_one_picture_are_worth_less():
     assert effective_size(np.array([[1.0, 0.0, 1.0]]), np.zeros(3, int))[0] == 1
 
 
-def test_the_bootstrap_covers_the_standard_error_of_clustered_questions():
-    rng = np.random.default_rng(1)
-    units = np.repeat(np.arange(200), 4)
-    scores = (rng.random((1, 200)).repeat(4, axis=1) + rng.random((1, 800))) / 2
-    sums, sizes = sums_by_unit(scores, units), np.bincount(units)
-    draws = np.concatenate([(w @ sums.T) / (w @ sizes)[:, None] for w in resamples(np.zeros(200), 2000)])
-    low, high = interval(draws)
-    pictures = sums[0] / 4
-    expected = 2 * 1.96 * pictures.std(ddof=1) / math.sqrt(200)
-    assert high[0] - low[0] == pytest.approx(expected, rel=0.1)
-    assert low[0] < scores.mean() < high[0]
+def test_one_stratum_has_students_interval():
+    """Of a mean, and of the difference of two."""
+    x, y = np.random.default_rng(1).random((2, 9))
+    covariance, freedom = covariances(np.stack([x, y]) / 9, np.zeros(9))
+    theirs = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert half_width(covariance[:, 0, 0], freedom) == pytest.approx((theirs.high - theirs.low) / 2)
+    theirs = stats.ttest_rel(x, y).confidence_interval(0.95)
+    difference = covariance[:, 0, 0] + covariance[:, 1, 1] - 2 * covariance[:, 0, 1]
+    assert half_width(difference, freedom) == pytest.approx((theirs.high - theirs.low) / 2)
 
 
-def test_the_interval_leaves_out_draws_that_are_no_number():
-    draws = np.array([*range(101), np.nan])
-    np.testing.assert_allclose(interval(draws), (2.5, 97.5))
+def test_two_strata_have_welchs_interval():
+    rng = np.random.default_rng(2)
+    few, many = rng.random(4), rng.random(60) / 5
+    influence = np.concatenate([few / 4, -many / 60])[None]
+    covariance, freedom = covariances(influence, np.arange(64) >= 4)
+    theirs = stats.ttest_ind(few, many, equal_var=False).confidence_interval(0.95)
+    assert half_width(covariance[:, 0, 0], freedom) == pytest.approx((theirs.high - theirs.low) / 2)
 
 
-def test_resamples_keep_the_size_of_every_stratum_and_repeat():
-    strata = np.array([0, 0, 0, 1, 1])
-    drawn = np.concatenate(list(resamples(strata, 50)))
-    assert drawn.shape == (50, 5)
-    assert (drawn[:, :3].sum(1) == 3).all() and (drawn[:, 3:].sum(1) == 2).all()
-    np.testing.assert_array_equal(drawn, np.concatenate(list(resamples(strata, 50))))
+def test_one_unit_tells_nothing_about_its_variance_and_equal_units_have_none():
+    covariance, freedom = covariances(np.array([[0.3, 0.2, 0.2]]), np.array([0, 1, 1]))
+    assert np.isnan(half_width(covariance[:, 0, 0], freedom))
+    assert half_width(covariance[1:, 0, 0], freedom[1:]) == 0
 
 
 # ---------------------------------------------------------------------- tests
@@ -90,10 +91,13 @@ def test_resamples_keep_the_size_of_every_stratum_and_repeat():
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_mcnemar_is_the_sign_test_on_the_questions_that_differ(outcomes):
+def test_mcnemar_is_the_mid_p_sign_test_on_the_questions_that_differ(outcomes):
     scores = np.array(outcomes, dtype=float).T
     won, lost = int((scores[0] > scores[1]).sum()), int((scores[0] < scores[1]).sum())
-    expected = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
+    ways = [math.comb(won + lost, k) for k in range(won + lost + 1)]
+    further = [n for k, n in enumerate(ways) if abs(2 * k - won - lost) > abs(won - lost)]
+    equal = [n for k, n in enumerate(ways) if abs(2 * k - won - lost) == abs(won - lost)]
+    expected = (sum(further) + sum(equal) / 2) / sum(ways) if won != lost else 1.0
     p = mcnemar(scores)
     assert p[0, 1] == pytest.approx(expected)
     assert p[1, 0] == p[0, 1] and p[0, 0] == 1
@@ -118,10 +122,13 @@ def test_random_swaps_come_near_the_exact_test_and_repeat():
     rng = np.random.default_rng(3)
     scores = (rng.random((4, 40)) < [[0.5], [0.6], [0.8], [0.8]]).astype(float)
     random = swap_test(scores, draws=20_000)
-    np.testing.assert_allclose(random, mcnemar(scores), atol=0.015)
+    for i, j in ((0, 1), (0, 3), (2, 3)):
+        won, lost = (scores[i] > scores[j]).sum(), (scores[i] < scores[j]).sum()
+        assert random[i, j] == pytest.approx(stats.binomtest(int(won), int(won + lost)).pvalue, abs=0.015)
     np.testing.assert_array_equal(random, swap_test(scores, draws=20_000))
     far_apart = swap_test(np.array([[1.0] * 40, [0.0] * 40]), draws=999)
-    assert far_apart[0, 1] == 1 / 1000  # never zero, because the observed pattern counts
+    assert far_apart[0, 1] == resolution(40, 999) == 1 / 1000  # never zero, because the observed pattern counts
+    assert resolution(9, 1000) == 0  # all patterns are tried
 
 
 def test_sums_that_are_equal_up_to_rounding_are_equal():
@@ -134,7 +141,7 @@ def test_more_questions_about_the_same_pictures_prove_nothing():
     alone = np.array([[1, 1, 1, 1, 1, 0.0], [0, 0, 0, 0, 1, 0.0]])
     copied, units = alone.repeat(5, axis=1), np.arange(6).repeat(5)
     assert mcnemar(copied)[0, 1] < 0.001  # as if each question were new evidence
-    assert mcnemar(alone)[0, 1] == pytest.approx(0.125)
+    assert mcnemar(alone)[0, 1] == pytest.approx(0.0625)  # half of it, because the outcome counts half
     assert swap_test(sums_by_unit(copied, units), 1000)[0, 1] == 0.125
 
 

@@ -154,7 +154,7 @@ class Leaderboard:
                 t for t, score in row.scores.items() if score.is_close_to(comparison.means.get((row.label, t)))
             ]
             for task in own_means:
-                low, high = comparison.intervals[row.label, task]
+                low, high = comparison.intervals.get((row.label, task), (None, None))
                 row.scores[task] = replace(row.scores[task], low=low, high=high)
             row.rank = comparison.ranks.get(row.label)
             if row.relative is not None and row.label in comparison.relative and own_means == self.tasks:

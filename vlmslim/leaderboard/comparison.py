@@ -12,12 +12,13 @@ from scipy.sparse.csgraph import connected_components
 
 from vlmslim.leaderboard.samples import ScoredTask, UnscoredTask
 from vlmslim.leaderboard.significance import (
+    covariances,
     effective_size,
+    half_width,
     holm,
-    interval,
     mcnemar,
     ranks,
-    resamples,
+    resolution,
     sums_by_unit,
     swap_test,
     units_of,
@@ -26,7 +27,6 @@ from vlmslim.leaderboard.significance import (
 
 LEVEL = 0.05  # a difference is significant if its adjusted p value is below this
 SWAPS = 20_000  # random swaps of a permutation test, at least
-RESAMPLES = 2_000  # resamples of a bootstrap interval
 
 Ends = tuple[float, float]  # the lower and the upper end of a 95 % confidence interval
 
@@ -40,7 +40,9 @@ class Pair:
     p          : two-sided p value of the paired test
     p_adjusted : after Holm's correction for all pairs of one budget and column, with the unpatched model
     better     : whether the first row is better, by the direction of the task's metric
-    low, high  : 95 % bootstrap interval of the difference; None where all resamples give the same difference
+    low, high  : 95 % interval of the difference, Student's over pictures; None where the pictures all say the same, or
+                 there is only one
+    at_limit   : whether `p` is the smallest that the random swaps of the test can give, so that it is an upper bound
     """
 
     first: str
@@ -52,6 +54,7 @@ class Pair:
     better: bool
     low: float | None = None
     high: float | None = None
+    at_limit: bool = False
 
     @property
     def significant(self) -> bool:
@@ -89,7 +92,7 @@ class Comparison:
     """What the single questions say about the rows of a leaderboard.
 
     means     : (label, task) -> mean question score
-    intervals : (label, task) -> its 95 % interval
+    intervals : (label, task) -> its 95 % interval, where it is known
     relative  : label -> 95 % interval of the average relative to the unpatched model
     groups    : (label, group) -> the same interval, over the tasks of one group
     pairs     : (first label, second label, task) -> the comparison of two rows of one budget
@@ -136,26 +139,35 @@ def compare(
     if not scored:
         return result
     pictures, swaps = _Pictures(scored), _swaps(budgets)
-    draws = _bootstrap(scored, pictures)
     columns = []
     for task in scored:
-        means, own = task.scores.mean(1), draws[task.task]
-        for label, mean, *ends in zip(task.labels, means, *_score_intervals(task, own), strict=True):
+        means, influence = task.scores.mean(1), pictures.influence(task)
+        own = pictures.of(task)
+        spread = covariances(influence[:, own], np.zeros(int(own.sum())))
+        for label, mean, ends in zip(task.labels, means, _score_intervals(task, spread), strict=True):
             result.means[label, task.task] = float(mean)
-            result.intervals[label, task.task] = _rounded(*ends)
-        columns.append(_Column(task.task, task.labels, means, _p_values(task, swaps), own, task.sign))
+            if ends is not None:
+                result.intervals[label, task.task] = ends
+        columns.append(_Column(task.task, task.labels, means, *_p_values(task, swaps), *spread, task.sign))
 
     complete = [label for label in tasks[0].labels if all(label in task.labels for task in tasks)]
     # A task on which the unpatched model scores 0 says nothing about scores relative to that model.
     averaged = [task for task in scored if base in complete and task.row(base).any()]
     if averaged:
-        ratios = {task.task: _ratios(task, draws[task.task], complete, base) for task in averaged}
-        average = np.mean(list(ratios.values()), axis=0)
-        result.averaged, result.relative = list(ratios), _intervals(complete, average)
+        ratios = {task.task: _ratio(task, pictures.influence(task), complete, base) for task in averaged}
+
+        def average(names: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """Average the ratios of some tasks: their values, covariances and degrees of freedom."""
+            values, influence = (np.mean([ratios[name][i] for name in names], axis=0) for i in (0, 1))
+            own = pictures.of(*(task for task in averaged if task.task in names))
+            return values, *covariances(influence[:, own], pictures.strata[own])
+
+        values, *spread = average(list(ratios))
+        result.averaged, result.relative = list(ratios), _intervals(complete, values, *spread)
         for group in dict.fromkeys(groups[task] for task in ratios):
-            mean = np.mean([ratio for task, ratio in ratios.items() if groups[task] == group], axis=0)
-            result.groups |= {(label, group): ends for label, ends in _intervals(complete, mean).items()}
-        columns.append(_average(averaged, pictures, complete, base, swaps, average))
+            ends = _intervals(complete, *average([task for task in ratios if groups[task] == group]))
+            result.groups |= {(label, group): own for label, own in ends.items()}
+        columns.append(_average(averaged, pictures, complete, base, swaps, spread))
 
     for budget in budgets:
         for column in columns:
@@ -168,10 +180,12 @@ def compare(
 
 
 class _Pictures:
-    """The pictures of all tasks, numbered: a test swaps and the bootstrap draws whole pictures.
+    """The pictures of all tasks, numbered: a test swaps whole pictures, and intervals rest on whole pictures.
 
     count   : number of pictures
     numbers : task -> number of each question's picture
+    strata  : (pictures,) tasks that share pictures form one stratum. Finer strata, of the pictures that occur in
+              exactly the same tasks, would hold one or two pictures each, which tell too little
     """
 
     def __init__(self, tasks: list[ScoredTask]):
@@ -179,6 +193,12 @@ class _Pictures:
         ends = np.cumsum([len(task.pictures) for task in tasks])[:-1]
         self.count = int(numbers.max()) + 1
         self.numbers = {task.task: own for task, own in zip(tasks, np.split(numbers, ends), strict=True)}
+        within = np.stack([self.of(task) for task in tasks])
+        self.strata = connected_components(within.astype(int) @ within.T.astype(int))[1][within.argmax(0)]
+
+    def of(self, *tasks: ScoredTask) -> np.ndarray:
+        """Find the pictures that any of the tasks asks about, (pictures,)."""
+        return np.any([self.sizes(task) > 0 for task in tasks], axis=0)
 
     def sizes(self, task: ScoredTask) -> np.ndarray:
         """Count the task's questions about each picture, (pictures,)."""
@@ -188,23 +208,32 @@ class _Pictures:
         """Add up the task's scores of each picture, (rows, pictures)."""
         return sums_by_unit(task.scores, self.numbers[task.task], self.count)
 
+    def influence(self, task: ScoredTask) -> np.ndarray:
+        """Compute how far each picture moves the task's mean scores, (rows, pictures)."""
+        mean = task.scores.mean(1, keepdims=True)
+        return (self.sums(task) - mean * self.sizes(task)) / task.scores.shape[1]
+
 
 @dataclass(frozen=True)
 class _Column:
     """One column of the leaderboard, of which all pairs of rows are compared.
 
-    task   : None for the average
-    values : (rows,)
-    p      : (rows, rows), p value of each pair
-    draws  : (draws, rows), the values in each bootstrap draw
-    sign   : 1 if higher values are better, else -1
+    task     : None for the average
+    values   : (rows,)
+    p        : (rows, rows), p value of each pair
+    at_limit : (rows, rows), whether the p value is the smallest that random swaps can give
+    spread   : (strata, rows, rows), covariances of the values from each stratum of pictures
+    freedom  : (strata,), their degrees of freedom
+    sign     : 1 if higher values are better, else -1
     """
 
     task: str | None
     labels: list[str]
     values: np.ndarray
     p: np.ndarray
-    draws: np.ndarray
+    at_limit: np.ndarray
+    spread: np.ndarray
+    freedom: np.ndarray
     sign: int = 1
 
     def pairs(self, labels: list[str]) -> Iterator[Pair]:
@@ -212,9 +241,12 @@ class _Column:
         at = [self.labels.index(label) for label in labels if label in self.labels]
         pairs = [(i, j) for place, i in enumerate(at) for j in at[place + 1 :]]
         adjusted = holm(np.array([self.p[i, j] for i, j in pairs]))
+        variances = self.spread.diagonal(axis1=1, axis2=2)[:, :, None] + self.spread.diagonal(axis1=1, axis2=2)[:, None]
+        apart = variances - 2 * self.spread
+        halves = half_width(np.where(apart < 1e-10 * variances, 0.0, apart), self.freedom)  # equal up to rounding
         for (i, j), p_adjusted in zip(pairs, adjusted, strict=True):
             difference = self.values[i] - self.values[j]
-            ends = _interval(self.draws[:, i] - self.draws[:, j])
+            ends = _ends(difference, halves[i, j])
             yield Pair(
                 self.labels[i],
                 self.labels[j],
@@ -225,11 +257,12 @@ class _Column:
                 better=bool(self.sign * difference > 0),
                 low=None if ends is None else ends[0],
                 high=None if ends is None else ends[1],
+                at_limit=bool(self.at_limit[i, j]),
             )
 
 
 def _average(
-    tasks: list[ScoredTask], pictures: _Pictures, labels: list[str], base: str, swaps: int, draws: np.ndarray
+    tasks: list[ScoredTask], pictures: _Pictures, labels: list[str], base: str, swaps: int, spread: list[np.ndarray]
 ) -> _Column:
     """Compare rows by their average, as a sum of question scores with a weight for each task.
 
@@ -245,12 +278,20 @@ def _average(
         return np.sum(parts, axis=0)
 
     everything = weighted(list(range(len(labels))), [at])
-    p = swap_test(everything[:, everything.any(0)], swaps)
+    p, at_limit = _swapped(everything[:, everything.any(0)], swaps)
     for i in range(len(labels)):
         if i != at:
             both = weighted([i, at], [i, at])
-            p[i, at] = p[at, i] = swap_test(both[:, both.any(0)], swaps)[0, 1]
-    return _Column(None, labels, everything.sum(1), p, draws)
+            own, limited = _swapped(both[:, both.any(0)], swaps)
+            p[i, at] = p[at, i] = own[0, 1]
+            at_limit[i, at] = at_limit[at, i] = limited[0, 1]
+    return _Column(None, labels, everything.sum(1), p, at_limit, *spread)
+
+
+def _swapped(sums: np.ndarray, swaps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Test all pairs by swaps: p values, and whether each is the smallest that random swaps can give."""
+    p = swap_test(sums, swaps)
+    return p, p < 1.5 * resolution(sums.shape[1], swaps)
 
 
 def _beats(pair: Pair | None) -> bool:
@@ -272,66 +313,60 @@ def _swaps(budgets: list[list[str]]) -> int:
     return max(SWAPS, round(5 * pairs / LEVEL))
 
 
-def _p_values(task: ScoredTask, swaps: int) -> np.ndarray:
-    """Test all pairs of rows: by McNemar where questions are right or wrong and each has its own picture."""
+def _p_values(task: ScoredTask, swaps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Test all pairs of rows: by McNemar where questions are right or wrong and each has its own picture.
+
+    Returns:
+        (rows, rows) p values, and whether each is the smallest that random swaps can give.
+    """
     units = units_of(task.pictures)
     if task.right_or_wrong and units.max() + 1 == len(units):
-        return mcnemar(task.scores)
-    return swap_test(sums_by_unit(task.scores, units), swaps)
+        p = mcnemar(task.scores)
+        return p, np.zeros(p.shape, dtype=bool)
+    return _swapped(sums_by_unit(task.scores, units), swaps)
 
 
-def _score_intervals(task: ScoredTask, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return Wilson's intervals of the mean scores where questions are right or wrong, else the bootstrap's."""
+def _score_intervals(task: ScoredTask, spread: tuple[np.ndarray, np.ndarray]) -> list[Ends | None]:
+    """Return Wilson's intervals of the mean scores where questions are right or wrong, else Student's."""
+    means = task.scores.mean(1)
     if not task.right_or_wrong:
-        return interval(draws)
+        covariance, freedom = spread
+        halves = half_width(covariance.diagonal(axis1=1, axis2=2), freedom)
+        return [_rounded(m - h, m + h) if np.isfinite(h) else None for m, h in zip(means, halves, strict=True)]
     units = units_of(task.pictures)
     clusters = 1 + int(units.max())
     size = effective_size(task.scores, units)
-    return wilson(task.scores.mean(1), size, clusters if clusters < len(units) else None)
+    lows, highs = wilson(means, size, clusters if clusters < len(units) else None)
+    return [_rounded(low, high) for low, high in zip(lows, highs, strict=True)]
 
 
-def _bootstrap(tasks: list[ScoredTask], pictures: _Pictures) -> dict[str, np.ndarray]:
-    """Draw pictures with replacement, the same ones for all tasks: task -> mean scores (draws, rows)."""
-    sizes = {task.task: pictures.sizes(task) for task in tasks}
-    sums = {task.task: pictures.sums(task) for task in tasks}
-    # Tasks that share pictures form one stratum. Tasks that share none are drawn apart, so that each keeps its number
-    # of pictures. Finer strata, of the pictures that occur in exactly the same tasks, would hold one or two pictures
-    # each, which vary too little.
-    within = np.stack([size > 0 for size in sizes.values()])
-    strata = connected_components(within.astype(int) @ within.T.astype(int))[1][within.argmax(0)]
-    drawn: dict[str, list[np.ndarray]] = {task.task: [] for task in tasks}
-    for weights in resamples(strata, RESAMPLES):
-        for task in tasks:
-            size = (weights @ sizes[task.task])[:, None]  # 0 where a draw has no picture of the task
-            empty = np.full((len(weights), len(task.labels)), np.nan)
-            drawn[task.task].append(np.divide(weights @ sums[task.task].T, size, out=empty, where=size > 0))
-    return {task: np.concatenate(chunks) for task, chunks in drawn.items()}
+def _ratio(task: ScoredTask, influence: np.ndarray, labels: list[str], base: str) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the mean scores of rows by the unpatched model's.
+
+    Returns:
+        (rows,) the ratios, 2 minus the ratio where lower is better; and (rows, pictures), how far each picture moves
+        them, to first order.
+    """
+    rows, at = [task.labels.index(label) for label in labels], task.labels.index(base)
+    means = task.scores.mean(1)
+    ratio = means[rows] / means[at]
+    moved = (influence[rows] - ratio[:, None] * influence[at]) / means[at]
+    return (ratio, moved) if task.sign > 0 else (2 - ratio, -moved)
 
 
-def _ratios(task: ScoredTask, draws: np.ndarray, labels: list[str], base: str) -> np.ndarray:
-    """Divide the drawn mean scores of each row by the unpatched model's, (draws, rows)."""
-    ours = draws[:, [task.labels.index(label) for label in labels]]
-    theirs = draws[:, [task.labels.index(base)]]
-    ratio = np.divide(ours, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
-    return ratio if task.sign > 0 else 2 - ratio
-
-
-def _intervals(labels: list[str], draws: np.ndarray) -> dict[str, Ends]:
-    """Return the bootstrap interval of each row that has one, from draws (draws, rows)."""
-    found = {label: _interval(own) for label, own in zip(labels, draws.T, strict=True)}
+def _intervals(labels: list[str], values: np.ndarray, spread: np.ndarray, freedom: np.ndarray) -> dict[str, Ends]:
+    """Return the interval of each row that has one."""
+    halves = half_width(spread.diagonal(axis1=1, axis2=2), freedom)
+    found = {label: _ends(value, half) for label, value, half in zip(labels, values, halves, strict=True)}
     return {label: ends for label, ends in found.items() if ends is not None}
 
 
-def _interval(draws: np.ndarray) -> Ends | None:
-    """Return the bootstrap interval of one number; None where all draws are the same, for example 0."""
-    known = draws[np.isfinite(draws)]
-    if not known.size or known.max() == known.min():
-        return None
-    low, high = interval(known)
-    return _rounded(low, high)
+def _ends(value: float, half: float) -> Ends | None:
+    """Return the ends of an interval; None where it has no width, or where the width is not known."""
+    return _rounded(value - half, value + half) if half > 0 else None
 
 
-def _rounded(low: float | np.ndarray, high: float | np.ndarray) -> Ends:
+def _rounded(low: float, high: float) -> Ends:
     return round(float(low), 9), round(float(high), 9)
 
 

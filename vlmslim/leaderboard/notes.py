@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from vlmslim.evaluation.effect import acted_on
 from vlmslim.leaderboard.board import Leaderboard
-from vlmslim.leaderboard.comparison import LEVEL, RESAMPLES, SWAPS
+from vlmslim.leaderboard.comparison import LEVEL, SWAPS
 from vlmslim.leaderboard.tables import IDLE, STAR
 
 BASELINES = ("random", "uniform")
@@ -49,11 +49,12 @@ def _tests(board: Leaderboard) -> list[str]:
         return []
     lines = [
         f"Differences are paired, because all rows answered the same questions. {STAR} marks a significant difference "
-        f"(p < {LEVEL:g}). The test is McNemar's exact test where every question is right or wrong and has its own "
+        f"(p < {LEVEL:g}). The test is McNemar's mid-p test where every question is right or wrong and has its own "
         "picture. Elsewhere it is a permutation test that swaps all scores of a picture, with at least "
         f"{SWAPS} swaps. Holm's method corrects the p values for all pairs of a budget within a column, pairs with the "
         "unpatched model included. Right-or-wrong scores have Wilson's intervals, for the effective number of "
-        f"questions. Other scores and all differences have bootstrap intervals over pictures ({RESAMPLES} resamples). "
+        "questions. Other scores, averages and differences have Student's intervals over pictures. A p value with < is "
+        "the smallest that so many random swaps can tell. "
         "Loyalty is the fraction of answers that equal the unpatched model's. Lost and won are the fractions of "
         "questions whose score fell and rose."
     ]

@@ -1,7 +1,7 @@
 """Intervals, paired tests, ranks and fronts: numpy arrays in, numpy arrays out.
 
 Scores are [rows, Q]: the score of each row of a leaderboard on each of the same Q questions. Questions about one
-picture are not independent of each other, so the *units* that are resampled or swapped are pictures, not questions.
+picture are not independent of each other, so the *units* that vary or are swapped are pictures, not questions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,36 +67,67 @@ def effective_size(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
     return np.where(spread > 0, questions / effect, float(count))
 
 
-def resamples(strata: np.ndarray, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Draw units with replacement, within each stratum: how often each is drawn, [chunk, units] at a time."""
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    step = max(1, _CHUNK // len(strata))
-    for start in range(0, draws, step):
-        weights = np.zeros((min(step, draws - start), len(strata)))
-        for member in members:
-            weights[:, member] = rng.multinomial(len(member), np.full(len(member), 1 / len(member)), len(weights))
-        yield weights
+def covariances(influence: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the covariances of numbers that are computed from independent units.
+
+    Args:
+        influence: [rows, units], how far each unit moves each number: for a mean, the unit's deviation over the number
+            of units; for a ratio of means, that of its first-order expansion. They need not sum to zero.
+        strata: [units]; the units of a stratum vary together, and strata do not depend on each other.
+
+    Returns:
+        The covariances from each stratum, [strata, rows, rows], not a number for a stratum of one unit; and the degrees
+        of freedom of each stratum, its units less one, [strata].
+    """
+    parts, freedom = [], []
+    for stratum in np.unique(strata):
+        own = influence[:, strata == stratum]
+        units = own.shape[1]
+        own = own - own.mean(1, keepdims=True)
+        parts.append(own @ own.T * units / (units - 1) if units > 1 else np.full((len(own),) * 2, np.nan))
+        freedom.append(units - 1)
+    return np.stack(parts), np.array(freedom)
 
 
-def interval(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile interval of bootstrap draws [draws, ...]; draws that are not a number are left out."""
-    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return low, high
+def half_width(variances: np.ndarray, freedom: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+    """Return half of Student's interval of numbers whose variance is a sum over strata.
+
+    The degrees of freedom are Welch and Satterthwaite's, so that a stratum of few units counts as far as it adds to the
+    variance. `scripts/analysis/check_statistics.py` simulates the coverage. With 6 to 100 pictures the alternatives did
+    worse, in differences and ratios: the percentile bootstrap covers 87 % at 6 pictures; widened by Student's quantile
+    it covers 93 % at 10; the bootstrap-t covers 91 to 95 %, and its intervals are infinite where a resample draws
+    pictures that are all alike.
+
+    Args:
+        variances: [strata, ...], variance from each stratum.
+        freedom: [strata], degrees of freedom of each.
+        confidence: coverage of the interval.
+
+    Returns:
+        [...]; not a number where the variance is not known.
+    """
+    total = variances.sum(0)
+    squares = (variances**2 / np.maximum(freedom, 1).reshape(-1, *[1] * (variances.ndim - 1))).sum(0)
+    pooled = np.divide(total**2, squares, out=np.full_like(total, np.nan), where=squares > 0)
+    return np.where(total == 0, 0.0, stats.t.ppf((1 + confidence) / 2, pooled) * np.sqrt(total))
 
 
 # ---------------------------------------------------------------------- paired tests
 
 
 def mcnemar(scores: np.ndarray) -> np.ndarray:
-    """Test all pairs of rows of right/wrong scores [rows, Q] by McNemar's exact two-sided test: p values [rows, rows].
+    """Test all pairs of rows of right/wrong scores [rows, Q] by McNemar's mid-p test: two-sided p values [rows, rows].
 
-    Only the questions on which two rows differ count. If the rows are equally good, each of these is a fair coin.
+    Only the questions on which two rows differ count. If the rows are equally good, each of these is a fair coin. The
+    exact test counts the observed outcome in full and errs in far fewer than 5 % of the cases; the mid-p test counts
+    half of it. Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data: mid-p and asymptotic are
+    better than exact conditional", 2013: its errors hardly ever exceed the level, and it finds more. The swap test
+    equals the exact test here.
     """
     right = np.asarray(scores, dtype=float)
     only_first = np.rint(right @ (1 - right).T).astype(int)
-    differing = only_first + only_first.T
-    return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(only_first, only_first.T), differing, 0.5))
+    fewer, differing = np.minimum(only_first, only_first.T), only_first + only_first.T
+    return 2 * stats.binom.cdf(fewer, differing, 0.5) - stats.binom.pmf(fewer, differing, 0.5)
 
 
 def swap_test(sums: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
@@ -109,13 +140,22 @@ def swap_test(sums: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     rows, units = sums.shape
     total = sums.sum(1)
     observed = np.abs(total[:, None] - total) * (1 - 1e-9) - 1e-12  # equal up to rounding is equal
-    exact = units < 63 and 2**units <= draws
+    exact = _tries_all(units, draws)
     count, reached = 0, np.zeros((rows, rows))
     for signs in _all_signs(units) if exact else _random_signs(units, draws, seed):
         swapped = sums @ signs
         reached += (np.abs(swapped[:, None] - swapped[None]) >= observed[:, :, None]).sum(2)
         count += signs.shape[1]
     return reached / count if exact else (reached + 1) / (count + 1)
+
+
+def resolution(units: int, draws: int) -> float:
+    """Return the smallest p value that `swap_test` can give because its swaps are random; 0 where it tries all."""
+    return 0.0 if _tries_all(units, draws) else 1 / (draws + 1)
+
+
+def _tries_all(units: int, draws: int) -> bool:
+    return units < 63 and 2**units <= draws
 
 
 def _all_signs(units: int) -> Iterator[np.ndarray]:

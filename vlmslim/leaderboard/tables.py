@@ -11,6 +11,7 @@ from vlmslim.leaderboard.task_groups import GROUPS
 
 NOTHING = "–"
 STAR = "†"  # marks a significant difference; Markdown would read an asterisk as emphasis
+_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)  # of p values that are upper bounds
 IDLE = "‡"  # marks a row with a stage that never acted
 
 
@@ -208,10 +209,13 @@ def difference_text(pair: Pair | None, scale: int) -> str:
 
 
 def p_text(pair: Pair | None) -> str:
-    """Write an adjusted p value."""
+    """Write an adjusted p value; one that random swaps cannot tell from smaller ones is written as an upper bound."""
     if pair is None:
         return NOTHING
-    return "<0.001" if pair.p_adjusted < 0.001 else f"{pair.p_adjusted:.3f}"
+    p = pair.p_adjusted
+    if p < 0.001 or (pair.at_limit and p < 1):
+        return f"<{next(bound for bound in _BOUNDS if p <= bound):g}"
+    return f"{p:.3f}"
 
 
 def _with_ratio(value: float, ratio: float | None, digits: int) -> str:
