@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
@@ -188,6 +189,33 @@ class ImageTokens:
         if layer not in self.recorded_layers:
             raise RuntimeError(f"tower layer {layer} was not recorded: list it in `tower_layers`")
         return tower_qk(*self.recorded_layers[layer])
+
+    def at_tokens(self, patches: Tensor) -> Tensor:
+        """Read what is known of each patch of the tower at the image's tokens.
+
+        A token of a resized mosaic reads the patch nearest to it. The frames of a video are pooled after the tower, so
+        the values are pooled alike.
+
+        Args:
+            patches: (c, side * side) or (c, side * side, v) of every crop or frame, without CLS.
+
+        Returns:
+            (n,) or (n, v); 0 at tokens without a place, such as newlines.
+        """
+        grid = self.grid.to(patches.device)
+        side = self.side
+        if self.video and (pooled := int(grid[:, 1].max()) + 1) < side:
+            maps = patches.reshape(len(patches), side, side, -1).movedim(-1, 1).float()
+            maps = functional.interpolate(maps, (pooled, pooled), mode="bilinear").movedim(1, -1)
+            patches, side = maps.reshape(len(patches), pooled**2, *patches.shape[2:]).to(patches), pooled
+        crop, row, column = grid.clamp(min=0).unbind(1)
+        read = patches[crop, row * side + column]
+        return read.where((grid >= 0).all(1).view(-1, *[1] * (read.ndim - 1)), torch.zeros_like(read))
+
+    @property
+    def tower_tokens(self) -> Tensor:
+        """(n, v): the vision tower's features at the image's tokens, before the projector; 0 at newlines."""
+        return self.at_tokens(self.tower[:, -(self.side**2) :])
 
     def pick(self, index: Tensor) -> Compressed:
         """Keep the image's own tokens at `index` (k,), in that order."""

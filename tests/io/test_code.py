@@ -162,7 +162,7 @@ def test_every_hash_holds_the_engine_and_each_method_its_own_files():
         own = code_hash([method_class(name)])
         assert own.items() > engine.items()
         assert own.keys() & {f"vlmslim/methods/{name}.py", f"vlmslim/methods/{name}/__init__.py"}
-    assert "vlmslim/methods/_greedy.py" in code_hash([method_class("divprune")])
+    assert "vlmslim/methods/_selection.py" in code_hash([method_class("divprune")])
     assert "vlmslim/methods/drop_visual.py" in code_hash([method_class("todre")])
     assert "vlmslim/methods/atp/score_maps.py" in code_hash([method_class("atp")])
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import ImageTokens, Keep, check_choices, check_keep
-from vlmslim.methods._greedy import GreedySelection
+from vlmslim.compressor import Keep, check_choices, check_keep
+from vlmslim.methods._selection import Pool, Selection
 from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 
 @dataclass
-class DivPrune(GreedySelection):
+class DivPrune(Selection):
     """Keep a subset of visual tokens whose smallest pairwise cosine distance is large (algorithm 1 of the paper).
 
     Differs from the release (commit 799e2d9) where the release misbehaves. Distances are computed in fp32 instead of
@@ -44,9 +44,9 @@ class DivPrune(GreedySelection):
                 "order='selection' moves tokens away from their places; use positions='renumbered' with it"
             )
 
-    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], candidates: Sequence[Tensor]) -> Tensor:
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the farthest points."""
-        return farthest_points(x, k)
+        return farthest_points(read[0], k)
 
 
 @full_precision

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
 from vlmslim.engine.families import has_cls
-from vlmslim.methods._greedy import GreedySelection
+from vlmslim.methods._selection import Pool, Selection
 from vlmslim.methods.drop_visual import DropVisual
 from vlmslim.ops.attention import cls_attention
 from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
@@ -23,7 +23,7 @@ MATRIX_LIMIT = 8192  # tokens up to which all similarities of an image are in me
 
 
 @dataclass
-class Diversify(GreedySelection):
+class Diversify(Selection):
     """Stage 1: start from a pivot token, and add again and again the token least similar to those chosen so far.
 
     Candidates are the projected tokens of all crops or frames together, compared by cosine similarity.
@@ -71,10 +71,10 @@ class Diversify(GreedySelection):
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()
 
-    def search(self, x: Tensor, k: int, images: Sequence[ImageTokens], candidates: Sequence[Tensor]) -> Tensor:
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Start from each image's pivot."""
-        pivots = [self._pivot(image, slots) for image, slots in zip(images, candidates, strict=True)]
-        return diverse(x, k, torch.stack(pivots), self.objective)
+        pivots = [self._pivot(pool.image, pool.slots) for pool in pools]
+        return diverse(read[0], k, torch.stack(pivots), self.objective)
 
     def _pivot(self, image: ImageTokens, slots: Tensor) -> Tensor:
         """Find where in the candidates (m,) the search starts: a scalar."""

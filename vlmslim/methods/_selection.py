@@ -1,0 +1,210 @@
+"""What the methods share that select an image's tokens before the language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.engine.families import has_cls
+from vlmslim.ops.attention import cls_attention, received_attention
+from vlmslim.ops.budgets import share_out
+from vlmslim.ops.newlines import fill_budget
+
+
+@dataclass
+class Pool:
+    """Tokens that one search chooses among.
+
+    image : that they belong to
+    slots : (m,) their positions among the image's tokens
+    k     : how many of them to choose
+    read  : tensors (m, ...) with what the search reads of each token
+    """
+
+    image: ImageTokens
+    slots: Tensor
+    k: int
+    read: tuple[Tensor, ...]
+
+
+class Selection(Compressor):
+    """Candidates, budgets, batching, newlines and order of a selection; subclasses override `search`.
+
+    Attributes:
+        keep: visual tokens to keep per image, a count or a share.
+        newline: "pool" lets newline tokens compete with patches; "rows" and "drop" as in `fill_budget`.
+        order: "raster" feeds the kept tokens in reading order, "selection" in the order in which they were picked.
+        pool: "image" searches all tokens of an image together; "view" searches each crop or frame by itself, with a
+            budget in proportion to its tokens.
+        mode: "released" sees images with tiles as most releases do: every patch of every view competes, also where
+            the view is padding; each view has the same budget, rounded down; no newline is kept.
+    """
+
+    keep: Keep
+    newline: str
+    order: str = "raster"
+    pool: str = "image"
+    mode: str = "corrected"
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return what the search reads of each token of an image: tensors (n, ...). By default its features."""
+        return (image.features,)
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Pick k candidates of every pool.
+
+        Args:
+            k: number of picks.
+            pools: b pools of m tokens each.
+            *read: tensors (b, m, ...) with what `read` returned for the candidates.
+
+        Returns:
+            (b, k) indices into the candidates, best first.
+        """
+        raise NotImplementedError
+
+    def setup(self, model: Any) -> None:
+        """Find the projector, which mode="released" needs for patches that the model packs away.
+
+        Raises:
+            ValueError: the release has no such model.
+        """
+        if self.mode != "released":
+            return
+        self.projector: nn.Module = model.model.multi_modal_projector
+        if model.config.model_type == "llava_onevision":
+            raise ValueError(
+                f"{type(self).__name__}'s release does not support LLaVA-OneVision; use mode='corrected' with it"
+            )
+
+    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Search the images of a forward, pools of equal size and budget together.
+
+        Together, because the picks of a search follow one another: a loop over picks takes as long for many images as
+        for one.
+        """
+        seen = list(images)
+        if self.mode == "released":
+            seen = [with_padding(image, self.projector) if image.tiles[1] else image for image in images]
+        counts = [resolve_keep(self.keep, len(image.features)) for image in images]
+        pools = [
+            [] if k == len(image.features) and self.order == "raster" else self.pools(given, k)
+            for image, given, k in zip(images, seen, counts, strict=True)
+        ]
+        groups: dict[object, list[Pool]] = {}
+        for pool in (pool for found in pools for pool in found):
+            groups.setdefault((pool.k, *(x.shape for x in pool.read)), []).append(pool)
+        picks: dict[int, Tensor] = {}
+        for members in groups.values():
+            stacked = [torch.stack(each) for each in zip(*(pool.read for pool in members), strict=True)]
+            for pool, found in zip(members, self.search(members[0].k, members, *stacked), strict=True):
+                picks[id(pool)] = pool.slots[found]
+        results = []
+        for image, given, k, found in zip(images, seen, counts, pools, strict=True):
+            if not found:
+                results.append(image.pick(torch.arange(len(image.features), device=image.features.device)))
+                continue
+            order = interleave([picks[id(pool)] for pool in found])
+            if given is image and sum(len(pool.slots) for pool in found) < len(image.features):
+                order = fill_budget(order, image.grid, image.tiles, k, self.newline)  # newlines count, too
+            index = order.sort().values if self.order == "raster" else order
+            results.append(image.pick(index) if given is image else Compressed(given.features[index]))
+        return results
+
+    def pools(self, image: ImageTokens, k: int) -> list[Pool]:
+        """Return the pools of an image of which k tokens are to be kept; those without a budget are left out."""
+        n, device = len(image.features), image.features.device
+        slots = [torch.arange(n, device=device)]
+        if k < n and (self.newline != "pool" or self.pool == "view"):
+            crop = image.grid[:, 0].cpu()
+            kinds = crop[crop >= 0].unique().tolist() if self.pool == "view" else [None]
+            slots = [(crop >= 0 if kind is None else crop == kind).nonzero()[:, 0].to(device) for kind in kinds]
+        sizes = [len(own) for own in slots]
+        budgets = share_out(min(k, sum(sizes)), sizes)
+        if self.mode == "released" and len(slots) > 1:
+            budgets = [min(max(1, k // len(slots)), size) for size in sizes]
+        read = self.read(image)
+        return [
+            Pool(image, own, budget, tuple(x[own] for x in read))
+            for own, budget in zip(slots, budgets, strict=True)
+            if budget
+        ]
+
+
+class ScoredSelection(Selection):
+    """A selection that reads how much attention each patch gets in the vision tower.
+
+    Attributes:
+        score: "cls" is the attention from CLS to each patch, "received" the mean attention that a patch receives,
+            "auto" the first on a tower with a CLS token and the second on others.
+        score_layer: tower layer of the attention. -2 is the one whose output LLaVA reads.
+    """
+
+    score: str
+    score_layer: int = -2
+
+    def setup(self, model: Any) -> None:
+        """Choose the score for this tower.
+
+        Raises:
+            ValueError: the tower has no CLS token and the score needs one.
+        """
+        super().setup(model)
+        cls = has_cls(model.model)
+        if self.score == "cls" and not cls:
+            raise ValueError(
+                f"score='cls' needs a CLS token, and {type(model.model.vision_tower).__name__} has none; "
+                "use score='received', which is what 'auto' takes there"
+            )
+        if self.score == "auto":
+            self.score = "cls" if cls else "received"
+        self.cls = cls
+        self.tower_layers = tuple({*self.tower_layers, self.score_layer})
+
+    def scores(self, image: ImageTokens) -> Tensor:
+        """Return the attention that each token of an image gets: (n,) fp32, 0 at newlines."""
+        q, k = image.qk(self.score_layer)
+        if self.score == "cls":
+            return image.at_tokens(cls_attention(q, k))
+        return image.at_tokens(received_attention(q, k)[:, int(self.cls) :])
+
+
+def check_selection(options: Any) -> None:
+    """Check the options that selections share.
+
+    Raises:
+        ValueError: names the option, and what to give instead.
+    """
+    check_keep(options.keep)
+    known = {"newline": ("rows", "drop"), "score": ("auto", "cls", "received"), "mode": ("corrected", "released")}
+    names = {f.name for f in fields(options)}
+    check_choices(options, **{name: values for name, values in known.items() if name in names})
+    if options.mode == "released" and options.positions == "original":
+        raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
+
+
+def interleave(orders: list[Tensor]) -> Tensor:
+    """Merge rankings into one: of every ranking, equal fractions come first, those of earlier rankings on ties."""
+    if len(orders) == 1:
+        return orders[0]
+    turn = torch.cat([(torch.arange(len(order)) + 0.5) / len(order) for order in orders])
+    return torch.cat(orders)[turn.argsort(stable=True).to(orders[0].device)]
+
+
+def with_padding(image: ImageTokens, projector: nn.Module) -> ImageTokens:
+    """Return an image with tiles as releases see it that do not unpad: all patches, and no newline.
+
+    The thumbnail comes first, then the mosaic row by row, across tiles.
+    """
+    side, (rows, columns) = image.side, image.tiles
+    y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
+    mosaic = torch.stack([1 + y // side * columns + x // side, y % side, x % side], dim=-1).flatten(0, 1)
+    thumbnail = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(side), torch.arange(side))
+    grid = torch.cat([thumbnail, mosaic])
+    crop, row, column = grid.to(image.tower.device).unbind(1)
+    with torch.no_grad():
+        features = projector(image.tower[:, -(side**2) :])[crop, row * side + column]
+    return replace(image, features=features.to(image.features), make_grid=lambda: grid)
