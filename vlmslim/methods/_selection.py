@@ -141,10 +141,12 @@ class ScoredSelection(Selection):
         score: "cls" is the attention from CLS to each patch, "received" the mean attention that a patch receives,
             "auto" the first on a tower with a CLS token and the second on others.
         score_layer: tower layer of the attention. -2 is the one whose output LLaVA reads.
+        received_layer: the same, for the attention that a patch receives.
     """
 
     score: str
     score_layer: int = -2
+    received_layer: int = -2
 
     def setup(self, model: Any) -> None:
         """Choose the score for this tower.
@@ -162,6 +164,7 @@ class ScoredSelection(Selection):
         if self.score == "auto":
             self.score = "cls" if cls else "received"
         self.cls = cls
+        self.score_layer = self.score_layer if self.score == "cls" else self.received_layer
         self.tower_layers = tuple({*self.tower_layers, self.score_layer})
 
     def scores(self, image: ImageTokens) -> Tensor:
