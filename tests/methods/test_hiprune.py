@@ -1,0 +1,106 @@
+"""HiPrune against plain loops, and its layers in models."""
+
+import pytest
+import torch
+from checks import kept_of
+from doubles import watched
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds, some
+from tiny import BOS, LONG_ROWS, Picture, batch, tiny, words
+
+import vlmslim
+from vlmslim.methods.hiprune import HiPrune
+
+
+def plain(middle: list[float], late: list[float], places: list[list[int]], k: int, alpha: float, rule: str) -> set[int]:
+    """The same rule with sets; `places` are crop, row and column."""
+    n, width = len(middle), max(column for _, _, column in places) + 1
+    anchors = sorted(range(n), key=lambda i: (-middle[i], i))[: round(k * alpha / 5)]
+    spread = list(anchors)
+    near = set()
+    for i in anchors:
+        if rule == "grid":
+            crop, row, column = places[i]
+            around = [
+                [crop, row + 1, column],
+                [crop, row - 1, column],
+                [crop, row, column + 1],
+                [crop, row, column - 1],
+            ]
+            near |= {places.index(place) for place in around if place in places}
+        else:
+            index = [i - 1, i + 1, i - width, i + width]
+            near |= {min(max(j, 0), n - 1) for j in index} if rule == "released" else {j for j in index if 0 <= j < n}
+    spread += sorted(near - set(anchors), key=lambda i: (-middle[i], i))
+    rest = sorted((i for i in range(n) if i not in spread), key=lambda i: (-late[i], i))
+    return set((spread + rest)[:k])
+
+
+@some
+@given(
+    seeds,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from(["grid", "paper", "released"]),
+    st.data(),
+)
+def test_it_is_the_rule_with_sets(seed, rows, columns, alpha, rule, data):
+    """Attention in quarters, so that many patches tie."""
+    n = rows * columns
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    middle, late = (torch.randint(0, 5, (2, n), generator=generator) / 4 for _ in range(2))
+    grid = torch.cartesian_prod(torch.tensor([3]), torch.arange(rows), torch.arange(columns)).expand(2, -1, -1)
+    got = HiPrune(keep=k, alpha=alpha, neighbours=rule).search(k, (), middle, late, grid)
+    for i in range(2):
+        assert len(got[i]) == k
+        want = plain(middle[i].tolist(), late[i].tolist(), grid[i].tolist(), k, alpha, rule)
+        assert set(got[i].tolist()) == want
+
+
+@torch.no_grad()
+def test_the_layers_of_anchors_and_registers(family):
+    """By the tower's own attention maps. The tower of 3 layers has its anchors in the first, or where one says."""
+    model = tiny(family, "eager")
+    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
+    for middle, index in ((0.375, 0), (3, 2)):
+        options = dict(keep=21 if family in ("next", "onevision") else 6, alpha=1.0, newline="drop", middle=middle)
+        _, _, ((image, result),), _ = kept_of(model, row, HiPrune, **options)
+        maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions
+        for view in range(len(image.pixels)):
+            slots = (image.grid[:, 0] == view).nonzero()[:, 0]
+            own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
+            place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
+            received = [maps[layer][view].mean((0, 1))[-16:][place].tolist() for layer in (index, -2)]
+            assert plain(*received, image.grid[slots].tolist(), len(own), 1.0, "grid") == set(own)
+
+
+@torch.no_grad()
+def test_released_views_have_equal_budgets():
+    model = tiny("next")
+    method, seen = watched(HiPrune, keep=21, mode="released")
+    with vlmslim.patch(model, method):
+        model(**batch(model, LONG_ROWS))
+    assert [len(result) for image, result in seen] == [21 // len(image.pixels) * len(image.pixels) for image, _ in seen]
+    assert method.neighbours == "released" and HiPrune().neighbours == "grid"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(alpha=1.5), "from 0 to 1"),
+        (dict(neighbours="diagonal"), "'grid'"),
+        (dict(middle=0), "from 1 on"),
+        (dict(middle=1.0), "share of the depth"),
+    ],
+)
+def test_bad_options_say_what_to_type(options, message):
+    with pytest.raises(ValueError, match=message):
+        vlmslim.method("hiprune", **options)
+
+
+def test_a_layer_that_the_tower_does_not_have():
+    with pytest.raises(ValueError, match="has 3 layers"):
+        vlmslim.patch(tiny("llava"), "hiprune", middle=9)
