@@ -1,4 +1,4 @@
-"""HiPrune: "Hierarchical Attention for Efficient Token Pruning in Vision-Language Models" (ACL 2026, arXiv 2508.00553)."""
+"""HiPrune: "Hierarchical Attention for Efficient Token Pruning in VLMs" (ACL 2026, arXiv 2508.00553)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,146 @@
+"""VisionZip: "Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025, arXiv 2412.04467)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
+from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, with_padding
+from vlmslim.ops.ranking import full_precision
+
+
+@dataclass
+class VisionZip(ScoredSelection):
+    """Keep the patches that CLS attends to most, and merge the others into a few.
+
+    Of the T tokens of a crop or frame, C = round(T x contextual) are contextual and the others dominant. Dominant are
+    the patches of most attention from CLS. Of the others in reading order, C evenly spaced ones are targets. Every
+    further patch joins the target whose key, averaged over heads, has the largest cosine to its own. Merging comes
+    before the projector, except on OneVision, which resizes tokens after it.
+
+    mode="released" follows the release (commit 3151f6d), for LLaVA-1.5 and LLaVA-NeXT: CLS itself is one of the
+    dominant tokens; a contextual token is the target plus the mean of its members, which doubles its norm; padded
+    patches compete; every view has the same budget, rounded down; a view sends CLS, dominant and contextual tokens,
+    and tiles send dominant ones in the order of the mosaic, then their CLS, then contextual ones. mode="corrected",
+    the default, sends no CLS, because projector and language model never saw one; a contextual token is the mean of
+    target and members; all tokens come in reading order, at the places of dominant patches and targets. The budget is
+    met exactly. In both modes newlines of tiles are gone, and ties go to the lower index.
+
+    keep       : visual tokens to send per image, a count or a share; the paper uses 192, 128 and 64 of 576
+    mode       : "corrected" or "released"
+    contextual : part of the budget for merged tokens; the paper uses 10 of 64
+    score      : attention from CLS ("cls"), mean attention received ("received", as in the paper for towers without
+                 CLS), or "auto": "cls" if the tower has CLS
+    positions  : "renumbered" (as released) or "original" rotary positions
+    """
+
+    pool = "view"
+    newline = "drop"
+
+    keep: Keep = 0.111
+    mode: str = "corrected"
+    contextual: float = 10 / 64
+    score: str = "auto"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        if not 0 <= self.contextual < 1:
+            raise ValueError(f"contextual={self.contextual}: give a part of the budget in [0, 1); the paper's is 10/64")
+
+    def setup(self, model: Any) -> None:
+        """Find the projector, except for OneVision, and the layer whose input has CLS.
+
+        Raises:
+            ValueError: mode="released" and the tower has no CLS token.
+        """
+        super().setup(model)
+        if self.mode == "released" and not self.cls:
+            raise ValueError("mode='released' sends the CLS token, and this tower has none; use mode='corrected'")
+        tower = model.config.model_type != "llava_onevision"
+        self.projector: nn.Module | None = model.model.multi_modal_projector if tower else None
+        self.tower_layers = (*self.tower_layers, -1) if self.mode == "released" else self.tower_layers
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return what merges, keys averaged over heads, and attention."""
+        keys = image.at_tokens(image.qk(self.score_layer)[1].float().mean(1)[:, int(self.cls) :])
+        return image.tower_tokens if self.projector is not None else image.features, keys, self.scores(image)
+
+    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Compress the images one by one."""
+        return [self.compress(image) for image in images]
+
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Merge within every view, then project."""
+        n, device = len(image.features), image.features.device
+        if (k := resolve_keep(self.keep, n)) == n:
+            return image.pick(torch.arange(n, device=device))
+        released = self.mode == "released"
+        given = with_padding(image, self.projector) if released and self.projector and image.tiles[1] else image
+        pools = self.pools(given, k)
+        parts = [zipped(*pool.read, pool.k, round(pool.k * self.contextual), int(released)) for pool in pools]
+        if released:
+            return Compressed(self._project(released_sequence(image, pools, parts), image))
+        features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)
+        index = torch.cat([pool.slots[at] for pool, part in zip(pools, parts, strict=True) for at in part[2:]])
+        spare = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, index, True).logical_not()
+        spare = spare.nonzero()[: k - len(index), 0]  # newlines, once all patches are sent
+        index, order = torch.cat([index, spare]).sort()
+        return Compressed(torch.cat([features, image.features[spare]])[order], index)
+
+    def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
+        x = x.to(image.tower.dtype)
+        return x if self.projector is None else self.projector(x).to(image.features)
+
+
+def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls: int) -> tuple[Tensor, ...]:
+    """Compress one view to k tokens, or to k - 1 if CLS is one of them.
+
+    Args:
+        x: (n, v) patches.
+        keys: (n, w) what similarity is measured on.
+        attention: (n,).
+        k: number of tokens, at most n (+ 1 with CLS).
+        merged: number of contextual ones, as far as patches are left.
+        cls: 1 if CLS is one of the k. Contextual tokens then are the released sums, otherwise means.
+
+    Returns:
+        Dominant tokens (d, v) and contextual ones (c, v), and the patches that they stand at, (d,) and (c,), ascending.
+    """
+    merged = min(merged, k - cls, len(x) - (k - merged - cls))
+    order = attention.argsort(descending=True, stable=True)
+    dominant = order[: k - merged - cls].sort().values
+    left = order[k - merged - cls :].sort().values
+    if not merged:
+        return x[dominant], x[:0], dominant, left[:0]
+    target = left[:: max(1, len(left) // merged)][:merged]
+    others = left[~torch.isin(left, target)]
+    joins = F.one_hot(
+        assigned(keys, others, target), merged
+    ).T.float()  # a product repeats on a GPU, a scatter does not
+    size = joins.sum(1, keepdim=True)
+    with torch.autocast(x.device.type, enabled=False):
+        total, own = joins @ x[others].float(), x[target].float()
+    contextual = own + total / size.clamp(min=1) if cls else (own + total) / (1 + size)
+    return x[dominant], contextual.to(x), dominant, target
+
+
+@full_precision
+def assigned(keys: Tensor, others: Tensor, target: Tensor) -> Tensor:
+    """Find the target (c,) of largest cosine, the first on ties, for each of the others (m,): (m,) in 0 .. c-1."""
+    unit = F.normalize(keys, dim=-1)
+    return (unit[others] @ unit[target].T).argmax(1)
+
+
+def released_sequence(image: ImageTokens, pools: list[Pool], parts: list[tuple[Tensor, ...]]) -> Tensor:
+    """Put the views of an image into the order in which the release sends them, (m, v), CLS included."""
+    cls = image.recorded_layers[-1][1][:, :1]  # (c, 1, v) what the layer returned that LLaVA reads
+    dominant, contextual, at, _ = zip(*parts, strict=True)
+    sequence = [cls[0], dominant[0], contextual[0]]
+    if len(pools) > 1:
+        slots = torch.cat([pool.slots[own] for pool, own in zip(pools[1:], at[1:], strict=True)])
+        sequence += [torch.cat(dominant[1:])[slots.argsort()], cls[1:, 0], *contextual[1:]]
+    return torch.cat(sequence)
