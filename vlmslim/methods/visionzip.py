@@ -118,9 +118,7 @@ def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls:
         return x[dominant], x[:0], dominant, left[:0]
     target = left[:: max(1, len(left) // merged)][:merged]
     others = left[~torch.isin(left, target)]
-    joins = F.one_hot(
-        assigned(keys, others, target), merged
-    ).T.float()  # a product repeats on a GPU, a scatter does not
+    joins = F.one_hot(assigned(keys, others, target), merged).T.float()
     size = joins.sum(1, keepdim=True)
     with torch.autocast(x.device.type, enabled=False):
         total, own = joins @ x[others].float(), x[target].float()
