@@ -175,14 +175,14 @@ class ScoredSelection(Selection):
         return image.at_tokens(received_attention(q, k)[:, int(self.cls) :])
 
 
-def check_selection(options: Any) -> None:
+def check_selection(options: Any, score: tuple[str, ...] = ("auto", "cls", "received")) -> None:
     """Check the options that selections share.
 
     Raises:
         ValueError: names the option, and what to give instead.
     """
     check_keep(options.keep)
-    known = {"newline": ("rows", "drop"), "score": ("auto", "cls", "received"), "mode": ("corrected", "released")}
+    known = {"newline": ("rows", "drop"), "score": score, "mode": ("corrected", "released")}
     names = {f.name for f in fields(options)}
     check_choices(options, **{name: values for name, values in known.items() if name in names})
     if options.mode == "released" and options.positions == "original":
