@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from vlmslim.methods.recoverable.clip import load_clip
+from vlmslim.methods._clip import load_clip
 
 
 def test_a_hf_clip(hf_folder):

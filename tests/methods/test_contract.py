@@ -34,8 +34,12 @@ def make(request):
 
     def made(name: str, keep: int | float = 5, **options):
         options |= {"weights": "random"} if "weights" in options_of(name) else {}
+        if "tokenizer" in options_of(name):
+            options |= dict(tokenizer=Words())
         if "clip" in options_of(name):  # the CLIP of the tiny LLaVA's tower
-            options |= dict(clip=request.getfixturevalue("hf_folder"), tokenizer=Words(), neighbours=(3, 3, 3))
+            options |= dict(clip=request.getfixturevalue("hf_folder"))
+        if name == "recoverable":
+            options |= dict(neighbours=(3, 3, 3))
         return registered(name, keep, **options) if "keep" in options_of(name) else vlmslim.method(name, **options)
 
     return made

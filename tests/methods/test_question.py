@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmslim.methods.recoverable.question import find_text
+from vlmslim.methods._question import find_text
 
 SYSTEM = "A chat between a curious human and an artificial intelligence assistant."
 ASKED = "What colour is the car?\nAnswer in one word."

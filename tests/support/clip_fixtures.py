@@ -19,6 +19,9 @@ class Words:
     def decode(self, ids):
         return " ".join(VOCABULARY[i] for i in ids)
 
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [VOCABULARY.index(word) for word in text.split()]}
+
 
 def stem_of(model):
     tower = model.model.vision_tower

@@ -213,11 +213,11 @@ def options_of(name: str) -> set[str]:
     return set(registry.options_of(name))
 
 
-#: the methods that run on any tiny model at any budget: recoverable needs a CLIP beside it, which its own tests bring
+#: the methods that run on any tiny model at any budget: others need a CLIP or a tokenizer, which their own tests bring
 BUDGETED = [
     method.name
     for method in registry.listings()
-    if method.cls and "keep" in options_of(method.name) and "clip" not in options_of(method.name)
+    if method.cls and "keep" in options_of(method.name) and not {"clip", "tokenizer"} & options_of(method.name)
 ]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from vlmslim.methods._clip import hf_clip_text
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity, top
-from vlmslim.methods.recoverable.clip import hf_clip_text
 from vlmslim.methods.recoverable.lof import count_outliers, local_outlier_factor
 
 PRESETS = {"main": "released", "alt": "released_alt"}

@@ -3,11 +3,9 @@
 AAAI 2025, arXiv 2409.01179.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.methods.recoverable.clip import default_clip, load_clip
+from vlmslim.methods._clip import default_clip, load_clip
+from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt
 from vlmslim.methods.recoverable.lof import count_outliers
-from vlmslim.methods.recoverable.question import find_text
 from vlmslim.ops.budgets import largest_remainder, share_out
 from vlmslim.ops.ranking import full_precision
-from vlmslim.options import shown
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,7 @@ class Recoverable(Compressor):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value!r}: give an integer from {least} on")
-        named = self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike)
-        if not named and not hasattr(self.tokenizer, "decode"):
-            raise ValueError(f"tokenizer={shown(self.tokenizer)}: give a hub id, a folder, or an object with `decode`")
+        check_tokenizer(self.tokenizer)
         if self.turn is not None and _groups(self.turn) != 1:
             raise ValueError(f"turn={self.turn!r}: give a regular expression with exactly one group, the user's text")
 
@@ -181,14 +176,7 @@ class Recoverable(Compressor):
             raise ValueError(
                 f"pad_length={self.pad_length}: this CLIP reads {self.clip_text.context} tokens; use at most these"
             )
-        self.prompt_tokenizer = self.tokenizer
-        if self.tokenizer is None or isinstance(self.tokenizer, str | Path):
-            from transformers import AutoTokenizer
-
-            name = self.tokenizer or model.config._name_or_path
-            if not name:
-                raise ValueError("this model does not tell where it was loaded from; give tokenizer=HUB_ID_OR_FOLDER")
-            self.prompt_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Filter, recover and merge one image."""
@@ -216,9 +204,7 @@ class Recoverable(Compressor):
         """Find the text to compare the image's patches with, in its prompt."""
         if image.prompt is None:
             raise ValueError("Recoverable reads the question from input_ids; pass input_ids instead of inputs_embeds")
-        prompt = self.prompt_tokenizer.decode(image.prompt.tolist())
-        special = getattr(self.prompt_tokenizer, "all_special_tokens", ())
-        return find_text(prompt, self.reading.text_source, self.turn, special)
+        return read_prompt(image.prompt, self.prompt_tokenizer, self.reading.text_source, self.turn)
 
     def _compress(self, image: ImageTokens, k: int | None, text: Tensor) -> Compressed:
         """Compress an image to k tokens, or to as many as the method finds, by the embedding of a text (d,)."""

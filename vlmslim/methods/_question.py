@@ -1,7 +1,13 @@
-"""Find what the user said in a decoded prompt."""
+"""Find what the user said in a prompt."""
 
+import os
 import re
 from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from vlmslim.options import shown
 
 # A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
 USER_TURNS = (
@@ -15,6 +21,51 @@ USER_TURNS = (
 
 PREAMBLE = re.compile(r"(?:Context|Hint)\s*:", re.IGNORECASE)  # ScienceQA and MathVista put such a line first
 OPTION = re.compile(r"\(?[A-Z][.):]\s")  # "A. bear", "(A) bear"
+
+
+#: What benchmarks add to a question to say how to answer it; several methods leave it out.
+ANSWER_FORMATS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+
+
+def check_tokenizer(tokenizer: Any, needs: str = "decode") -> None:
+    """Refuse what is neither a tokenizer nor the name of one.
+
+    Raises:
+        ValueError: says what to give instead.
+    """
+    if not (tokenizer is None or isinstance(tokenizer, str | os.PathLike) or hasattr(tokenizer, needs)):
+        raise ValueError(f"tokenizer={shown(tokenizer)}: give a hub id, a folder, or an object with `{needs}`")
+
+
+def load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """Return a tokenizer: itself, the one of that name, or that of the checkpoint if it is None.
+
+    Raises:
+        ValueError: the checkpoint's name is not known.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    name = tokenizer or model.config._name_or_path
+    if not name:
+        raise ValueError("this model does not tell where it was loaded from; give tokenizer=HUB_ID_OR_FOLDER")
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def read_prompt(prompt: Tensor, tokenizer: Any, source: str, turn: str | None = None) -> str:
+    """Decode the text tokens of a prompt (t,), and find the text in it that `find_text` describes."""
+    return find_text(tokenizer.decode(prompt.tolist()), source, turn, getattr(tokenizer, "all_special_tokens", ()))
+
+
+def without_answer_format(text: str) -> str:
+    """Return a question without the sentences that say how to answer it."""
+    for sentence in ANSWER_FORMATS:
+        text = text.replace(sentence, "")
+    return text.strip()
 
 
 def find_text(prompt: str, source: str, turn: str | None = None, special: Iterable[str] = ()) -> str:

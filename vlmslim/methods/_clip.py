@@ -90,6 +90,33 @@ class ClipText(nn.Module):
         return states[-1 if pool == "last_pad" else ids.index(self.end)].float()
 
     @torch.no_grad()
+    def embed_segments(self, text: str, released: bool = False) -> Tensor:
+        """Embed a text of any length in segments that the tower can read: (segments, d) fp32.
+
+        Args:
+            text: as it is.
+            released: cut the ids every `context` places, so that only the first segment has a start and only the last
+                an end, and pool each at its largest id, as CDPruner's release does. The first segment of a long text
+                then is pooled at its start, and says nothing. Otherwise each segment has both, and is pooled at its
+                end.
+        """
+        device, ids = self.projection.device, self.tokenize(text, 10_000)
+        if released:
+            segments = [ids[i : i + self.context] for i in range(0, len(ids), self.context)]
+            places = [max(range(len(own)), key=own.__getitem__) for own in segments]
+        else:
+            start, words, end = ids[:1], ids[1:-1], ids[-1:]
+            room = self.context - 2
+            segments = [start + words[i : i + room] + end for i in range(0, max(1, len(words)), room)]
+            places = [len(own) - 1 for own in segments]
+        with torch.autocast(device.type, enabled=False):
+            states = [
+                self.states(torch.tensor([own], device=device))[0, place]
+                for own, place in zip(segments, places, strict=True)
+            ]
+        return torch.stack(states).float()
+
+    @torch.no_grad()
     def project(self, patches: Tensor, norm: bool = False) -> Tensor:
         """Project patches into the space of texts: (..., v) -> (..., d) fp32; `norm` applies post-layernorm first."""
         with torch.autocast(patches.device.type, enabled=False):

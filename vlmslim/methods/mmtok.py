@@ -1,0 +1,140 @@
+"""MMTok: "Multimodal Coverage Maximization for Efficient Inference of VLMs" (ICLR 2026, arXiv 2508.18264)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmslim.compressor import ImageTokens, Keep
+from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
+from vlmslim.methods._selection import Pool, Selection, check_selection
+from vlmslim.ops.greedy import Coverage, greedy, similarity_matrix
+from vlmslim.ops.ranking import full_precision
+
+_STOP_WORDS = """a an the is are was were be been being have has had do does did it they he she we you i what where when
+why how who which and or but so if then question answer to for with by from at into onto upon"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+
+@dataclass
+class MMTok(Selection):
+    """Keep the tokens that cover best the words of the question and all visual tokens, found greedily.
+
+    How well a token covers a word is a softmax, over the tokens of the crop or frame, of the cosine between the word's
+    input embedding and the projected token, divided by a temperature. How well it covers another token is the same
+    with vision-tower features. A word or token is covered by its best kept token. The sum over words, divided by
+    their number, and alpha times the mean over tokens are maximised together (equations 5 to 9).
+
+    mode="released" follows the release (commit d1522cd), for LLaVA-1.5 and LLaVA-NeXT: padded patches of anyres images
+    compete, every view keeps the same count, rounded down, and newlines are gone. mode="corrected", the default,
+    chooses among the image's own tokens and shares `keep` out over the views by their sizes. In both modes each image
+    is covered by the words of its own prompt (the release's question passes through hidden state, and may be that of
+    an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked twice. The release also
+    leaves out patches of the padding around a picture; the processors of transformers crop instead, so that there is
+    none here. A prompt without words, or given as embeddings, leaves the coverage of tokens alone.
+
+    The words are those of the user's last turn, without the sentences that say how to answer, and without stop words;
+    a question of stop words alone stays as it is.
+
+    keep             : visual tokens to keep per image, a count or a share
+    mode             : "corrected" or "released"
+    word_temperature : of the softmax for words; the paper uses 0.02 for LLaVA
+    temperature      : of the softmax for tokens; the paper uses 0.2
+    alpha            : weight of the coverage of tokens; the paper uses 0.5
+    tokenizer        : the language model's, to read the prompt: hub id, folder, or an object with `decode` that can be
+                       called. None: that of the checkpoint
+    turn             : regular expression of a user's turn whose group 1 is the text, for unknown chat templates
+    newline          : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions        : "renumbered" (as released) or "original" rotary positions
+    """
+
+    pool = "view"
+
+    keep: Keep = 0.111
+    mode: str = "corrected"
+    word_temperature: float = 0.02
+    temperature: float = 0.2
+    alpha: float = 0.5
+    tokenizer: Any = field(default=None, repr=False)
+    turn: str | None = None
+    newline: str = "rows"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        check_tokenizer(self.tokenizer)
+        for name in ("word_temperature", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        if self.alpha < 0:
+            raise ValueError(f"alpha={self.alpha}: give 0 for the coverage of words alone, or a positive number")
+
+    def setup(self, model: Any) -> None:
+        """Find the tokenizer and the input embeddings."""
+        super().setup(model)
+        self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
+        self.embedding = model.get_input_embeddings()
+
+    def words(self, image: ImageTokens) -> Tensor:
+        """Embed the words of the question in an image's prompt: (m, d)."""
+        text = "" if image.prompt is None else read_prompt(image.prompt, self.prompt_tokenizer, "user", self.turn)
+        words = keywords(text)
+        ids = self.prompt_tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+        with torch.no_grad():
+            return self.embedding(torch.tensor(ids, dtype=torch.long, device=image.features.device))
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return the tower's features, and the cosine of each token to each word."""
+        return image.tower_tokens, cosines(image.features, self.words(image).to(image.features))
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Search for the best coverage."""
+        return cover(*read, k, self.word_temperature, self.temperature, self.alpha)
+
+
+def keywords(text: str) -> str:
+    """Return the words of a user's text that a picture may show, joined by blanks."""
+    text = without_answer_format(re.sub(r"^(?:<image>\s*)+", "", text.strip()))
+    kept = [word for word in re.findall(r"\w+", text) if word.lower() not in STOP_WORDS]
+    return " ".join(kept) or text
+
+
+@full_precision
+def cosines(x: Tensor, words: Tensor) -> Tensor:
+    """Compute the cosine of each token (n, d) to each word (m, d): (n, m)."""
+    return F.normalize(x, dim=-1, eps=1e-8) @ F.normalize(words.float(), dim=-1, eps=1e-8).T
+
+
+@full_precision
+def cover(
+    x: Tensor,
+    to_words: Tensor,
+    k: int,
+    word_temperature: float = 0.02,
+    temperature: float = 0.2,
+    alpha: float = 0.5,
+    excluded: Tensor | None = None,
+) -> Tensor:
+    """Select tokens greedily by how well they cover words and tokens.
+
+    Args:
+        x: (b, n, v) vision-tower features.
+        to_words: (b, n, m) cosine of each token to each word; m may be 0.
+        k: number of picks.
+        word_temperature: of the softmax of the cosines to a word.
+        temperature: of the softmax of the cosines to a token.
+        alpha: weight of the coverage of tokens.
+        excluded: (b, n) True at tokens that must not be picked but are to be covered.
+
+    Returns:
+        (b, k) indices in the order of selection; the first j of them are the selection for k = j.
+    """
+    _, n, m = to_words.shape
+    words = (to_words.float().transpose(1, 2) / word_temperature).softmax(-1) / max(1, m)
+    tokens = (similarity_matrix(F.normalize(x, dim=-1, eps=1e-8)) / temperature).softmax(-1) / n
+    bonus = None if excluded is None else torch.zeros_like(x[..., 0]).masked_fill(excluded, float("-inf"))
+    return greedy(Coverage(torch.cat([words, alpha * tokens], dim=1), bonus=bonus), k)
