@@ -85,17 +85,23 @@ class Farthest:
     Args:
         closeness_to: how close all tokens of each image are to one of them: indices (b,) -> (b, n).
         reduce: how closeness to several tokens follows from closeness to each: `torch.maximum` or `torch.add`.
+        weight: (b, n) of minus the closeness; None for 1.
     """
 
-    def __init__(self, closeness_to: Callable[[Tensor], Tensor], reduce: Callable[[Tensor, Tensor], Tensor]):
-        self.closeness_to, self.reduce = closeness_to, reduce
+    def __init__(
+        self,
+        closeness_to: Callable[[Tensor], Tensor],
+        reduce: Callable[[Tensor, Tensor], Tensor],
+        weight: Tensor | None = None,
+    ):
+        self.closeness_to, self.reduce, self.weight = closeness_to, reduce, weight
         self.closeness: Tensor | None = None
 
     def score(self) -> Tensor:
         """Score by minus the closeness."""
         if self.closeness is None:
             raise ValueError("a search for the farthest token needs a first pick: greedy(..., first=...)")
-        return -self.closeness
+        return -self.closeness if self.weight is None else -self.closeness * self.weight
 
     def add(self, pick: Tensor) -> None:
         """Combine with the closeness to the new pick."""

@@ -1,0 +1,160 @@
+"""CDPruner: "Beyond Attention or Similarity: Maximizing Conditional Diversity" (NeurIPS 2025, arXiv 2506.10967)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmslim.compressor import ImageTokens, Keep, check_choices
+from vlmslim.engine.families import has_cls
+from vlmslim.methods._clip import default_clip, load_clip
+from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
+from vlmslim.methods._selection import Pool, Selection, check_selection
+from vlmslim.ops.centring import centred
+from vlmslim.ops.greedy import Determinant, cosine_matrix, greedy
+from vlmslim.ops.ranking import full_precision
+
+
+@dataclass
+class CDPruner(Selection):
+    """Keep the tokens that span the largest volume, each as long as it is relevant to the question.
+
+    The volume is the determinant of a kernel: cosines of projected tokens times the relevance of both. Its greedy
+    maximum is a determinantal point process (algorithm 1 of the paper), here in each crop or frame. Relevance is
+    *minus* the cosine of a patch and the question in the space of CLIP, scaled to (0, 1] over the image: in that space
+    patches without relation to a text have the higher cosines. `sign="plus"` is what the paper's equations say.
+
+    mode="released" follows the release (commit 9541616), for LLaVA-1.5 and LLaVA-NeXT, with these faults: padded
+    patches of anyres images compete; every view keeps the same count, rounded down; newlines are gone; a question of
+    more than 77 tokens is cut without new ends, so that its first segment says nothing. mode="corrected", the default,
+    chooses among the image's own tokens, shares `keep` out over the views by their sizes, and gives each segment a
+    start and an end. In both modes relevance is scaled within one image, not over a batch; scores are in fp32; ties go
+    to the lower index; and what the release answers with NaN, and then with too few tokens, has a rule: copies and
+    tokens that the kept ones span come last, by relevance; equal relevances count as 1; a zero token is like no other.
+
+    keep       : visual tokens to keep per image, a count or a share
+    mode       : "corrected" or "released"
+    relevance  : to the question, by "clip" (the text tower that belongs to the vision tower), or by "llm" (the mean of
+                 the question's input embeddings against projected tokens, the paper's way for other models), or
+                 "none" (diversity alone). "auto" is "clip" on a tower with CLS, else "llm"
+    sign       : of the cosine, "minus" or "plus"; "auto" is "minus" for "clip" (as released) and "plus" for "llm"
+    theta      : None multiplies with relevance r (as released); in [0, 1), with exp(r x theta / (2 - 2 theta))
+    centring   : subtract the mean token before cosines, and weigh by distinctiveness ("Centering before Pruning")
+    clip       : the CLIP of the vision tower: hub id, folder, or an open_clip name, as for `recoverable`. None: the
+                 tiny CLIP for bundled checkpoints, OpenAI's L/14 at 336 pixels for the tower of LLaVA-1.5
+    tokenizer  : the language model's, to read the prompt: hub id, folder, or an object with `decode`. None: that of
+                 the checkpoint
+    turn       : regular expression of a user's turn whose group 1 is the text, for unknown chat templates
+    newline    : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions  : "renumbered" (as released) or "original" rotary positions
+    """
+
+    pool = "view"
+
+    keep: Keep = 0.111
+    mode: str = "corrected"
+    relevance: str = "auto"
+    sign: str = "auto"
+    theta: float | None = None
+    centring: bool = False
+    clip: str | None = None
+    tokenizer: Any = field(default=None, repr=False)
+    turn: str | None = None
+    newline: str = "rows"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        check_choices(self, relevance=("auto", "clip", "llm", "none"), sign=("auto", "minus", "plus"))
+        check_tokenizer(self.tokenizer)
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise ValueError(f"theta={self.theta}: give a number in [0, 1), or None to multiply with relevance itself")
+
+    def setup(self, model: Any) -> None:
+        """Load what relevance needs.
+
+        Raises:
+            ValueError: the CLIP does not belong to the vision tower, or no default for `clip` or `tokenizer` is known.
+        """
+        super().setup(model)
+        if self.relevance == "auto":
+            self.relevance = "clip" if has_cls(model.model) else "llm"
+        if self.relevance == "clip":
+            if not has_cls(model.model):
+                raise ValueError("relevance='clip' needs a CLIP tower, and this tower has no CLS; use relevance='llm'")
+            self.clip_text = load_clip(self.clip or default_clip(model))
+            self.clip_text.check_tower(model.model.vision_tower)
+        if self.relevance != "none":
+            self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
+            self.embedding = model.get_input_embeddings()
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return features, and relevance scaled over the image."""
+        if self.relevance == "none":
+            return image.features, torch.ones(len(image.features), device=image.features.device)
+        if self.relevance == "clip":
+            self.clip_text.to(image.tower.device)
+            patches = self.clip_text.project(image.tower_tokens, norm=True)
+            texts = self.clip_text.embed_segments(self.text_of(image), self.mode == "released")
+        else:
+            ids = self.prompt_tokenizer(self.text_of(image), add_special_tokens=False)["input_ids"]
+            patches = image.features
+            with torch.no_grad():
+                rows = self.embedding(torch.tensor(ids, dtype=torch.long, device=patches.device))
+            texts = rows.float().mean(0, keepdim=True) if ids else patches.new_zeros(1, patches.shape[1])
+        minus = self.sign == "minus" or (self.sign == "auto" and self.relevance == "clip")
+        return image.features, scaled(likeness(patches, texts) * (-1 if minus else 1), image.grid[:, 0] >= 0)
+
+    def text_of(self, image: ImageTokens) -> str:
+        """Find the question in an image's prompt: the user's last turn, without what says how to answer."""
+        if image.prompt is None:
+            raise ValueError(
+                "CDPruner reads the question from input_ids; pass input_ids instead of inputs_embeds, or use "
+                "relevance='none'"
+            )
+        return without_answer_format(read_prompt(image.prompt, self.prompt_tokenizer, "user", self.turn))
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Search for the largest volume."""
+        features, relevance = read
+        if self.theta is not None:
+            steepness = self.theta / (2 - 2 * self.theta)
+            relevance = ((relevance - relevance.amax(1, keepdim=True)) * steepness).exp()  # a factor changes no pick
+        if self.centring:
+            features, weight = centred(features)
+            relevance = relevance * weight
+        return conditional_diversity(features, relevance, k)
+
+
+@full_precision
+def likeness(patches: Tensor, texts: Tensor) -> Tensor:
+    """Compute the cosine of patches (n, d) and texts (m, d), averaged over the texts: (n,)."""
+    return (F.normalize(patches, dim=-1) @ F.normalize(texts.float(), dim=-1).T).mean(1)
+
+
+@full_precision
+def scaled(score: Tensor, counts: Tensor) -> Tensor:
+    """Scale scores (n,) to (0, 1] over the tokens that count (n,) bool; 1 if all are equal."""
+    low = score.masked_fill(~counts, float("inf")).min()
+    spread = score.masked_fill(~counts, float("-inf")).max() - low
+    return torch.where(spread > 0, (score - low + 1e-6) / spread.clamp(min=1e-30), 1.0)
+
+
+@full_precision
+def conditional_diversity(x: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Select tokens greedily by the determinant of a kernel of cosines and relevance.
+
+    Args:
+        x: (b, n, d) tokens.
+        relevance: (b, n), not negative.
+        k: number of picks, 1 <= k <= n.
+
+    Returns:
+        (b, k) indices in the order of selection; the first j of them are the selection for k = j.
+    """
+    r = relevance.float()
+    kernel = r[:, :, None] * cosine_matrix(x) * r[:, None]
+    return greedy(Determinant(kernel, r / r.amax(1, keepdim=True).clamp(min=1e-30), k), k)
