@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ class ImageTokens:
     size     : height and width of the picture that was cut into tiles; (0, 0) without tiles
     video    : whether the crops are the frames of a video
     prompt   : (t,) ids of the text tokens of the same prompt, on the CPU; None if the caller gave embeddings
+    projector       : the model's projector, found when it is used, because adapters replace it
     make_grid       : computes `grid` when a method asks for it
     recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
     """
@@ -133,6 +134,7 @@ class ImageTokens:
     size: tuple[int, int] = (0, 0)
     video: bool = False
     prompt: Tensor | None = None
+    projector: Callable[[Tensor], Tensor] | None = None
     make_grid: Callable[[], Tensor] | None = None
     recorded_layers: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
 
@@ -217,12 +219,34 @@ class ImageTokens:
         """(n, v): the vision tower's features at the image's tokens, before the projector; 0 at newlines."""
         return self.at_tokens(self.tower[:, -(self.side**2) :])
 
+    def project(self, tower: Tensor) -> Tensor:
+        """Project vision-tower features (..., v) with the model's own projector: (..., d).
+
+        They enter in the dtype of `tower`, because the weights of a quantised projector have none that would do.
+
+        Raises:
+            RuntimeError: the image was made without `projector`.
+        """
+        if self.projector is None:
+            raise RuntimeError("the projector of this image's model is unknown; make the image with projector=...")
+        return self.projector(tower.to(self.tower.dtype))
+
     def pick(self, index: Tensor) -> Compressed:
         """Keep the image's own tokens at `index` (k,), in that order."""
         return Compressed(None, index)
 
 
 # --- between decoder layers -------------------------------------------------------------------------------------------
+
+
+class Attends(Protocol):
+    """What a decoder layer attends with, as `vlmslim.engine.attention.LayerAttention`."""
+
+    def attend(self, mask: Tensor, keys: Tensor | None, prefix: int = 0) -> DecoderAttention:
+        """Return the attention of the layer."""
+
+    def first(self, count: int) -> Self:
+        """Return the same without the tokens after the first `count` of every row."""
 
 
 @dataclass
@@ -239,8 +263,9 @@ class LayerInput:
     entered  : per row, how many visual tokens of each image entered the language model
     images   : per row, the images themselves
     weight   : (B, S)    how strongly each token may be attended to at this layer; None if all count in full
-    previous : the layer before, its input and its rotary embeddings
-    keys     : (B, kv heads, S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
+    previous : what the layer before attends with; None before layer 0
+    keys     : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
+    cached   : (B, P)    False at padding, of tokens that the KV cache held before this forward; None if it was empty
     """
 
     layer: int
@@ -253,8 +278,9 @@ class LayerInput:
     entered: list[list[int]]
     images: list[list[ImageTokens]]
     weight: Tensor | None = None
-    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    previous: Attends | None = None
     keys: Tensor | None = None
+    cached: Tensor | None = None
 
     def without_last(self, count: int) -> "LayerInput":
         """Return the same input without the last `count` tokens of every row, which the caller's prompt does not have.
@@ -265,29 +291,30 @@ class LayerInput:
             return self
         end = self.hidden.shape[1] - count
         cut = {name: getattr(self, name)[:, :end] for name in ("hidden", "mask", "image", "slot", "origin")}
-        previous = self.previous
-        if previous is not None:
-            layer, hidden, rope = previous
-            previous = layer, hidden[:, :end], (rope[0][:, :end], rope[1][:, :end])
+        held = 0 if self.cached is None else self.cached.shape[1]
         return replace(
             self,
             **cut,
             last=self.last.clamp(max=end - 1),
             weight=None if self.weight is None else self.weight[:, :end],
-            previous=previous,
-            keys=None if self.keys is None else self.keys[:, :, :end],
+            previous=None if self.previous is None else self.previous.first(end),
+            keys=None if self.keys is None else self.keys[:, :, : held + end],
         )
 
     @cached_property
     def _attention(self) -> DecoderAttention:
         if self.previous is None:
             raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
-        return DecoderAttention(*self.previous, self.mask, self.keys)
+        if self.cached is None:
+            return self.previous.attend(self.mask, self.keys)
+        mask = torch.cat([self.cached, self.mask], dim=1)
+        return self.previous.attend(mask, self.keys, self.cached.shape[1])
 
     def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
         """Compute the attention that query tokens paid in layer `layer - 1`.
 
-        It is recomputed for these rows alone, so that every attention back end serves and no full map exists.
+        It is recomputed for these rows alone, so that every attention back end serves and no full map exists. Tokens
+        that were in the KV cache before this forward take their share, which is not returned.
 
         Args:
             rows: (B, q) indices of the query tokens.
@@ -302,7 +329,7 @@ class LayerInput:
         logits = attention.logits(rows, end)
         if self.weight is not None:
             logits = weighted_logits(logits, self.weight[:, :end].to(logits.device), rows)
-        return logits.div_(temperature).softmax(-1).to(self.hidden.device)
+        return attention.softmax(logits, temperature).to(self.hidden.device)
 
     def top(self, score: Tensor, keep: Keep) -> Tensor:
         """Choose for every image the `keep` tokens of highest `score` (B, S), the lower index first on ties.
@@ -358,6 +385,12 @@ class Compressor:
         """Whether this class overrides `compress` or `compress_images`."""
         cls = type(self)
         return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
+
+    @property
+    def drops_between_layers(self) -> bool:
+        """Whether this class overrides `retain` or `soft_retain`."""
+        cls = type(self)
+        return cls.retain is not Compressor.retain or cls.soft_retain is not Compressor.soft_retain
 
     def setup(self, model: nn.Module) -> None:
         """Look at the model once, when it is patched: check it, load trained weights."""

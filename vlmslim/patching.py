@@ -11,7 +11,7 @@ from torch import nn
 
 from vlmslim import registry
 from vlmslim.compressor import Compressor
-from vlmslim.engine.families import family_of, has_cls
+from vlmslim.engine.families import check_decoder, check_tower, check_tower_layers, family_of, has_cls
 from vlmslim.engine.hooks import Hooks
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
@@ -36,10 +36,13 @@ class Slim:
 
     def __init__(self, model: Any, methods: list[Compressor]):
         family_of(model)  # refuses what cannot be patched
+        check_decoder(model.model)
         check_unpatched(model)
         self.model, self.methods = model, methods
         self.processor: Any = None
         parts = [copy.copy(part) for method in methods for part in method.stages()]
+        if any(part.acts_before_llm or part.drops_between_layers for part in parts):
+            check_tower(model.model)
         for part in parts:
             _check_cls(part, model)
             with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
@@ -47,6 +50,10 @@ class Slim:
         self.trained = _trained(parts)
         depth = len(model.model.language_model.layers)
         self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
+        for part in parts:
+            if part.tower_layers:
+                check_tower_layers(model.model, name_of(part))
+        check_decoder(model.model, next((stage.name for stage in self.stages if stage.layers), None))
         self.receipt = _empty_receipt(model, str(self), self.stages)
         self._hooks = Hooks(model, self.stages, self.receipt)
         self._hooks.attach()
@@ -137,7 +144,8 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
         The handle: a context manager, with `remove()` and `receipt`.
 
     Raises:
-        TypeError: the model is of no supported class.
+        TypeError: the model is of no supported class, or the engine cannot look into its vision tower or language
+            model.
         ValueError: unknown method or option, an option out of range, stages that do not go together, or a method that
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
@@ -183,7 +191,7 @@ def _empty_receipt(model: Any, method: str, stages: tuple[Stage, ...]) -> Receip
         positions=next((stage.method.positions for stage in stages if stage.acts_before_llm), "original"),
         backend=text._attn_implementation,
         dtype=str(next(language_model.parameters()).dtype).removeprefix("torch."),
-        kv_numbers=2 * text.num_key_value_heads * head_dim,
+        kv_numbers=2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
         layers=len(language_model.layers),
         places=tuple((stage.name, stage.layers) for stage in stages),
     )

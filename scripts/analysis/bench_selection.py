@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmslim.engine.attention import LayerAttention
 from vlmslim.io import provenance
 from vlmslim.io.files import write_atomically
 from vlmslim.methods.atp import top_k_alive
@@ -40,7 +41,7 @@ from vlmslim.methods.recoverable.lof import local_outlier_factor
 from vlmslim.methods.todre import diverse
 from vlmslim.methods.tokencorr import absorb, beyond_quartiles, repetition
 from vlmslim.methods.tokenflex import pool_square
-from vlmslim.ops.attention import DecoderAttention, cls_attention, cls_logits, received_attention
+from vlmslim.ops.attention import cls_attention, cls_logits, received_attention
 from vlmslim.ops.cells import cell_members, even_cells
 from vlmslim.ops.ranking import rank_within_groups
 
@@ -178,6 +179,12 @@ def plain_attention(q: Tensor, k: Tensor) -> Tensor:
 def plain_received(q: Tensor, k: Tensor) -> Tensor:
     """Column means of the full map."""
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean((1, 2))
+
+
+def our_rows(layer, hidden: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor, real: Tensor) -> Tensor:
+    """Recompute a few rows of decoder attention from the input of a layer."""
+    attention = LayerAttention(layer.self_attn, layer.input_layernorm(hidden), rope).attend(real, None)
+    return attention.softmax(attention.logits(rows))
 
 
 def plain_rows(layer, hidden: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
@@ -376,7 +383,7 @@ def scores(i: SimpleNamespace) -> list[tuple]:
         (
             "attention of the last row",
             "fastv",
-            lambda: DecoderAttention(i.layer, i.hidden, i.rope, real).logits(i.rows).softmax(-1),
+            lambda: our_rows(i.layer, i.hidden, i.rope, i.rows, real),
             lambda: plain_rows(i.layer, i.hidden, i.rope, i.rows),
         ),
         ("pagerank", "aim", lambda: our_pagerank(i.logits), lambda: plain_pagerank(i.logits)),

@@ -66,6 +66,7 @@ class RecordingEncoder:
         core: the model without its head.
         kind: "image" or "video".
         tower_layers: the layers of the vision tower whose inputs are recorded.
+        counts_only: whether the images are counted and no method sees them, so that any tower will do.
         on_encoded: called with the kind and the output after each encoding.
     """
 
@@ -74,9 +75,11 @@ class RecordingEncoder:
         core: Any,
         kind: str,
         tower_layers: tuple[int, ...],
+        counts_only: bool,
         on_encoded: Callable[[str, ModelOutput], None],
     ):
         self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
+        self.counts_only = counts_only
         self.name = f"get_{kind}_features"
         self.encode = getattr(core, self.name)
         self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
@@ -110,9 +113,7 @@ class RecordingEncoder:
                 enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
             output = self.encode(*args, **kwargs)
         if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
-            setattr(
-                output, _ATTRIBUTE, self._videos(output, seen) if self.kind == "video" else self._images(output, seen)
-            )
+            setattr(output, _ATTRIBUTE, self._records(output, seen))
             self.latest.output = weakref.ref(output)
             self.on_encoded(self.kind, output)
         return output
@@ -125,6 +126,17 @@ class RecordingEncoder:
         ours, theirs = latest.pooler_output, output.pooler_output
         if [x.shape for x in ours] == [x.shape for x in theirs] and torch.equal(ours[0], theirs[0].to(ours[0])):
             setattr(output, _ATTRIBUTE, getattr(latest, _ATTRIBUTE))
+
+    def _project(self, tower: Tensor) -> Tensor:
+        """Apply the model's projector, whichever it has now."""
+        return self.core.multi_modal_projector(tower)
+
+    def _records(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+        if self.kind == "video":
+            return self._videos(output, seen)
+        if self.counts_only:
+            return [ImageTokens(features, tower=features[:0], pixels=features[:0]) for features in output.pooler_output]
+        return self._images(output, seen)
 
     def _images(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
         config = self.core.config
@@ -140,7 +152,14 @@ class RecordingEncoder:
             if seen.crops:
                 make_grid = partial(_packed_grid, partial(seen.repack, n), crops[n], tiles[1], side, patches)
             images.append(
-                ImageTokens(features=output.pooler_output[n], tiles=tiles, size=size, make_grid=make_grid, **part)
+                ImageTokens(
+                    features=output.pooler_output[n],
+                    tiles=tiles,
+                    size=size,
+                    projector=self._project,
+                    make_grid=make_grid,
+                    **part,
+                )
             )
         return images
 
@@ -148,7 +167,13 @@ class RecordingEncoder:
         count = len(output.pooler_output)
         frames = len(seen.pixel_values) // count
         return [
-            ImageTokens(features=features, video=True, make_grid=partial(_video_grid, frames, len(features)), **part)
+            ImageTokens(
+                features=features,
+                video=True,
+                projector=self._project,
+                make_grid=partial(_video_grid, frames, len(features)),
+                **part,
+            )
             for features, part in zip(
                 with_newlines(self.core, output.pooler_output, frames), seen.parts([frames] * count), strict=True
             )

@@ -3,6 +3,7 @@
 Models are typed `Any`, because `nn.Module` declares every submodule as `Tensor | Module`.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
+
+from vlmslim.engine.attention import attention_of
 
 #: What the KV cache is called among a forward's arguments and on its output; transformers 5.24 renamed it.
 KV_CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -59,14 +62,88 @@ def family_of(model: Any) -> Family:
             "(of a PEFT model, pass `model.base_model.model`)"
         )
     text = model.config.get_text_config()
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or (
-        getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
-    ):
+    types = getattr(text, "layer_types", None) or ()
+    if "chunked_attention" in types:
+        raise TypeError(
+            f"the language model of this {family.name} attends within chunks of the prompt, whose cache forgets by "
+            "position; use a checkpoint with full attention"
+        )
+    if "sliding_attention" in types or (getattr(text, "sliding_window", None) and not types):
         raise TypeError(
             f"the language model of this {family.name} uses sliding-window attention, whose cache forgets by position; "
             "set `config.text_config.sliding_window = None` if the prompts are shorter than the window"
         )
     return family
+
+
+def check_decoder(core: Any, between_layers: str | None = None) -> None:
+    """Refuse a language model into which the engine cannot look.
+
+    Args:
+        core: the model without its head.
+        between_layers: a method that drops tokens between decoder layers, as messages name it; None without one.
+
+    Raises:
+        TypeError: the language model has no list of layers with rotary positions; or it has a layer whose attention
+            cannot be recomputed, and a method drops tokens between layers.
+    """
+    lm = core.language_model
+    name = type(lm).__name__
+    if not isinstance(getattr(lm, "layers", None), nn.ModuleList) or not hasattr(lm, "rotary_emb"):
+        raise TypeError(
+            f"cannot patch a {name}: vlmslim needs a language model with `layers` and rotary positions, such as Llama, "
+            "Mistral, Qwen2, Qwen3, Gemma, Phi-3, GLM, OLMo-2 or Cohere"
+        )
+    if between_layers is None:
+        return
+    for i, layer in enumerate(lm.layers):
+        if attention_of(layer) is None:
+            raise TypeError(
+                f"{between_layers} drops tokens between the layers of {name}, and layer {i} does not attend through "
+                "transformers' attention interface, so its attention cannot be recomputed; use a method that works "
+                "before the language model"
+            )
+
+
+def check_tower(core: Any) -> None:
+    """Refuse a vision tower that does not cut a picture into a square grid of patches, in layers as CLIP's.
+
+    Raises:
+        TypeError: the message names the tower.
+    """
+    tower, config = core.vision_tower, core.config.vision_config
+    found = getattr(tower, "vision_model", tower)
+    layers = getattr(getattr(found, "encoder", None), "layers", None)
+    embeddings = getattr(found, "embeddings", None)
+    sides = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    square = all(isinstance(side, int) for side in sides)
+    if not isinstance(layers, nn.ModuleList) or embeddings is None or not square:
+        raise TypeError(
+            f"cannot patch a model with the vision tower {type(tower).__name__}: vlmslim needs a tower that sees a "
+            "square picture as a grid of patches in `encoder.layers`, as CLIP and SigLIP towers do"
+        )
+
+
+def check_tower_layers(core: Any, method: str) -> None:
+    """Refuse a tower whose queries and keys `vlmslim.ops.attention.tower_qk` cannot compute.
+
+    Args:
+        core: the model without its head.
+        method: the method that reads them, as messages name it.
+
+    Raises:
+        TypeError: the message names the tower and the method.
+    """
+    for layer in encoder_layers(core):
+        attention = getattr(layer, "self_attn", None)
+        plain = all(hasattr(attention, name) for name in ("num_heads", "q_proj", "k_proj"))
+        # an attention module that is given positions rotates its queries and keys
+        turns = "position_embeddings" in inspect.signature(type(attention).forward).parameters if plain else True
+        if turns or not hasattr(layer, "layer_norm1"):
+            raise TypeError(
+                f"{method} reads the attention of the vision tower, and vlmslim cannot recompute it for "
+                f"{type(core.vision_tower).__name__}; use a method without it, such as divprune or fastv"
+            )
 
 
 def encoder_layers(core: Any) -> nn.ModuleList:
@@ -92,18 +169,20 @@ def kv_cache(where: dict | ModelOutput) -> Cache | None:
     """Return the KV cache among a forward's keyword arguments, or on its output; None without one."""
     if isinstance(where, ModelOutput):
         return where.get(KV_CACHE)
-    return where.get(KV_CACHE, where.get("past_key_values"))  # a caller may use the old name for some time
+    names = (KV_CACHE, "past_key_values", "layer_past")  # a caller may use the old name, and GPT-NeoX has its own
+    return next((where[name] for name in names if where.get(name) is not None), None)
 
 
-def cached_keys(cache: Cache | None, layer: int, hidden: Tensor) -> Tensor | None:
-    """Return the rotated keys that a layer has just cached for `hidden` (B, S, d): (B, kv heads, S, head_dim).
+def cached_keys(cache: Cache | None, layer: int, hidden: Tensor, before: int = 0) -> Tensor | None:
+    """Return the rotated keys of a layer that has just cached `hidden` (B, S, d): (B, kv heads, P + S, head_dim).
 
-    None if the cache does not have them as they were, because it quantises them or moves them to another device.
+    `before` is P, the number of tokens that it held before. None if the cache does not have the keys as they were,
+    because it quantises them or moves them to another device.
     """
     keys = getattr(cache.layers[layer], "keys", None) if cache is not None else None
     if keys is None or keys.ndim != 4 or keys.device != hidden.device or not keys.is_floating_point():
         return None
-    return keys if keys.shape[::2] == hidden.shape[:2] else None
+    return keys if keys.shape[::2] == (len(hidden), before + hidden.shape[1]) else None
 
 
 def placeholders(core: Any, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import ImageTokens
 from vlmslim.cost.timer import Timer
+from vlmslim.engine.attention import LayerAttention, Rotary
 from vlmslim.engine.encoder import Encoded
 from vlmslim.engine.layout import Segment, concat_masks
 from vlmslim.engine.packed import Packed
@@ -37,7 +38,7 @@ class Run:
     weight: Tensor | None = None
     _attention_mask: Any = field(default=None, init=False)  # a tensor, None, or what flex attention takes
     _has_attention_mask: bool = field(default=False, init=False)
-    _rotary: tuple[Tensor, ...] | None = field(default=None, init=False)
+    _rotary: Rotary = field(default=None, init=False)
 
     @property
     def mask(self) -> Tensor:
@@ -70,11 +71,13 @@ class Run:
             )
         return weighted_causal_mask(self.tokens.mask, self.weight, hidden.dtype)
 
-    def rotary(self, lm: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    def rotary(self, lm: Any, hidden: Tensor) -> Rotary:
         """Return cosine and sine of the rotary positions of these layers. They are computed once."""
         if self._rotary is None:
             self._rotary = lm.rotary_emb(hidden, position_ids=self.tokens.position)
-        return tuple(x.to(hidden.device) for x in self._rotary)
+        assert self._rotary is not None
+        rotary = self._rotary
+        return rotary.to(hidden.device) if isinstance(rotary, Tensor) else tuple(x.to(hidden.device) for x in rotary)
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Call:
     text     : per row, text tokens
     tail     : tokens after the last image of any row
     shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
-    previous : the decoder layer before one that drops tokens, its input and its rotary embeddings
+    previous : the attention of the decoder layer before one that drops tokens
     timers   : time of each call of a method
     visits   : questions to the stages, in order
     """
@@ -129,7 +132,7 @@ class Call:
     text: list[int] = field(default_factory=list)
     tail: int = 0
     shift: Tensor | None = None
-    previous: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    previous: LayerAttention | None = None
     timers: list[Timer] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
 

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_retained, check_weight
+from vlmslim.engine.attention import LayerAttention, attention_of
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, is_recorded
 from vlmslim.engine.entrance import Entrance, check_length, trim_cached_prefix
 from vlmslim.engine.families import cached_keys, encoder_layers, family_of, kv_cache
@@ -51,8 +52,11 @@ class Hooks:
         self.entrance = Entrance(self.core, stages)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if family_of(model).video else ["image"]
-        tower_layers = _tower_layers(stages, len(encoder_layers(self.core)))
-        self.encoders = {kind: RecordingEncoder(self.core, kind, tower_layers, self._on_encoded) for kind in kinds}
+        tower_layers = _tower_layers(stages, self.core)
+        counts_only = not self.entrance.any_acts
+        self.encoders = {
+            kind: RecordingEncoder(self.core, kind, tower_layers, counts_only, self._on_encoded) for kind in kinds
+        }
         self.handles: list[RemovableHandle] = []
         self.first_layer = self.depth  # that has a hook; those behind it have one too
         self.gate: Gate | None = None
@@ -75,6 +79,11 @@ class Hooks:
         add(self.lm.register_forward_hook(self._leave_lm))
         # the layer before one that drops tokens has the attention by which a method ranks them
         self._hook_layers(0 if self._gaps_at_entrance else min(self.at_layer, default=self.depth + 1) - 1)
+        for i in self.at_layer:
+            before = self.lm.layers[i - 1]
+            attention = attention_of(before)
+            assert attention is not None  # `check_decoder` refuses such layers
+            add(attention.register_forward_pre_hook(partial(self._enter_attention, before), with_kwargs=True))
         self.gate.add(self)
 
     def _hook_layers(self, first: int) -> None:
@@ -259,9 +268,13 @@ class Hooks:
             kwargs["position_embeddings"] = run.rotary(self.lm, hidden)
         if run.tokens.gapped:
             kwargs["position_ids"] = None  # flash attention takes a gap for the start of another sequence
-        if i + 1 in self.at_layer and call.encoded:
-            call.previous = layer, hidden, kwargs["position_embeddings"]
         return (hidden, *args[1:]), kwargs
+
+    def _enter_attention(self, layer: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note what a layer attends with, because the next one drops tokens by it."""
+        call = self.call
+        if call is not None and call.runs and call.encoded:
+            call.previous = LayerAttention.entered(layer, attention, args, kwargs)
 
     def _drop(self, i: int, call: Call, hidden: Tensor, cache: Cache | None) -> Tensor:
         """Ask which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
@@ -281,7 +294,8 @@ class Hooks:
             images=call.images,
             weight=run.weight,
             previous=call.previous,
-            keys=cached_keys(cache, i - 1, hidden),
+            keys=cached_keys(cache, i - 1, hidden, 0 if run.cached is None else run.cached.shape[1]),
+            cached=run.cached,
         ).without_last(call.guess)
         with call.timed(hidden.device):
             weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
@@ -308,8 +322,8 @@ class Hooks:
         return gather_rows(hidden, index.to(hidden.device))
 
 
-def _tower_layers(stages: tuple[Stage, ...], depth: int) -> tuple[int, ...]:
-    """Collect the vision-tower layers that the stages read, of `depth`.
+def _tower_layers(stages: tuple[Stage, ...], core: Any) -> tuple[int, ...]:
+    """Collect the vision-tower layers that the stages read.
 
     Raises:
         ValueError: there is no such layer.
@@ -317,6 +331,7 @@ def _tower_layers(stages: tuple[Stage, ...], depth: int) -> tuple[int, ...]:
     wanted = set()
     for stage in stages:
         for layer in stage.method.tower_layers:
+            depth = len(encoder_layers(core))
             if not -depth <= layer < depth:
                 raise ValueError(f"{stage.method}: the vision tower has {depth} layers, no layer {layer}")
             wanted.add(layer)

@@ -30,7 +30,7 @@ class Stage:
                 `retain` without the other.
         """
         kind, own = type(method).__name__, type(method)
-        drops = own.retain is not Compressor.retain or own.soft_retain is not Compressor.soft_retain
+        drops = method.drops_between_layers
         layers = []
         for layer in method.layers:
             layers.append(resolve_layer(layer, depth))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
@@ -40,12 +40,12 @@ class BipartiteMerge(Compressor):
         check_choices(self, order=("raster", "released"), newline=("within", "extra"))
         if self.order == "released" and self.positions == "original":
             raise ValueError("order='released' moves tokens away from their places; use positions='renumbered' with it")
-        self.projector: nn.Module | None = None  # where merging comes before it
+        self.before_projector = False
 
     def setup(self, model: Any) -> None:
-        """Find the projector, except for OneVision, which pools after it."""
+        """Merge before the projector, except for OneVision, which pools after it."""
         if model.config.model_type != "llava_onevision":
-            self.projector = model.model.multi_modal_projector
+            self.before_projector = True
             self.tower_layers = (-1,)
 
     def compress(self, image: ImageTokens) -> Compressed:
@@ -71,8 +71,8 @@ class BipartiteMerge(Compressor):
                 merged[i], places[i] = own, taken
 
         features = torch.cat(merged)
-        if self.projector is not None:
-            features = self.projector(features)
+        if self.before_projector:
+            features = image.project(features)
         spare = newlines[:spared].to(device)
         features = torch.cat([features.to(image.features), image.features[spare]])
         index, order = torch.cat([*places, spare]).sort()
@@ -93,7 +93,7 @@ class BipartiteMerge(Compressor):
 
         None instead of the latter means that similarity is that of the tokens themselves.
         """
-        if self.projector is None:
+        if not self.before_projector:
             return image.features, None
         patches = image.tower.shape[1]  # of a crop, and CLS in front if the model selects it too
         keys = image.qk(-1)[1].transpose(1, 2).flatten(2)[:, -patches:]  # (c, p, v)

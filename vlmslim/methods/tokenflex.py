@@ -128,7 +128,7 @@ class TokenFlex(Compressor):
         config, own = model.config, model.model.multi_modal_projector
         #: the most tiles whose tokens OneVision does not shrink; 0 for other models
         self.most_tiles = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
-        self.projector: nn.Module = own
+        self.projector: nn.Module | None = None  # the model's own
         if self.weights != "pool":
             with torch.device("meta"):
                 self.projector = Projector(own.linear_1.in_features, own.linear_2.out_features, self.expansion)
@@ -136,7 +136,7 @@ class TokenFlex(Compressor):
 
     def trained(self) -> nn.Module | None:
         """Return the projector, or None for the training-free control."""
-        return None if self.weights == "pool" else self.projector
+        return self.projector
 
     def draw(self) -> int:
         """Draw a count for one forward of the training."""
@@ -144,17 +144,17 @@ class TokenFlex(Compressor):
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Pool and project the crops of all images together, those of equal grids and sides at a time."""
-        count = self.draw() if self.weights != "pool" and self.projector.training else None
+        count = self.draw() if self.projector is not None and self.projector.training else None
         results: dict[int, Compressed] = {}
         groups: dict[tuple[int, torch.Size], list[int]] = {}
         for i, image in enumerate(images):
             side = self._side(image, count)
-            if self.weights == "pool" and side**2 == image.tower.shape[1]:  # nothing to pool: keep every bit
+            if self.projector is None and side**2 == image.tower.shape[1]:  # nothing to pool: keep every bit
                 results[i] = image.pick(torch.arange(len(image.features), device=image.features.device))
             else:
                 groups.setdefault((side, image.tower.shape[1:]), []).append(i)
         for (side, _), members in groups.items():
-            tokens = self._project(torch.cat([images[i].tower for i in members]), side)
+            tokens = self._project(images[members[0]], torch.cat([images[i].tower for i in members]), side)
             for i, crops in zip(members, tokens.split([len(images[i].tower) for i in members]), strict=True):
                 results[i] = Compressed(self._packed(images[i], crops.to(images[i].features.device), side))
         return [results[i] for i in range(len(images))]
@@ -177,8 +177,10 @@ class TokenFlex(Compressor):
             )
         return square_side(resolve_keep(self.keep, patches))
 
-    def _project(self, tower: Tensor, side: int) -> Tensor:
-        """Pool and project tower features: (c, p, v) -> (c, side * side, d)."""
+    def _project(self, image: ImageTokens, tower: Tensor, side: int) -> Tensor:
+        """Pool and project tower features of the model of `image`: (c, p, v) -> (c, side * side, d)."""
+        if self.projector is None:
+            return image.project(pool_square(_grid(tower), side, self.pool))
         parameter = next(self.projector.parameters())
         return self.projector(pool_square(_grid(tower).to(parameter), side, self.pool))
 

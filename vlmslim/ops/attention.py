@@ -1,6 +1,7 @@
 """Attention that fused kernels never return, recomputed for only the rows that a method asks for."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,54 +78,89 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 # --- decoders --------------------------------------------------------------------------------------------------------
 
 
-class DecoderAttention:
-    """Attention logits of one decoder layer (Llama, Mistral, Qwen2 and relatives), for the rows one asks for.
+@dataclass
+class QueriesKeys:
+    """What an attention module attends with, normalised and rotated.
 
-    Keys are computed once, or taken from the KV cache. Queries and logits are computed on demand. The layer's
-    submodules are called and their weights never read, so that offloaded layers work too.
+    q       : (B, heads, s, head_dim)
+    k       : (B, kv heads, s, head_dim)
+    scaling : factor of the logits
+    softcap : logits are squeezed into (-softcap, softcap); None if they are not
+    sinks   : (heads,) logit of one more key, which takes attention and gives nothing; None without one
+    """
+
+    q: Tensor
+    k: Tensor
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class DecoderAttention:
+    """Attention of one decoder layer, for the rows one asks for.
+
+    Keys are taken from the KV cache, or projected once. Queries are projected on demand, and logits computed.
 
     Args:
-        layer: the decoder layer.
-        hidden: (B, S, d) its input.
-        rope: cosine and sine, (B or 1, S, head_dim) each.
-        mask: (B, S), False at padding.
-        keys: (B, kv heads, S, head_dim) the layer's rotated keys; None computes them.
+        project: queries and keys of some rows (B, q), or of all S rows for None.
+        mask: (B, P + S) False at padding, of P tokens that were cached before and of the S tokens of this forward.
+        keys: (B, kv heads, P + S, head_dim) the layer's rotated keys; None projects them, where P is 0.
+        prefix: P.
+        made: queries and keys of all S rows, if they have been projected already.
     """
 
     def __init__(
-        self, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, keys: Tensor | None = None
+        self,
+        project: Callable[[Tensor | None], QueriesKeys],
+        mask: Tensor,
+        keys: Tensor | None = None,
+        prefix: int = 0,
+        made: QueriesKeys | None = None,
     ):
-        self.layer, self.attn, self.hidden = layer, layer.self_attn, hidden
-        self.cos, self.sin = (t.to(hidden.device).expand(len(hidden), -1, -1) for t in rope)
-        self.mask = mask.to(hidden.device)
-        self.keys = (self._heads("k", hidden, self.cos, self.sin) if keys is None else keys).float()
+        self._project, self.prefix = project, prefix
+        self._sinks: Tensor | None = None
+        if keys is None and made is None:
+            made = project(None)
+        if keys is None:
+            assert made is not None
+            keys = made.k
+        self._all, self.keys = made, keys.float()
+        self.mask = mask.to(keys.device)
 
     def logits(self, rows: Tensor, end: int | None = None) -> Tensor:
         """Compute the scaled and masked logits of some rows.
 
         Args:
-            rows: (B, q) indices of the query tokens.
+            rows: (B, q) indices of the query tokens among the S.
             end: look at the keys before `end` only, which is all that rows before `end` can see; None for all keys.
 
         Returns:
-            (B, heads, q, end) in fp32, -inf where a query may not look. A query always sees itself, so that the
+            (B, heads, q, P + end) in fp32, -inf where a query may not look. A query always sees itself, so that the
             softmax of a padding query does not become NaN.
         """
-        q = self._heads("q", *(gather_rows(x, rows) for x in (self.hidden, self.cos, self.sin)))
+        made = self._made(rows)
+        end = None if end is None else self.prefix + end
         k, mask = self.keys[:, :, :end], self.mask[:, :end]
-        q = q.unflatten(1, (k.shape[1], -1)).float()  # (B, kv heads, group, q, head_dim)
+        q = made.q.unflatten(1, (k.shape[1], -1)).float()  # (B, kv heads, group, q, head_dim)
         with torch.autocast(q.device.type, enabled=False):
-            logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).mul_(self.attn.scaling)
-        return logits.masked_fill_(~visible(mask, rows)[:, None], float("-inf"))
+            logits = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).mul_(made.scaling)
+            if made.softcap is not None:
+                logits = made.softcap * (logits / made.softcap).tanh()
+        self._sinks = made.sinks
+        return logits.masked_fill_(~visible(mask, self.prefix + rows)[:, None], float("-inf"))
 
-    def _heads(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normalise, project, split into heads and rotate: (B, s, d) -> (B, heads, s, head_dim)."""
-        x = getattr(self.attn, f"{name}_proj")(self.layer.input_layernorm(x)).unflatten(-1, (-1, self.attn.head_dim))
-        if hasattr(self.attn, f"{name}_norm"):  # Qwen3 and relatives
-            x = getattr(self.attn, f"{name}_norm")(x)
-        x = x.transpose(1, 2)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    def softmax(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Turn logits (B, heads, q, P + S) into the attention that the S tokens receive: (B, heads, q, S)."""
+        if self._sinks is None:
+            return logits.div_(temperature).softmax(-1)[..., self.prefix :]
+        sinks = self._sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], -1).div_(temperature).softmax(-1)[..., self.prefix : -1]
+
+    def _made(self, rows: Tensor) -> QueriesKeys:
+        if self._all is None:
+            return self._project(rows)
+        q = self._all.q
+        return replace(self._all, q=q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])))
 
 
 def attention_rows(

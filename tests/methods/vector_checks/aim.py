@@ -16,10 +16,10 @@ from transformers import (
 
 import vlmslim
 from vlmslim import Compressed, Compressor
+from vlmslim.engine.attention import LayerAttention
 from vlmslim.engine.families import KV_CACHE, kv_cache
 from vlmslim.methods.bipartite_merge import match, merge_step, merge_tokens
 from vlmslim.methods.pagerank_prune import PageRankPrune, pagerank, scheduled
-from vlmslim.ops.attention import DecoderAttention
 
 MERGE, SCORE, LOGITS = 1e-5, 1e-5, 1e-4  # tolerances that the vectors come with
 
@@ -271,7 +271,8 @@ def _masked(model, embeds: Tensor, masks: Tensor, prune: PageRankPrune) -> tuple
     everyone = torch.ones(1, size, dtype=torch.bool)
     rope, hidden, scores = lm.rotary_emb(embeds, position), embeds, []
     for layer, alive in zip(lm.layers, [everyone[0], *masks], strict=False):
-        raw = DecoderAttention(layer, hidden, rope, everyone).logits(position)
+        attention = LayerAttention(layer.self_attn, layer.input_layernorm(hidden), rope)
+        raw = attention.attend(everyone, None).logits(position)
         attention = (raw.masked_fill(~alive, float("-inf")) / prune.temperature).softmax(-1)
         scores.append(pagerank(torch.ones(1, size), _blocks(attention), iterations=prune.iterations)[0])
         visible = alive & torch.ones(size, size, dtype=torch.bool).tril()

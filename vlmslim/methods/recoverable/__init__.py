@@ -169,7 +169,6 @@ class Recoverable(Compressor):
                 "Recoverable needs vision_feature_select_strategy='default', and this checkpoint feeds CLS to the "
                 "language model as one more visual token; use another method with it"
             )
-        self.projector = model.model.multi_modal_projector
         self.clip_text = load_clip(self.clip or default_clip(model))
         self.clip_text.check_tower(model.model.vision_tower)
         if self.pad_length is not None and self.pad_length > self.clip_text.context:
@@ -226,7 +225,7 @@ class Recoverable(Compressor):
             merged = [weighted_sum(x, given[0])]
         features = image.features[torch.cat(kept).sort().values]
         if len(vectors := torch.cat(merged)):
-            features = torch.cat([features, self.projector(vectors.to(image.tower.dtype)).to(features)])
+            features = torch.cat([features, image.project(vectors).to(features)])
         return Compressed(features)
 
     def _scores(self, image: ImageTokens, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ class TokenCorr(Compressor):
             raise ValueError(f"neighbours={self.neighbours}: give at least 1, or use merge='none'")
 
     def setup(self, model: Any) -> None:
-        """Find the tower's layers and the projector."""
+        """Find the tower's layers."""
         deep = self.deep
         if deep is None:
             used = model.config.vision_feature_layer
@@ -148,7 +148,6 @@ class TokenCorr(Compressor):
         self.low_layer, self.deep_layer = _tower_layer(self.low, depth), _tower_layer(deep, depth)
         self.tower_layers = tuple({self.low_layer, self.deep_layer})
         self.cls = has_cls(model.model)
-        self.projector = model.model.multi_modal_projector
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Score on the device, decide on the CPU, merge on the device."""
@@ -249,7 +248,7 @@ class TokenCorr(Compressor):
             return image.features
         y = torch.cat(merged)
         if before_projector:
-            y = self.projector(y.to(image.tower.dtype))
+            y = image.project(y)
         return image.features.index_copy(0, torch.cat(places), y.to(image.features))
 
 

@@ -1,0 +1,201 @@
+"""Queries and keys of a decoder layer, as the layer's own attention module makes them.
+
+The module runs up to the point at which it would attend, and no further. So norms, biases, rotations and scalings are
+those of the module, whatever decoder it belongs to.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Self, TypeAlias
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlmslim.engine.sharding import gathered, is_sharded, tensor_parallel_mesh, whole_keys
+from vlmslim.ops.attention import DecoderAttention, QueriesKeys, gather_rows
+
+_PROBE = "vlmslim_probe"
+#: Arguments by which no attention weight changes once rows, mask and positions are known.
+_WITHOUT_EFFECT = {
+    *("attention_mask", "cache", "past_key_values", "layer_past", "cache_position", "use_cache", "output_attentions"),
+    *("dropout", "is_causal", "position_ids", "target_dtype", "deterministic"),
+}
+
+
+Rotary: TypeAlias = Tensor | tuple[Tensor, ...] | None
+
+
+class _Reached(Exception):
+    """Carries what a module was about to attend with."""
+
+    def __init__(self, found: QueriesKeys):
+        self.found = found
+
+
+def _stop(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> NoReturn:
+    """Stand in for an attention function of transformers."""
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if unknown:
+        raise RuntimeError(
+            f"{type(module).__name__} attends with {', '.join(unknown)}, by which vlmslim cannot recompute attention; "
+            "use a method that works before the language model"
+        )
+    raise _Reached(QueriesKeys(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux))
+
+
+ALL_ATTENTION_FUNCTIONS.register(_PROBE, _stop)
+
+
+class _Probing:
+    """A model's configuration, except that it names the attention function above."""
+
+    _attn_implementation = _PROBE
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """Find the module of a decoder layer that attends through transformers' attention interface; None without one."""
+    candidates = [module for module in layer.modules() if module is not layer and _uses_interface(type(module))]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _uses_interface(kind: type) -> bool:
+    forward = inspect.unwrap(kind.forward) if hasattr(kind, "forward") else None
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+@dataclass
+class LayerAttention:
+    """The attention of a decoder layer: its attention module, and what the layer gave to it.
+
+    module   : the attention module
+    hidden   : (B, S, d)
+    rotary   : cosine and sine, (B or 1, S, head_dim) each, or what else turns heads; None where it is given nothing
+    position : (B or 1, S) rotary positions; None where the module is given none
+    mesh     : the processes over which the heads are split; None if they are not
+    made     : queries and keys of all rows, where they can be made only while the layer runs
+    """
+
+    module: nn.Module
+    hidden: Tensor
+    rotary: Rotary = None
+    position: Tensor | None = None
+    mesh: Any = None
+    made: QueriesKeys | None = None
+
+    @classmethod
+    def entered(cls, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> "LayerAttention":
+        """Note the arguments with which a layer that is running calls its attention module.
+
+        Raises:
+            RuntimeError: the module takes something else that belongs to single tokens.
+        """
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        named = dict(zip(names, args, strict=False)) | kwargs
+        hidden = named[names[0]]
+        for name, value in named.items():
+            if isinstance(value, Tensor) and name not in (names[0], "position_embeddings", *_WITHOUT_EFFECT):
+                raise RuntimeError(
+                    f"{type(module).__name__} is given {name}, with which vlmslim cannot recompute attention; "
+                    "use a method that works before the language model"
+                )
+        rotary, position = named.get("position_embeddings"), named.get("position_ids")
+        found = cls(module, hidden, rotary, position, tensor_parallel_mesh(module))
+        if is_sharded(layer):
+            found.made = found.project()
+        return found
+
+    def project(self, rows: Tensor | None = None) -> QueriesKeys:
+        """Make queries and keys of some rows (B, q), or of all; of all heads, on every process."""
+        hidden, rotary, position = self.hidden, self.rotary, self.position
+        if rotary is not None:
+            rotary = _each(rotary, lambda x: x.to(hidden.device))
+        if rows is not None:
+            at, batch = rows.to(hidden.device), len(hidden)
+            hidden = gather_rows(hidden, at)
+            if rotary is not None:
+                rotary = _each(rotary, lambda x: gather_rows(x.expand(batch, -1, -1), at))
+            if position is not None:
+                position = position.to(at.device).expand(batch, -1).gather(1, at)
+        found = probe(self.module, hidden, rotary, position)
+        return found if self.mesh is None else gathered(found, self.module, self.mesh)
+
+    def first(self, count: int) -> Self:
+        """Return the same without the tokens after the first `count` of every row."""
+        return replace(
+            self,
+            hidden=self.hidden[:, :count],
+            rotary=None if self.rotary is None else _each(self.rotary, lambda x: x[:, :count]),
+            position=None if self.position is None else self.position[:, :count],
+            made=None
+            if self.made is None
+            else replace(self.made, q=self.made.q[:, :, :count], k=self.made.k[:, :, :count]),
+        )
+
+    def attend(self, mask: Tensor, keys: Tensor | None, prefix: int = 0) -> DecoderAttention:
+        """Return the attention of the layer.
+
+        Args:
+            mask: (B, P + S) False at padding, of P tokens that were cached before and of the S tokens of this forward.
+            keys: (B, own kv heads, P + S, head_dim) the layer's keys in the KV cache; None if it does not have them.
+            prefix: P.
+        """
+        if keys is not None and self.mesh is not None:
+            keys = whole_keys(keys, self.module, self.mesh)
+        return DecoderAttention(self.project, mask, keys, prefix, self.made)
+
+
+def _each(rotary: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
+
+
+def probe(
+    module: nn.Module,
+    hidden: Tensor,
+    rotary: Rotary = None,
+    position: Tensor | None = None,
+) -> QueriesKeys:
+    """Run an attention module up to the point at which it would attend.
+
+    A shallow copy of the module runs, with a configuration of its own, because other threads use the module meanwhile.
+
+    Args:
+        module: an attention module of transformers.
+        hidden: (B, s, d) its input.
+        rotary: what turns the heads, cosine and sine (B or 1, s, head_dim) in most models.
+        position: (B or 1, s) rotary positions.
+
+    Raises:
+        RuntimeError: the module does not attend through transformers' attention interface.
+    """
+    kind: Any = type(module)
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = {p.name: None for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    offered = {"position_embeddings": rotary, "position_ids": position}
+    named = {p.name for p in parameters}
+    given = {name: x for name, x in offered.items() if name in named or takes_more and x is not None}
+    twin = copy.copy(module)  # without hooks, and without the `forward` that accelerate puts on an instance
+    twin.config = _Probing(module.config)  # type: ignore[assignment]
+    try:
+        kind.forward(twin, hidden, **required | given)
+    except _Reached as reached:
+        return reached.found
+    raise RuntimeError(f"{kind.__name__} does not attend through transformers' attention interface")
