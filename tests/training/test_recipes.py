@@ -43,6 +43,8 @@ def test_a_run_resumes_to_the_same_weights_which_patch_the_model(recipe, options
     assert len(train(recipe, tmp_path / "parts", stop=2, **options)) == 2
     assert not (tmp_path / "parts" / "final").exists()
     assert train(recipe, tmp_path / "parts", **options) == whole
+    last = [torch.load(tmp_path / run / "last.pt", weights_only=True)["state"] for run in ("whole", "parts")]
+    assert last[0] == last[1] and (recipe is tokenflex or last[0]["value"] != 0)
     states = [load_file(next((tmp_path / run / "final").glob("vlmslim-*"))) for run in ("whole", "parts")]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     slim = vlmslim.from_pretrained(tmp_path / "whole" / "final")
@@ -72,27 +74,98 @@ def test_the_temperature_rises_geometrically():
     assert seen == pytest.approx([10 * 6 ** (i / 4) for i in range(5)])
 
 
+def decided(modules, *counts):
+    """Let both modules of `modules` decide: two images with these counts after each of them."""
+    for layer in (0, 2):
+        kept = torch.tensor(counts)
+        modules.decisions.append(Decision(layer, kept, kept.long(), kept, kept))
+
+
 @pytest.mark.parametrize(("average", "away"), [("modules", 1.0), ("layers", 4 * 1 / 4 + 3 * 2 / 4 + 3 / 4 - 2)])
 def test_the_loss_is_the_sum_of_equation_14(average, away):
     """Four layers, the first and the third followed by modules: the mean row has 4, 3, 3 and 3 tokens."""
     modules = ThresholdModules((0, 2), 4, 3)
     answers = Answers(torch.tensor(0.5), None, None, None)
-    loss = atp.BudgetLoss(target=2, average=average).loss(modules, depth=4)
-    assert loss(answers, {}, 0) == (answers.loss, {})  # text alone
-    for layer in (0, 2):
-        counts = torch.tensor([4.0, 2.0])
-        modules.decisions.append(Decision(layer, counts, counts.long(), counts, counts))
-    total, numbers = loss(answers, {}, 0)
-    assert total.item() == pytest.approx(0.5 + 0.05 * (3 / 4 * 2) + 0.2 * away)
-    assert numbers["hard"].item() == pytest.approx(2 + away) and numbers["after_2"].item() == 3
-    assert not modules.decisions
+    for rule, budget in (("distance", 0.2 * away), ("price", (0.7 + 3 * ((2 + away) / 4 - 0.4)) * (2 + away) / 4)):
+        terms = atp.BudgetLoss(target=2, average=average, rule=rule, damping=3.0)
+        price = terms.price(4)
+        for name, value in dict(value=0.7, goal=0.4, started=1).items():
+            getattr(price, name).fill_(value)
+        loss = terms.loss(modules, depth=4, price=price)
+        assert loss(answers, {}, 0) == (answers.loss, {})  # text alone
+        decided(modules, 4.0, 2.0)
+        total, numbers = loss(answers, {}, 0)
+        assert total.item() == pytest.approx(0.5 + 0.05 * (3 / 4 * 2) + budget)
+        assert numbers["hard"].item() == pytest.approx(2 + away) and numbers["after_2"].item() == 3
+        assert not modules.decisions
+
+
+def test_the_price_is_the_sum_of_what_a_running_mean_is_off():
+    """Against a loop in doubles, with steps of several batches, and one without pictures, which changes nothing."""
+    price = atp.Price(target=0.25, rate=0.3, damping=2.0, memory=0.8)
+    steps = [[[0.9, 0.7], [0.8]], [[0.6, 0.4]], [], [[0.1], [0.2, 0.3]], [[0.5, 0.1]]]
+    value = running = goal = first = None
+    for number, batches in enumerate(steps):
+        left = max(0, 1 - (number + 1) / 4)
+        for batch in batches:
+            share = torch.tensor(batch, requires_grad=True)
+            cost = price.cost(share)
+            now = 0 if value is None else value + 2.0 * (sum(batch) / len(batch) - goal)
+            assert cost.item() == pytest.approx(now * sum(batch) / len(batch), abs=1e-6)
+            cost.backward()
+            assert share.grad.tolist() == pytest.approx([now / len(batch)] * len(batch), abs=1e-6)
+        price.move(left)
+        if flat := [share for batch in batches for share in batch]:
+            mean = sum(flat) / len(flat)
+            first = mean if first is None else first
+            running = mean if running is None else 0.8 * running + 0.2 * mean
+            goal = 0.25 + (first - 0.25) * left
+            value = (value or 0) + 0.3 * (running - goal)
+        assert [price.value.item(), price.running.item(), price.goal.item()] == pytest.approx([value, running, goal])
+
+
+@pytest.mark.parametrize("target", [4.0, 12.0])
+def test_the_price_meets_the_target_through_noisy_batches(target):
+    """A toy: images of 16 tokens, an answer that gets better with the logarithm of the tokens, noise of two tokens.
+
+    On the way to it the count does not swing far below, as it does without damping.
+    """
+    torch.manual_seed(0)
+    budget = atp.BudgetLoss(target=target)
+    price, logit = budget.price(16), torch.nn.Parameter(torch.tensor(2.0))
+    optimizer, move, seen = torch.optim.SGD([logit], 0.1), budget.steer(price, 600), []
+    for step in range(600):
+        kept = 16 * logit.sigmoid()
+        loss = -0.3 * kept.log() + price.cost((kept + 2 * torch.randn(8)) / 16)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        move(step)
+        seen.append(kept.item())
+    assert sum(seen[-50:]) / 50 == pytest.approx(target, rel=0.03)
+    assert min(seen) > 0.8 * target
+    assert price.value.item() == pytest.approx(0.3 * 16 / target, rel=0.1)  # where both pulls are equal
 
 
 def test_a_budget_says_what_it_averages():
     with pytest.raises(ValueError, match="average='everything': use one of 'modules', 'layers'"):
         atp.BudgetLoss(target=2, average="everything")
+    with pytest.raises(ValueError, match="rule='none': use one of 'price', 'distance'"):
+        atp.BudgetLoss(target=2, rule="none")
     with pytest.raises(TypeError, match="target"):
         atp.BudgetLoss()
+
+
+def test_a_checkpoint_without_the_price_is_refused(tmp_path):
+    """It is of an earlier version, whose loss was another."""
+    options = SMALL | dict(steps=2, script={"target": 36})
+    train(atp, tmp_path, stop=1, **options)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["state"]["value"] != 0 and saved["state"]["running"] > 0
+    del saved["state"]
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="trained by other rules: use another --out"):
+        train(atp, tmp_path, **options)
 
 
 def test_the_warm_start_brings_the_projector_to_the_models_own():

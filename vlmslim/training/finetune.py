@@ -189,6 +189,8 @@ def finetune(
     loss: Loss = answer_loss,
     before_step: Callable[[int], None] = lambda step: None,
     stop: int | None = None,
+    after_step: Callable[[int], None] = lambda step: None,
+    state: nn.Module | None = None,
 ) -> int:
     """Train `slim.trained`; write `out/log.csv`, checkpoints and, at the end, `out/final`.
 
@@ -203,6 +205,8 @@ def finetune(
         loss: the value to minimise, see `Loss`.
         before_step: called with each step (from 0) before its batches; a method can set its schedules there.
         stop: last step of this call, for a run in pieces.
+        after_step: called with each step (from 0) after its batches, in every process.
+        state: has in its buffers what the loss or the calls remember from step to step, because checkpoints hold it.
 
     Returns:
         The steps done.
@@ -224,7 +228,8 @@ def finetune(
     optimizer = torch.optim.AdamW(named.values(), lr=settings.lr, weight_decay=settings.decay, betas=(0.9, 0.98))
     tuned, optimizer = accelerator.prepare(tuned, optimizer)
     run = RunFolder(out, settings, accelerator)
-    first = run.resume(named, optimizer)
+    state = (state or nn.Module()).to(accelerator.device)
+    first = run.resume(named, optimizer, state)
     last = max(first, steps if stop is None else min(stop, steps))
     batches = Batches(len(data), settings, accelerator, first * accumulate, last * accumulate)
     loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=Collator(processor), num_workers=settings.workers))
@@ -249,11 +254,12 @@ def finetune(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             run.mean(loss=total, answer=answers.loss, **numbers)
+        after_step(step)
         run.mean(**_kept_tokens(slim))
         if (step + 1) % settings.log_every == 0 or step + 1 == last:
             run.log(step + 1, lr=rate)
         if (step + 1) % settings.save_every == 0 or step + 1 == last:
-            run.save(step + 1, named, optimizer)
+            run.save(step + 1, named, optimizer, state)
     if last == steps and accelerator.is_main_process:
         slim.save_pretrained(out / "final", with_base=settings.train_decoder, processor=processor)
     accelerator.wait_for_everyone()
@@ -351,46 +357,51 @@ class RunFolder:
                     self.board.add_scalar(name, value, step)
             self.board.flush()
 
-    def save(self, step: int, named: dict[str, nn.Parameter], optimizer: Any) -> None:
+    def save(self, step: int, named: dict[str, nn.Parameter], optimizer: Any, state: nn.Module) -> None:
         """Write a checkpoint after `step` steps."""
         if not self.accelerator.is_main_process:
             return
-        state = {"step": step, "settings": asdict(self.settings), "optimizer": optimizer.state_dict()}
-        state["processes"] = self.accelerator.num_processes
-        state["parameters"] = {name: p.detach() for name, p in named.items()}
+        saved = {"step": step, "settings": asdict(self.settings), "optimizer": optimizer.state_dict()}
+        saved["processes"] = self.accelerator.num_processes
+        saved["parameters"] = {name: p.detach() for name, p in named.items()}
+        saved["state"] = state.state_dict()
         if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
+            saved["scaler"] = self.accelerator.scaler.state_dict()
         with atomically(self.out / "last.pt") as part:
-            torch.save(state, part)
+            torch.save(saved, part)
 
-    def resume(self, named: dict[str, nn.Parameter], optimizer: Any) -> int:
+    def resume(self, named: dict[str, nn.Parameter], optimizer: Any, state: nn.Module) -> int:
         """Load the last checkpoint, if there is one; return the steps done.
 
         Raises:
-            ValueError: the checkpoint is of a run with other settings, or with another number of processes.
+            ValueError: the checkpoint is of a run with other settings, with another number of processes, or of another
+                version of vlmslim.
         """
         path = self.out / "last.pt"
         if not path.exists():
             return 0
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         ours = asdict(self.settings) | {"processes": self.accelerator.num_processes}
-        theirs = state["settings"] | {"processes": state["processes"]}
+        theirs = saved["settings"] | {"processes": saved["processes"]}
         differs = [k for k in ours if k not in Settings.MAY_CHANGE and ours[k] != theirs.get(k)]
         if differs:
             raise ValueError(f"{path} was trained with other values of {', '.join(differs)}: use another --out")
+        if saved.get("state", {}).keys() != state.state_dict().keys():
+            raise ValueError(f"{path} is of a version of vlmslim that trained by other rules: use another --out")
+        state.load_state_dict(saved.get("state", {}))
         with torch.no_grad():
             for name, p in named.items():
-                p.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
+                p.copy_(saved["parameters"][name])
+        optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.accelerator.is_main_process and (self.out / "log.csv").exists():
             with (self.out / "log.csv").open(newline="") as file:  # the run repeats the steps after the checkpoint
-                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state["step"]]
+                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= saved["step"]]
             if self.lines:
                 self.seconds_before = float(self.lines[-1]["seconds"])
                 self.skipped = int(self.lines[-1]["skipped"])
-        return state["step"]
+        return saved["step"]
 
 
 def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:

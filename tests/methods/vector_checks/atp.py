@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vlmslim.methods import atp
-from vlmslim.methods.atp import losses
+from vlmslim.methods.atp import losses, score_maps
 from vlmslim.methods.atp.score_maps import attention_from_image_and_text, normalise
 
 TOLERANCE = 1e-5
@@ -45,7 +45,7 @@ def _forward(arrays) -> None:
         from_image, from_text = normalise(from_image, alive), normalise(from_text, alive)
     _close(from_image[alive], arrays["s_self_n"][alive])
     _close(from_text[alive], arrays["s_cross_n"][alive])
-    redundancy = (from_image + from_text) / 2
+    redundancy = score_maps.redundancy(from_image, from_text, "literal")
     _close(redundancy[alive], arrays["s_red"][alive])
     spatial = atp.spatial_score(int(arrays["grid"]), arrays["strides"].tolist(), float(arrays["lam"]))
     _close(spatial, arrays["s_spatial"])

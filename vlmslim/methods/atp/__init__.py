@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices
-from vlmslim.methods.atp.score_maps import Maps
+from vlmslim.methods.atp.score_maps import Maps, redundancy
 from vlmslim.saving.folder import read
 from vlmslim.saving.trained import load_part
 
@@ -88,12 +88,22 @@ class ThresholdModule(nn.Module):
     Args:
         patches: n, patches of an image.
         width: of the joint projection.
+        learned: whether the module also learns how much the image's attention and the text's count.
+
+    Attributes:
+        balance: (2,) logits of these two weights, equal at the start; None if they are not learned.
     """
 
-    def __init__(self, patches: int, width: int):
+    def __init__(self, patches: int, width: int, learned: bool = False):
         super().__init__()
         self.mix = nn.Linear(2 * patches, width)
         self.heads = ThresholdHead(width, 2)
+        self.balance = nn.Parameter(torch.zeros(2)) if learned else None
+
+    def reset_parameters(self) -> None:
+        """Give both scores the same weight."""
+        if self.balance is not None:
+            nn.init.zeros_(self.balance)
 
     def forward(self, from_image: Tensor, from_text: Tensor) -> tuple[Tensor, Tensor]:
         """Turn score maps (..., n) into the thresholds of redundancy and of sampling, (...) each, in (0, 1)."""
@@ -130,16 +140,20 @@ class ThresholdModules(nn.Module):
         decisions: while training, what the modules of the last forward decided, in order.
     """
 
-    def __init__(self, layers: Sequence[int], patches: int, width: int):
+    def __init__(self, layers: Sequence[int], patches: int, width: int, learned: bool = False):
         super().__init__()
         self.layers, self.patches = tuple(layers), patches
-        self.after = nn.ModuleDict({str(layer): ThresholdModule(patches, width) for layer in layers})
+        self.after = nn.ModuleDict({str(layer): ThresholdModule(patches, width, learned) for layer in layers})
         self.temperature = 10.0
         self.decisions: list[Decision] = []
 
     def counts(self, kind: str = "soft") -> Tensor:
         """Return the tokens left in the last forward, by "soft" or "hard" masks: (N, modules)."""
         return torch.stack([getattr(decision, kind) for decision in self.decisions], dim=1)
+
+
+#: What the option `mean` of earlier versions meant.
+_OLD_SCORES = {"all": "literal", "visible": "visible"}
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -149,17 +163,19 @@ class ThresholdModules(nn.Module):
 class ATP(Compressor):
     """After three decoder layers, keep the visual tokens that pass thresholds which are learned per image and layer.
 
-    A token's redundancy score is the mean attention that it receives, in the layer that has just run, from the visual
-    tokens of its image and from the text after it. The token stays if this score exceeds one threshold, or if its
-    patch is on a sampling grid that is coarse enough for the other. A small trained module computes both thresholds
-    from the image's two score maps. So an image, a question and a layer get as many tokens as they need. How many stay
-    on average was set in training (`scripts/train_atp.py`) and is not an option. Kept tokens keep their rotary
-    positions, and text always stays.
+    Two score maps say how much attention each token receives, in the layer that has just run: from the visual tokens of
+    its image, and from the text after it. `score` says how they make the redundancy score. The token stays if this
+    score exceeds one threshold, or if its patch is on a sampling grid that is coarse enough for the other. A small
+    trained module computes both thresholds from the two maps. How many tokens stay on average was set in training
+    (`scripts/train_atp.py`) and is not an option. Kept tokens keep their rotary positions, and text always stays.
 
     In training nothing is dropped: masks from a sigmoid weight the attention of all later layers. For masks of 0 and 1
     this is the same as dropping.
 
     The paper's text was not available. This follows secondary sources, and differs from them deliberately:
+    - The redundancy score is that of the text alone. Equations 3 and 4 average both maps (`score="literal"`), and the
+      first of them divides what a token receives by all visual tokens of the image, although a causal model lets only
+      the later ones see it. So upper rows win, whatever they show.
     - Scores are min-max normalised per image before use. Taken literally (`normalised=False`) a score is at most about
       1 / n, and no sigmoid of temperature 10 can tell tokens apart.
     - Several grids replace one, so that the sampling rate can vary; `strides=(2,)` is the literal form.
@@ -174,8 +190,12 @@ class ATP(Compressor):
     strides    : of the sampling grids
     penalty    : lambda_sample of equation 5
     normalised : apply min-max normalisation to the scores
-    mean       : attention from the image is divided by "all" visual tokens of the image, or by the "visible" ones,
-                 which a causal model lets see the token; this removes the advantage of the upper rows
+    score      : "text": attention from the text alone;
+                 "literal": the mean of both maps, with attention from the image divided by all its visual tokens;
+                 "visible": the same, divided by the visual tokens that can see the token;
+                 "learned": as "visible", but each module learns a convex mix of both maps
+    mean       : older name of two scores, so that parts saved with it still load: "all" is score="literal", "visible"
+                 is score="visible"
     at_least   : tokens of an image that stay, whatever the thresholds
     width      : of a module's projection; not known from the paper
     hardened   : in training, attend as inference does, and pass gradients straight through to the soft mask
@@ -189,7 +209,8 @@ class ATP(Compressor):
     strides: Sequence[int] = (2, 3, 4, 6, 8, 12)
     penalty: float = 3.0
     normalised: bool = True
-    mean: str = "all"
+    score: str = "text"
+    mean: str = ""
     at_least: int = 1
     width: int = 256
     hardened: bool = False
@@ -197,7 +218,12 @@ class ATP(Compressor):
 
     def __post_init__(self) -> None:
         self.after, self.strides = tuple(self.after), tuple(self.strides)
-        check_choices(self, mean=("all", "visible"))
+        check_choices(self, score=("text", "literal", "visible", "learned"), mean=("", *_OLD_SCORES))
+        if self.mean:
+            score = _OLD_SCORES[self.mean]
+            if self.score not in (type(self).score, score):
+                raise ValueError(f"mean={self.mean!r} means score={score!r}: give score={self.score!r} alone")
+            self.score, self.mean = score, ""
         if self.at_least < 0:
             raise ValueError(f"at_least={self.at_least}: give an integer from 0 on")
         if not 1 <= self.width <= 2**16:
@@ -231,19 +257,21 @@ class ATP(Compressor):
                 f"all: give layers such as after=({', '.join(map(str, range(min(3, depth - 1))))},)"
             )
         self.layers = tuple(layer + 1 for layer in layers)
-        self.modules = ThresholdModules(layers, self.side**2, self.width)
+        self.modules = ThresholdModules(layers, self.side**2, self.width, self.score == "learned")
         load_part(self, self.modules, model)
         self.modules.float()
         self._check_options()
 
     def _check_options(self) -> None:
         """Refuse weights that were trained under other options."""
+        names = ("after", "strides", "penalty", "normalised", "score")
         saved = None if self.weights.startswith("random") else read(self.weights)
         for stage in saved.methods if saved else ():
             if stage["method"] == "atp":
-                own = {name: getattr(self, name) for name in ("after", "strides", "penalty", "normalised", "mean")}
+                theirs = stage | ({"score": _OLD_SCORES[stage["mean"]]} if stage.get("mean") else {})
+                own = {name: getattr(self, name) for name in names}
                 own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-                other = ", ".join(f"{name}={stage[name]!r}" for name, value in own.items() if stage[name] != value)
+                other = ", ".join(f"{name}={theirs[name]!r}" for name, value in own.items() if theirs[name] != value)
                 if other:
                     raise ValueError(
                         f"{self.weights} was trained with {other}; give these options, or patch with it alone"
@@ -256,7 +284,8 @@ class ATP(Compressor):
     def retain(self, tokens: LayerInput) -> Tensor:
         """Apply the rule of inference."""
         maps = self._maps(tokens)
-        return (tokens.image == 0) | maps.from_grid(self._keep(maps, *self._thresholds(tokens, maps))).bool()
+        score = self._redundancy(tokens, maps)
+        return (tokens.image == 0) | maps.from_grid(self._keep(maps, score, *self._thresholds(tokens, maps))).bool()
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:
         """Apply the soft masks while the modules are in training mode."""
@@ -265,9 +294,10 @@ class ATP(Compressor):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
             maps = self._maps(tokens)
         theta_r, theta_s = self._thresholds(tokens, maps)
-        keep = self._keep(maps, theta_r, theta_s)
-        soft = soft_mask(maps.redundancy, self._spatial(maps), theta_r, theta_s, self.modules.temperature)
-        soft = torch.where(top_k_alive(maps.redundancy, maps.alive, self.at_least), 1, soft) * maps.alive
+        score = self._redundancy(tokens, maps)
+        keep = self._keep(maps, score, theta_r, theta_s)
+        soft = soft_mask(score, self._spatial(maps), theta_r, theta_s, self.modules.temperature)
+        soft = torch.where(top_k_alive(score, maps.alive, self.at_least), 1, soft) * maps.alive
         if self.hardened:
             soft = keep + (soft - soft.detach())
         before = maps.alive if tokens.weight is None else maps.to_grid(tokens.weight.float())
@@ -280,14 +310,20 @@ class ATP(Compressor):
         return torch.where(tokens.image > 0, maps.from_grid(soft), 1)
 
     def _maps(self, tokens: LayerInput) -> Maps:
-        return Maps.of(tokens, self.side, self.normalised, self.mean)
+        return Maps.of(tokens, self.side, self.normalised, visible=self.score != "literal")
+
+    def _module(self, tokens: LayerInput) -> Any:
+        return self.modules.after[str(tokens.layer - 1)]
+
+    def _redundancy(self, tokens: LayerInput, maps: Maps) -> Tensor:
+        return redundancy(maps.from_image, maps.from_text, self.score, self._module(tokens).balance)
 
     def _spatial(self, maps: Maps) -> Tensor:
-        return spatial_score(self.side, self.strides, self.penalty).to(maps.redundancy.device)
+        return spatial_score(self.side, self.strides, self.penalty).to(maps.from_text.device)
 
     def _thresholds(self, tokens: LayerInput, maps: Maps) -> tuple[Tensor, Tensor]:
-        return self.modules.after[str(tokens.layer - 1)](maps.from_image, maps.from_text)
+        return self._module(tokens)(maps.from_image, maps.from_text)
 
-    def _keep(self, maps: Maps, theta_r: Tensor, theta_s: Tensor) -> Tensor:
-        keep = hard_mask(maps.redundancy, self._spatial(maps), theta_r, theta_s)
-        return (keep & maps.alive) | top_k_alive(maps.redundancy, maps.alive, self.at_least)
+    def _keep(self, maps: Maps, score: Tensor, theta_r: Tensor, theta_s: Tensor) -> Tensor:
+        keep = hard_mask(score, self._spatial(maps), theta_r, theta_s)
+        return (keep & maps.alive) | top_k_alive(score, maps.alive, self.at_least)

@@ -32,14 +32,14 @@ class Maps:
     from_text: Tensor
 
     @classmethod
-    def of(cls, tokens: LayerInput, side: int, normalised: bool, mean: str) -> "Maps":
+    def of(cls, tokens: LayerInput, side: int, normalised: bool, visible: bool) -> "Maps":
         """Measure the attention of the layer that has just run.
 
         Args:
             tokens: what enters the next layer.
             side: of the patch grid.
             normalised: apply min-max normalisation to the maps.
-            mean: divide by "all" visual tokens, or by the "visible" ones, which may look at a token.
+            visible: divide attention from the image by the visual tokens that may look at a token, not by all of them.
 
         Raises:
             ValueError: an image is not a grid of side x side patches, or tokens were merged before.
@@ -65,17 +65,12 @@ class Maps:
         from_image, from_text = attention_from_image_and_text(tokens.attention, tokens.image * present, text)
         texts_after = text.flip(1).cumsum(1).flip(1)
         patches_after = alive.flip(-1).cumsum(-1).flip(-1)  # those that a causal model lets see a patch, itself too
-        queries = patches_after if mean == "visible" else alive.sum(-1, keepdim=True)
+        queries = patches_after if visible else alive.sum(-1, keepdim=True)
         from_image = scatter_to_grids(from_image, place, real.shape[1], n) / queries.clamp(min=1)
         from_text = scatter_to_grids(from_text / texts_after.clamp(min=1), place, real.shape[1], n)
         if normalised:
             from_image, from_text = normalise(from_image, alive), normalise(from_text, alive)
         return cls(place, alive, real, from_image, from_text)
-
-    @property
-    def redundancy(self) -> Tensor:
-        """(B, I, n) the mean of both scores."""
-        return (self.from_image + self.from_text) / 2
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Lay values of tokens out on the grids: (B, S) -> (B, I, n), 0 where there is no token."""
@@ -84,6 +79,26 @@ class Maps:
     def from_grid(self, grids: Tensor) -> Tensor:
         """Read the grids at the tokens: (B, I, n) -> (B, S), 0 at text and padding."""
         return torch.cat([torch.zeros_like(grids[:, :1]), grids], dim=1).flatten(1).gather(1, self.place)
+
+
+def redundancy(from_image: Tensor, from_text: Tensor, score: str, balance: Tensor | None = None) -> Tensor:
+    """Combine the two score maps into the one by which tokens are kept.
+
+    Args:
+        from_image: (..., n) attention received from the image, divided as the score asks.
+        from_text: (..., n) attention received from text.
+        score: "literal" and "visible" take the mean of both, "text" the second alone, "learned" a convex mix.
+        balance: (2,) of "learned", logits of the weights of image and text.
+
+    Returns:
+        (..., n).
+    """
+    if score == "text":
+        return from_text
+    if balance is None:
+        return (from_image + from_text) / 2
+    image, text = balance.softmax(0)
+    return image * from_image + text * from_text
 
 
 def scatter_to_grids(x: Tensor, place: Tensor, images: int, n: int) -> Tensor:
