@@ -211,7 +211,7 @@ def bench(
         typer.Option("--method", "-m", help=f"{_METHOD_HELP} Default: random, divprune and fastv."),
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Visual tokens to keep per image, counts or fractions. Default: 1/3, 2/9, 1/9.")
+        str | None, typer.Option(help="Visual tokens to keep per image, counts or shares. Default: 1/3, 2/9, 1/9.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     images: Annotated[int, typer.Option(min=1, help="Images in a prompt.")] = 1,

@@ -3,7 +3,7 @@
     python scripts/analysis/kept_by_question.py vlmslim/bundled/tiny-atp-36 --limit 100
 
 The Markdown table has the mean and standard deviation over held-out questions and the range. Below it stand the
-fraction of the variance between tasks, and the mean counts as options of the control `schedule`.
+share of the variance between tasks, and the mean counts as options of the control `schedule`.
 """
 
 import sys

@@ -265,6 +265,17 @@ def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, 
     assert not loaded.evaluate(everything, "micro_words").receipt["had_effect"]
 
 
+def test_the_work_of_the_method_is_counted(folder, whole):
+    """DivPrune multiplies 16 tokens with each other; a random subset takes no matrix product."""
+    store = Store(folder / "whole")
+    hidden = store.run["config"]["checkpoint"]["shape"]["hidden"]
+    for task in ("micro_words", "micro_choice"):
+        counted = {label: store.cell(label, task)["method_flops"] for label in LABELS}
+        assert counted["none"] == counted["random-4"] == 0
+        assert counted["divprune-4"] == 2 * 16 * 16 * hidden
+        assert counted["divprune-8+fastv-4"] > counted["divprune-4"] and counted["fastv-4"] > 0
+
+
 @pytest.fixture(scope="module")
 def exported(folder, whole):
     config = load_config(folder / "config.yaml")

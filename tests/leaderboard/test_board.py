@@ -60,6 +60,8 @@ def test_cost_is_computed_from_what_was_kept(board):
     assert (none.cost.requested, none.cost.kept) == (None, 144)
     assert row.cost.flops == prefill_flops(SHAPE, 36)
     assert row.flops_ratio == prefill_flops(SHAPE, 36) / prefill_flops(SHAPE, 164)
+    assert (row.cost.method_flops, none.cost.method_flops) == (1e6, 0)
+    assert row.work_ratio == (prefill_flops(SHAPE, 36) + 1e6) / prefill_flops(SHAPE, 164)
     assert row.cost.kv_bytes == 36 * 4 * 2 * 2 * 16 * 4
     assert random.times.ttft_ratio is not None
     assert (random.cost.selection_ms, random.cost.positions) == (0.5, "renumbered")
@@ -173,13 +175,34 @@ def test_loyalty_and_flips(decided):
 def test_the_pareto_front_spans_budgets():
     values = {"none": (1.0, 144), "a-64": (0.9, 64), "b-64": (0.8, 64), "a-16": (0.95, 16)}
     rows = [
-        Row(label, None, relative=Estimate(average), cost=costs(equivalent=tokens), flops_ratio=tokens / 144)
+        Row(label, None, relative=Estimate(average), cost=costs(equivalent=tokens), work_ratio=tokens / 144)
         for label, (average, tokens) in values.items()
     ]
     add_fronts(rows)
     assert {row.label: row.pareto for row in rows if row.pareto} == dict.fromkeys(
         ("none", "a-16"), ["FLOPs", "equivalent tokens"]
     )
+
+
+def test_the_work_of_a_method_counts_on_the_front():
+    """The costlier selection takes a row off the front although its language model has no more to do."""
+    own = {"none": 0.0, "plain": 1e8, "clever": 4e8}
+    rows = scored_rows(none={"t": 1.0}, plain={"t": 0.8}, clever={"t": 0.8})
+    for row in rows:
+        row.cost = costs(flops=1e9 if row.label == "none" else 5e8, method_flops=own[row.label])
+    averages(rows)
+    add_fronts(rows)
+    assert [row.flops_ratio for row in rows] == [1, 0.5, 0.5]
+    assert [row.work_ratio for row in rows] == [1, 0.6, 0.9]
+    assert ["FLOPs" in row.pareto for row in rows] == [True, True, False]
+
+
+def test_old_cells_do_not_know_the_work_of_their_method(finished):
+    cell, samples = finished.cell("divprune-16", "text"), finished.samples("divprune-16", "text")
+    del cell["method_flops"]
+    finished.save_cell("divprune-16", "text", cell, samples)
+    row = row_of(Leaderboard.read(finished.directory), "divprune-16")
+    assert row.cost.method_flops is None and row.work_ratio == row.flops_ratio
 
 
 def test_medals_of_the_average_agree_with_its_tests(captions):

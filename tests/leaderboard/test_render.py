@@ -75,7 +75,9 @@ def test_tokens_kept_with_their_range_and_what_is_left_in_the_last_layer(kept, t
 
 def test_units_follow_the_size(board):
     assert {"prefill GFLOPs", "KV cache KiB"} <= texts(cost_columns(board)).keys()
+    assert texts(cost_columns(board))["method GFLOPs"][:2] == ["0.000", "0.001"]
     big = cost_texts(Row("none", None, cost=costs(flops=8.26e12, kv_bytes=311 * 2**20), flops_ratio=1.0))
+    assert big["method TFLOPs"] == ["–"]
     assert big["prefill TFLOPs"] == ["8.26 (1.00x)"]
     assert big["KV cache MiB"] == ["311.0"]
 
@@ -250,6 +252,7 @@ def test_csv(board):
     line = lines["divprune-64"]
     assert float(line["count:value"]) == 0.75 and float(line["count:stderr"]) == 0.05
     assert float(line["count:low"]) < 0.75 < float(line["count:high"])
+    assert float(line["method_flops"]) == 1e6 and float(line["work_ratio"]) > float(line["flops_ratio"])
     assert float(line["relative"]) == 0.875 and float(line["group:general"]) == 0.875
     assert json.loads(line["stages"]) == [{"method": "divprune", "keep": 64}]
     assert lines["none"]["requested"] == "" and lines["none"]["count:p"] == ""
@@ -263,6 +266,7 @@ def test_json(board):
     score = row["scores"]["count"]
     assert (score["value"], score["stderr"], score["questions"]) == (0.75, 0.05, 4)
     assert (row["kept"], row["relative"], row["ttft_ms"]) == (64, 0.875, board.rows[2].times.ttft_ms)
+    assert row["method_flops"] == 1e6 and row["work_ratio"] == board.rows[2].work_ratio
     assert data["facts"]["versions"].keys() >= {"torch", "transformers", "lmms_eval", "vlmslim"}
     families = {(pair["task"], pair["first"].split("-")[1]) for pair in data["pairs"]}
     assert families == {(task, budget) for task in ("count", "text", None) for budget in ("64", "16")}

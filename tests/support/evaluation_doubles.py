@@ -131,6 +131,9 @@ class FakeHarness:
         keeps_all = budget is None or variant.label in self.without_effect
         return Cell(results, samples, receipt(name, 144.0 if keeps_all else float(budget), budget and float(budget)))
 
+    def method_flops(self, variant, task) -> float:
+        return 0.0 if variant.unpatched else 1e6
+
     def time(self, variants, timing, tick) -> dict:
         self.timed = [v.label for v in variants]
         return {

@@ -32,7 +32,7 @@ from vlmslim.registry import Spec, build, method_class, options_of
 CURRENCIES = ("equivalent_tokens", "flops_ratio")
 TOLERANCE = 0.02  # of the cost
 MAX_PREFILLS = 12  # prefills of all sample prompts, for a method that decides by itself
-FRACTION_STEPS = 100_000  # values of `keep` between 0 and 1
+SHARE_STEPS = 100_000  # values of `keep` between 0 and 1
 
 Solved: TypeAlias = dict[str, Any] | Compressor
 
@@ -73,7 +73,7 @@ def solve(model: Any, method: "Spec | Sequence[Spec]", prompts: Iterable[Mapping
         model: a loaded, unpatched model.
         method: as for `vlmslim.patch`, without the option to solve; see `free_option`.
         prompts: model inputs of one prompt each, on the model's device. If images differ in size (anyres), give enough
-            of them, because `keep` is then solved as a fraction that meets the budget on average.
+            of them, because `keep` is then solved as a share that meets the budget on average.
         **options: the budget, and options of a method that is given by name.
 
     Raises:
@@ -154,7 +154,7 @@ class Solver:
     def _values(self, spec: Spec, option: str) -> Sequence[int | float]:
         """List the values that an option can take, cheapest first."""
         if option == "keep" and family_of(self.model).anyres:  # images differ in size
-            return [i / FRACTION_STEPS for i in range(1, FRACTION_STEPS + 1)]
+            return [i / SHARE_STEPS for i in range(1, SHARE_STEPS + 1)]
         most = max(n for _, n in self.sizes) if option == "keep" else self.shape.layers - 1
         build(_with_option(spec, option, 1))  # every option takes 1, so this refuses the other options only
         return [value for value in range(1, most + 1) if _accepts(spec, option, value)]
@@ -204,7 +204,7 @@ def check_target(target: Mapping[str, float]) -> tuple[str, float]:
     if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not wanted > 0:
         raise ValueError(f"{currency}={wanted!r}: give a positive number")
     if currency == "flops_ratio" and wanted > 1:
-        raise ValueError(f"flops_ratio={wanted}: a fraction of the unpatched model's FLOPs lies in (0, 1]")
+        raise ValueError(f"flops_ratio={wanted}: a share of the unpatched model's FLOPs lies in (0, 1]")
     return currency, wanted
 
 

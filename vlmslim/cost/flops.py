@@ -31,7 +31,7 @@ class Convention:
     elementwise: bool = False
 
 
-#: For the same work, LLaVA-1.5-7B with 622 tokens has 8.26, 8.16, 8.27, 4.13 and 3.23 TFLOPs, in this order.
+#: For the same work, LLaVA-1.5-7B with 622 tokens has 8.26, 8.16, 8.26, 4.13 and 3.23 TFLOPs, in this order.
 CONVENTIONS = {
     "flops": Convention(per_multiply_add=2, mlp_matrices=3),
     "causal": Convention(per_multiply_add=2, mlp_matrices=3, causal=True),

@@ -243,7 +243,7 @@ def _keeping_count(methods: list[Compressor], count: int) -> list[Compressor] | 
         stages = [stage for method in asked for stage in method.stages()]
         return asked if asked and all(stage.requested(count) == count for stage in stages) else None
     except ValueError:
-        return None  # it takes fractions only
+        return None  # it takes shares only
 
 
 def _with_keep(method: Any, keep: int | float) -> Compressor:

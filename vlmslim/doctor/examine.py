@@ -37,7 +37,7 @@ def examine(
         processor: its processor.
         methods: each is anything that `vlmslim.patch` takes. By default all registered methods at the budget `keep`;
             those that this checkpoint cannot have are listed as not applicable, with the reason.
-        keep: visual tokens per image, a count or a fraction, of methods given by name alone that have such an option.
+        keep: visual tokens per image, a count or a share, of methods given by name alone that have such an option.
         on_finding: called with every finding as it is made.
 
     Returns:

@@ -1,5 +1,6 @@
 """Drives lmms-eval for `vlmslim run`: one loaded checkpoint, evaluated and timed under many methods."""
 
+import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 
 import vlmslim
 from vlmslim.cost.budget import Solution, Solver
+from vlmslim.cost.parts import count_flops
 from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.evaluation import preflight
 from vlmslim.evaluation.config import RunConfig
@@ -20,6 +22,8 @@ from vlmslim.evaluation.variants import Variant
 
 #: lmms-eval's own default on the command line; its Python API would leave reasoning tags in the answers.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+
+COUNTED_PROMPTS = 4  # of a task, on which the FLOPs of a method are counted
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Harness:
 
     def __init__(self, config: RunConfig, make_bar: MakeBar | None = None):
         self.config, self._make_bar = config, make_bar
+        self._first_prompts: dict[str, list[Any]] = {}
         self.tasks = Tasks(config)
 
     def describe_checkpoint(self) -> dict:
@@ -119,6 +124,15 @@ class Harness:
             results.pop(name, None)
         return Cell(results, samples, lm.receipt)
 
+    def method_flops(self, variant: Variant, task: str) -> float:
+        """Count the FLOPs that a method itself needs for a prompt, averaged over the task's first prompts."""
+        if variant.unpatched:
+            return 0.0
+        if task not in self._first_prompts:
+            self._first_prompts[task] = self._prompts(COUNTED_PROMPTS, [task])
+        with vlmslim.patch(self.model, list(variant.stages)):
+            return statistics.fmean(count_flops(self.model, inputs)["method"] for inputs in self._first_prompts[task])
+
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget, on the first questions of the tasks, taken in turn.
 
@@ -143,25 +157,25 @@ class Harness:
             tick()
             return nullcontext() if variant.unpatched else vlmslim.patch(self.model, list(variant.stages))
 
-        treatments = {variant.label: partial(attach, variant) for variant in variants}
+        methods = {variant.label: partial(attach, variant) for variant in variants}
         prompts = self._prompts(timing.prompts)
-        times = measure_together(self.model, treatments, prompts, timing.new_tokens, timing.repeats)
+        times = measure_together(self.model, methods, prompts, timing.new_tokens, timing.repeats)
         return {label: summarise(own, times[variants[0].label]) for label, own in times.items()}
 
-    def _prompts(self, count: int) -> list[Any]:
-        """Return the inputs of `generate()` for the first questions, taking the tasks in turn."""
+    def _prompts(self, count: int, tasks: Sequence[str] | None = None) -> list[Any]:
+        """Return the inputs of `generate()` for the first questions of tasks, by default all, taken in turn."""
         from lmms_eval.tasks import get_task_dict
 
         lm = self._lm(Variant("none", ({"method": "none"},)))
-        names = [task.task for task in self.tasks.leaves][:count]
+        names = list(tasks or [task.task for task in self.tasks.leaves])[:count]
         per_task = -(-count // len(names))
         numbered: list[tuple[int, Any]] = []
         try:
             with output_to(self.config.output / "lmms_eval.log"):
-                tasks = get_task_dict(names, self.tasks.manager, "simple")
-                for task in tasks.values():
+                loaded = get_task_dict(names, self.tasks.manager, "simple")
+                for task in loaded.values():
                     task.build_all_requests(limit=per_task, rank=0, world_size=1)
-            for name, task in tasks.items():
+            for name, task in loaded.items():
                 lm.task_dict[name] = task.dataset
                 firsts: dict[int, Any] = {}  # a multiple-choice question makes one request a choice
                 for request in task.instances:

@@ -245,6 +245,7 @@ class _Run:
         try:
             cell = self.harness.evaluate(variant, task)
             check_effect(cell.receipt)
+            method_flops = self.harness.method_flops(variant, task)
         except Exception as error:
             raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
         self.inputs.check_unchanged(variant, task)
@@ -256,6 +257,7 @@ class _Run:
             "definition": self.inputs.definitions[task],
             "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
+            "method_flops": method_flops,
             "lmms_eval": cell.results,
         }
         if files := outside_files(variant.classes):

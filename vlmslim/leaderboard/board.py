@@ -142,7 +142,7 @@ class Leaderboard:
         return 100 if all(row.scores[task].value <= 1 for row in self.rows if task in row.scores) else 1
 
     def question_scale(self, task: str) -> int:
-        """Return the scale of the questions' own scores, which may be fractions where the task's score is in points."""
+        """Return the scale of the questions' own scores, which may be shares where the task's score is in points."""
         means = [self.comparison.means.get((row.label, task)) for row in self.rows]
         return 100 if all(mean is None or mean <= 1 for mean in means) else 1
 
@@ -219,7 +219,7 @@ def _rows(config: dict, cells: Cells, timing: dict) -> list[Row]:
 
 
 def _group_order(row: Row) -> tuple:
-    """Sort the unpatched model first, then rows without a budget, counts from the largest, fractions, and costs."""
+    """Sort the unpatched model first, then rows without a budget, counts from the largest, shares, and costs."""
     if isinstance(row.budget, dict):
         return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
@@ -234,6 +234,7 @@ def add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[st
     for row in rows:
         if row.cost and base.cost and row.scores.keys() == base.scores.keys():  # else the prompts differ
             row.flops_ratio = row.cost.flops / base.cost.flops
+            row.work_ratio = row.cost.work / base.cost.work
         if all(task in row.scores and task in base.scores for task in tasks):
             ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
             known = {task: ratio for task, ratio in ratios.items() if ratio is not None}
@@ -269,8 +270,8 @@ def _mean_stability(tasks: list[Stability | None]) -> Stability | None:
 
 
 def add_fronts(rows: list[Row]) -> None:
-    """Mark the rows that no other row beats, at any budget."""
-    flops = [(row, row.flops_ratio) for row in rows]
+    """Mark the rows that no other row beats, at any budget. FLOPs are those of the method too."""
+    flops = [(row, row.work_ratio) for row in rows]
     equivalent = [(row, row.cost and row.cost.equivalent) for row in rows]
     for name, costs in (("FLOPs", flops), ("equivalent tokens", equivalent)):
         placed = [(row, cost, row.relative.value) for row, cost in costs if cost is not None and row.relative]

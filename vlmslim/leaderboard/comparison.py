@@ -76,7 +76,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stability:
-    """How the answers of a row relate to those of the unpatched model, as fractions of the questions.
+    """How the answers of a row relate to those of the unpatched model, as shares of the questions.
 
     loyalty   : questions with the same answer
     lost, won : questions whose score fell, and rose; None for a task without scores of single questions
@@ -162,12 +162,13 @@ def compare(
             own = pictures.of(*(task for task in averaged if task.task in names))
             return values, *covariances(influence[:, own], pictures.strata[own])
 
-        values, *spread = average(list(ratios))
-        result.averaged, result.relative = list(ratios), _intervals(complete, values, *spread)
+        values, covariance, freedom = average(list(ratios))
+        result.averaged, result.relative = list(ratios), _intervals(complete, values, covariance, freedom)
         for group in dict.fromkeys(groups[task] for task in ratios):
-            ends = _intervals(complete, *average([task for task in ratios if groups[task] == group]))
-            result.groups |= {(label, group): own for label, own in ends.items()}
-        columns.append(_average(averaged, pictures, complete, base, swaps, spread))
+            known = _intervals(complete, *average([task for task in ratios if groups[task] == group]))
+            result.groups |= {(label, group): interval for label, interval in known.items()}
+        tested = _average(averaged, pictures, complete, base, swaps)
+        columns.append(_Column(None, complete, *tested, covariance, freedom))
 
     for budget in budgets:
         for column in columns:
@@ -262,13 +263,16 @@ class _Column:
 
 
 def _average(
-    tasks: list[ScoredTask], pictures: _Pictures, labels: list[str], base: str, swaps: int, spread: list[np.ndarray]
-) -> _Column:
+    tasks: list[ScoredTask], pictures: _Pictures, labels: list[str], base: str, swaps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compare rows by their average, as a sum of question scores with a weight for each task.
 
     Task weights come from the unpatched model's scores, so that the sum is the average relative to that model. Where a
     row is tested against the unpatched model itself, the weights come from the scores of both rows. The null hypothesis
     says that the two rows are exchangeable, and weights from only one of them would bias the test.
+
+    Returns:
+        (rows,) the averages; (rows, rows) p values, and whether each is the smallest that random swaps can give.
     """
     sums = {task.task: pictures.sums(task)[[task.labels.index(label) for label in labels]] for task in tasks}
     at = labels.index(base)
@@ -285,7 +289,7 @@ def _average(
             own, limited = _swapped(both[:, both.any(0)], swaps)
             p[i, at] = p[at, i] = own[0, 1]
             at_limit[i, at] = at_limit[at, i] = limited[0, 1]
-    return _Column(None, labels, everything.sum(1), p, at_limit, *spread)
+    return everything.sum(1), p, at_limit
 
 
 def _swapped(sums: np.ndarray, swaps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,7 @@ def _tests(board: Leaderboard) -> list[str]:
         "unpatched model included. Right-or-wrong scores have Wilson's intervals, for the effective number of "
         "questions. Other scores, averages and differences have Student's intervals over pictures. A p value with < is "
         "the smallest that so many random swaps can tell. "
-        "Loyalty is the fraction of answers that equal the unpatched model's. Lost and won are the fractions of "
+        "Loyalty is the share of answers that equal the unpatched model's. Lost and won are the shares of "
         "questions whose score fell and rose."
     ]
     tested_otherwise = [task for task in board.not_question_means if task not in comparison.untested]
@@ -111,8 +111,10 @@ def _costs(board: Leaderboard) -> str:
         "image that enter the language model (fewest–most, where images differ) → that are left in its last layer. "
         "Equivalent tokens: visual tokens of a prompt, averaged over the decoder layers. Prefill FLOPs count the "
         "language model alone, with multiply-add = 2, three MLP matrices and full attention. The vision tower adds "
-        f"{facts['tower_flops'] / 1e9:.2f} GFLOPs per crop. A row is on the Pareto front if no row, at any budget, has "
-        "a better average for at most as many FLOPs, or equivalent tokens."
+        f"{facts['tower_flops'] / 1e9:.2f} GFLOPs per crop. The method's FLOPs are those of its own matrix products, "
+        "with the parts of the model that it calls, such as the projector, counted on the first prompts of each task. "
+        "A row is on the Pareto front if no row, at any budget, has a better average for at most as many FLOPs of "
+        "language model and method, or equivalent tokens."
     )
 
 

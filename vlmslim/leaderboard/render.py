@@ -152,7 +152,11 @@ def _json(board: Leaderboard, published: Published | None) -> str:
 
 def _numbers(row: Row) -> dict[str, object]:
     """Collect the single numbers of a row under the keys of CSV and JSON; None where a number is not known."""
-    numbers: dict[str, object] = {"rank": row.rank, "flops_ratio": row.flops_ratio}
+    numbers: dict[str, object] = {
+        "rank": row.rank,
+        "flops_ratio": row.flops_ratio,
+        "work_ratio": row.work_ratio,
+    }
     for key, name in (("relative", "value"), ("relative_low", "low"), ("relative_high", "high")):
         numbers[key] = getattr(row.relative, name, None)
     for part, kind in ((row.stability, Stability), (row.cost, Cost), (row.times, Times)):
@@ -175,11 +179,11 @@ def _html(board: Leaderboard, published: Published | None) -> str:
 
 
 def _points(board: Leaderboard) -> list[dict]:
-    """Place the rows in the picture of average against FLOPs, as fractions of its width and height."""
+    """Place the rows in the picture of average against FLOPs, as shares of its width and height."""
     placed = [
-        (row, row.flops_ratio, row.relative.value)
+        (row, row.work_ratio, row.relative.value)
         for row in board.rows
-        if row.relative is not None and row.flops_ratio is not None
+        if row.relative is not None and row.work_ratio is not None
     ]
     top = max([1.0, *(average for _, _, average in placed)])
     return [

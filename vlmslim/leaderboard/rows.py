@@ -22,6 +22,7 @@ class Cost:
     last       : visual tokens left in the last decoder layer, per image
     equivalent : visual tokens of a prompt, averaged over the decoder layers
     flops      : analytic prefill FLOPs of the language model
+    method_flops : FLOPs of the methods' own matrix products, counted on some prompts of each task; None in old cells
     kv_bytes   : bytes of the prompt's KV cache
     selection_ms : milliseconds that the methods took, per prompt of the evaluation; None in old receipts
     positions  : "renumbered" or "original", as the language model sees them
@@ -37,10 +38,17 @@ class Cost:
     kv_bytes: float
     selection_ms: float | None
     positions: str
+    method_flops: float | None = None
+
+    @property
+    def work(self) -> float:
+        """FLOPs of the language model and, where they are known, of the methods."""
+        return self.flops + (self.method_flops or 0.0)
 
     @classmethod
-    def read(cls, receipts: list[dict], shape: DecoderShape) -> "Cost | None":
-        """Average the receipts of a row's cells; None if they count no image."""
+    def read(cls, cells: list[dict], shape: DecoderShape) -> "Cost | None":
+        """Average what a row's cells record; None if they count no image."""
+        receipts = [cell["receipt"] for cell in cells]
         images, prompts = sum(r["images"] for r in receipts), sum(r["prompts"] for r in receipts)
         if not images or not prompts:
             return None
@@ -57,6 +65,7 @@ class Cost:
         known = len(ranges) == len(seen)
         lengths = [[v + r["text_tokens"] for v in r["visual_tokens_per_layer"]] for r in receipts]
         timed = all("selection_ms" in r for r in receipts)
+        own = [cell["method_flops"] for cell in cells if "method_flops" in cell]
         return cls(
             requested=per_image("requested", budgeted) if budgeted else None,
             kept=per_image("kept", seen),
@@ -68,6 +77,7 @@ class Cost:
             kv_bytes=per_prompt([r["kv_bytes"] for r in receipts]),
             selection_ms=per_prompt([r["selection_ms"] for r in receipts]) if timed else None,
             positions=", ".join(sorted({r["positions"] for r in receipts})),
+            method_flops=per_prompt(own) if len(own) == len(cells) else None,
         )
 
 
@@ -171,7 +181,8 @@ class Row:
     rank       : by `relative` within the budget; rows share a rank where no difference is significant
     stability  : loyalty, lost and won answers, averaged over the tasks
     cost       : None until a cell is finished
-    flops_ratio : prefill FLOPs relative to the unpatched model's on the same tasks
+    flops_ratio : prefill FLOPs of the language model relative to the unpatched model's on the same tasks
+    work_ratio : the same with the FLOPs of the methods, where they are known
     activity   : how often each stage acted, in the order of the stages; empty for old cells
     times      : None where the row was not timed
     solved     : None where the budget is no cost
@@ -189,6 +200,7 @@ class Row:
     stability: Stability | None = None
     cost: Cost | None = None
     flops_ratio: float | None = None
+    work_ratio: float | None = None
     activity: list[StageActivity] = field(default_factory=list)
     times: Times | None = None
     solved: Solved | None = None
@@ -221,7 +233,7 @@ class Row:
             entry["budget"],
             stages,
             _provenance(cells),
-            cost=Cost.read(receipts, shape),
+            cost=Cost.read(cells, shape),
             activity=StageActivity.read(receipts),
             times=Times.read(timing["times"][label]) if timed else None,
             solved=Solved.read([cell["budget"] for cell in cells if "budget" in cell]),

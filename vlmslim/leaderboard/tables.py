@@ -90,6 +90,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         cost("tokens kept", _kept_text),
         cost("equivalent tokens", lambda cost: number(cost.equivalent, 1, 1)),
         Column(f"prefill {flops_name}", prefill),
+        cost(f"method {flops_name}", lambda cost: number(cost.method_flops, 1 / flops, 3)),
         times("TTFT ms", lambda times: _with_ratio(times.ttft_ms, times.ttft_ratio, 1)),
         times("decode ms/token", lambda times: _with_ratio(times.decode_ms, times.decode_ratio, 2)),
         cost("selection ms", lambda cost: number(cost.selection_ms, 1, 2)),
@@ -110,8 +111,8 @@ def against_unpatched(board: Leaderboard) -> Table | None:
         columns.append(Column(task, [difference_text(pair, board.question_scale(task)) for pair in pairs]))
     average = [board.comparison.pair(row.label, UNPATCHED, None) for row in rows]
 
-    def per_cent(name: str, fraction: Callable[[Stability], float | None]) -> Column:
-        return Column(name, [number(fraction(stability), 100, 1) for _, stability in known])
+    def per_cent(name: str, share: Callable[[Stability], float | None]) -> Column:
+        return Column(name, [number(share(stability), 100, 1) for _, stability in known])
 
     columns += [
         Column("average", [difference_text(pair, 100) for pair in average]),
@@ -230,7 +231,7 @@ def _kept_text(cost: Cost) -> str:
 
 
 def _spent(solved: Solved) -> str:
-    """Write what the tasks cost; a fraction of the FLOPs is below one and needs more digits."""
+    """Write what the tasks cost; a share of the FLOPs is below one and needs more digits."""
     digits = 3 if "flops_ratio" in solved.solution["target"] else 1
     return _with_range(*(number(value, 1, digits) for value in (solved.spent, solved.spent_low, solved.spent_high)))
 

@@ -21,12 +21,12 @@ def share_out(k: int, sizes: Sequence[int]) -> list[int]:
     return parts
 
 
-def largest_remainder(k: int, fractions: Sequence[float]) -> list[int]:
-    """Split k by fractions that sum to 1.
+def largest_remainder(k: int, shares: Sequence[float]) -> list[int]:
+    """Split k by shares that sum to 1.
 
     Each part is rounded down. The rest goes to the parts with the largest remainders, to earlier ones on ties.
     """
-    exact = [round(k * fraction, 9) for fraction in fractions]
+    exact = [round(k * share, 9) for share in shares]
     parts = [int(part) for part in exact]
     for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: k - sum(parts)]:
         parts[i] += 1

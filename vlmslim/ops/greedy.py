@@ -148,7 +148,7 @@ class Determinant:
         kernel: (b, n, n) symmetric, positive semidefinite.
         fallback: (b, n) in [0, 1].
         k: number of picks at most.
-        floor: the factor, as a fraction of the largest entry of the diagonal, at or below which it counts as lost.
+        floor: the factor, as a share of the largest entry of the diagonal, at or below which it counts as lost.
     """
 
     def __init__(self, kernel: Tensor, fallback: Tensor, k: int, floor: float = 1e-6):

@@ -66,7 +66,7 @@ class Price(nn.Module):
         """Move the price by the counts of all processes since the last move. Every process must call this.
 
         Args:
-            left: fraction of the way from the first share to the target that is left, from 1 to 0.
+            left: share of the way from the first share to the target that is left, from 1 to 0.
         """
         kept = torch.stack([torch.zeros(2, device=self.value.device), *self._kept]).sum(0)
         self._kept = []
@@ -94,7 +94,7 @@ class BudgetLoss:
     rate          : of "price", see `Price`
     damping       : of "price", see `Price`
     memory        : of "price", see `Price`
-    ramp          : of "price", fraction of the steps in which its goal falls to the target
+    ramp          : of "price", share of the steps in which its goal falls to the target
     target_weight : of "distance", lambda_target, per token
     depth_weight  : lambda_atp
     temperature   : T of the soft masks at the first step and at the last step; geometric in between

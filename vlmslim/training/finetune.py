@@ -56,7 +56,7 @@ class Settings:
     batch: PositiveInt = 8
     accumulate: PositiveInt = 1
     lr: PositiveFloat = 1e-3
-    warmup: float = 0.03  # fraction of the steps
+    warmup: float = 0.03  # share of the steps
     decay: float = 0.0
     clip: PositiveFloat = 1.0
     precision: Precision = "bf16"
@@ -267,7 +267,7 @@ def finetune(
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Rise linearly over the fraction `warmup` of the steps, then fall to zero as a cosine; `step` counts from 0."""
+    """Rise linearly over the share `warmup` of the steps, then fall to zero as a cosine; `step` counts from 0."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm

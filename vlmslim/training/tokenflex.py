@@ -31,7 +31,7 @@ def train(settings: Settings, data: Items, out: Path, stop: int | None = None) -
 def warm_start(
     slim: vlmslim.Slim, processor: ProcessorMixin, data: Items, settings: Settings, pictures: int, steps: int = 300
 ) -> float:
-    """Fit the projector to the model's own projector with pooled outputs; return the fraction of variance left.
+    """Fit the projector to the model's own projector with pooled outputs; return the share of variance left.
 
     The warm start replaces the alignment stage on captions. It encodes the first `pictures` pictures of the data once
     and never runs the language model. Counts are drawn as in training.

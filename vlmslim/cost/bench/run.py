@@ -68,7 +68,7 @@ def bench(
     Args:
         model: an unpatched LLaVA on one device.
         methods: methods with their options, as `registry.parse_method` returns them.
-        budgets: visual tokens to keep per image, counts or fractions; by default `default_budgets`.
+        budgets: visual tokens to keep per image, counts or shares; by default `default_budgets`.
         workload: prompts, generation length and rounds.
         name: name of the model in the record.
         progress: called with a line of text before each step.

@@ -81,7 +81,7 @@ class Recoverable(Compressor):
     tokenizer   : the language model's, to read the prompt: hub id, folder, or an object with `decode`. None: that of
                   the checkpoint
     preset      : "corrected", "released" or "released_alt": the values of options below that are None
-    shares      : fractions of `keep` for filter, recovery and merging
+    shares      : shares of `keep` for filter, recovery and merging
     text_source : "question" (first line of the user's last turn, or the question after a leading `Context:` or
                   `Hint:`), "user" (all of that turn), or "system" (first line of the decoded prompt, as it is)
     turn        : regular expression of a user's turn whose group 1 is the text, for chat templates unknown to us
