@@ -116,8 +116,11 @@ class ImageTokens:
     """The visual tokens of one image or one video, between the projector and the language model.
 
     features : (n, d)       projected tokens, in the order the language model would read them
-    tower    : (c, p, v)    vision-tower features of each crop (or frame), as they enter the projector
-    pixels   : (c, 3, h, w) the crops themselves
+    tower    : (c, p, v)    vision-tower features of each crop (or frame), as they enter the projector. Where a token is
+                            made of several patches, they stand next to each other, token by token
+    pixels   : (c, 3, h, w) the crops themselves; towers that take patches give (1, patches, numbers)
+    patches  : rows and columns of patches of one crop
+    merge    : patches along each side of a token
     tiles    : rows and columns of tiles in the anyres mosaic; (0, 0) without tiles
     size     : height and width of the picture that was cut into tiles; (0, 0) without tiles
     video    : whether the crops are the frames of a video
@@ -130,6 +133,8 @@ class ImageTokens:
     features: Tensor
     tower: Tensor
     pixels: Tensor
+    patches: tuple[int, int] = (0, 0)
+    merge: int = 1
     tiles: tuple[int, int] = (0, 0)
     size: tuple[int, int] = (0, 0)
     video: bool = False
@@ -170,7 +175,39 @@ class ImageTokens:
     @property
     def side(self) -> int:
         """Patches along one side of a (square) crop."""
-        return int(self.tower.shape[1] ** 0.5)
+        return self.patches[0] or int(self.tower.shape[1] ** 0.5)
+
+    def per_token(self, score: Tensor) -> Tensor:
+        """Turn scores of patches into scores of tokens, each the mean over its patches; zero at newlines.
+
+        Args:
+            score: (c, p) of the patches of each crop, CLS left out, in the order of `tower`.
+
+        Returns:
+            (n,).
+        """
+        columns = self.patches[1] // self.merge
+        crop, row, column = self.grid.to(score.device).unbind(1)
+        cells = score.unflatten(1, (-1, self.merge**2)).mean(-1)
+        found = cells[crop.clamp(min=0), (row * columns + column).clamp(min=0)]
+        return found.masked_fill(crop < 0, 0).to(self.features.device)
+
+    @classmethod
+    def joined(cls, views: "list[ImageTokens]") -> "ImageTokens":
+        """Make one picture of its views, tiles first and the thumbnail last. The thumbnail becomes crop 0."""
+
+        def make_grid() -> Tensor:
+            crops = [*range(1, len(views)), 0]
+            return torch.cat([v.grid + v.grid.new_tensor([i, 0, 0]) for i, v in zip(crops, views, strict=True)])
+
+        whole = {name: torch.cat([getattr(view, name) for view in views]) for name in ("features", "tower", "pixels")}
+        for name in ("tower", "pixels"):  # crop 0 is the thumbnail
+            whole[name] = whole[name].roll(1, 0)
+        layers = {
+            i: (layer, torch.cat([view.recorded_layers[i][1] for view in views]).roll(1, 0))
+            for i, (layer, _) in views[0].recorded_layers.items()
+        }
+        return replace(views[0], **whole, make_grid=make_grid, recorded_layers=layers)
 
     @property
     def fingerprint(self) -> int:

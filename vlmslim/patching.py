@@ -11,7 +11,15 @@ from torch import nn
 
 from vlmslim import registry
 from vlmslim.compressor import Compressor
-from vlmslim.engine.families import check_decoder, check_tower, check_tower_layers, family_of, has_cls
+from vlmslim.engine.families import (
+    check_decoder,
+    check_tower,
+    check_tower_layers,
+    family_of,
+    has_cls,
+    language_model,
+    tower,
+)
 from vlmslim.engine.hooks import Hooks
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
@@ -48,7 +56,7 @@ class Slim:
             with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
                 part.setup(model)
         self.trained = _trained(parts)
-        depth = len(model.model.language_model.layers)
+        depth = len(language_model(model.model).layers)
         self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
         for part in parts:
             if part.tower_layers:
@@ -178,20 +186,20 @@ def _check_cls(method: Compressor, model: Any) -> None:
     if method.needs_cls and not has_cls(model.model):
         raise ValueError(
             f"{type(method).__name__} reads the vision tower's CLS token, and "
-            f"{type(model.model.vision_tower).__name__} has none (CLIP towers have one, SigLIP towers do not); "
+            f"{type(tower(model.model)).__name__} has none (CLIP towers have one, SigLIP towers do not); "
             "choose another method for this checkpoint"
         )
 
 
 def _empty_receipt(model: Any, method: str, stages: tuple[Stage, ...]) -> Receipt:
-    text, language_model = model.config.get_text_config(), model.model.language_model
+    text, lm = model.config.get_text_config(), language_model(model.model)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Receipt(
         method=method,
         positions=next((stage.method.positions for stage in stages if stage.acts_before_llm), "original"),
         backend=text._attn_implementation,
-        dtype=str(next(language_model.parameters()).dtype).removeprefix("torch."),
+        dtype=str(next(lm.parameters()).dtype).removeprefix("torch."),
         kv_numbers=2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
-        layers=len(language_model.layers),
+        layers=len(lm.layers),
         places=tuple((stage.name, stage.layers) for stage in stages),
     )

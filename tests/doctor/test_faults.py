@@ -377,8 +377,8 @@ for called, edit, method in (
 def positions_after_a_picture(original, self, keep, renumber=False):
     selection = original(self, keep, renumber)
     if selection is not None:
-        selection.layout.position[selection.dropped[:, 0] > 0, -5:] += 1
-        selection.dropped[selection.dropped > 0] -= 1  # the answer goes on from there
+        selection.layout.position[selection.shift[:, 0] > 0, -5:] += 1
+        selection.shift[selection.shift > 0] -= 1  # the answer goes on from there
     return selection
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vlmslim.engine.families import language_model, projector, tower
+
 PARTS = ("tower", "projector", "method", "language_model", "lm_head", "rest")
 
 
@@ -53,9 +55,9 @@ class _FlopsByPart:
     def __enter__(self) -> "_FlopsByPart":
         core = self.model.model
         modules = {
-            "tower": core.vision_tower,
-            "projector": core.multi_modal_projector,
-            "language_model": core.language_model,
+            "tower": tower(core),
+            "projector": projector(core),
+            "language_model": language_model(core),
             "lm_head": self.model.lm_head,
         }
         for part, module in modules.items():

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from vlmslim.cost.timer import ReadClock, Timer
+from vlmslim.engine.families import language_model
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -113,7 +114,7 @@ def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClo
     if cuda:
         torch.cuda.synchronize(model.device)
     stamps = TokenTimestamps(clock)
-    with torch.inference_mode(), first_call_timed(model.model.language_model, Timer(model.device, clock)) as prefill:
+    with torch.inference_mode(), first_call_timed(language_model(model.model), Timer(model.device, clock)) as prefill:
         start = clock()
         model.generate(
             **inputs,

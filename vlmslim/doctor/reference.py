@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
 from vlmslim.doctor.prompts import LONG, Prompts
+from vlmslim.engine.families import language_model
 from vlmslim.patching import Slim
 
 
@@ -162,7 +163,7 @@ class Reference:
         def stop(lm: nn.Module, args: tuple, kwargs: dict) -> None:
             raise _Entered(kwargs["inputs_embeds"][0].clone())
 
-        hook = self.model.model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+        hook = language_model(self.model.model).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(**self.prompts.inputs((row,)), use_cache=False)
         except _Entered as entered:
@@ -192,7 +193,7 @@ class Reference:
         Raises:
             ValueError: the engine showed the method other tokens than there are.
         """
-        lm, length, steps = self.model.model.language_model, len(self.embeds[row]), answer.shape[1]
+        lm, length, steps = language_model(self.model.model), len(self.embeds[row]), answer.shape[1]
         embeds, image = self._entrance(row, notes)
         origin = torch.cat([(image >= 0).nonzero()[:, 0], torch.arange(length, length + steps, device=image.device)])
         position = torch.arange(len(origin), device=origin.device) if renumbered else origin

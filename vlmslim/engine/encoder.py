@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vlmslim.compressor import ImageTokens
-from vlmslim.engine.families import anyres_tiles, encoder_layers, with_newlines
+from vlmslim.engine.families import (
+    FAMILIES,
+    anyres_tiles,
+    encoder_layers,
+    merge,
+    projector,
+    tower,
+    window_order,
+    with_newlines,
+)
 
 _ATTRIBUTE = "vlmslim_images"
 
@@ -28,8 +37,8 @@ _ENCODING: ContextVar["_Seen | None"] = ContextVar("vlmslim_encoding", default=N
 class Encoded:
     """The images of an encoder output, without the tower's hidden states, which need not outlive the encoder.
 
-    images : in the order of the prompts
-    copies : how many rows in succession share them
+    images : in the order of the prompts, or their views where the prompt tells which views make a picture
+    copies : how many rows in succession share them, because `generate` repeats entries for beams
     """
 
     images: list[ImageTokens]
@@ -47,8 +56,8 @@ class Encoded:
                 "these image features were encoded before the patch, or cut up by chunked prefill; let the patched "
                 "model encode the images, and call generate() with prefill_chunk_size=None"
             )
-        images = getattr(output, _ATTRIBUTE)
-        return cls(images, len(output.pooler_output) // len(images))
+        images, entries = getattr(output, _ATTRIBUTE)
+        return cls(images, len(output.pooler_output) // max(entries, 1))
 
 
 def is_recorded(output: object) -> bool:
@@ -99,21 +108,25 @@ class RecordingEncoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the model does, and record."""
-        seen = _Seen()
         before = _ENCODING.get()
+        if before is not None and before.core is self.core:  # Qwen3-VL encodes videos through its image encoder
+            return self.encode(*args, **kwargs)
+        seen = _Seen(self.core)
         with ExitStack() as hooks:
             _ENCODING.set(seen)
             hooks.callback(_ENCODING.set, before)
             # The hooks live only while the images are encoded, because a method may call the projector itself.
             enter = hooks.enter_context
-            enter(self.core.vision_tower.register_forward_pre_hook(seen.pixels, with_kwargs=True))
-            enter(self.core.multi_modal_projector.register_forward_pre_hook(seen.tower, with_kwargs=True))
+            enter(tower(self.core).register_forward_pre_hook(seen.pixels, with_kwargs=True))
+            enter(projector(self.core).register_forward_pre_hook(seen.tower, with_kwargs=True))
             for i in self.tower_layers:
                 layer = encoder_layers(self.core)[i]
                 enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
             output = self.encode(*args, **kwargs)
         if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
-            setattr(output, _ATTRIBUTE, self._records(output, seen))
+            given = self.__signature__.bind(*args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
+            setattr(output, _ATTRIBUTE, (self._records(output, seen, given), len(output.pooler_output)))
             self.latest.output = weakref.ref(output)
             self.on_encoded(self.kind, output)
         return output
@@ -129,35 +142,98 @@ class RecordingEncoder:
 
     def _project(self, tower: Tensor) -> Tensor:
         """Apply the model's projector, whichever it has now."""
-        return self.core.multi_modal_projector(tower)
+        return projector(self.core)(tower)
 
-    def _records(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+    def _records(self, output: Any, seen: "_Seen", given: dict[str, Any]) -> list[ImageTokens]:
+        """Make a record of each image from what passed, given the arguments of the encoding by name."""
+        family = FAMILIES[self.core.config.model_type]
+        if family.units == "packed":
+            return self._packed(output, seen, next(x for name, x in given.items() if name.endswith(family.grid)))
+        if family.units == "samples":
+            return self._views(torch.cat(list(output.pooler_output)).unflatten(0, (len(seen.tower_features), -1)), seen)
         if self.kind == "video":
             return self._videos(output, seen)
         if self.counts_only:
             return [ImageTokens(features, tower=features[:0], pixels=features[:0]) for features in output.pooler_output]
-        return self._images(output, seen)
+        return self._anyres(output, seen) if family.units == "anyres" else self._views(output.pooler_output, seen)
 
-    def _images(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+    def _views(self, features: Any, seen: "_Seen") -> list[ImageTokens]:
+        """Record square views, each with `features` (n, d) of its own."""
+        images = []
+        for view, part in zip(features, seen.parts([1] * len(features)), strict=True):
+            per = self._merge(len(view), part["tower"].shape[1])
+            side = math.isqrt(part["tower"].shape[1])
+            if per > 1:
+                part["tower"] = part["tower"][:, token_order((side, side), per)]
+            cells = math.isqrt(len(view))
+            grid = partial(_crop_grid, cells, len(view))
+            projector = self._project if per == 1 else None  # it takes all patches of a token together
+            images.append(
+                ImageTokens(view, patches=(side, side), merge=per, projector=projector, make_grid=grid, **part)
+            )
+        return images
+
+    def _merge(self, tokens: int, patches: int) -> int:
+        """Return how many patches along each side make one of the `tokens` of a view."""
+        return math.isqrt(patches // tokens) if patches >= tokens else 1
+
+    def _packed(self, output: Any, seen: "_Seen", grids: Tensor) -> list[ImageTokens]:
+        """Record images of any size that follow each other; `grids` has (frames,) rows and columns of patches."""
+        per, sizes = merge(self.core), torch.as_tensor(grids).tolist()
+        if len(sizes[0]) == 2:  # of pixels
+            patch = self.core.config.vision_config.patch_size
+            sizes = [(1, height // patch, width // patch) for height, width in sizes]
+        counts = [math.prod(size) for size in sizes]
+        patches = seen.tower_features.flatten(0, -2)
+        if len(patches) < sum(counts):  # merged before the projector (GLM)
+            counts, per = [count // per**2 for count in counts], 1
+            sizes = [(t, h // merge(self.core), w // merge(self.core)) for t, h, w in sizes]
+        order = window_order(self.core, grids)
+        if order is not None:
+            patches = patches.unflatten(0, (-1, per**2))[order.to(patches.device)].flatten(0, 1)
+        pixels = seen.pixel_values
+        whole = pixels.split(counts) if len(pixels) == sum(counts) else [pixels[:0]] * len(counts)
+        images = []
+        for features, part, own, (t, h, w) in zip(
+            output.pooler_output, patches.split(counts), whole, sizes, strict=True
+        ):
+            part = part.unflatten(0, (t, -1))
+            if per > 1 and not hasattr(self.core, "visual"):  # Pixtral's patches come row by row
+                part = part[:, token_order((h, w), per).to(part.device)]
+            grid = partial(_cells, (t, h // per, w // per))
+            images.append(
+                ImageTokens(
+                    features=features,
+                    tower=part,
+                    pixels=own[None] if len(own) else features[None],
+                    patches=(h, w),
+                    merge=per,
+                    video=self.kind == "video",
+                    make_grid=grid,
+                )
+            )
+        return images
+
+    def _anyres(self, output: Any, seen: "_Seen") -> list[ImageTokens]:
+        """Record images that the model packs: a thumbnail and tiles each."""
         config = self.core.config
         side = config.vision_config.image_size // config.vision_config.patch_size
-        crops = seen.crops or [1] * len(output.pooler_output)
+        assert seen.crops is not None
         images = []
-        for n, part in enumerate(seen.parts(crops)):
+        for n, part in enumerate(seen.parts(seen.crops)):
             patches, tiles, size = part["tower"].shape[1], (0, 0), (0, 0)
-            make_grid = partial(_crop_grid, side, patches)
-            if crops[n] > 1:
+            if seen.crops[n] > 1:
                 size = seen.sizes[n]
                 tiles = anyres_tiles(config, size)
-            if seen.crops:
-                make_grid = partial(_packed_grid, partial(seen.repack, n), crops[n], tiles[1], side, patches)
+            grid = partial(_packed_grid, partial(seen.repack, n), seen.crops[n], tiles[1], side, patches)
             images.append(
                 ImageTokens(
                     features=output.pooler_output[n],
+                    patches=(side, side),
                     tiles=tiles,
                     size=size,
                     projector=self._project,
-                    make_grid=make_grid,
+                    make_grid=grid,
                     **part,
                 )
             )
@@ -196,8 +272,10 @@ class _Packer:
         self.pack_features = core.pack_image_features
         self.__signature__ = inspect.signature(self.pack_features)
 
-    def __call__(self, image_features: Any, image_sizes: Any, **kwargs: Any) -> Any:
+    def __call__(self, image_features: Any, image_sizes: Any, *strategy: Any, **kwargs: Any) -> Any:
         """Pack as the model does."""
+        if strategy:  # LLaVA-NeXT-Video passes it by position
+            kwargs["vision_feature_select_strategy"] = strategy[0]
         if (seen := _ENCODING.get()) is not None:
             seen.pack(self.pack_features, image_features, image_sizes, kwargs)
         return self.pack_features(image_features, image_sizes, **kwargs)
@@ -206,13 +284,15 @@ class _Packer:
 class _Seen:
     """What passed through the model while images were encoded.
 
+    core           : the model
     pixel_values   : of all crops or frames
     tower_features : of all crops or frames, as they enter the projector
     layers         : tower layer -> the module and its input
     crops, sizes   : per image, the number of crops, and height and width; of anyres models only
     """
 
-    def __init__(self) -> None:
+    def __init__(self, core: Any) -> None:
+        self.core = core
         self.layers: dict[int, tuple[nn.Module, Tensor]] = {}
         self.crops: list[int] | None = None
 
@@ -224,12 +304,12 @@ class _Seen:
     def pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.elsewhere:
             return
-        self.pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
+        self.pixel_values: Tensor = args[0] if args else next(iter(kwargs.values()))
 
     def tower(self, projector: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere:
+        if self.elsewhere or hasattr(self, "tower_features"):  # Ovis2 projects its indicator tokens too, afterwards
             return
-        self.tower_features: Tensor = args[0] if args else kwargs["image_features"]
+        self.tower_features: Tensor = args[0] if args else next(iter(kwargs.values()))
 
     def layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.elsewhere:
@@ -264,6 +344,18 @@ def _crop_grid(side: int, patches: int) -> Tensor:
     grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), rows, columns)
     cls = torch.tensor([[0, -1, -1]]).expand(patches - side**2, 3)  # vision_feature_select_strategy="full" keeps CLS
     return torch.cat([cls, grid])
+
+
+def _cells(size: tuple[int, int, int]) -> Tensor:
+    """Lay out frames of rows and columns of tokens: (n, 3)."""
+    return torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def token_order(patches: tuple[int, int], merge: int) -> Tensor:
+    """Return the order that puts the patches (rows, columns) of each token next to each other, token by token."""
+    rows, columns = patches
+    number = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
+    return number.transpose(1, 2).flatten()
 
 
 def _packed_grid(repack: Callable[[Tensor], Tensor], crops: int, columns: int, side: int, patches: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The entrance of the language model: find the images in the prompts, compress them, close the gaps."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import Cache
 
 from vlmslim.compressor import Compressed, ImageTokens
 from vlmslim.engine.answers import check_compressed, check_indices
-from vlmslim.engine.families import placeholders
+from vlmslim.engine.families import FAMILIES, placeholders
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.layout import Layout, Segment, to_device
 from vlmslim.engine.stages import Stage
@@ -41,8 +42,8 @@ class Entrance:
         stages: of the patch.
     """
 
-    def __init__(self, core: nn.Module, stages: tuple[Stage, ...]):
-        self.core = core
+    def __init__(self, core: Any, stages: tuple[Stage, ...]):
+        self.core, self.joins = core, FAMILIES[core.config.model_type].joins
         self.stage = next((stage for stage in stages if stage.acts_before_llm), None)
         self.asked = self.stage or stages[-1]  # the stage whose budget the receipt shows for each image
         self.any_acts = any(stage.acts_before_llm or stage.layers for stage in stages)
@@ -52,7 +53,7 @@ class Entrance:
         tokens = call.runs[0].tokens
         layout = tokens.layout = Layout.of_text(tokens.mask, tokens.position)
         ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
-        placed, is_text = locate(self.core, call, layout.mask, ids)
+        placed, is_text = locate(self.core, call, layout.mask, ids, self.joins)
         call.text = is_text.sum(1).tolist()
         call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)
         end = embeds.shape[1] - call.guess
@@ -106,6 +107,13 @@ class Entrance:
         method, device = self.stage.method, embeds.device
         indices = _indices_to_host(results)
         check_indices(method, [image.tokens for image in placed], indices)
+        if call.added and any(
+            i is None and len(x) < len(p.columns) for i, x, p in zip(indices, results, placed, strict=True)
+        ):
+            raise ValueError(
+                f"{method} does not say which tokens it kept, and this model adds features of its tower to visual "
+                "tokens behind several layers; use a method that picks tokens, such as divprune"
+            )
         keep, rows, columns, vectors = is_text.copy(), [], [], []
         for image, result, index in zip(placed, results, indices, strict=True):
             slots = np.arange(len(result)) if index is None else np.sort(index)
@@ -123,7 +131,7 @@ class Entrance:
             for run in call.runs:
                 run.tokens = segment
             if renumber:
-                (shift,) = to_device(device, selection.dropped)
+                (shift,) = to_device(device, selection.shift)
                 call.shift = shift if call.shift is None else call.shift + shift
         if vectors:
             row, column = np.concatenate(rows), np.concatenate(columns)
@@ -135,7 +143,13 @@ class Entrance:
         return embeds
 
 
-def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None) -> tuple[list[Placed], np.ndarray]:
+def locate(
+    core: nn.Module,
+    call: Call,
+    mask: np.ndarray,
+    ids: np.ndarray | None,
+    joins: Callable[[np.ndarray], bool] | None = None,
+) -> tuple[list[Placed], np.ndarray]:
     """Find the images in the prompts.
 
     An image whose placeholders the caller's mask hides, all or in part, is left alone: what is visible of it stays.
@@ -146,6 +160,7 @@ def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None
         call: the forward.
         mask: (B, L) False at padding.
         ids: (B, L) of the tokens; None if the caller gave embeddings.
+        joins: tells from the ids between two views whether they belong to one picture; None if views never do.
 
     Returns:
         The images by row and position in the prompt, and (B, L) bool, the text tokens.
@@ -180,8 +195,48 @@ def locate(core: nn.Module, call: Call, mask: np.ndarray, ids: np.ndarray | None
                 first = number
     for row, columns in hidden:
         is_text[row, columns] = mask[row, columns]
+    if joins is not None and ids is not None:
+        placed = _joined(placed, ids, joins)
     placed.sort(key=lambda image: (image.row, image.columns[0]))
     return placed, is_text
+
+
+def _joined(placed: list[Placed], ids: np.ndarray, joins: Callable[[np.ndarray], bool]) -> list[Placed]:
+    """Make one picture of the views that belong to one, as the tokens between them tell."""
+    groups: list[list[Placed]] = []
+    for image in placed:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.row == image.row:
+            between = ids[image.row, last.columns[-1] + 1 : image.columns[0]]
+            if joins(between):
+                groups[-1].append(image)
+                continue
+        groups.append([image])
+    return [
+        Placed(group[0].row, np.concatenate([x.columns for x in group]), ImageTokens.joined([x.tokens for x in group]))
+        if len(group) > 1
+        else group[0]
+        for group in groups
+    ]
+
+
+def resumed_position(kwargs: dict, seen: int, delta: Tensor) -> Tensor:
+    """Return the rotary positions (1, B, S) of what follows a KV cache, in models whose positions have several numbers.
+
+    Such a model would count on from the length of the compressed cache.
+
+    Args:
+        kwargs: of the forward.
+        seen: tokens of the conversation that the cache accounts for.
+        delta: (B, 1) `Plan.delta`.
+    """
+    tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    size, mask = tokens.shape[1], kwargs.get("attention_mask")
+    if mask is None:
+        position = torch.arange(seen, seen + size, device=tokens.device)[None]
+    else:
+        position = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -size:]
+    return (position + delta.to(tokens.device))[None]
 
 
 def check_length(cache: Cache, mask: Any, size: int) -> None:

@@ -5,14 +5,21 @@ Models are typed `Any`, because `nn.Module` declares every submodule as `Tensor 
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.masking_utils import (
+    blockwise_overlay,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -24,26 +31,110 @@ KV_CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast
 
 @dataclass(frozen=True)
 class Family:
-    """One family of LLaVA-style models.
+    """One family of vision-language models: where its parts are, and how its encoder hands out images.
 
-    model_type : `config.model_type`
-    name       : the transformers class a user loads
-    anyres     : images become a thumbnail and tiles, unpadded and joined by newline tokens
-    video      : takes `pixel_values_videos`
+    A new family is a row of `FAMILIES`. Paths are attributes joined by dots.
+
+    model_type     : `config.model_type`
+    name           : the transformers class that a user loads
+    units          : how the encoder's output is cut into images. "crops": each entry is one square view. "anyres": a
+                     thumbnail and tiles, unpadded and joined by newline tokens. "packed": images of any size, one after
+                     the other. "samples": each entry holds all views of one prompt
+    video          : takes `pixel_values_videos`
+    language_model : from the core model, as are `tower` and `projector`
+    layers         : the encoder layers, from the tower
+    grid           : of packed images, the argument that holds (frames,) rows and columns
+    merge          : patches along each side of a token, a number or a path from the configuration
+    joins          : tells from the ids between two views whether they belong to one picture; None if views never do
+    masks_by_type  : the core model makes the attention masks, one for each type of decoder layer
+    slides         : decoder layers may use sliding windows
     """
 
     model_type: str
     name: str
-    anyres: bool = False
+    units: str = "crops"
     video: bool = False
+    language_model: str = "language_model"
+    tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
+    layers: str = "encoder.layers"
+    grid: str = ""
+    merge: str | int = 1
+    joins: Callable[[np.ndarray], bool] | None = None
+    masks_by_type: bool = False
+    slides: bool = False
+
+    @property
+    def anyres(self) -> bool:
+        """Whether images become a thumbnail and tiles, unpadded and joined by newline tokens."""
+        return self.units == "anyres"
 
 
-FAMILIES = {
+def touching(between: np.ndarray) -> bool:
+    """Tell whether two views belong to one picture, where nothing stands between its views."""
+    return len(between) == 0
+
+
+def same_mosaic(between: np.ndarray) -> bool:
+    """Tell whether two views belong to one picture in prompts of Idefics3 and SmolVLM.
+
+    A view begins with a marker and its place, such as `<fake><row_1_col_2>`. A row of views ends in a newline, and a
+    picture ends in another marker. So between views of one picture there are these two tokens alone, or a newline in
+    front of them.
+    """
+    return len(between) == 2 or (len(between) > 2 and between[0] != between[-2])
+
+
+_QWEN = dict(
+    units="packed",
+    tower="visual",
+    projector="visual.merger",
+    layers="blocks",
+    grid="grid_thw",
+    merge="vision_config.spatial_merge_size",
+)
+_IDEFICS = dict(
+    units="samples",
+    language_model="text_model",
+    tower="vision_model",
+    projector="connector",
+    merge="scale_factor",
+    joins=same_mosaic,
+)
+
+FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llava", "LlavaForConditionalGeneration"),
-        Family("llava_next", "LlavaNextForConditionalGeneration", anyres=True),
-        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", anyres=True, video=True),
+        Family("llava_next", "LlavaNextForConditionalGeneration", "anyres"),
+        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", "anyres", video=True),
+        Family("llava_next_video", "LlavaNextVideoForConditionalGeneration", "anyres", video=True),
+        Family("vipllava", "VipLlavaForConditionalGeneration"),
+        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", video=True, **_QWEN),
+        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", video=True, **_QWEN),
+        Family("qwen3_vl", "Qwen3VLForConditionalGeneration", video=True, **_QWEN),
+        Family("glm4v", "Glm4vForConditionalGeneration", **_QWEN),
+        Family("internvl", "InternVLForConditionalGeneration", layers="encoder.layer", merge=2, joins=touching),
+        Family("smolvlm", "SmolVLMForConditionalGeneration", **_IDEFICS),
+        Family("idefics3", "Idefics3ForConditionalGeneration", **_IDEFICS),
+        Family("gemma3", "Gemma3ForConditionalGeneration", masks_by_type=True, slides=True),
+        Family(
+            "mistral3",
+            "Mistral3ForConditionalGeneration",
+            "packed",
+            layers="transformer.layers",
+            grid="image_sizes",
+            merge="spatial_merge_size",
+        ),
+        Family("aya_vision", "AyaVisionForConditionalGeneration", merge="downsample_factor", slides=True),
+        Family("cohere2_vision", "Cohere2VisionForConditionalGeneration", merge="downsample_factor", slides=True),
+        Family(
+            "ovis2",
+            "Ovis2ForConditionalGeneration",
+            tower="vision_tower.transformer",
+            projector="visual_embeddings_table",
+            joins=touching,
+        ),
     )
 }
 
@@ -55,7 +146,8 @@ def family_of(model: Any) -> Family:
         TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
     """
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if family is None or not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "language_model"):
+    core = getattr(model, "model", None)
+    if family is None or not hasattr(model, "lm_head") or not hasattr(core, family.language_model):
         known = ", ".join(f.name for f in FAMILIES.values())
         raise TypeError(
             f"cannot patch {type(model).__name__}; vlmslim supports {known} "
@@ -68,12 +160,33 @@ def family_of(model: Any) -> Family:
             f"the language model of this {family.name} attends within chunks of the prompt, whose cache forgets by "
             "position; use a checkpoint with full attention"
         )
-    if "sliding_attention" in types or (getattr(text, "sliding_window", None) and not types):
+    if not family.slides and ("sliding_attention" in types or (getattr(text, "sliding_window", None) and not types)):
         raise TypeError(
             f"the language model of this {family.name} uses sliding-window attention, whose cache forgets by position; "
             "set `config.text_config.sliding_window = None` if the prompts are shorter than the window"
         )
     return family
+
+
+def language_model(core: Any) -> Any:
+    """Return the decoder."""
+    return getattr(core, _family(core).language_model)
+
+
+def tower(core: Any) -> Any:
+    """Return the vision tower."""
+    return attrgetter(_family(core).tower)(core)
+
+
+def projector(core: Any) -> Any:
+    """Return what maps the tower's features to the language model's width."""
+    return attrgetter(_family(core).projector)(core)
+
+
+def merge(core: Any) -> int:
+    """Return how many patches along each side make one visual token."""
+    given = _family(core).merge
+    return given if isinstance(given, int) else attrgetter(given)(core.config)
 
 
 def check_decoder(core: Any, between_layers: str | None = None) -> None:
@@ -87,7 +200,7 @@ def check_decoder(core: Any, between_layers: str | None = None) -> None:
         TypeError: the language model has no list of layers with rotary positions; or it has a layer whose attention
             cannot be recomputed, and a method drops tokens between layers.
     """
-    lm = core.language_model
+    lm = language_model(core)
     name = type(lm).__name__
     if not isinstance(getattr(lm, "layers", None), nn.ModuleList) or not hasattr(lm, "rotary_emb"):
         raise TypeError(
@@ -111,15 +224,17 @@ def check_tower(core: Any) -> None:
     Raises:
         TypeError: the message names the tower.
     """
-    tower, config = core.vision_tower, core.config.vision_config
-    found = getattr(tower, "vision_model", tower)
+    family, config = _family(core), core.config.vision_config
+    if family.layers != Family.layers or family.units not in ("crops", "anyres"):
+        return  # a family with a tower of its own kind
+    found = _inner(tower(core))
     layers = getattr(getattr(found, "encoder", None), "layers", None)
     embeddings = getattr(found, "embeddings", None)
     sides = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     square = all(isinstance(side, int) for side in sides)
     if not isinstance(layers, nn.ModuleList) or embeddings is None or not square:
         raise TypeError(
-            f"cannot patch a model with the vision tower {type(tower).__name__}: vlmslim needs a tower that sees a "
+            f"cannot patch a model with the vision tower {type(tower(core)).__name__}: vlmslim needs one that sees a "
             "square picture as a grid of patches in `encoder.layers`, as CLIP and SigLIP towers do"
         )
 
@@ -142,19 +257,86 @@ def check_tower_layers(core: Any, method: str) -> None:
         if turns or not hasattr(layer, "layer_norm1"):
             raise TypeError(
                 f"{method} reads the attention of the vision tower, and vlmslim cannot recompute it for "
-                f"{type(core.vision_tower).__name__}; use a method without it, such as divprune or fastv"
+                f"{type(tower(core)).__name__}; use a method without it, such as divprune or fastv"
             )
 
 
 def encoder_layers(core: Any) -> nn.ModuleList:
     """Return the encoder layers of the vision tower, wherever this version of transformers keeps them."""
-    return getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
+    return attrgetter(_family(core).layers)(_inner(tower(core)))
 
 
 def has_cls(core: Any) -> bool:
     """Tell whether the vision tower has a CLS token."""
-    tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
-    return hasattr(tower.embeddings, "class_embedding")
+    embeddings = getattr(_inner(tower(core)), "embeddings", None)
+    return hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
+
+
+def added_layers(core: Any) -> int:
+    """Count the decoder layers behind which the model adds features of its tower to visual tokens (DeepStack)."""
+    return len(getattr(tower(core), "deepstack_visual_indexes", ()))
+
+
+def _family(core: Any) -> Family:
+    return FAMILIES[core.config.model_type]
+
+
+def _inner(tower: Any) -> Any:
+    return getattr(tower, "vision_model", tower)
+
+
+def layer_type(lm: Any, layer: int) -> str:
+    """Return the type of a decoder layer, such as "full_attention". Layers of one type share masks and positions."""
+    types = getattr(lm.config, "layer_types", None)
+    return types[layer] if types else "full_attention"
+
+
+def rotary(lm: Any, layer: int, hidden: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """Compute cosine and sine of rotary positions for a decoder layer; its frequencies may depend on its type."""
+    if "layer_type" in inspect.signature(type(lm.rotary_emb).forward).parameters:
+        return lm.rotary_emb(hidden, position, layer_type(lm, layer))
+    return lm.rotary_emb(hidden, position_ids=position)
+
+
+def causal_mask(
+    lm: Any, layer: int, hidden: Tensor, mask: Tensor, cache: Cache | None, blocks: Tensor | None = None
+) -> Any:
+    """Make the attention mask of a decoder layer, in the form that its attention back end takes.
+
+    Args:
+        lm: the language model.
+        layer: number of the decoder layer, which may have a sliding window.
+        hidden: (B, S, d) its input.
+        mask: (B, P + S) False at padding.
+        cache: the KV cache, of P tokens.
+        blocks: (B, S) tokens of one block see each other both ways; -1 for none.
+    """
+    window = layer_type(lm, layer) == "sliding_attention"
+    if blocks is None:
+        make = create_sliding_window_causal_mask if window else create_causal_mask
+        return make(lm.config, hidden, mask, cache, layer_idx=layer)
+    if not window:
+        return create_causal_mask(lm.config, hidden, mask, cache, layer_idx=layer, block_sequence_ids=blocks)
+    everywhere = nn.functional.pad(blocks, (mask.shape[1] - blocks.shape[1], 0), value=-1)
+    return create_causal_mask(
+        lm.config,
+        hidden,
+        mask,
+        cache,
+        layer_idx=layer,
+        or_mask_function=blockwise_overlay(everywhere),
+        and_mask_function=sliding_window_overlay(lm.config.sliding_window),
+    )
+
+
+def blocks_of(kwargs: dict) -> np.ndarray | None:
+    """Find the tokens that see each other both ways: (B, L) the block of each, -1 for none; None without any."""
+    types = kwargs.get("token_type_ids")
+    if types is None or not bool(types.any()):
+        return None
+    starts = (types == 1) & (nn.functional.pad(types, (1, 0), value=0)[:, :-1] != 1)
+    blocks = starts.long().cumsum(1) - 1
+    return blocks.masked_fill(types != 1, -1).cpu().numpy()
 
 
 def anyres_tiles(config: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -163,6 +345,20 @@ def anyres_tiles(config: Any, size: tuple[int, int]) -> tuple[int, int]:
 
     rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     return rows, columns
+
+
+def window_order(core: Any, grids: Tensor) -> Tensor | None:
+    """Return where each token's patches stand among those that the projector reads; None where they stand in order.
+
+    Qwen2.5-VL's tower sorts patches by attention window.
+    """
+    config = core.config.vision_config
+    if not hasattr(config, "fullatt_block_indexes"):
+        return None
+    from transformers.vision_utils import get_vision_window_index
+
+    window, _ = get_vision_window_index(grids, config.spatial_merge_size, config.window_size, config.patch_size)
+    return window.argsort()
 
 
 def kv_cache(where: dict | ModelOutput) -> Cache | None:
@@ -204,6 +400,8 @@ def with_newlines(core: Any, videos: Sequence[Tensor], frames: int) -> list[Tens
     """
 
     def bare(video: Tensor) -> bool:
+        if core.config.model_type != "llava_onevision":
+            return False
         return frames * math.isqrt(len(video) // frames) ** 2 == len(video)
 
     return [torch.cat([v, core.image_newline[None].to(v)]) if bare(v) else v for v in videos]

@@ -3,15 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import ImageTokens
 from vlmslim.cost.timer import Timer
 from vlmslim.engine.attention import LayerAttention, Rotary
 from vlmslim.engine.encoder import Encoded
+from vlmslim.engine.families import causal_mask, layer_type, rotary
 from vlmslim.engine.layout import Segment, concat_masks
 from vlmslim.engine.packed import Packed
 from vlmslim.engine.plan import Plan
@@ -36,24 +37,35 @@ class Run:
     visual: list[int] = field(default_factory=list)
     cached: Tensor | None = None
     weight: Tensor | None = None
-    _attention_mask: Any = field(default=None, init=False)  # a tensor, None, or what flex attention takes
-    _has_attention_mask: bool = field(default=False, init=False)
-    _rotary: Rotary = field(default=None, init=False)
+    _attention_masks: dict[str, Any] = field(default_factory=dict, init=False)  # tensors, None, or flex attention's
+    _rotary: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
     def mask(self) -> Tensor:
         """(B, P + S) False at padding, of what is cached and of the tokens."""
         return concat_masks(self.cached, self.tokens.mask)
 
-    def attention_mask(self, lm: Any, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
-        """Return the attention mask of these layers for `hidden` (B, S, d). It is made once, in the first layer."""
-        if not self._has_attention_mask:
+    def attention_mask(
+        self, lm: Any, layer: int, hidden: Tensor, cache: Cache | None, blocks: np.ndarray | None = None
+    ) -> Any:
+        """Return the attention mask of a decoder layer for `hidden` (B, S, d). Layers of one type share it.
+
+        Args:
+            lm: the language model.
+            layer: of this run.
+            hidden: its input.
+            cache: the KV cache.
+            blocks: (B, L) of the caller's tokens, the block in which a token sees all others; -1 where it is causal.
+        """
+        kind = layer_type(lm, layer)
+        if kind not in self._attention_masks:
             if self.weight is not None:
                 mask = self._weighted_mask(lm, hidden, cache)
             else:
-                mask = create_causal_mask(lm.config, hidden, self.mask.to(hidden.device), cache, layer_idx=layer)
-            self._attention_mask, self._has_attention_mask = mask, True
-        mask = self._attention_mask
+                blocks = None if blocks is None else self.tokens.of_callers(blocks, fill=-1)
+                mask = causal_mask(lm, layer, hidden, self.mask.to(hidden.device), cache, blocks)
+            self._attention_masks[kind] = mask
+        mask = self._attention_masks[kind]
         return mask.to(hidden.device) if isinstance(mask, Tensor) else mask
 
     def _weighted_mask(self, lm: Any, hidden: Tensor, cache: Cache | None) -> Tensor:
@@ -71,13 +83,13 @@ class Run:
             )
         return weighted_causal_mask(self.tokens.mask, self.weight, hidden.dtype)
 
-    def rotary(self, lm: Any, hidden: Tensor) -> Rotary:
-        """Return cosine and sine of the rotary positions of these layers. They are computed once."""
-        if self._rotary is None:
-            self._rotary = lm.rotary_emb(hidden, position_ids=self.tokens.position)
-        assert self._rotary is not None
-        rotary = self._rotary
-        return rotary.to(hidden.device) if isinstance(rotary, Tensor) else tuple(x.to(hidden.device) for x in rotary)
+    def rotary(self, lm: Any, layer: int, hidden: Tensor) -> Rotary:
+        """Return cosine and sine of the rotary positions of a layer. Layers of one type share them."""
+        kind = layer_type(lm, layer)
+        if kind not in self._rotary:
+            self._rotary[kind] = rotary(lm, layer, hidden, self.tokens.position)
+        made = self._rotary[kind]
+        return made.to(hidden.device) if isinstance(made, Tensor) else tuple(x.to(hidden.device) for x in made)
 
 
 @dataclass
@@ -113,6 +125,11 @@ class Call:
     previous : the attention of the decoder layer before one that drops tokens
     timers   : time of each call of a method
     visits   : questions to the stages, in order
+    blocks   : (B, L) the block in which a token sees all others, -1 where it is causal; None if all are
+    added    : per decoder layer, (N, d) what the model adds behind it to its N visual tokens
+    number   : (B, L) which of these each of the caller's tokens gets, -1 for none
+    delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
+    given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     """
 
     input_ids: Tensor | None
@@ -135,6 +152,11 @@ class Call:
     previous: LayerAttention | None = None
     timers: list[Timer] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
+    blocks: np.ndarray | None = None
+    added: list[Tensor] = field(default_factory=list)
+    number: np.ndarray | None = None
+    delta: Tensor | None = None
+    given_mask: Tensor | None = None
 
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True
@@ -168,10 +190,16 @@ class Call:
         mask = mask.to(device=device, dtype=torch.bool)
         if position is None:
             position = torch.arange(self.seen, total, device=device)[None]
-        position = position.to(device).expand(batch, -1)
+        position = position.to(device)
+        if position.ndim == 3 and len(position) == 4:  # `generate` puts the text's own in front, for packed rows
+            position = position[1:]
+        position = position.expand(*position.shape[:-2], batch, -1)
         if past:
-            self.shift = past.shift.to(device)
+            self.shift, self.delta = past.shift.to(device), past.delta
             position = position - self.shift
+        elif position.ndim == 3:
+            end = position.masked_fill(~mask[:, self.seen :], 0).amax((0, 2))[:, None]
+            self.delta = end + 1 - mask.sum(1, keepdim=True)
         tokens = Segment(mask[:, self.seen :], position, self.padded)
         if past:
             decoded = mask[:, past.length : self.seen]
@@ -211,7 +239,7 @@ class Call:
         shift = self.shift
         if shift is None:
             shift = self.runs[0].tokens.position.new_zeros(len(self.text), 1)
-        return Plan(self.seen + self.length, shift, masks, padded, self.tail)
+        return Plan(self.seen + self.length, shift, masks, padded, self.tail, self.delta)
 
     def prefill(self, stages: tuple[Stage, ...], cache: Cache | None, depth: int) -> Prefill:
         """Return the record of this forward for the receipt."""

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,8 +22,17 @@ from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, is_recorded
-from vlmslim.engine.entrance import Entrance, check_length, trim_cached_prefix
-from vlmslim.engine.families import cached_keys, encoder_layers, family_of, kv_cache
+from vlmslim.engine.entrance import Entrance, check_length, resumed_position, trim_cached_prefix
+from vlmslim.engine.families import (
+    added_layers,
+    blocks_of,
+    cached_keys,
+    encoder_layers,
+    family_of,
+    kv_cache,
+    language_model,
+    layer_type,
+)
 from vlmslim.engine.forward import Call, Run, Visit
 from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.layout import Segment, to_device
@@ -46,12 +56,13 @@ class Hooks:
     """
 
     def __init__(self, model: Any, stages: tuple[Stage, ...], receipt: Receipt):
-        self.model, self.core, self.lm = model, model.model, model.model.language_model
+        self.model, self.core, self.family = model, model.model, family_of(model)
+        self.lm = language_model(self.core)
         self.depth = len(self.lm.layers)
         self.stages, self.receipt = stages, receipt
         self.entrance = Entrance(self.core, stages)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
-        kinds = ["image", "video"] if family_of(model).video else ["image"]
+        kinds = ["image", "video"] if self.family.video else ["image"]
         tower_layers = _tower_layers(stages, self.core)
         counts_only = not self.entrance.any_acts
         self.encoders = {
@@ -77,6 +88,8 @@ class Hooks:
         add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         add(self.lm.register_forward_pre_hook(self._enter_lm, with_kwargs=True))
         add(self.lm.register_forward_hook(self._leave_lm))
+        for i in range(added_layers(self.core)):
+            add(self.lm.layers[i].register_forward_hook(partial(self._leave_layer, i)))
         # the layer before one that drops tokens has the attention by which a method ranks them
         self._hook_layers(0 if self._gaps_at_entrance else min(self.at_layer, default=self.depth + 1) - 1)
         for i in self.at_layer:
@@ -133,6 +146,8 @@ class Hooks:
         if cache is not None and past is not None:
             kwargs = trim_cached_prefix(kwargs, past.seen(cache))
             self._hook_layers(min((first for first, _ in past.masks[1:]), default=self.depth))  # another patch's plan
+            if past.delta is not None and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = resumed_position(kwargs, past.seen(cache), past.delta)
         outputs = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
         for kind, output in outputs.items():
             self.encoders[kind].recognise(output)
@@ -140,7 +155,10 @@ class Hooks:
             outputs = {kind: output for kind, output in outputs.items() if is_recorded(output) and not self.removed}
         encoded = {kind: Encoded.of(output) for kind, output in outputs.items()}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        return Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0)), kwargs
+        call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0))
+        if self.family.masks_by_type:
+            call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
+        return call, kwargs
 
     # -- the language model ------------------------------------------------------------------------------------------
 
@@ -150,6 +168,8 @@ class Hooks:
             return None  # the language model is used alone
         embeds, cache = kwargs["inputs_embeds"], kv_cache(kwargs)
         mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if self.family.masks_by_type:
+            mask = call.given_mask
         if not call.encoded and call.past is None:
             if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
                 self.receipt.saw_text(len(embeds))
@@ -167,19 +187,33 @@ class Hooks:
             mask, call.guess = call.packed.mask, 0
             kwargs = {k: v for k, v in kwargs.items() if k not in BOUNDARIES}
         call.describe(embeds, cache, mask, position, self.entrance.any_acts)
+        changed: dict[str, Any] = {}
+        if call.encoded and self.entrance.any_acts and kwargs.get("deepstack_visual_embeds"):
+            visual = kwargs["visual_pos_masks"].cpu().numpy()
+            call.added, changed["deepstack_visual_embeds"] = kwargs["deepstack_visual_embeds"], None
+            call.number = np.where(visual, visual.cumsum().reshape(visual.shape) - 1, -1)
         if call.encoded:
             embeds = self.entrance.compress(call, embeds)
-        changed = {"inputs_embeds": embeds}
+        changed["inputs_embeds"] = embeds
         if call.altered or call.packed is not None:
-            changed["position_ids"] = call.runs[0].tokens.position
-            if call.encoded or call.padded:
-                changed["attention_mask"] = call.runs[0].mask
+            first = call.runs[0]
+            changed["position_ids"] = first.tokens.position
+            if isinstance(kwargs.get("attention_mask"), dict):
+                layers = {layer_type(self.lm, i): i for i in reversed(range(self.depth))}
+                masks = {
+                    kind: first.attention_mask(self.lm, i, embeds, cache, call.blocks) for kind, i in layers.items()
+                }
+                changed["attention_mask"] = masks
+            elif call.encoded or call.padded:
+                changed["attention_mask"] = first.mask
         return args, kwargs | changed
 
     def _packed(self, kwargs: dict, cache: Cache | None) -> Packed | None:
         """Find samples that the caller packed into rows. Only a forward without a mask and a cache can have them."""
         position = kwargs.get("position_ids")
-        if position is None or kwargs.get("attention_mask") is not None or not self.entrance.any_acts:
+        if position is None or position.ndim != 2 or kwargs.get("attention_mask") is not None:
+            return None
+        if not self.entrance.any_acts:
             return None
         if cache is not None and cache.get_seq_length() > 0:
             return None
@@ -263,9 +297,9 @@ class Hooks:
         if run is not first:
             without_padding = not (run.tokens.padded or call.past and call.past.padded)
             if run.weight is not None or kwargs.get("attention_mask") is not None or not without_padding:
-                kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache)
+                kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache, call.blocks)
         if run.tokens is not first.tokens:
-            kwargs["position_embeddings"] = run.rotary(self.lm, hidden)
+            kwargs["position_embeddings"] = run.rotary(self.lm, i, hidden)
         if run.tokens.gapped:
             kwargs["position_ids"] = None  # flash attention takes a gap for the start of another sequence
         return (hidden, *args[1:]), kwargs
@@ -275,6 +309,15 @@ class Hooks:
         call = self.call
         if call is not None and call.runs and call.encoded:
             call.previous = LayerAttention.entered(layer, attention, args, kwargs)
+
+    def _leave_layer(self, i: int, layer: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
+        """Add to the visual tokens that are left what the model adds behind layer `i` (DeepStack)."""
+        call = self.call
+        if call is None or call.number is None:
+            return None
+        number = call.run(i).tokens.of_callers(call.number, fill=-1)
+        added = call.added[i].to(hidden)[number.clamp(min=0).to(hidden.device)]
+        return hidden + added.masked_fill((number < 0).to(hidden.device)[..., None], 0)
 
     def _drop(self, i: int, call: Call, hidden: Tensor, cache: Cache | None) -> Tensor:
         """Ask which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""

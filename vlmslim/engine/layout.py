@@ -18,7 +18,7 @@ class Layout:
     """The tokens of a forward that a run of decoder layers sees, on the host: S of the L that the caller sent.
 
     mask     : (B, S) False at padding
-    position : (B, S) rotary position
+    position : (B, S) rotary position; (axes, B, S) where it has several numbers
     image    : (B, S) i at the visual tokens of the row's i-th image, 0 at text and padding
     slot     : (B, S) position of a visual token within its image, from 0; -1 at text, at padding and where the method
                did not say which slots its tokens take
@@ -38,7 +38,7 @@ class Layout:
 
     @classmethod
     def of_text(cls, mask: Tensor, position: Tensor) -> "Layout":
-        """Lay out a sequence (B, L) as if it had no images. Waits for the device."""
+        """Lay out a sequence, mask (B, L), as if it had no images. Waits for the device."""
         shape = tuple(mask.shape)
         image, slot, origin = np.zeros(shape, int), np.full(shape, -1), np.tile(np.arange(shape[1]), (shape[0], 1))
         return cls(mask.cpu().numpy(), position.cpu().numpy(), image, slot, origin)
@@ -53,7 +53,8 @@ class Layout:
 
         Args:
             keep: True at tokens that stay.
-            renumber: lower the rotary position of each kept token by the number of tokens dropped before it.
+            renumber: close the gaps in the rotary positions: each kept token moves down by the number of tokens
+                dropped before it. Where positions have several numbers, see `closed_up`.
 
         Returns:
             None if everything stays.
@@ -63,6 +64,11 @@ class Layout:
         dropped_so_far = self.mask.cumsum(1) - kept_so_far
         if not dropped_so_far[:, -1].any():
             return None
+        position, shift = self.position, dropped_so_far[:, -1:]
+        if renumber and position.ndim == 3:
+            position, shift = closed_up(position, keep, self.image > 0)
+        elif renumber:
+            position = position - dropped_so_far
         counts = kept_so_far[:, -1:]
         size = counts.max()
         # a stable sort moves the kept tokens to the end of their row, in order
@@ -76,14 +82,14 @@ class Layout:
             source = np.where(self.source < 0, -1, np.take_along_axis(target, self.source.clip(min=0), axis=1))
         layout = Layout(
             mask=mask,
-            position=(self.position - dropped_so_far if renumber else self.position)[taken],
+            position=position[..., *taken],
             image=np.where(mask, self.image[taken], 0),  # at padding stands some dropped token
             slot=np.where(mask, self.slot[taken], -1),
             origin=self.origin[taken],
             source=source,
             gapped=self.gapped or not renumber,
         )
-        return Selection(layout, index, target, counts[:, 0], dropped_so_far[:, -1:])
+        return Selection(layout, index, target, counts[:, 0], shift)
 
 
 @dataclass
@@ -94,14 +100,51 @@ class Selection:
     index   : (B, S') takes them from the old sequence
     target  : (B, S) where in the new sequence each kept token went
     counts  : (B,) tokens of each row, without padding
-    dropped : (B, 1) tokens that each row lost
+    shift   : (B, 1) how far the rotary positions behind each row move down, if they are renumbered
     """
 
     layout: Layout
     index: np.ndarray
     target: np.ndarray
     counts: np.ndarray
-    dropped: np.ndarray
+    shift: np.ndarray
+
+
+def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Close the gaps in rotary positions of several numbers: time, height and width.
+
+    In each run of visual tokens, and on each axis, a coordinate that no token holds any more vanishes. So kept tokens
+    stay in their rows, columns and frames, and the axes do not mix. What stands behind the run moves down by what the
+    run lost in height or in width, whichever was longer. With one axis this is the plain rule.
+
+    Args:
+        position: (axes, B, L).
+        keep: (B, L) True at tokens that stay.
+        visual: (B, L) True at visual tokens. Text between the frames of a video divides it into runs.
+
+    Returns:
+        The positions (axes, B, L), and (B, 1), how far what follows the sequence moves down.
+    """
+    closed, fall = position.copy(), np.zeros(keep.shape, dtype=position.dtype)
+    total = np.zeros((len(keep), 1), dtype=position.dtype)
+    for row, there in enumerate(visual):
+        (columns,) = there.nonzero()
+        for run in np.split(columns, (np.diff(columns) != 1).nonzero()[0] + 1) if len(columns) else []:
+            before, stays = position[:, row, run], keep[row, run]
+            after = np.stack([_without_gaps(axis, stays) for axis in before])
+            closed[:, row, run] = after
+            end = after[-2:, stays].max() if stays.any() else before[-2:].min() - 1
+            lost = before[-2:].max() - end
+            fall[row, run[-1] + 1 :] += lost
+            total[row] += lost
+    return closed - fall, total
+
+
+def _without_gaps(x: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """Return coordinates x (n,) without those that no token holds which `stays` (n,)."""
+    values, which = np.unique(x, return_inverse=True)
+    gaps = np.diff(values, append=values[-1:] + 1) * ~np.isin(values, x[stays])
+    return x - (gaps.cumsum() - gaps)[which]
 
 
 @dataclass
@@ -109,7 +152,7 @@ class Segment:
     """The tokens of a forward that a run of decoder layers sees, on the device.
 
     mask     : (B, S) False at padding
-    position : (B, S) rotary position
+    position : (B, S) rotary position; (axes, B, S) where it has several numbers
     padded   : whether some row may have padding
     layout   : the same on the host; None in a forward without images
     source   : (B, L) `Layout.source`; None while nothing has been dropped
@@ -137,6 +180,16 @@ class Segment:
     def gapped(self) -> bool:
         """Whether the rotary positions have gaps where tokens were dropped."""
         return self.layout is not None and self.layout.gapped
+
+    def of_callers(self, values: np.ndarray, fill: int) -> Tensor:
+        """Take from `values` (B, L), one for each of the caller's tokens, those of the tokens here; `fill` at padding.
+
+        Returns:
+            (B, S).
+        """
+        assert self.layout is not None
+        taken = np.where(self.layout.mask, np.take_along_axis(values, self.layout.origin, 1), fill)
+        return to_device(self.mask.device, taken)[0]
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Put hidden states (B, S, d) back where the caller expects them: (B, L, d).

@@ -5,7 +5,8 @@ there is no state to forget to reset.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Plan:
     masks  : for each run of decoder layers, its first layer and (B, P), False at cached padding
     padded : whether some mask is not all True
     tail   : tokens at the end of the sequence, in every row, of which none was dropped
+    delta  : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted; None with one number
     """
 
     length: int
@@ -30,6 +32,7 @@ class Plan:
     masks: list[tuple[int, Tensor]]
     padded: bool
     tail: int = 0
+    delta: Tensor | None = None
 
     @classmethod
     def of(cls, cache: Cache | None) -> "Plan | None":
@@ -52,7 +55,7 @@ class Plan:
             )
         if cropped > 0:
             masks = [(first, mask[:, :-cropped]) for first, mask in plan.masks]
-            plan = cache.plan = cls(plan.length - cropped, plan.shift, masks, plan.padded, plan.tail - cropped)
+            plan = cache.plan = replace(plan, length=plan.length - cropped, masks=masks, tail=plan.tail - cropped)
         return plan
 
     @property
@@ -71,13 +74,16 @@ class Plan:
 
     def select(self, rows: Any) -> "Plan":
         """Return the plan of these `rows` of the cache, in this order."""
-        taken = [(first, mask[_on(mask, rows)]) for first, mask in self.masks]
-        return Plan(self.length, self.shift[_on(self.shift, rows)], taken, self.padded, self.tail)
+        return self._each_row(lambda x: x[rows.to(x.device) if isinstance(rows, Tensor) else rows])
 
     def repeat(self, times: int) -> "Plan":
         """Return the plan of a cache whose rows are repeated, each so many times in succession."""
-        masks = [(first, mask.repeat_interleave(times, 0)) for first, mask in self.masks]
-        return Plan(self.length, self.shift.repeat_interleave(times, 0), masks, self.padded, self.tail)
+        return self._each_row(lambda x: x.repeat_interleave(times, 0))
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> "Plan":
+        masks = [(first, change(mask)) for first, mask in self.masks]
+        delta = None if self.delta is None else change(self.delta)
+        return replace(self, shift=change(self.shift), masks=masks, delta=delta)
 
 
 class CompressedCache(Cache):
@@ -147,8 +153,3 @@ def _restored(kind: type[Cache]) -> Cache:
     """Make an empty cache that `copy` or `pickle` fills."""
     cls = _compressed_class(kind)
     return cls.__new__(cls)
-
-
-def _on(x: Tensor, rows: Any) -> Any:
-    """Return the indices of rows where `x` is."""
-    return rows.to(x.device) if isinstance(rows, Tensor) else rows

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmslim.compressor import Compressor, LayerInput
+from vlmslim.engine.families import language_model
 from vlmslim.ops.ranking import full_precision, rank_within_groups
 
 ROWS = 256  # query rows of an attention map that are in memory at once
@@ -60,7 +61,7 @@ class PageRankPrune(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn the schedule into layers of this model."""
-        depth = len(model.model.language_model.layers)
+        depth = len(language_model(model.model).layers)
         self.span = self.span_of(depth)
         self.layers = tuple(range(self.span[0] + 1, min(self.span[1], depth - 1) + 1))
 

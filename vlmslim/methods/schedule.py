@@ -17,6 +17,7 @@ from vlmslim.compressor import (
     resolve_keep,
     resolve_layer,
 )
+from vlmslim.engine.families import language_model
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Schedule(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
-        depth = len(model.model.language_model.layers)
+        depth = len(language_model(model.model).layers)
         self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
-from vlmslim.engine.families import has_cls
+from vlmslim.engine.families import has_cls, tower
 from vlmslim.methods._selection import Pool, Selection
 from vlmslim.methods.drop_visual import DropVisual
 from vlmslim.ops.attention import cls_attention
@@ -66,7 +66,7 @@ class Diversify(Selection):
             self.pivot = "cls" if has_cls(model.model) else "random"
         elif self.pivot == "cls" and not has_cls(model.model):
             raise ValueError(
-                f"pivot='cls' needs a CLS token, and {type(model.model.vision_tower).__name__} has none; "
+                f"pivot='cls' needs a CLS token, and {type(tower(model.model)).__name__} has none; "
                 "use pivot='random', which is what 'auto' takes there"
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()

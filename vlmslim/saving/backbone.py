@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim import bundled
-from vlmslim.engine.families import encoder_layers
+from vlmslim.engine.families import encoder_layers, language_model
 
 SAMPLES = 8  # values of each tensor in a signature
 #: Largest relative distance between the samples of two copies of one training. Measured on the tiny LLaVA: 0.002 after
@@ -74,7 +74,7 @@ def shape_of(model: Any) -> dict[str, Any]:
         "tower_grid": vision.image_size // vision.patch_size,
         "tower_feature_layer": model.config.vision_feature_layer,
         "hidden_size": text.hidden_size,
-        "layers": len(core.language_model.layers),
+        "layers": len(language_model(core).layers),
         "heads": text.num_attention_heads,
         "kv_heads": text.num_key_value_heads,
         "vocabulary": text.vocab_size,
@@ -89,7 +89,7 @@ def signature(model: Any) -> dict[str, list[float]]:
     """
     core = model.model
     owners = {
-        "embed_tokens": core.language_model.embed_tokens,
+        "embed_tokens": language_model(core).embed_tokens,
         "projector": getattr(core.multi_modal_projector, "linear_1", None),
         "tower_norm": getattr(encoder_layers(core)[0], "layer_norm1", None),
     }

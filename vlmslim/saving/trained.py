@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vlmslim.compressor import Compressor
+from vlmslim.engine.families import language_model
 from vlmslim.options import shown
 from vlmslim.registry import name_of
 from vlmslim.saving import backbone
@@ -44,7 +45,7 @@ def load_part(method: Compressor, part: nn.Module, model: nn.Module) -> None:
     else:
         _fill(part, weights, name, model)
     llava: Any = model
-    device = next(llava.model.language_model.parameters()).device
+    device = next(language_model(llava.model).parameters()).device
     part.to("cpu" if device.type == "meta" else device).eval()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import vlmslim
 from vlmslim.compressor import check_choices
+from vlmslim.engine.families import language_model
 from vlmslim.methods.atp import ThresholdModules
 from vlmslim.methods.atp.losses import depth_loss, mean_tokens, target_loss
 from vlmslim.training.conversations import Items
@@ -184,7 +185,7 @@ def train(settings: Settings, data: Items, out: Path, stop: int | None = None) -
         data,
         settings,
         out,
-        loss=budget.loss(modules, len(model.model.language_model.layers), price),
+        loss=budget.loss(modules, len(language_model(model.model).layers), price),
         before_step=budget.anneal(modules, settings.steps),
         after_step=budget.steer(price, settings.steps),
         state=price,

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import vlmslim
 from vlmslim import loading
+from vlmslim.engine.families import language_model
 from vlmslim.io.files import atomically
 from vlmslim.training.config import command_line, override, read_config
 from vlmslim.training.conversations import IGNORED, Collator, Conversations, Items
@@ -410,7 +411,7 @@ def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:
     model = tuned.model
     model.requires_grad_(False)
     if settings.train_decoder:
-        for part in (model.model.language_model, model.model.multi_modal_projector, model.lm_head):
+        for part in (language_model(model.model), model.model.multi_modal_projector, model.lm_head):
             part.float().requires_grad_(True)
     slim.trained.float().requires_grad_(True)
     if settings.gradient_checkpointing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmslim.cost.bench.prompt import SyntheticPrompt
+from vlmslim.engine.families import language_model
 from vlmslim.patching import check_unpatched
 
 
@@ -35,7 +36,7 @@ def ideal(model: Any, prompt: SyntheticPrompt, visual: Sequence[int]) -> Iterato
         RuntimeError: the model is patched.
     """
     check_unpatched(model)
-    core, layers = model.model, model.model.language_model.layers
+    core, layers = model.model, language_model(model.model).layers
     if len(visual) != len(layers) or any(after > before for before, after in pairwise([prompt.visual_tokens, *visual])):
         raise ValueError(
             f"{list(visual)}: give one number for each of the {len(layers)} decoder layers, never rising, and at most "

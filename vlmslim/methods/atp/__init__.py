@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices
+from vlmslim.engine.families import language_model
 from vlmslim.methods.atp.score_maps import Maps, redundancy
 from vlmslim.saving.folder import read
 from vlmslim.saving.trained import load_part
@@ -243,7 +244,7 @@ class ATP(Compressor):
             ValueError: the model has no single grid of patches, the layers do not fit its decoder, or the weights were
                 trained under other options.
         """
-        vision, decoder = model.config.vision_config, model.model.language_model.layers
+        vision, decoder = model.config.vision_config, language_model(model.model).layers
         if model.config.model_type != "llava":
             raise ValueError(
                 f"atp is defined for images on a single grid of patches, and {type(model).__name__} cuts images into "

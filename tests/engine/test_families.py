@@ -1,0 +1,253 @@
+"""Every family beyond LLaVA, against its unpatched model: kept tokens fed by hand, or keys hidden by hand."""
+
+import numpy as np
+import pytest
+import torch
+from doubles import Both, Halve, Strided, StridedOriginal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from snapshots import changes, model_state
+from zoo import FILM, QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, renumbered, visual, words
+
+import vlmslim
+from vlmslim.compressor import Compressor
+from vlmslim.engine.families import FAMILIES, KV_CACHE, kv_cache
+from vlmslim.engine.layout import closed_up
+
+IN_FULL = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
+VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video")
+
+
+def families(names=ZOO):
+    return [name if name in IN_FULL else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+every_family = pytest.mark.parametrize("name", families())
+of_video = pytest.mark.parametrize("name", families(VIDEO))
+
+
+def close(a, b, tolerance=2e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def one(name, model, row):
+    return batch(name, model, [row])
+
+
+def pictures(inputs: dict, receipt) -> list[torch.Tensor]:
+    """The places of each picture of the only row, as many as the receipt says that each had."""
+    places = visual(inputs).nonzero()[:, 0]
+    return list(places.split([image.tokens for image in receipt.last.images[0]]))
+
+
+def test_the_zoo_has_every_family():
+    llava = {"llava", "llava_next", "llava_onevision"}  # these are in tiny.py, and have the other tests of this shelf
+    assert set(FAMILIES) == set(ZOO) | llava
+
+
+@every_family
+@pytest.mark.parametrize("rows", [ROWS, SEVERAL], ids=["one", "several"])
+@torch.no_grad()
+def test_keeping_everything_is_bit_identical(name, rows):
+    model = build(name)
+    inputs = batch(name, model, rows)
+    want, before = model(**inputs).logits, model_state(model)
+    for method, options in [("none", {}), ("divprune", {"keep": 1.0}), ("fastv", {"keep": 1.0})]:
+        with vlmslim.patch(model, method, **options) as slim:
+            assert torch.equal(model(**inputs).logits, want)
+            assert slim.receipt.images == sum(isinstance(x, Pic) for row in rows for x in row), "a picture is one image"
+    with vlmslim.patch(model, "divprune", keep=1.0, positions="original"):
+        assert torch.equal(model(**inputs).logits, want)
+    left = [name for name in changes(before, model_state(model)) if not name.endswith("rope_deltas")]
+    assert left == []  # the offset of positions is upstream's, of the latest forward
+    assert torch.equal(model(**inputs).logits, want)
+
+
+def check_kept_by_hand(name, row, method):
+    model = build(name)
+    inputs = one(name, model, row)
+    reference = Reference(name, model, inputs)
+    with vlmslim.patch(model, method) as slim:
+        found = model(**inputs).logits[0]
+    keep = ~visual(inputs)
+    for places in pictures(inputs, slim.receipt):
+        keep[places[method.chosen(len(places), None)]] = True
+    kept = keep.nonzero()[:, 0]
+    position = None
+    if method.positions == "renumbered":
+        position = renumbered(reference.position(), kept, visual(inputs))
+    close(found[kept], reference.logits(kept, position))
+
+
+@every_family
+@pytest.mark.parametrize("method", [Strided(), StridedOriginal()], ids=str)
+@torch.no_grad()
+def test_tokens_kept_before_the_language_model(name, method):
+    for row in (*ROWS, SEVERAL[0]):
+        check_kept_by_hand(name, row, method)
+
+
+@of_video
+@pytest.mark.parametrize("method", [Strided(), StridedOriginal()], ids=str)
+@torch.no_grad()
+def test_tokens_kept_of_videos(name, method):
+    for row in FILM:
+        check_kept_by_hand(name, row, method)
+
+
+class Thin(Halve):
+    """Between layers, inside the layers behind which Qwen3-VL adds features."""
+
+    layers = (1, 2)
+
+    def left(self, layer, n, text):
+        return torch.arange(0, n, 2) if layer == 1 else torch.arange(1, n, 2)
+
+
+@every_family
+@torch.no_grad()
+def test_tokens_dropped_between_layers(name):
+    model, method = build(name), Thin()
+    inputs = one(name, model, SEVERAL[0])
+    reference = Reference(name, model, inputs)
+    with vlmslim.patch(model, method) as slim:
+        found = model(**inputs).logits[0]
+    hidden, there = {}, pictures(inputs, slim.receipt)
+    gone = torch.zeros(len(found), dtype=torch.bool)
+    for layer in method.layers:
+        stay = [places[method.left(layer, len(places), 0)] for places in there]
+        for before, after in zip(there, stay, strict=True):
+            gone[before] = True
+            gone[after] = False
+        there, hidden[layer] = stay, gone.clone()
+    want = reference.logits(torch.arange(len(found)), hidden=hidden)
+    close(found[~gone], want[~gone])
+
+
+@every_family
+@torch.no_grad()
+def test_attention_is_the_models_own(name):
+    class Look(Compressor):
+        layers = (2,)
+
+        def retain(self, tokens):
+            Look.seen = tokens.attention(tokens.last[:, None])[:, :, 0]
+            return tokens.mask
+
+    model = build(name, "eager")
+    inputs = batch(name, model, ROWS)
+    want = model(**inputs, output_attentions=True).attentions[1][:, :, -1]
+    with vlmslim.patch(model, Look()):
+        model(**inputs)
+    close(Look.seen, want, 1e-4)
+
+
+METHODS = [Strided(), StridedOriginal(), Both(), ("divprune", {"keep": 0.4}), ("fastv", {"keep": 0.5})]
+
+
+def patched(model, method):
+    name, options = method if isinstance(method, tuple) else (method, {})
+    return vlmslim.patch(model, name, **options)
+
+
+@every_family
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.no_grad()
+def test_a_batch_equals_its_rows(name, method, padding):
+    model = build(name)
+    rows = [*SEVERAL, [1, *words(3, 7)]]  # the last one is text alone
+    inputs = batch(name, model, rows, padding)
+    with patched(model, method):
+        together = model(**inputs).logits
+        for i, row in enumerate(rows):
+            alone = model(**one(name, model, row)).logits[0]
+            close(together[i][inputs["attention_mask"][i].bool()], alone)
+
+
+@of_video
+@torch.no_grad()
+def test_a_batch_of_videos_equals_its_rows(name):
+    model = build(name)
+    inputs = batch(name, model, FILM)
+    for method in METHODS:
+        with patched(model, method):
+            together = model(**inputs).logits
+            for i, row in enumerate(FILM):
+                close(together[i][inputs["attention_mask"][i].bool()], model(**one(name, model, row)).logits[0])
+
+
+@every_family
+@pytest.mark.parametrize("method", METHODS[:-1], ids=str)  # fastv looks at the last token, which is another each time
+@torch.no_grad()
+def test_generate_with_and_without_a_cache(name, method):
+    model = build(name)
+    inputs = batch(name, model, SEVERAL)
+    settings = dict(max_new_tokens=6, do_sample=False)
+    with patched(model, method):
+        want = model.generate(**inputs, **settings, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **settings), want)
+        beams = model.generate(**inputs, **settings, num_beams=2)
+        single = model.generate(**one(name, model, SEVERAL[1]), **settings, num_beams=2)
+    assert beams[1, -6:].tolist() == single[0, -6:].tolist()
+
+
+@pytest.mark.parametrize("name", families(QWEN))
+@torch.no_grad()
+def test_interleaved_conversations(name):
+    """The models keep an offset of positions on themselves; a patch keeps it on the cache."""
+    model = build(name)
+    rows = SEVERAL[0], SEVERAL[1]
+    with vlmslim.patch(model, Strided()):
+
+        def turn(row) -> tuple:
+            inputs = one(name, model, row)
+            return kv_cache(model(**inputs, use_cache=True)), inputs["attention_mask"]
+
+        def step(cache, mask) -> torch.Tensor:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            return model(input_ids=torch.tensor([[7]]), attention_mask=mask, **{KV_CACHE: cache}).logits
+
+        want = [step(*turn(row)) for row in rows]
+        first, second = turn(rows[0]), turn(rows[1])
+        close(step(*first), want[0], 1e-5)
+        close(step(*second), want[1], 1e-5)
+
+
+# --- positions of several numbers -------------------------------------------------------------------------------------
+
+
+@st.composite
+def grids(draw):
+    """Positions (3, 1, L) of text, a picture, text; where the picture is; and which tokens stay."""
+    frames, rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    stride, before, after = draw(st.integers(1, 3)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    cells = np.stack(np.meshgrid(np.arange(frames) * stride, np.arange(rows), np.arange(columns), indexing="ij"))
+    picture = cells.reshape(3, -1) + before
+    text = np.arange(after) + before + max(rows, columns)
+    position = np.concatenate([np.tile(np.arange(before), (3, 1)), picture, np.tile(text, (3, 1))], axis=1)
+    visual = np.zeros(position.shape[1], dtype=bool)
+    visual[before : before + picture.shape[1]] = True
+    chosen = draw(st.lists(st.booleans(), min_size=picture.shape[1], max_size=picture.shape[1]))
+    keep = ~visual
+    keep[visual] = chosen
+    return position[:, None], keep[None], visual[None]
+
+
+@given(grids())
+@settings(max_examples=100, deadline=None)
+def test_gaps_close_on_each_axis(grid):
+    position, keep, visual = grid
+    closed, shift = closed_up(position, keep, visual)
+    for axis, before in zip(closed[:, 0, keep[0]], position[:, 0, keep[0]], strict=True):
+        assert (np.sign(np.subtract.outer(axis, axis)) == np.sign(np.subtract.outer(before, before))).all() or (
+            keep & visual
+        ).sum() < (visual.sum()), "kept tokens keep their order"
+    if keep.all():
+        assert (closed == position).all() and not shift.any()
+    picture = closed[-2:, 0, (keep & visual)[0]]
+    if picture.size:  # no row and no column is left empty
+        for axis in picture:
+            assert len(np.unique(axis)) == axis.max() - axis.min() + 1
+    last = position[:, 0, -1] - shift[0, 0]
+    assert (closed[:, 0, -1] == last).all()
