@@ -1,5 +1,6 @@
 """The contract of a method: `Compressor`, what it is shown (`ImageTokens`, `LayerInput`) and returns (`Compressed`)."""
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -177,21 +178,6 @@ class ImageTokens:
         """Patches along one side of a (square) crop."""
         return self.patches[0] or int(self.tower.shape[1] ** 0.5)
 
-    def per_token(self, score: Tensor) -> Tensor:
-        """Turn scores of patches into scores of tokens, each the mean over its patches; zero at newlines.
-
-        Args:
-            score: (c, p) of the patches of each crop, CLS left out, in the order of `tower`.
-
-        Returns:
-            (n,).
-        """
-        columns = self.patches[1] // self.merge
-        crop, row, column = self.grid.to(score.device).unbind(1)
-        cells = score.unflatten(1, (-1, self.merge**2)).mean(-1)
-        found = cells[crop.clamp(min=0), (row * columns + column).clamp(min=0)]
-        return found.masked_fill(crop < 0, 0).to(self.features.device)
-
     @classmethod
     def joined(cls, views: "list[ImageTokens]") -> "ImageTokens":
         """Make one picture of its views, tiles first and the thumbnail last. The thumbnail becomes crop 0."""
@@ -232,18 +218,20 @@ class ImageTokens:
     def at_tokens(self, patches: Tensor) -> Tensor:
         """Read what is known of each patch of the tower at the image's tokens.
 
-        A token of a resized mosaic reads the patch nearest to it. The frames of a video are pooled after the tower, so
-        the values are pooled alike.
+        A token that is made of several patches reads their mean. A token of a resized mosaic reads the patch nearest to
+        it. Where the frames of a video are pooled after the tower, the values are pooled alike.
 
         Args:
-            patches: (c, side * side) or (c, side * side, v) of every crop or frame, without CLS.
+            patches: (c, p) or (c, p, v) of every crop or frame, without CLS, in the order of `tower`.
 
         Returns:
             (n,) or (n, v); 0 at tokens without a place, such as newlines.
         """
         grid = self.grid.to(patches.device)
-        side = self.side
-        if self.video and (pooled := int(grid[:, 1].max()) + 1) < side:
+        side = (self.patches[1] or self.side) // self.merge
+        if self.merge > 1:
+            patches = patches.unflatten(1, (-1, self.merge**2)).float().mean(2).to(patches)
+        if self.video and self.merge == 1 and (pooled := int(grid[:, 1].max()) + 1) < side:
             maps = patches.reshape(len(patches), side, side, -1).movedim(-1, 1).float()
             maps = functional.interpolate(maps, (pooled, pooled), mode="bilinear").movedim(1, -1)
             patches, side = maps.reshape(len(patches), pooled**2, *patches.shape[2:]).to(patches), pooled
@@ -254,7 +242,7 @@ class ImageTokens:
     @property
     def tower_tokens(self) -> Tensor:
         """(n, v): the vision tower's features at the image's tokens, before the projector; 0 at newlines."""
-        return self.at_tokens(self.tower[:, -(self.side**2) :])
+        return self.at_tokens(self.tower[:, -(math.prod(self.patches) or self.side**2) :])
 
     def project(self, tower: Tensor) -> Tensor:
         """Project vision-tower features (..., v) with the model's own projector: (..., d).
@@ -279,7 +267,9 @@ class ImageTokens:
 class Attends(Protocol):
     """What a decoder layer attends with, as `vlmslim.engine.attention.LayerAttention`."""
 
-    def attend(self, mask: Tensor, keys: Tensor | None, prefix: int = 0) -> DecoderAttention:
+    def attend(
+        self, mask: Tensor, keys: Tensor | None, prefix: int = 0, blocks: Tensor | None = None
+    ) -> DecoderAttention:
         """Return the attention of the layer."""
 
     def first(self, count: int) -> Self:
@@ -303,6 +293,7 @@ class LayerInput:
     previous : what the layer before attends with; None before layer 0
     keys     : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
     cached   : (B, P)    False at padding, of tokens that the KV cache held before this forward; None if it was empty
+    blocks   : (B, S)    tokens of one block see each other both ways, -1 for none; None if all see only what is before
     """
 
     layer: int
@@ -318,6 +309,7 @@ class LayerInput:
     previous: Attends | None = None
     keys: Tensor | None = None
     cached: Tensor | None = None
+    blocks: Tensor | None = None
 
     def without_last(self, count: int) -> "LayerInput":
         """Return the same input without the last `count` tokens of every row, which the caller's prompt does not have.
@@ -336,6 +328,7 @@ class LayerInput:
             weight=None if self.weight is None else self.weight[:, :end],
             previous=None if self.previous is None else self.previous.first(end),
             keys=None if self.keys is None else self.keys[:, :, : held + end],
+            blocks=None if self.blocks is None else self.blocks[:, :end],
         )
 
     @cached_property
@@ -343,9 +336,10 @@ class LayerInput:
         if self.previous is None:
             raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
         if self.cached is None:
-            return self.previous.attend(self.mask, self.keys)
-        mask = torch.cat([self.cached, self.mask], dim=1)
-        return self.previous.attend(mask, self.keys, self.cached.shape[1])
+            return self.previous.attend(self.mask, self.keys, blocks=self.blocks)
+        mask, prefix = torch.cat([self.cached, self.mask], dim=1), self.cached.shape[1]
+        blocks = None if self.blocks is None else functional.pad(self.blocks, (prefix, 0), value=-1)
+        return self.previous.attend(mask, self.keys, prefix, blocks)
 
     def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
         """Compute the attention that query tokens paid in layer `layer - 1`.
@@ -361,6 +355,8 @@ class LayerInput:
         Returns:
             (B, heads, q, S) in fp32, or (B, heads, q, end).
         """
+        if end is not None and self.blocks is not None:  # tokens before `end` may see tokens of their block behind it
+            return self.attention(rows, temperature)[..., :end]
         attention = self._attention
         rows = rows.to(attention.mask.device)
         logits = attention.logits(rows, end)

@@ -43,6 +43,7 @@ def _stop(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **others: Any,
 ) -> NoReturn:
     """Stand in for an attention function of transformers."""
@@ -52,7 +53,8 @@ def _stop(
             f"{type(module).__name__} attends with {', '.join(unknown)}, by which vlmslim cannot recompute attention; "
             "use a method that works before the language model"
         )
-    raise _Reached(QueriesKeys(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    raise _Reached(QueriesKeys(query, key, scaling, softcap, s_aux, sliding_window))
 
 
 ALL_ATTENTION_FUNCTIONS.register(_PROBE, _stop)
@@ -149,17 +151,20 @@ class LayerAttention:
             else replace(self.made, q=self.made.q[:, :, :count], k=self.made.k[:, :, :count]),
         )
 
-    def attend(self, mask: Tensor, keys: Tensor | None, prefix: int = 0) -> DecoderAttention:
+    def attend(
+        self, mask: Tensor, keys: Tensor | None, prefix: int = 0, blocks: Tensor | None = None
+    ) -> DecoderAttention:
         """Return the attention of the layer.
 
         Args:
             mask: (B, P + S) False at padding, of P tokens that were cached before and of the S tokens of this forward.
             keys: (B, own kv heads, P + S, head_dim) the layer's keys in the KV cache; None if it does not have them.
             prefix: P.
+            blocks: (B, P + S) tokens of one block see each other both ways, -1 for none; None if all are causal.
         """
         if keys is not None and self.mesh is not None:
             keys = whole_keys(keys, self.module, self.mesh)
-        return DecoderAttention(self.project, mask, keys, prefix, self.made)
+        return DecoderAttention(self.project, mask, keys, prefix, self.made, blocks)
 
 
 def _each(rotary: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -339,6 +339,7 @@ class Hooks:
             previous=call.previous,
             keys=cached_keys(cache, i - 1, hidden, 0 if run.cached is None else run.cached.shape[1]),
             cached=run.cached,
+            blocks=None if call.blocks is None else run.tokens.of_callers(call.blocks, fill=-1),
         ).without_last(call.guess)
         with call.timed(hidden.device):
             weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))

@@ -87,6 +87,7 @@ class QueriesKeys:
     scaling : factor of the logits
     softcap : logits are squeezed into (-softcap, softcap); None if they are not
     sinks   : (heads,) logit of one more key, which takes attention and gives nothing; None without one
+    window  : a query sees this many tokens, itself included; None if it sees all before it
     """
 
     q: Tensor
@@ -94,6 +95,7 @@ class QueriesKeys:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    window: int | None = None
 
 
 class DecoderAttention:
@@ -107,6 +109,8 @@ class DecoderAttention:
         keys: (B, kv heads, P + S, head_dim) the layer's rotated keys; None projects them, where P is 0.
         prefix: P.
         made: queries and keys of all S rows, if they have been projected already.
+        blocks: (B, P + S) tokens of one block see each other both ways, -1 for none; None if all see only what is
+            before them.
     """
 
     def __init__(
@@ -116,8 +120,9 @@ class DecoderAttention:
         keys: Tensor | None = None,
         prefix: int = 0,
         made: QueriesKeys | None = None,
+        blocks: Tensor | None = None,
     ):
-        self._project, self.prefix = project, prefix
+        self._project, self.prefix, self.blocks = project, prefix, blocks
         self._sinks: Tensor | None = None
         if keys is None and made is None:
             made = project(None)
@@ -147,7 +152,8 @@ class DecoderAttention:
             if made.softcap is not None:
                 logits = made.softcap * (logits / made.softcap).tanh()
         self._sinks = made.sinks
-        return logits.masked_fill_(~visible(mask, self.prefix + rows)[:, None], float("-inf"))
+        seen = visible(mask, self.prefix + rows, made.window, self.blocks)
+        return logits.masked_fill_(~seen[:, None], float("-inf"))
 
     def softmax(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Turn logits (B, heads, q, P + S) into the attention that the S tokens receive: (B, heads, q, S)."""
@@ -183,18 +189,27 @@ def attention_rows(
         yield part, attend(part).float().mean(1) * queries.gather(1, part)[..., None]
 
 
-def visible(mask: Tensor, rows: Tensor) -> Tensor:
+def visible(mask: Tensor, rows: Tensor, window: int | None = None, blocks: Tensor | None = None) -> Tensor:
     """Tell which keys the queries may look at: those before them that are not padding, and themselves.
 
     Args:
         mask: (B, S), False at padding.
         rows: (B, q) indices of the queries.
+        window: queries see no token that is so many tokens before them, or more; None if they see all.
+        blocks: (B, S) tokens of one block see each other both ways; -1 for none.
 
     Returns:
         (B, q, S) bool.
     """
     key = torch.arange(mask.shape[1], device=mask.device)
-    return mask[:, None] & (key <= rows[..., None]) | (key == rows[..., None])
+    seen = key <= rows[..., None]
+    if blocks is not None:
+        blocks = blocks.to(mask.device)
+        own = blocks.gather(1, rows.to(mask.device))[..., None]
+        seen = seen | (own == blocks[:, None]) & (own >= 0)
+    if window is not None:
+        seen = seen & (key > rows[..., None] - window)
+    return mask[:, None] & seen | (key == rows[..., None])
 
 
 def weighted_logits(logits: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
