@@ -13,6 +13,7 @@ from vlmslim import registry
 from vlmslim.compressor import Compressor
 from vlmslim.engine.families import (
     check_decoder,
+    check_patches,
     check_tower,
     check_tower_layers,
     family_of,
@@ -53,6 +54,8 @@ class Slim:
             check_tower(model.model)
         for part in parts:
             _check_cls(part, model)
+            if part.needs_patches:
+                check_patches(model.model, name_of(part))
             with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
                 part.setup(model)
         self.trained = _trained(parts)

@@ -164,7 +164,12 @@ class RecordingEncoder:
             per = self._merge(len(view), part["tower"].shape[1])
             side = math.isqrt(part["tower"].shape[1])
             if per > 1:
-                part["tower"] = part["tower"][:, token_order((side, side), per)]
+                order = token_order((side, side), per).to(part["tower"].device)
+                part["tower"] = part["tower"][:, order]
+                part["recorded_layers"] = {
+                    i: (layer, torch.cat([x[:, : -len(order)], x[:, -len(order) :][:, order]], dim=1))
+                    for i, (layer, x) in part["recorded_layers"].items()
+                }
             cells = math.isqrt(len(view))
             grid = partial(_crop_grid, cells, len(view))
             projector = self._project if per == 1 else None  # it takes all patches of a token together

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from vlmslim.engine.attention import attention_of
+from vlmslim.ops.attention import tower_attention, tower_norm
 
 #: What the KV cache is called among a forward's arguments and on its output; transformers 5.24 renamed it.
 KV_CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -117,7 +118,7 @@ FAMILIES: dict[str, Family] = {
         Family("internvl", "InternVLForConditionalGeneration", layers="encoder.layer", merge=2, joins=touching),
         Family("smolvlm", "SmolVLMForConditionalGeneration", **_IDEFICS),
         Family("idefics3", "Idefics3ForConditionalGeneration", **_IDEFICS),
-        Family("gemma3", "Gemma3ForConditionalGeneration", masks_by_type=True, slides=True),
+        Family("gemma3", "Gemma3ForConditionalGeneration", merge=4, masks_by_type=True, slides=True),
         Family(
             "mistral3",
             "Mistral3ForConditionalGeneration",
@@ -133,6 +134,7 @@ FAMILIES: dict[str, Family] = {
             "Ovis2ForConditionalGeneration",
             tower="vision_tower.transformer",
             projector="visual_embeddings_table",
+            merge="vision_config.hidden_stride",
             joins=touching,
         ),
     )
@@ -250,15 +252,34 @@ def check_tower_layers(core: Any, method: str) -> None:
         TypeError: the message names the tower and the method.
     """
     for layer in encoder_layers(core):
-        attention = getattr(layer, "self_attn", None)
-        plain = all(hasattr(attention, name) for name in ("num_heads", "q_proj", "k_proj"))
+        attention = tower_attention(layer)
+        plain = attention is not None and all(hasattr(attention, name) for name in ("num_heads", "q_proj", "k_proj"))
         # an attention module that is given positions rotates its queries and keys
         turns = "position_embeddings" in inspect.signature(type(attention).forward).parameters if plain else True
-        if turns or not hasattr(layer, "layer_norm1"):
+        if turns or tower_norm(layer) is None:
             raise TypeError(
                 f"{method} reads the attention of the vision tower, and vlmslim cannot recompute it for "
                 f"{type(tower(core)).__name__}; use a method without it, such as divprune or fastv"
             )
+
+
+def check_patches(core: Any, method: str) -> None:
+    """Refuse a family whose visual tokens are not single patches of the tower, projected one by one.
+
+    Raises:
+        TypeError: the message names the family and the method.
+    """
+    if not projects_patches(core):
+        raise TypeError(
+            f"{method} works on patches of the vision tower that the projector maps one by one, and in "
+            f"{_family(core).name} several patches make a visual token; use another method, such as divprune or fastv"
+        )
+
+
+def projects_patches(core: Any) -> bool:
+    """Tell whether visual tokens are single patches of the tower, which the projector maps one by one."""
+    family = _family(core)
+    return family.units in ("crops", "anyres") and family.merge == 1
 
 
 def encoder_layers(core: Any) -> nn.ModuleList:

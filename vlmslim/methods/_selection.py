@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.engine.families import has_cls
+from vlmslim.engine.families import family_of, has_cls, tower
 from vlmslim.ops.attention import cls_attention, received_attention
 from vlmslim.ops.budgets import share_out
 from vlmslim.ops.newlines import fill_budget
@@ -67,17 +67,15 @@ class Selection(Compressor):
         raise NotImplementedError
 
     def setup(self, model: Any) -> None:
-        """Find the projector, which mode="released" needs for patches that the model packs away.
+        """Check that mode="released" fits the model.
 
         Raises:
             ValueError: the release has no such model.
         """
-        if self.mode != "released":
-            return
-        self.projector: nn.Module = model.model.multi_modal_projector
-        if model.config.model_type == "llava_onevision":
+        family = family_of(model)
+        if self.mode == "released" and family.model_type not in ("llava", "llava_next"):
             raise ValueError(
-                f"{type(self).__name__}'s release does not support LLaVA-OneVision; use mode='corrected' with it"
+                f"{type(self).__name__}'s release does not support {family.name} as it is; use mode='corrected' with it"
             )
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
@@ -88,7 +86,7 @@ class Selection(Compressor):
         """
         seen = list(images)
         if self.mode == "released":
-            seen = [with_padding(image, self.projector) if image.tiles[1] else image for image in images]
+            seen = [with_padding(image) if image.tiles[1] else image for image in images]
         counts = [resolve_keep(self.keep, len(image.features)) for image in images]
         pools = [
             [] if k == len(image.features) and self.order == "raster" else self.pools(given, k)
@@ -158,7 +156,7 @@ class ScoredSelection(Selection):
         cls = has_cls(model.model)
         if self.score == "cls" and not cls:
             raise ValueError(
-                f"score='cls' needs a CLS token, and {type(model.model.vision_tower).__name__} has none; "
+                f"score='cls' needs a CLS token, and {type(tower(model.model)).__name__} has none; "
                 "use score='received', which is what 'auto' takes there"
             )
         if self.score == "auto":
@@ -197,7 +195,7 @@ def interleave(orders: list[Tensor]) -> Tensor:
     return torch.cat(orders)[turn.argsort(stable=True).to(orders[0].device)]
 
 
-def with_padding(image: ImageTokens, projector: nn.Module) -> ImageTokens:
+def with_padding(image: ImageTokens) -> ImageTokens:
     """Return an image with tiles as releases see it that do not unpad: all patches, and no newline.
 
     The thumbnail comes first, then the mosaic row by row, across tiles.
@@ -209,5 +207,5 @@ def with_padding(image: ImageTokens, projector: nn.Module) -> ImageTokens:
     grid = torch.cat([thumbnail, mosaic])
     crop, row, column = grid.to(image.tower.device).unbind(1)
     with torch.no_grad():
-        features = projector(image.tower[:, -(side**2) :])[crop, row * side + column]
+        features = image.project(image.tower[:, -(side**2) :])[crop, row * side + column]
     return replace(image, features=features.to(image.features), make_grid=lambda: grid)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.engine.families import projects_patches
 from vlmslim.ops.budgets import share_out
 
 
@@ -17,7 +18,8 @@ class BipartiteMerge(Compressor):
 
     LLaVA-1.5 and LLaVA-NeXT merge the tokens that enter the projector. There, similarity is that of the keys of the
     vision tower's last layer; CLS takes no part, so SigLIP towers work too. OneVision merges the tokens that enter the
-    language model, by their own similarity, because it pools them after the projector. Tokens of different crops or
+    language model, by their own similarity, because it pools them after the projector, and so do families whose
+    projector makes a token of several patches (our extension). Tokens of different crops or
     frames never merge. The release covers LLaVA-1.5 and OneVision videos. Tiled images are our extension; they lose
     their newlines, because merged tokens form no rows.
 
@@ -43,8 +45,8 @@ class BipartiteMerge(Compressor):
         self.before_projector = False
 
     def setup(self, model: Any) -> None:
-        """Merge before the projector, except for OneVision, which pools after it."""
-        if model.config.model_type != "llava_onevision":
+        """Merge before the projector where it maps patch by patch, else behind it."""
+        if model.config.model_type != "llava_onevision" and projects_patches(model.model):
             self.before_projector = True
             self.tower_layers = (-1,)
 

@@ -94,7 +94,7 @@ class PruneSID(ScoredSelection):
         n = len(image.features)
         if (k := resolve_keep(self.keep, n)) == n:
             return image.pick(torch.arange(n, device=image.features.device))
-        pools = self.pools(with_padding(image, self.projector) if image.tiles[1] else image, k)
+        pools = self.pools(with_padding(image) if image.tiles[1] else image, k)
         generator, orders = image.generator(self.seed), []
         for pool in pools:
             x, q = pool.read[0], max(1, pool.k // 4)
@@ -103,7 +103,7 @@ class PruneSID(ScoredSelection):
             orders.append(choose(x, weight, score, pool.k, pool.k - 1))
         cls = image.recorded_layers[-1][1][:, 0]  # what the layer returned that LLaVA reads
         x = released_sequence(cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
-        return Compressed(self.projector(x.to(image.tower)).to(image.features))
+        return Compressed(image.project(x).to(image.features))
 
 
 @full_precision

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ class TokenFlex(Compressor):
     expansion: int = 3
     counts: tuple[int, ...] = (64, 144, 256)
     probabilities: tuple[float, ...] = (0.2, 0.3, 0.5)
+
+    needs_patches: ClassVar = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

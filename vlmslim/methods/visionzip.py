@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
+from vlmslim.engine.families import projects_patches
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, with_padding
 from vlmslim.ops.ranking import full_precision
 
@@ -19,7 +20,8 @@ class VisionZip(ScoredSelection):
     Of the T tokens of a crop or frame, C = round(T x contextual) are contextual and the others dominant. Dominant are
     the patches of most attention from CLS. Of the others in reading order, C evenly spaced ones are targets. Every
     further patch joins the target whose key, averaged over heads, has the largest cosine to its own. Merging comes
-    before the projector, except on OneVision, which resizes tokens after it.
+    before the projector, except on OneVision, which resizes tokens after it, and where a token is made of several
+    patches (our extension).
 
     mode="released" follows the release (commit 3151f6d), for LLaVA-1.5 and LLaVA-NeXT: CLS itself is one of the
     dominant tokens; a contextual token is the target plus the mean of its members, which doubles its norm; padded
@@ -52,7 +54,7 @@ class VisionZip(ScoredSelection):
             raise ValueError(f"contextual={self.contextual}: give a part of the budget in [0, 1); the paper's is 10/64")
 
     def setup(self, model: Any) -> None:
-        """Find the projector, except for OneVision, and the layer whose input has CLS.
+        """Find out whether merging comes before the projector, and the layer whose input has CLS.
 
         Raises:
             ValueError: mode="released" and the tower has no CLS token.
@@ -60,14 +62,13 @@ class VisionZip(ScoredSelection):
         super().setup(model)
         if self.mode == "released" and not self.cls:
             raise ValueError("mode='released' sends the CLS token, and this tower has none; use mode='corrected'")
-        tower = model.config.model_type != "llava_onevision"
-        self.projector: nn.Module | None = model.model.multi_modal_projector if tower else None
+        self.before_projector = model.config.model_type != "llava_onevision" and projects_patches(model.model)
         self.tower_layers = (*self.tower_layers, -1) if self.mode == "released" else self.tower_layers
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return what merges, keys averaged over heads, and attention."""
         keys = image.at_tokens(image.qk(self.score_layer)[1].float().mean(1)[:, int(self.cls) :])
-        return image.tower_tokens if self.projector is not None else image.features, keys, self.scores(image)
+        return image.tower_tokens if self.before_projector else image.features, keys, self.scores(image)
 
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images one by one."""
@@ -79,7 +80,7 @@ class VisionZip(ScoredSelection):
         if (k := resolve_keep(self.keep, n)) == n:
             return image.pick(torch.arange(n, device=device))
         released = self.mode == "released"
-        given = with_padding(image, self.projector) if released and self.projector and image.tiles[1] else image
+        given = with_padding(image) if released and image.tiles[1] else image
         pools = self.pools(given, k)
         parts = [zipped(*pool.read, pool.k, round(pool.k * self.contextual), int(released)) for pool in pools]
         if released:
@@ -92,8 +93,7 @@ class VisionZip(ScoredSelection):
         return Compressed(torch.cat([features, image.features[spare]])[order], index)
 
     def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
-        x = x.to(image.tower.dtype)
-        return x if self.projector is None else self.projector(x).to(image.features)
+        return image.project(x).to(image.features) if self.before_projector else x.to(image.features)
 
 
 def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls: int) -> tuple[Tensor, ...]:

@@ -12,8 +12,18 @@ from vlmslim.ops.ranking import full_precision
 # --- vision towers ---------------------------------------------------------------------------------------------------
 
 
+def tower_attention(layer: Any) -> Any:
+    """Return the attention module of a vision-tower layer; None where it has another name than in known towers."""
+    return getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+
+
+def tower_norm(layer: Any) -> Any:
+    """Return what normalises the input of a vision-tower layer's attention; None where it has another name."""
+    return getattr(layer, "layer_norm1", None) or getattr(layer, "layernorm_before", None)
+
+
 def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the queries and keys of a CLIP or SigLIP encoder layer, unscaled.
+    """Compute the queries and keys of a CLIP, SigLIP or InternViT encoder layer, unscaled.
 
     Args:
         layer: the encoder layer.
@@ -22,9 +32,11 @@ def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         q and k: (c, heads, p, v / heads) each.
     """
-    attn = layer.self_attn
-    x = layer.layer_norm1(hidden)
-    q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
+    attn, x = tower_attention(layer), tower_norm(layer)(hidden)
+    q, k = attn.q_proj(x), attn.k_proj(x)
+    if hasattr(attn, "q_norm"):  # InternViT
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k = (heads.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for heads in (q, k))
     return q, k
 
 

@@ -66,8 +66,8 @@ def check_views(arrays: dict[str, np.ndarray]) -> None:
 
     views, rows, columns = hidden[:, 1:], *arrays["tiles"].tolist()
     method = Given(keep=int(arrays["token_num"]), mode="released")
-    method.projector = nn.Identity()
-    image = ImageTokens(views.flatten(0, 1), views, torch.zeros(len(views), 3, 1, 1), tiles=(rows, columns))
+    pixels = torch.zeros(len(views), 3, 1, 1)
+    image = ImageTokens(views.flatten(0, 1), views, pixels, tiles=(rows, columns), projector=nn.Identity())
     (result,) = method.compress_images([image])
     view, patch = torch.from_numpy(arrays["sequence"]).long().unbind(1)
     assert int(arrays["per_view"]) * len(views) == len(result)

@@ -101,6 +101,7 @@ class Recoverable(Compressor):
 
     tower_layers = (-1,)
     needs_cls: ClassVar = True
+    needs_patches: ClassVar = True
 
     keep: Keep | None = None
     clip: str | None = None
@@ -164,7 +165,7 @@ class Recoverable(Compressor):
                 "Recoverable merges vision-tower tokens, and LLaVA-OneVision resizes tokens after the projector; use "
                 "another method with this checkpoint"
             )
-        if model.config.vision_feature_select_strategy != "default":
+        if getattr(model.config, "vision_feature_select_strategy", "default") != "default":
             raise ValueError(
                 "Recoverable needs vision_feature_select_strategy='default', and this checkpoint feeds CLS to the "
                 "language model as one more visual token; use another method with it"

@@ -5,7 +5,7 @@ arXiv 2407.14439.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,8 @@ class TokenCorr(Compressor):
     newline: str = "rows"
     seed: int = 0
     positions: str = "renumbered"
+
+    needs_patches: ClassVar = True
 
     def __post_init__(self) -> None:
         if self.keep is not None:
