@@ -6,6 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import method_table
 import pytest
 from PIL import Image
 
@@ -109,3 +110,20 @@ def table_line(label: str, row: dict) -> str:
         f"{row['kv_bytes'] / 1024:.0f} KiB",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def test_every_trap_has_its_guard():
+    """The tests that `docs/traps.md` names exist."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/traps.md").read_text()))
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    there = {name for text in texts for name in re.findall(r"def (test_\w+)", text)}
+    assert len(named) > 20 and named <= there, named - there
+
+
+def test_the_tables_of_models_are_those_of_the_code():
+    assert method_table.PAGE.read_text() == method_table.pages(), "run python tests/support/method_table.py"
+
+
+def test_the_readme_lists_the_families():
+    listed = README.read_text().split("Families, by")[1].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", listed)[1:] == list(FAMILIES)

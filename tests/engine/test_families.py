@@ -1,5 +1,6 @@
 """Every family beyond LLaVA, against its unpatched model: kept tokens fed by hand, or keys hidden by hand."""
 
+import method_table
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ import vlmslim
 from vlmslim.compressor import Compressor
 from vlmslim.engine.families import FAMILIES, KV_CACHE, kv_cache
 from vlmslim.engine.layout import closed_up
+from vlmslim.registry import options_of
 
 IN_FULL = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
 VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video")
@@ -212,6 +214,17 @@ def test_interleaved_conversations(name):
         first, second = turn(rows[0]), turn(rows[1])
         close(step(*first), want[0], 1e-5)
         close(step(*second), want[1], 1e-5)
+
+
+@every_family
+@torch.no_grad()
+def test_every_method_runs_or_is_refused_when_the_model_is_patched(name):
+    model = build(name)
+    inputs = batch(name, model, [[1, Pic(3, 64, 64), *words(6, 2)]])
+    for method in vlmslim.method_names():
+        if method_table.verdict(model, method) == "yes" and not {"clip", "tokenizer"} & {*options_of(method)}:
+            with vlmslim.patch(model, method, **method_table.options(method)):
+                assert model(**inputs).logits.isfinite().all()
 
 
 # --- positions of several numbers -------------------------------------------------------------------------------------

@@ -29,7 +29,11 @@ REASONS = {  # what the sentence of a refusal says -> what the table says
     "is defined for images on a single grid|resizes tokens": "grid",
 }
 NEEDS_MORE = "this model does not tell"  # which CLIP or which folder: a real checkpoint tells, or an option
-OPTIONS = {"atp": {"weights": "random"}, "tokenflex": {"keep": 0.5, "weights": "pool"}, "schedule": {"layer": (1,), "counts": (2,)}}
+OPTIONS = {
+    "atp": {"weights": "random"},
+    "tokenflex": {"keep": 0.5, "weights": "pool"},
+    "schedule": {"layer": (1,), "counts": (2,)},
+}
 OWN = {"llava": "llava", "llava_next": "next", "llava_onevision": "onevision"}
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -134,6 +135,7 @@ class _Depth:
 
     def __init__(self, depth: int):
         self.model = self.language_model = self
+        self.config = SimpleNamespace(model_type="llava")
         self.layers = range(depth)
 
 
