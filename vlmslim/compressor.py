@@ -186,14 +186,22 @@ class ImageTokens:
             crops = [*range(1, len(views)), 0]
             return torch.cat([v.grid + v.grid.new_tensor([i, 0, 0]) for i, v in zip(crops, views, strict=True)])
 
-        whole = {name: torch.cat([getattr(view, name) for view in views]) for name in ("features", "tower", "pixels")}
-        for name in ("tower", "pixels"):  # crop 0 is the thumbnail
-            whole[name] = whole[name].roll(1, 0)
+        def all_of(name: str) -> Tensor:
+            return torch.cat([getattr(view, name) for view in views])
+
+        tower, pixels = all_of("tower").roll(1, 0), all_of("pixels").roll(1, 0)  # crop 0 is the thumbnail
         layers = {
             i: (layer, torch.cat([view.recorded_layers[i][1] for view in views]).roll(1, 0))
             for i, (layer, _) in views[0].recorded_layers.items()
         }
-        return replace(views[0], **whole, make_grid=make_grid, recorded_layers=layers)
+        return replace(
+            views[0],
+            features=all_of("features"),
+            tower=tower,
+            pixels=pixels,
+            make_grid=make_grid,
+            recorded_layers=layers,
+        )
 
     @property
     def fingerprint(self) -> int:

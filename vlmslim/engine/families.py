@@ -86,7 +86,7 @@ def same_mosaic(between: np.ndarray) -> bool:
     return len(between) == 2 or (len(between) > 2 and between[0] != between[-2])
 
 
-_QWEN = dict(
+_QWEN: dict[str, Any] = dict(
     units="packed",
     tower="visual",
     projector="visual.merger",
@@ -94,7 +94,7 @@ _QWEN = dict(
     grid="grid_thw",
     merge="vision_config.spatial_merge_size",
 )
-_IDEFICS = dict(
+_IDEFICS: dict[str, Any] = dict(
     units="samples",
     language_model="text_model",
     tower="vision_model",

@@ -62,8 +62,8 @@ class Run:
             if self.weight is not None:
                 mask = self._weighted_mask(lm, hidden, cache)
             else:
-                blocks = None if blocks is None else self.tokens.of_callers(blocks, fill=-1)
-                mask = causal_mask(lm, layer, hidden, self.mask.to(hidden.device), cache, blocks)
+                own = None if blocks is None else self.tokens.of_callers(blocks, fill=-1)
+                mask = causal_mask(lm, layer, hidden, self.mask.to(hidden.device), cache, own)
             self._attention_masks[kind] = mask
         mask = self._attention_masks[kind]
         return mask.to(hidden.device) if isinstance(mask, Tensor) else mask

@@ -111,7 +111,7 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it asks for the older LongTensor
         self.plan = self.plan.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -137,19 +137,20 @@ class CompressedCache(Cache):
 def compressed(cache: Cache, plan: Plan) -> None:
     """Note in `cache` that it holds a shortened prompt."""
     if not isinstance(cache, CompressedCache):
-        cache.__class__ = _compressed_class(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _compressed_class(kind)
     assert isinstance(cache, CompressedCache)
     cache.plan = plan
 
 
 @functools.cache
-def _compressed_class(kind: type) -> type[CompressedCache]:
+def _compressed_class(kind: Any) -> type[CompressedCache]:
     return type(
         f"Compressed{kind.__name__}", (CompressedCache, kind), {"kind": kind, "__doc__": CompressedCache.__doc__}
     )
 
 
-def _restored(kind: type[Cache]) -> Cache:
+def _restored(kind: Any) -> Cache:
     """Make an empty cache that `copy` or `pickle` fills."""
     cls = _compressed_class(kind)
     return cls.__new__(cls)

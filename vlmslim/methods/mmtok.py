@@ -93,7 +93,8 @@ class MMTok(Selection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the best coverage."""
-        return cover(*read, k, self.word_temperature, self.temperature, self.alpha)
+        x, to_words = read
+        return cover(x, to_words, k, self.word_temperature, self.temperature, self.alpha)
 
 
 def keywords(text: str) -> str:

@@ -54,7 +54,7 @@ class SCOPE(ScoredSelection):
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return what is compared, and saliency."""
-        heads = image.recorded_layers[self.score_layer][0].self_attn.num_heads if self.combine == "add" else 1
+        heads = image.qk(self.score_layer)[0].shape[1] if self.combine == "add" else 1
         return image.tower_tokens if self.features == "tower" else image.features, heads * self.scores(image)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:

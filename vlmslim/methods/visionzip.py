@@ -82,7 +82,10 @@ class VisionZip(ScoredSelection):
         released = self.mode == "released"
         given = with_padding(image) if released and image.tiles[1] else image
         pools = self.pools(given, k)
-        parts = [zipped(*pool.read, pool.k, round(pool.k * self.contextual), int(released)) for pool in pools]
+        parts = []
+        for pool in pools:
+            x, keys, attention = pool.read
+            parts.append(zipped(x, keys, attention, pool.k, round(pool.k * self.contextual), int(released)))
         if released:
             return Compressed(self._project(released_sequence(image, pools, parts), image))
         features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Options = ParamSpec("Options")
-Score = Callable[Concatenate[Tensor, Options], Tensor]
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
+Score = Callable[Concatenate[Tensor, Options], Result]
 
 
-def full_precision(function: Score[Options]) -> Score[Options]:
+def full_precision(function: Score[Options, Result]) -> Score[Options, Result]:
     """Run a scoring function in fp32 and without gradients, whatever the model runs in.
 
     The decorator casts the first argument, and switches autocast off. It is needed because the distances between
@@ -19,7 +20,7 @@ def full_precision(function: Score[Options]) -> Score[Options]:
     """
 
     @wraps(function)
-    def scored(x: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Tensor:
+    def scored(x: Tensor, /, *args: Options.args, **kwargs: Options.kwargs) -> Result:
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return function(x.float(), *args, **kwargs)
 
