@@ -11,6 +11,7 @@ exits with status 1 if a fault survives, or if an entry no longer fits the code.
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def read_faults(path: Path = LIST) -> list[Fault]:
         ValueError: two faults have one name.
     """
     faults = [
-        Fault(entry["name"], entry["file"], entry["old"], entry["new"], tuple(entry["tests"].split()))
+        Fault(entry["name"], entry["file"], entry["old"], entry["new"], tuple(shlex.split(entry["tests"])))
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
     names = [fault.name for fault in faults]
@@ -131,8 +132,8 @@ def examine(faults: Sequence[Fault], jobs: int) -> list[Outcome]:
             copy_repository(folder)
             free.put(folder)
 
-        tests = sorted({test for fault in faults for test in fault.tests if not test.startswith("-")})
-        passed, line = run_tests(Path(place) / "0", tests)
+        tests = sorted({test for fault in faults for test in fault.tests if test.startswith("tests/")})
+        passed, line = run_tests(Path(place) / "0", ["-n", str(jobs), *tests])
         if not passed:
             raise SystemExit(f"the tests fail on the sound code, so that no fault can be told: {line}")
 
