@@ -129,6 +129,8 @@ class ImageTokens:
     projector       : the model's projector, found when it is used, because adapters replace it
     make_grid       : computes `grid` when a method asks for it
     recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
+    recorded_heads  : layer of the vision tower -> its queries and keys (c, heads, p, v / heads), where the tower turns
+                      them by position
     """
 
     features: Tensor
@@ -143,6 +145,7 @@ class ImageTokens:
     projector: Callable[[Tensor], Tensor] | None = None
     make_grid: Callable[[], Tensor] | None = None
     recorded_layers: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
+    recorded_heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def grid(self) -> Tensor:
@@ -219,6 +222,8 @@ class ImageTokens:
         Raises:
             RuntimeError: the method did not list `layer` in `tower_layers`.
         """
+        if layer in self.recorded_heads:
+            return self.recorded_heads[layer]
         if layer not in self.recorded_layers:
             raise RuntimeError(f"tower layer {layer} was not recorded: list it in `tower_layers`")
         return tower_qk(*self.recorded_layers[layer])
@@ -237,9 +242,10 @@ class ImageTokens:
         """
         grid = self.grid.to(patches.device)
         side = (self.patches[1] or self.side) // self.merge
-        if self.merge > 1:
-            patches = patches.unflatten(1, (-1, self.merge**2)).float().mean(2).to(patches)
-        if self.video and self.merge == 1 and (pooled := int(grid[:, 1].max()) + 1) < side:
+        cells = (self.patches[0] or self.side) // self.merge * side
+        if (each := patches.shape[1] // cells) > 1:
+            patches = patches.unflatten(1, (cells, each)).float().mean(2).to(patches)
+        if self.video and each == 1 and (pooled := int(grid[:, 1].max()) + 1) < side:
             maps = patches.reshape(len(patches), side, side, -1).movedim(-1, 1).float()
             maps = functional.interpolate(maps, (pooled, pooled), mode="bilinear").movedim(1, -1)
             patches, side = maps.reshape(len(patches), pooled**2, *patches.shape[2:]).to(patches), pooled

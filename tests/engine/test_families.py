@@ -12,8 +12,9 @@ from zoo import FILM, QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, re
 
 import vlmslim
 from vlmslim.compressor import Compressor
-from vlmslim.engine.families import FAMILIES, KV_CACHE, kv_cache
+from vlmslim.engine.families import FAMILIES, KV_CACHE, encoder_layers, kv_cache
 from vlmslim.engine.layout import closed_up
+from vlmslim.ops.attention import received_attention
 from vlmslim.registry import options_of
 
 IN_FULL = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
@@ -142,6 +143,90 @@ def test_attention_is_the_models_own(name):
     with vlmslim.patch(model, Look()):
         model(**inputs)
     close(Look.seen, want, 1e-4)
+
+
+class Record(Compressor):
+    """Notes the images of a forward, with the heads of one layer of the tower."""
+
+    tower_layers = (-1,)
+
+    def compress_images(self, images):
+        Record.seen = images
+        return [image.pick(torch.arange(len(image.features))) for image in images]
+
+
+def recorded(name, model, row) -> list:
+    with vlmslim.patch(model, Record()):
+        model(**one(name, model, row))
+    return Record.seen
+
+
+@pytest.mark.parametrize("name", families(("qwen2_vl", "qwen2_5_vl", "qwen3_vl")))
+@torch.no_grad()
+def test_patches_of_packed_pictures_stand_token_by_token(name):
+    model = build(name)
+    for image in recorded(name, model, SEVERAL[0]):
+        close(model.model.visual.merger(image.tower[0]), image.features, 1e-5)
+
+
+@torch.no_grad()
+def test_heads_of_a_windowed_tower_stand_as_its_patches():
+    """Qwen2.5-VL sorts patches by window: queries, keys and features are put back alike."""
+    model = build("qwen2_5_vl", "eager")
+    features, keys = [], []
+    model.model.visual.merger.register_forward_pre_hook(lambda m, args: features.append(args[0]))
+    attention = encoder_layers(model.model)[-1].attn
+    attention.qkv.register_forward_hook(lambda m, args, out: keys.append(out))
+    (image, *_) = recorded("qwen2_5_vl", model, [1, Pic(3, 48, 64), 9])
+
+    def places(rows, among):
+        return torch.cdist(rows.float(), among.float()).argmin(1)
+
+    order = places(image.tower[0], features[-1])
+    assert sorted(order.tolist()) == list(range(len(order))) != order.tolist(), "the windows permute nothing"
+    hidden = {}
+    hook = attention.register_forward_pre_hook(lambda m, args, kwargs: hidden.update(kwargs, x=args), with_kwargs=True)
+    model(**one("qwen2_5_vl", model, [1, Pic(3, 48, 64), 9]))
+    hook.remove()
+    found = image.qk(-1)[1][0].transpose(0, 1).flatten(1)
+    cos, sin = (x[:, None] for x in hidden["position_embeddings"])
+    k = keys[-1].view(-1, 3, 2, 8)[:, 1]
+    k = (k * cos + torch.cat([-k[..., 4:], k[..., :4]], -1) * sin).flatten(1)
+    assert torch.equal(places(found, k), order)
+
+
+@pytest.mark.parametrize("name", families((*QWEN, "mistral3")))
+@torch.no_grad()
+def test_attention_of_packed_towers(name):
+    """Each patch of a picture is attended to by those of the same picture alone, as the eager tower does."""
+    model = build(name, "eager")
+    layer = encoder_layers(model.model)[-1]
+    module = layer.attention if name == "mistral3" else layer.attn
+    calls = {}
+    hook = module.register_forward_pre_hook(lambda m, args, kwargs: calls.update(kwargs, x=args), with_kwargs=True)
+    images = recorded(name, model, SEVERAL[0])
+    hook.remove()
+    hidden = (calls["x"][0] if calls["x"] else calls["hidden_states"]).reshape(-1, 16)
+    cos, sin = (x.reshape(len(hidden), 1, -1) for x in calls["position_embeddings"])
+    if name == "mistral3":
+        q, k = (project(hidden).view(len(hidden), 2, -1) for project in (module.q_proj, module.k_proj))
+    else:
+        q, k, _ = module.qkv(hidden).view(len(hidden), 3, 2, -1).unbind(1)
+
+    def turned(x):
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    q, k, first = turned(q), turned(k), 0
+    for image in images:
+        count = image.qk(-1)[0].shape[2]
+        own = slice(first, first + count)
+        maps = torch.einsum("qhd,khd->hqk", q[own], k[own]) / q.shape[-1] ** 0.5
+        want = maps.softmax(-1).mean((0, 1))
+        found = received_attention(*image.qk(-1))[0]
+        close(found.sort().values, want.sort().values, 1e-5)
+        assert image.at_tokens(found[None]).shape == (len(image.features),)
+        first += count
 
 
 METHODS = [Strided(), StridedOriginal(), Both(), ("divprune", {"keep": 0.4}), ("fastv", {"keep": 0.5})]

@@ -20,7 +20,7 @@ _PROBE = "vlmslim_probe"
 #: Arguments by which no attention weight changes once rows, mask and positions are known.
 _WITHOUT_EFFECT = {
     *("attention_mask", "cache", "past_key_values", "layer_past", "cache_position", "use_cache", "output_attentions"),
-    *("dropout", "is_causal", "position_ids", "target_dtype", "deterministic"),
+    *("dropout", "is_causal", "position_ids", "target_dtype", "deterministic", "output_hidden_states", "return_dict"),
 }
 
 
@@ -171,6 +171,35 @@ def _each(rotary: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor
     return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
 
 
+def tower_heads(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Make the queries and keys of an attention module of a vision tower that takes the patches of all images at once.
+
+    Args:
+        module: the attention module.
+        args: of its call.
+        kwargs: of its call. Bounds between images are left out, because no patch attends here.
+
+    Returns:
+        (heads, N, head_dim) each, turned by position and unscaled.
+    """
+    kind: Any = type(module)
+    if "cu_seqlens" in kwargs:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = kwargs | {"cu_seqlens": kwargs["cu_seqlens"].new_tensor([0, len(hidden)])}
+    try:
+        kind.forward(_twin(module), *args, **kwargs)
+    except _Reached as reached:
+        return reached.found.q[0], reached.found.k[0]
+    raise RuntimeError(f"{kind.__name__} does not attend through transformers' attention interface")
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Copy a module, without hooks and without the `forward` that accelerate puts on an instance."""
+    twin = copy.copy(module)
+    twin.config = _Probing(module.config)  # type: ignore[assignment]
+    return twin
+
+
 def probe(
     module: nn.Module,
     hidden: Tensor,
@@ -197,10 +226,8 @@ def probe(
     offered = {"position_embeddings": rotary, "position_ids": position}
     named = {p.name for p in parameters}
     given = {name: x for name, x in offered.items() if name in named or takes_more and x is not None}
-    twin = copy.copy(module)  # without hooks, and without the `forward` that accelerate puts on an instance
-    twin.config = _Probing(module.config)  # type: ignore[assignment]
     try:
-        kind.forward(twin, hidden, **required | given)
+        kind.forward(_twin(module), hidden, **required | given)
     except _Reached as reached:
         return reached.found
     raise RuntimeError(f"{kind.__name__} does not attend through transformers' attention interface")

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vlmslim.compressor import ImageTokens
+from vlmslim.engine.attention import attention_of, tower_heads
 from vlmslim.engine.families import (
     FAMILIES,
     anyres_tiles,
+    attending_layer,
     encoder_layers,
+    has_plain_heads,
     merge,
     projector,
     tower,
@@ -121,7 +124,10 @@ class RecordingEncoder:
             enter(projector(self.core).register_forward_pre_hook(seen.tower, with_kwargs=True))
             for i in self.tower_layers:
                 layer = encoder_layers(self.core)[i]
-                enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
+                if has_plain_heads(layer):
+                    enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
+                elif (attention := attention_of(encoder_layers(self.core)[attending_layer(self.core, i)])) is not None:
+                    enter(attention.register_forward_pre_hook(partial(seen.heads, i), with_kwargs=True))
             output = self.encode(*args, **kwargs)
         if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
             given = self.__signature__.bind(*args, **kwargs).arguments
@@ -195,26 +201,31 @@ class RecordingEncoder:
             sizes = [(t, h // merge(self.core), w // merge(self.core)) for t, h, w in sizes]
         order = window_order(self.core, grids)
         if order is not None:
-            patches = patches.unflatten(0, (-1, per**2))[order.to(patches.device)].flatten(0, 1)
+            order = (order[:, None] * per**2 + torch.arange(per**2)).flatten().to(patches.device)
+            patches = patches[order]
         pixels = seen.pixel_values
         whole = pixels.split(counts) if len(pixels) == sum(counts) else [pixels[:0]] * len(counts)
+        frames = [size[0] for size in sizes]
+        heads = {i: _heads_of_images(qk, counts, frames, order) for i, qk in seen.made.items()}
         images = []
-        for features, part, own, (t, h, w) in zip(
-            output.pooler_output, patches.split(counts), whole, sizes, strict=True
-        ):
-            part = part.unflatten(0, (t, -1))
+        for n, (t, h, w) in enumerate(sizes):
+            part, own = patches.split(counts)[n].unflatten(0, (t, -1)), whole[n]
+            recorded = {i: qk[n] for i, qk in heads.items()}
             if per > 1 and not hasattr(self.core, "visual"):  # Pixtral's patches come row by row
-                part = part[:, token_order((h, w), per).to(part.device)]
+                within = token_order((h, w), per).to(part.device)
+                part = part[:, within]
+                recorded = {i: (q[:, :, within], k[:, :, within]) for i, (q, k) in recorded.items()}
             grid = partial(_cells, (t, h // per, w // per))
             images.append(
                 ImageTokens(
-                    features=features,
+                    features=output.pooler_output[n],
                     tower=part,
-                    pixels=own[None] if len(own) else features[None],
+                    pixels=own[None] if len(own) else output.pooler_output[n][None],
                     patches=(h, w),
                     merge=per,
                     video=self.kind == "video",
                     make_grid=grid,
+                    recorded_heads=recorded,
                 )
             )
         return images
@@ -293,12 +304,14 @@ class _Seen:
     pixel_values   : of all crops or frames
     tower_features : of all crops or frames, as they enter the projector
     layers         : tower layer -> the module and its input
+    made           : tower layer -> queries and keys, where they depend on positions
     crops, sizes   : per image, the number of crops, and height and width; of anyres models only
     """
 
     def __init__(self, core: Any) -> None:
         self.core = core
         self.layers: dict[int, tuple[nn.Module, Tensor]] = {}
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
         self.crops: list[int] | None = None
 
     @property
@@ -320,6 +333,10 @@ class _Seen:
         if self.elsewhere:
             return
         self.layers[i] = layer, args[0] if args else kwargs["hidden_states"]
+
+    def heads(self, i: int, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.elsewhere:
+            self.made[i] = tower_heads(attention, args, kwargs)
 
     def pack(self, pack: Callable, image_features: Any, image_sizes: Any, kwargs: dict) -> None:
         self.crops = [len(features) for features in image_features]
@@ -354,6 +371,23 @@ def _crop_grid(side: int, patches: int) -> Tensor:
 def _cells(size: tuple[int, int, int]) -> Tensor:
     """Lay out frames of rows and columns of tokens: (n, 3)."""
     return torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def _heads_of_images(
+    qk: tuple[Tensor, Tensor], counts: list[int], frames: list[int], order: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Split queries and keys (heads, N, d) of packed images: for each image, (frames, heads, patches, d) twice.
+
+    Towers that merge patches before the projector attend among more patches than they hand out, `counts` of each image.
+    """
+    each = qk[0].shape[1] // sum(counts)
+    q, k = (x if order is None else x[:, order] for x in qk)
+    sizes = [each * count for count in counts]
+
+    def split(x: Tensor) -> list[Tensor]:
+        return [part.unflatten(1, (t, -1)).transpose(0, 1) for part, t in zip(x.split(sizes, 1), frames, strict=True)]
+
+    return list(zip(split(q), split(k), strict=True))
 
 
 def token_order(patches: tuple[int, int], merge: int) -> Tensor:

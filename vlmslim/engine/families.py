@@ -252,15 +252,30 @@ def check_tower_layers(core: Any, method: str) -> None:
         TypeError: the message names the tower and the method.
     """
     for layer in encoder_layers(core):
-        attention = tower_attention(layer)
-        plain = attention is not None and all(hasattr(attention, name) for name in ("num_heads", "q_proj", "k_proj"))
-        # an attention module that is given positions rotates its queries and keys
-        turns = "position_embeddings" in inspect.signature(type(attention).forward).parameters if plain else True
-        if turns or tower_norm(layer) is None:
+        probed = _family(core).units == "packed" and attention_of(layer) is not None
+        if not probed and not has_plain_heads(layer):
             raise TypeError(
                 f"{method} reads the attention of the vision tower, and vlmslim cannot recompute it for "
                 f"{type(tower(core)).__name__}; use a method without it, such as divprune or fastv"
             )
+
+
+def has_plain_heads(layer: nn.Module) -> bool:
+    """Tell whether queries and keys of a tower layer depend on its input alone, as in CLIP, and not on positions."""
+    attention = tower_attention(layer)
+    plain = attention is not None and all(hasattr(attention, name) for name in ("num_heads", "q_proj", "k_proj"))
+    turns = "position_embeddings" in inspect.signature(type(attention).forward).parameters if plain else True
+    return plain and not turns and tower_norm(layer) is not None
+
+
+def attending_layer(core: Any, layer: int) -> int:
+    """Return the first layer of the tower from `layer` on in which all patches of a picture see each other.
+
+    In the other layers of Qwen2.5-VL's tower patches see their window only, which tells nothing of the picture.
+    """
+    depth = len(encoder_layers(core))
+    everywhere = getattr(core.config.vision_config, "fullatt_block_indexes", None) or range(depth)
+    return min((i for i in everywhere if i >= layer % depth), default=max(everywhere))
 
 
 def check_patches(core: Any, method: str) -> None:
