@@ -23,7 +23,7 @@ from vlmslim.evaluation.variants import Variant
 #: lmms-eval's own default on the command line; its Python API would leave reasoning tags in the answers.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
-COUNTED_PROMPTS = 4  # of a task, on which the FLOPs of a method are counted
+COUNTED_PROMPTS = 2  # of a task, on which the FLOPs of a method are counted
 
 
 @dataclass(frozen=True)
