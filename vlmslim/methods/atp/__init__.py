@@ -70,7 +70,7 @@ def layer_index(layer: int | float, depth: int) -> int:
 
 
 class ThresholdHead(nn.Linear):
-    """Two logits that start at -2 and 3: most tokens stay for their content, almost none for their place alone.
+    """Two logits that start at -2 and 3: many tokens stay for their content, almost none for their place alone.
 
     The start matters. A sampling threshold that begins between two grids would keep one of them for good, wanted or
     not, because it has no gradient once the soft masks are steep.
