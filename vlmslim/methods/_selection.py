@@ -66,6 +66,10 @@ class Selection(Compressor):
         """
         raise NotImplementedError
 
+    def budget(self, image: ImageTokens) -> int:
+        """Return how many tokens of an image to keep."""
+        return resolve_keep(self.keep, len(image.features))
+
     def setup(self, model: Any) -> None:
         """Check that mode="released" fits the model.
 
@@ -87,7 +91,7 @@ class Selection(Compressor):
         seen = list(images)
         if self.mode == "released":
             seen = [with_padding(image) if image.tiles[1] else image for image in images]
-        counts = [resolve_keep(self.keep, len(image.features)) for image in images]
+        counts = [self.budget(image) for image in images]
         pools = [
             [] if k == len(image.features) and self.order == "raster" else self.pools(given, k)
             for image, given, k in zip(images, seen, counts, strict=True)

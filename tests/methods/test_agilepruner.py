@@ -1,0 +1,109 @@
+"""AgilePruner against plain loops, and its budgets in models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from checks import kept_of
+from doubles import watched
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import cosine, noise, seeds, some
+from tiny import BOS, LONG_ROWS, Picture, batch, tiny, words
+
+import vlmslim
+from vlmslim.methods.agilepruner import AgilePruner, adapted, effective_rank, walk
+
+
+def plain(x: list, attention: list[float], k: int, reach: list[float]) -> list[int]:
+    """The same rule with lists; `reach` is by place."""
+    ranking = sorted(range(len(x)), key=lambda i: (-attention[i], i))
+    taken: list[int] = []
+    struck: list[int] = []
+    for place, i in enumerate(ranking):
+        if len(taken) < k and i not in struck:
+            taken.append(i)
+            struck += [
+                j for j in ranking if j not in taken and j not in struck and 1 - cosine(x[i], x[j]) < reach[place]
+            ]
+    return taken + [i for i in ranking if i in struck and i not in taken][: k - len(taken)]
+
+
+@some
+@given(seeds, st.integers(1, 20), st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.sampled_from([0.0, 0.7, 1.5]), st.data())
+def test_it_is_the_rule_with_lists(seed, n, slope, limit, data):
+    """Signed unit vectors and attention in quarters: distances are 0, 1 or 2, and many tokens tie."""
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.eye(6)[torch.randint(6, (2, n), generator=generator)]
+    x = x * (torch.randint(2, (2, n, 1), generator=generator) * 2 - 1)
+    attention = torch.randint(1, 5, (2, n), generator=generator) / 4
+    got = walk(x, attention, k, torch.full((2,), slope), torch.full((2,), limit)).tolist()
+    reach = [min((p + 1) * slope, limit) for p in range(n)]
+    for i in range(2):
+        assert len(set(got[i])) == k
+        assert got[i] == plain(x[i].tolist(), attention[i].tolist(), k, reach)
+
+
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9), (1, 4)])
+def test_effective_rank(shape):
+    x = 3 + noise(0, 2, *shape)
+    for own, got in zip(x.double().numpy(), effective_rank(x).tolist(), strict=True):
+        value = np.linalg.svd(own - own.mean(0), compute_uv=False)
+        part = value / max(value.sum(), 1e-300)
+        want = math.exp(-sum(p * math.log(p) for p in part if p > 1e-12))
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_no_distance_is_attention_alone():
+    x, attention = noise(0, 1, 40, 8), noise(1, 1, 40).exp()
+    top = attention.topk(9).indices
+    for options in (dict(slope=0.0), dict(threshold=0.0), dict(limit=0.0)):
+        assert torch.equal(AgilePruner(keep=9, **options).search(9, (), x, attention), top)
+    far = AgilePruner(keep=9, threshold=0.9).search(9, (), x, attention)
+    want = plain(x[0].tolist(), attention[0].tolist(), 9, [0.9] * 40)
+    assert far[0].tolist() == want != top[0].tolist()
+
+
+@torch.no_grad()
+def test_views_walk_by_themselves():
+    model = tiny("next", "eager")
+    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
+    _, _, ((image, result),), _ = kept_of(model, row, AgilePruner, keep=21, newline="drop", average=5.0, slope=0.1)
+    attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
+    for view in range(len(image.pixels)):
+        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
+        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
+        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
+        x = image.features[slots]
+        step = effective_rank(x[None]).item() / 5 * 0.1
+        reach = [min((p + 1) * step, 0.25) for p in range(len(slots))]
+        assert sorted(plain(x.tolist(), attention[view][place].tolist(), len(own), reach)) == own
+
+
+@torch.no_grad()
+def test_budgets_follow_the_effective_rank():
+    assert [adapted(8, 16, rank, 90) for rank in (10.0, 90.0, 101.25, 200.0)] == [4, 8, 9, 16]
+    assert adapted(8, 12, 900.0, 90) == 12 and adapted(1, 16, 1.0, 90) == 1
+    model = tiny("llava")
+    method, seen = watched(AgilePruner, keep=8, adapt=True, average=11.0)
+    with vlmslim.patch(model, method) as slim:
+        model(**batch(model, LONG_ROWS))
+    ranks = [effective_rank(image.features[None]).item() for image, _ in seen]
+    assert [len(result) for _, result in seen] == [adapted(8, 16, rank, 11.0) for rank in ranks]
+    assert slim.receipt.summary()["requested"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(average=0.0), "average image"),
+        (dict(slope=-1.0), "not negative"),
+        (dict(threshold=-1.0), "not negative"),
+        (dict(pool="crop"), "'view'"),
+    ],
+)
+def test_bad_options_say_what_to_type(options, message):
+    with pytest.raises(ValueError, match=message):
+        vlmslim.method("agilepruner", **options)

@@ -1,0 +1,138 @@
+"""AgilePruner: "An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning" (ICLR 2026).
+
+arXiv 2603.01236.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmslim.compressor import ImageTokens, Keep, check_choices
+from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
+from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
+from vlmslim.ops.ranking import full_precision
+
+
+@dataclass
+class AgilePruner(ScoredSelection):
+    """Walk the tokens by falling attention; each one kept strikes out those too near, the farther down the more.
+
+    The token at place p of the ranking strikes out all tokens at a cosine distance below
+    min(p x erank / average x slope, limit). erank, the effective rank of the features (exponential of the entropy of
+    their singular values), is large for complex images, which are thinned harder. If the walk ends before the budget
+    is met, struck-out tokens of highest attention fill it.
+
+    This is a reading: the authors' repository has no code, and their paper could not be read. The formula is that of
+    its project page. Places count struck-out tokens and start at 1; `average` and `limit` are those of two independent
+    implementations; singular values are those of centred projected tokens of a crop or frame.
+
+    keep      : visual tokens to keep per image, a count or a share
+    adapt     : let the budget of an image grow with its effective rank: `keep` x erank / average, between half and
+                twice of `keep`. Ours, not the paper's; the mean stays at `keep` only if `average` fits the data
+    average   : effective rank of an average image; 90 for the projected tokens of LLaVA-1.5
+    slope     : growth of the distance with the place
+    limit     : the largest distance that is struck out
+    threshold : a distance for all places instead; None for the rule above
+    pool      : walk each "view" by itself, or the whole "image"
+    score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
+    newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions : "renumbered" or "original" rotary positions
+    """
+
+    keep: Keep = 0.111
+    adapt: bool = False
+    average: float = 90.0
+    slope: float = 0.01
+    limit: float = 0.25
+    threshold: float | None = None
+    pool: str = "view"
+    score: str = "auto"
+    newline: str = "rows"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        check_choices(self, pool=("view", "image"))
+        if self.average <= 0:
+            raise ValueError(f"average={self.average}: give the effective rank of an average image; 90 for LLaVA-1.5")
+        for name in ("slope", "limit", "threshold"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name}={value}: a cosine distance is not negative")
+
+    def requested(self, n: int) -> int | None:
+        """Return the budget, or None if images decide."""
+        return None if self.adapt else super().requested(n)
+
+    def budget(self, image: ImageTokens) -> int:
+        """Return the budget of an image, by its effective rank with `adapt`."""
+        n, k = len(image.features), super().budget(image)
+        if not self.adapt or k == n:
+            return k
+        patches = image.features[image.grid[:, 0] >= 0]
+        return adapted(k, n, effective_rank(patches[None]).item(), self.average)
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return features and attention."""
+        return image.features, self.scores(image)
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Walk by attention."""
+        if self.threshold is not None:
+            fixed = torch.full((len(read[0]),), self.threshold, device=read[0].device)
+            return walk(*read, k, torch.full_like(fixed, float("inf")), fixed)
+        slope = effective_rank(read[0]) / self.average * self.slope
+        return walk(*read, k, slope, torch.full_like(slope, self.limit))
+
+
+class _Walk:
+    """The rule of the walk: by place, and those struck out last."""
+
+    def __init__(self, place: Tensor, distance: Tensor, reach: Tensor):
+        self.place, self.reach, self.distance_to = place, reach, rows_of(distance)
+        self.struck = torch.zeros_like(place, dtype=torch.bool)
+
+    def score(self) -> Tensor:
+        return -(self.place + self.struck * self.place.shape[1]).float()
+
+    def add(self, pick: Tensor) -> None:
+        self.struck = self.struck | (self.distance_to(pick) < self.reach.gather(1, pick[:, None]))
+
+
+@full_precision
+def effective_rank(x: Tensor) -> Tensor:
+    """Compute the effective rank of the tokens of each image, without their mean: (b, n, d) -> (b,)."""
+    x = x - x.mean(1, keepdim=True)
+    x = x if x.shape[1] < x.shape[2] else x.transpose(1, 2)  # the smaller product has the same spectrum
+    gram = torch.stack([own @ own.T for own in x.double()])
+    value = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    part = value / value.sum(1, keepdim=True).clamp(min=1e-300)
+    return torch.special.entr(part).sum(1).exp().float()
+
+
+def adapted(k: int, n: int, rank: float, average: float) -> int:
+    """Return the budget of an image of n tokens with a given effective rank, if k is that of an average image."""
+    return min(max(round(k * rank / average), max(1, k // 2)), min(n, 2 * k))
+
+
+@full_precision
+def walk(x: Tensor, attention: Tensor, k: int, slope: Tensor, limit: Tensor) -> Tensor:
+    """Select tokens by falling attention, without those too near to earlier ones as long as there are others.
+
+    Args:
+        x: (b, n, d) tokens, compared by cosine.
+        attention: (b, n).
+        k: number of picks.
+        slope: (b,) how far a token strikes out others, per place.
+        limit: (b,) the farthest.
+
+    Returns:
+        (b, k) indices in the order of selection, those that fill the budget last; a smaller k is a prefix.
+    """
+    order = attention.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(1, x.shape[1] + 1, device=x.device).expand_as(order)
+    )
+    reach = torch.minimum(place * slope[:, None], limit[:, None])
+    return greedy(_Walk(place, 1 - cosine_matrix(x), reach), k)

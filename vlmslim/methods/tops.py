@@ -1,0 +1,250 @@
+"""TOPS: "First-Principles Visual Token Pruning via Constructing Token Optimal Preservation Sets" (arXiv 2606.27161)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmslim.compressor import (
+    Compressor,
+    ImageTokens,
+    Keep,
+    LayerInput,
+    check_choices,
+    check_layer,
+    resolve_layer,
+)
+from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
+from vlmslim.ops.attention import attention_rows
+from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
+from vlmslim.ops.ranking import full_precision
+
+NORMALISE = ("mean", "fixed", "minmax")
+
+
+@dataclass
+class TOPSEntrance(ScoredSelection):
+    """Stage 1: from the most attended token on, add the token of highest relevance, diversity and coverage together.
+
+    Relevance is the attention that a patch gets in the vision tower. The options are those of `TOPS`.
+    """
+
+    keep: Keep = 0.222
+    alpha: float = 0.5
+    coverage: float = 0.5
+    normalise: str = "mean"
+    score: str = "auto"
+    newline: str = "rows"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        check_weights(self)
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return features and attention."""
+        return image.features, self.scores(image)
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Search all tokens of an image together."""
+        return preserve(*read, k, self.alpha, self.coverage, self.normalise)
+
+
+@dataclass
+class TOPSLayers(Compressor):
+    """Stage 2: before some decoder layers, keep parts of the tokens of each image, by the text that rates them.
+
+    Raters are the text tokens after the image that pay it at least the mean attention of such tokens, in the layer
+    before. Relevance is what they pay to a token, averaged over raters and heads. The rule is that of stage 1, on
+    hidden states. An image without text after it is rated by the prompt's last token. The options are those of `TOPS`.
+    """
+
+    budget_options: ClassVar = ()
+
+    layer: Sequence[int | float] = (0.375, 0.75)
+    parts: Sequence[float] = (0.5, 0.125)
+    alpha: float = 0.5
+    coverage: float = 0.5
+    normalise: str = "mean"
+    raters: str = "above_mean"
+
+    def __post_init__(self) -> None:
+        self.layer, self.parts = tuple(self.layer), tuple(self.parts)
+        check_weights(self)
+        check_choices(self, raters=("above_mean", "all", "last"))
+        if not self.layer or len(self.layer) != len(self.parts):
+            raise ValueError(f"layer={self.layer} and parts={self.parts}: give one part for each layer")
+        for layer, part in zip(self.layer, self.parts, strict=True):
+            check_layer(layer)
+            if not 0 < part <= 1:
+                raise ValueError(f"parts={self.parts}: a part of the tokens lies in (0, 1]")
+        self.layers = self.layer
+
+    def setup(self, model: Any) -> None:
+        """Turn shares of the depth into layers."""
+        depth = len(model.model.language_model.layers)
+        self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
+
+    def requested(self, n: int) -> int:
+        """Return what the last layer leaves."""
+        return left_of(n, min(self.parts))
+
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """Return the parts, layer by layer."""
+        seen = [n] * depth
+        for layer, part in zip(self.layer, self.parts, strict=True):
+            at = resolve_layer(layer, depth)
+            seen[at:] = [min(seen[at], left_of(n, part))] * (depth - at)
+        return seen
+
+    def retain(self, tokens: LayerInput) -> Tensor:
+        """Search the tokens of every image."""
+        part, keep = self.parts[self.layers.index(tokens.layer)], tokens.mask.clone()
+        visual = tokens.image > 0
+        found = list(attention_rows(tokens.attention, tokens.mask & ~visual & (visual.cumsum(1) > 0)))
+        rows = torch.cat([at for at, _ in found], dim=1) if found else tokens.last[:, None][:, :0]
+        paid = torch.cat([x for _, x in found], dim=1) if found else tokens.hidden.new_zeros(*rows.shape, keep.shape[1])
+        for row, entered in enumerate(tokens.entered):
+            for number, n in enumerate(entered, 1):
+                place = (tokens.image[row] == number).nonzero()[:, 0]
+                if (k := left_of(n, part)) >= len(place):
+                    continue
+                behind = (rows[row] > place[-1]) & tokens.mask[row, rows[row]] & ~visual[row, rows[row]]
+                rated = paid[row, behind][:, place]
+                if not len(rated):
+                    rated = tokens.attention(tokens.last[:, None]).mean(1)[row][:, place]
+                score = text_relevance(rated, self.raters)
+                order = preserve(
+                    tokens.hidden[row, place][None], score[None], k, self.alpha, self.coverage, self.normalise
+                )
+                keep[row, place] = False
+                keep[row, place[order[0]]] = True
+        return keep
+
+
+@dataclass
+class TOPS(TOPSEntrance):
+    """Keep the tokens of highest relevance, diversity and coverage, in three steps from the entrance to late layers.
+
+    One greedy rule (algorithms 1 and 2 of the paper) serves all. From the most relevant token on, it adds the token of
+    highest r / mean(r) + alpha x d / mean(d) + coverage x c / mean(c), where r is relevance, d the cosine distance to
+    the nearest kept token, c the gain in coverage of tokens not kept yet, and means are over those. `TOPSEntrance`
+    applies it to projected tokens with attention from CLS, `TOPSLayers` to hidden states with attention from text.
+
+    This is a reading: no code is released. The paper gives T tokens as the budget of a run with 2 T at the entrance, T
+    from layer 12 of 32 on and T / 4 from layer 24 on; `keep` is the first of these, so that 128 reproduces its rows
+    for 64. Where the paper is silent: relevance is renewed with the other means at every step; attention is that of
+    tower layer -2, and of the decoder layer before the drop; a text token rates if its attention reaches the mean;
+    images are searched one by one; ties go to the lower index. Tokens that stay inside the decoder keep their rotary
+    positions, while the paper counts them anew.
+
+    keep      : visual tokens that enter the language model per image, a count or a share; 2 T of the paper
+    alpha     : weight of diversity; 0.5 in the paper
+    coverage  : weight of coverage (lambda); in layers, the paper tunes it between 0.4 and 1 by model and budget
+    normalise : divide by the "mean" (algorithms 1 and 2), with that of relevance "fixed" at first, or "minmax"
+                (section 4.1)
+    score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
+    newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions : "renumbered" (as in the paper) or "original" rotary positions at the entrance
+    layer     : decoder layers of stage 2, numbers or shares of the depth; empty leaves stage 2 out
+    parts     : for each of them, the part of the entered tokens that stays
+    raters    : text that rates: "above_mean", "all", or the "last" token
+    """
+
+    layer: Sequence[int | float] = (0.375, 0.75)
+    parts: Sequence[float] = (0.5, 0.125)
+    raters: str = "above_mean"
+
+    def __post_init__(self) -> None:
+        self.stages()  # each stage checks its options
+
+    def stages(self) -> list[Compressor]:
+        """Return the stages, or only the first if everything is to be kept, or if no layer is given."""
+        first, second = (
+            {f.name: getattr(self, f.name) for f in fields(cls) if f.init} for cls in (TOPSEntrance, TOPSLayers)
+        )
+        everything = isinstance(self.keep, float) and self.keep == 1
+        later = [] if everything or not self.layer else [TOPSLayers(**second)]
+        return [TOPSEntrance(**first), *later]
+
+
+def check_weights(options: Any) -> None:
+    """Refuse weights and normalisations that mean nothing."""
+    check_choices(options, normalise=NORMALISE)
+    for name in ("alpha", "coverage"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name}={getattr(options, name)}: give a weight from 0 on; the paper uses 0.5")
+
+
+def left_of(n: int, part: float) -> int:
+    """Return how many of n tokens a part is, at least one."""
+    return max(1, round(n * part))
+
+
+@full_precision
+def text_relevance(paid: Tensor, raters: str = "above_mean") -> Tensor:
+    """Average the attention that text tokens pay to the tokens of an image, (q, n), over those that rate: (n,)."""
+    if raters == "last":
+        return paid[-1]
+    mass = paid.sum(1)
+    return paid[mass >= mass.mean()].mean(0) if raters == "above_mean" else paid.mean(0)
+
+
+class _Preservation:
+    """The rule: relevance, diversity and coverage, each made comparable over the tokens that are left."""
+
+    def __init__(self, relevance: Tensor, similarity: Tensor, alpha: float, coverage: float, normalise: str):
+        self.relevance, self.similarity, self.row = relevance, similarity, rows_of(similarity)
+        self.alpha, self.coverage, self.normalise = alpha, coverage, normalise
+        self.left = torch.ones_like(relevance)
+        self.nearest: Tensor | None = None
+
+    def score(self) -> Tensor:
+        if self.nearest is None:
+            return self.relevance
+        gain = (self.similarity - self.nearest[:, None]).clamp_(min=0)  # symmetric: by kept token, then by candidate
+        covered = (gain * self.left[:, None]).sum(2)
+        distance, fixed = 1 - self.nearest, torch.ones_like(self.left)
+        relevance = self.comparable(self.relevance, fixed if self.normalise == "fixed" else self.left)
+        return relevance + sum(
+            weight * self.comparable(x, self.left)
+            for weight, x in ((self.alpha, distance), (self.coverage, covered))
+            if weight
+        )
+
+    def comparable(self, x: Tensor, left: Tensor) -> Tensor:
+        if self.normalise == "minmax":
+            low = x.masked_fill(left == 0, float("inf")).amin(1, keepdim=True)
+            x, unit = x - low, x.masked_fill(left == 0, float("-inf")).amax(1, keepdim=True) - low
+        else:
+            unit = (x * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)
+        return torch.where(unit > 1e-12, x / unit.clamp(min=1e-12), 0)
+
+    def add(self, pick: Tensor) -> None:
+        new = self.row(pick)
+        self.nearest = new if self.nearest is None else torch.maximum(self.nearest, new)
+        self.left = self.left.scatter(1, pick[:, None], 0)
+
+
+@full_precision
+def preserve(
+    x: Tensor, relevance: Tensor, k: int, alpha: float = 0.5, coverage: float = 0.5, normalise: str = "mean"
+) -> Tensor:
+    """Select tokens greedily by relevance, diversity and coverage.
+
+    Args:
+        x: (b, n, d) tokens, compared by cosine.
+        relevance: (b, n), not negative.
+        k: number of picks, 1 <= k <= n.
+        alpha: weight of diversity.
+        coverage: weight of coverage.
+        normalise: "mean", "fixed" or "minmax".
+
+    Returns:
+        (b, k) indices in the order of selection; the first j of them are the selection for k = j.
+    """
+    return greedy(_Preservation(relevance.float(), cosine_matrix(x), alpha, coverage, normalise), k)
