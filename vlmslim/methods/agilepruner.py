@@ -79,11 +79,12 @@ class AgilePruner(ScoredSelection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Walk by attention."""
+        x, attention = read
         if self.threshold is not None:
-            fixed = torch.full((len(read[0]),), self.threshold, device=read[0].device)
-            return walk(*read, k, torch.full_like(fixed, float("inf")), fixed)
-        slope = effective_rank(read[0]) / self.average * self.slope
-        return walk(*read, k, slope, torch.full_like(slope, self.limit))
+            fixed = torch.full((len(x),), self.threshold, device=x.device)
+            return walk(x, attention, k, torch.full_like(fixed, float("inf")), fixed)
+        slope = effective_rank(x) / self.average * self.slope
+        return walk(x, attention, k, slope, torch.full_like(slope, self.limit))
 
 
 class _Walk:

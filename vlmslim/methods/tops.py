@@ -49,7 +49,7 @@ class TOPSEntrance(ScoredSelection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search all tokens of an image together."""
-        return preserve(*read, k, self.alpha, self.coverage, self.normalise)
+        return preserve(read[0], read[1], k, self.alpha, self.coverage, self.normalise)
 
 
 @dataclass
