@@ -101,9 +101,37 @@ def test_tokens_enter_in_reading_order_and_released_by_attention():
         assert not (found_at.byte().argmax(1).diff() > 0).all(), "released tokens follow attention within a chunk"
 
 
+def test_rectified_tokens_are_means_at_their_medians():
+    """Against plain loops: half is selected, the others join the anchor most like them."""
+    model, row = tiny("llava"), [BOS, Picture(1), *words(0, 4)]
+    with torch.no_grad():
+        options = dict(keep=7, chunks=4, rectify=True, positions="original")
+        _, _, ((image, result),), _ = kept_of(model, row, HoloV, **options)
+        _, _, ((_, half),), _ = kept_of(model, row, HoloV, keep=3, chunks=4)
+    x, kept = image.features, half.index.tolist()
+    rest = [i for i in range(16) if i not in kept]
+    total = {i: sum(cosine(x[i], x[j]) for j in rest) for i in rest}
+    score = {}
+    for i in rest:
+        lower = [cosine(x[i], x[j]) for j in rest if total[j] < total[i]]
+        score[i] = total[i] * (1 - (max(lower) if lower else 0))
+    anchors = sorted(rest, key=lambda i: -score[i])[:4]
+    groups = {a: [] for a in anchors}
+    for i in rest:
+        groups[i if i in anchors else max(anchors, key=lambda a: cosine(x[i], x[a]))].append(i)
+    want = {i: x[i] for i in kept} | {own[(len(own) - 1) // 2]: x[own].mean(0) for own in groups.values()}
+    assert result.index.tolist() == sorted(want)
+    torch.testing.assert_close(result.features, torch.stack([want[i] for i in sorted(want)]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(chunks=0), "at least one chunk"), (dict(within="variance"), "'holistic'"), (dict(score="norm"), "'cls'")],
+    [
+        (dict(chunks=0), "at least one chunk"),
+        (dict(within="variance"), "'holistic'"),
+        (dict(score="norm"), "'cls'"),
+        (dict(rectify=True), "positions='original'"),
+    ],
 )
 def test_bad_options_say_what_to_type(options, message):
     with pytest.raises(ValueError, match=message):

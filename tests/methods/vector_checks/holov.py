@@ -4,11 +4,57 @@ import numpy as np
 import torch
 
 from vlmslim.methods.holov import HoloV, chunk_means, chunks_of, holistic_score, quotas, released_order
+from vlmslim.ops.rectification import anchor_scores, distance_decay, merge_rest, merged_key_bias
 
 CLEAR = 1e-5
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
+    if "gamma" in arrays:
+        check_rectification(arrays)
+    else:
+        check_selection(arrays)
+
+
+def check_rectification(arrays: dict[str, np.ndarray]) -> None:
+    x, kept, k = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["kept"]).long(), int(arrays["keep"])
+    chunks, attention = int(arrays["chunks"]), torch.from_numpy(arrays["attn"])
+    assert len(kept) == int(arrays["gamma"] * k)
+    got = HoloV(keep=k, chunks=chunks).search(len(kept), (), x[None], attention[None])[0]
+    assert got.sort().values.tolist() == kept.tolist()
+    free = torch.from_numpy(arrays["candidates"]).long()
+    for superior, prefix in (("released", ""), ("paper", "paper_")):
+        score = anchor_scores(x[free], superior)
+        np.testing.assert_allclose(score.numpy(), arrays[f"{prefix}score"], rtol=1e-3, atol=1e-4)
+        if min(arrays[f"{prefix}anchor_margin"], arrays[f"{prefix}assign_margin"]) < 1e-5:
+            continue  # a token hangs between two anchors
+        features, place, size = merge_rest(x, kept, k, superior)
+        assert place.tolist() == arrays[f"{prefix}position"].tolist()
+        assert size.tolist() == arrays[f"{prefix}size"].tolist()
+        np.testing.assert_allclose(features.numpy(), arrays[f"{prefix}features"], rtol=1e-5, atol=1e-5)
+    check_bias(arrays)
+
+
+def check_bias(arrays: dict[str, np.ndarray]) -> None:
+    t = {name: torch.from_numpy(np.atleast_1d(value)) for name, value in arrays.items()}
+    half = int(arrays["head_dim"]) // 2
+    frequencies = float(arrays["base"]) ** -(torch.arange(half, dtype=torch.float64) / half)
+    np.testing.assert_allclose(distance_decay(t["distance"], frequencies).numpy(), arrays["decay"], atol=1e-5)
+    bias = None
+    for prefix in ("first_layer_", ""):
+        size = t[f"{prefix}size" if prefix else "key_size"].double()
+        bias = merged_key_bias(t["query_position"], t["key_position"], size, frequencies, float(arrays["c"]))
+        np.testing.assert_allclose(bias.numpy(), arrays[f"{prefix}bias"], atol=1e-5)
+    hidden = t["key_position"] > t["query_position"][:, None]
+    paid = (t["logits"] + bias).masked_fill(hidden, float("-inf")).softmax(-1)
+    np.testing.assert_allclose(paid.numpy(), arrays["probabilities"], atol=1e-5)
+    axis = torch.arange(3).repeat_interleave(t["mrope_sections"].long())
+    frequencies = float(arrays["mrope_base"]) ** -(torch.arange(half, dtype=torch.float64) / half)
+    decay = distance_decay(t["mrope_distance"][:, axis], frequencies)
+    np.testing.assert_allclose(decay.numpy(), arrays["mrope_decay"], atol=1e-5)
+
+
+def check_selection(arrays: dict[str, np.ndarray]) -> None:
     x, attention = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["attn"])
     chunks, weight = int(arrays["chunks"]), float(arrays["weight"])
     chunk = chunks_of(len(x), chunks)

@@ -1,0 +1,90 @@
+"""Rectification of a selection: "Improving Visual Token Reduction via Rectifying Distortions" (arXiv 2606.01711).
+
+Half of a budget is selected; the other half are anchors among the rest, each the mean of the tokens nearest to it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmslim.ops.ranking import full_precision
+
+
+@full_precision
+def anchor_scores(x: Tensor, superior: str = "released") -> Tensor:
+    """Score how well each token represents the others without being represented itself.
+
+    A token's representativeness is the sum of its cosines to all; its redundancy the largest cosine to a token of
+    lower representativeness, as the release has it, or of higher, as the paper says; 0 if there is none.
+
+    Args:
+        x: (n, d) tokens that were not selected.
+        superior: "released" or "paper".
+
+    Returns:
+        (n,).
+    """
+    unit = F.normalize(x, dim=-1)
+    cosine = unit @ unit.T
+    total = cosine.sum(1)
+    counts = total < total[:, None] if superior == "released" else total > total[:, None]
+    redundancy = torch.where(counts.any(1), cosine.masked_fill(~counts, float("-inf")).amax(1), 0)
+    return total * (1 - redundancy)
+
+
+@full_precision
+def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> tuple[Tensor, Tensor, Tensor]:
+    """Add merged tokens to a selection: each token that was not selected joins the anchor of largest cosine.
+
+    Args:
+        x: (n, d) tokens.
+        kept: (j,) the selected ones, ascending.
+        k: number of tokens in all, j < k <= n.
+        superior: see `anchor_scores`.
+
+    Returns:
+        (k, d) kept tokens and means, (k,) their places, ascending, and (k,) how many tokens each stands for. A mean
+        stands at the lower median of the places of its tokens.
+    """
+    free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, kept, False).nonzero()[:, 0]
+    unit = F.normalize(x[free], dim=-1)
+    anchors = anchor_scores(x[free], superior).argsort(descending=True, stable=True)[: k - len(kept)]
+    own = torch.arange(len(anchors), device=x.device)
+    group = (unit @ unit[anchors].T).argmax(1).index_copy(0, anchors, own)
+    joins = F.one_hot(group, len(anchors)).T.to(x)  # a product repeats on a GPU, a scatter does not
+    size = joins.sum(1).long()
+    order = group.argsort(stable=True)  # group by group, places ascending
+    median = free[order[size.cumsum(0) - size + (size - 1) // 2]]
+    place, rank = torch.cat([kept, median]).sort()
+    features = torch.cat([x[kept], joins @ x[free] / size[:, None]])
+    return features[rank], place, torch.cat([torch.ones_like(kept), size])[rank]
+
+
+def distance_decay(distance: Tensor, frequencies: Tensor) -> Tensor:
+    """Compute the mean cosine by which rotary positions turn a query and a key away from each other.
+
+    Args:
+        distance: (...,) of the positions, or (..., f) one for each frequency.
+        frequencies: (f,).
+
+    Returns:
+        (...,).
+    """
+    angle = distance if distance.ndim and distance.shape[-1:] == frequencies.shape else distance[..., None]
+    return (angle * frequencies).cos().mean(-1)
+
+
+def merged_key_bias(query: Tensor, key: Tensor, size: Tensor, frequencies: Tensor, c: float = 2.0) -> Tensor:
+    """Compute what the paper adds to attention logits, so that a merged key counts for its tokens (equation 4).
+
+    Args:
+        query: (q,) positions.
+        key: (m,) positions.
+        size: (m,) how many tokens each key stands for.
+        frequencies: (f,) of the rotary embedding.
+        c: above 1.
+
+    Returns:
+        (q, m).
+    """
+    return size.log() + (c - distance_decay((query[:, None] - key).abs(), frequencies)).log()
