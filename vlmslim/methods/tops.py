@@ -16,6 +16,7 @@ from vlmslim.compressor import (
     check_layer,
     resolve_layer,
 )
+from vlmslim.engine.families import language_model
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.attention import attention_rows
 from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
@@ -84,7 +85,7 @@ class TOPSLayers(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
-        depth = len(model.model.language_model.layers)
+        depth = len(language_model(model.model).layers)
         self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
