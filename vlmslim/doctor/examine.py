@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -13,12 +14,28 @@ from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Subject
 from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
 from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import UnpatchedRun, clone_sharing_weights
-from vlmslim.engine.families import family_of
+from vlmslim.engine.families import FAMILIES, family_of
 from vlmslim.patching import Method, Slim, check_unpatched, patch
 from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
 
 #: How a method says that it does not go with a checkpoint, or that something which it needs is missing.
 _REFUSALS = ValueError, ImportError, OSError
+
+
+def check_examinable(model: Any) -> None:
+    """Refuse a family whose language model the doctor cannot compute by hand.
+
+    Raises:
+        TypeError: positions of several numbers, masks by layer type, or pictures of any size.
+    """
+    family = family_of(model)
+    square = isinstance(getattr(model.config.vision_config, "image_size", None), int)
+    if family.units not in ("crops", "anyres") or family.masks_by_type or not square:
+        known = [f.model_type for f in FAMILIES.values() if f.units in ("crops", "anyres") and not f.masks_by_type]
+        raise TypeError(
+            f"the doctor cannot examine {family.name} yet, whose positions, masks or pictures it does not compute by "
+            f"hand; it examines {', '.join(known)}. vlmslim's own tests compare this family with its unpatched model"
+        )
 
 
 def examine(
@@ -44,13 +61,14 @@ def examine(
         The findings.
 
     Raises:
+        TypeError: the doctor does not know the family's prompts and masks.
         TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for. Another
             error in a method's `setup` is a finding.
         ValueError: `keep` means nothing, or a method is asked for more tokens than a picture of the prompts has.
         ValueError: the model is in training mode, answers with numbers that are not finite, or its tokenizer has no
             padding token.
     """
-    family_of(model)
+    check_examinable(model)
     check_unpatched(model)
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")

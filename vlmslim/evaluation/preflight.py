@@ -5,12 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from vlmslim.cost.flops import DecoderShape, tower_flops
+from vlmslim.engine.families import FAMILIES
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import ModelConfig
 from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
 from vlmslim.loading import check_checkpoint, located
 from vlmslim.registry import build
+
+CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # of vision towers that cut a picture into a grid
 
 
 def describe_checkpoint(model: ModelConfig) -> dict:
@@ -34,24 +37,28 @@ def describe_checkpoint(model: ModelConfig) -> dict:
         raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {one_line(error)}") from error
-    try:
-        described = {"shape": asdict(DecoderShape.from_config(loaded)), "tower_flops": tower_flops(loaded)}
-    except AttributeError as error:
-        raise ConfigError(f"model.pretrained: {model.pretrained} is a {loaded.model_type}, no LLaVA") from error
+    if loaded.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model.pretrained: {model.pretrained} is a {loaded.model_type}; vlmslim supports {', '.join(FAMILIES)}"
+        )
+    known = loaded.vision_config.model_type in CLS_TOKENS  # other towers see pictures of any size
+    described = {
+        "shape": asdict(DecoderShape.from_config(loaded)),
+        "tower_flops": tower_flops(loaded) if known else None,
+    }
     identity = provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None)
     return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded)}
 
 
 def visual_tokens(config: Any) -> int | None:
     """Return the visual tokens of every image by the configuration of a checkpoint; None if the image's size counts."""
-    cls_tokens = {"clip_vision_model": 1, "siglip_vision_model": 0}
     tower = getattr(config, "vision_config", None)
     kind = getattr(tower, "model_type", None)
-    if tower is None or kind not in cls_tokens or getattr(config, "model_type", None) != "llava":
+    if tower is None or kind not in CLS_TOKENS or getattr(config, "model_type", None) != "llava":
         return None
     patches = (tower.image_size // tower.patch_size) ** 2
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return patches + cls_tokens[kind] - dropped
+    return patches + CLS_TOKENS[kind] - dropped
 
 
 def check_counts(stages: Sequence[dict], tokens: int) -> None:

@@ -106,12 +106,16 @@ def _activity(board: Leaderboard) -> list[str]:
 
 def _costs(board: Leaderboard) -> str:
     facts = board.facts
+    tower = facts["tower_flops"]  # None where it depends on the size of the picture
+    tower = (
+        "The vision tower comes on top" if tower is None else f"The vision tower adds {tower / 1e9:.2f} GFLOPs per crop"
+    )
     return (
         f"An image has {facts['visual_tokens']:.1f} visual tokens before compression. Tokens kept: visual tokens of an "
         "image that enter the language model (fewest–most, where images differ) → that are left in its last layer. "
         "Equivalent tokens: visual tokens of a prompt, averaged over the decoder layers. Prefill FLOPs count the "
-        "language model alone, with multiply-add = 2, three MLP matrices and full attention. The vision tower adds "
-        f"{facts['tower_flops'] / 1e9:.2f} GFLOPs per crop. The method's FLOPs are those of its own matrix products, "
+        "language model alone, with multiply-add = 2, three MLP matrices and full attention. "
+        f"{tower}. The method's FLOPs are those of its own matrix products, "
         "with the parts of the model that it calls, such as the projector, counted on the first prompts of each task. "
         "A row is on the Pareto front if no row, at any budget, has a better average for at most as many FLOPs of "
         "language model and method, or equivalent tokens."
