@@ -130,7 +130,7 @@ class ImageTokens:
     make_grid       : computes `grid` when a method asks for it
     recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
     recorded_heads  : layer of the vision tower -> its queries and keys (c, heads, p, v / heads), where the tower turns
-                      them by position
+                      them by position, or has its weights only while it runs
     """
 
     features: Tensor
@@ -204,6 +204,12 @@ class ImageTokens:
             pixels=pixels,
             make_grid=make_grid,
             recorded_layers=layers,
+            recorded_heads={
+                i: tuple(
+                    torch.cat(part).roll(1, 0) for part in zip(*(view.recorded_heads[i] for view in views), strict=True)
+                )
+                for i in views[0].recorded_heads
+            },
         )
 
     @property

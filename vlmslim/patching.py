@@ -68,7 +68,7 @@ class Slim:
         self.receipt = _empty_receipt(model, str(self), self.stages)
         self._hooks = Hooks(model, self.stages, self.receipt)
         self._hooks.attach()
-        model.save_pretrained = _Saving(self)
+        self._saving = model.save_pretrained = _Saving(self)
         model._vlmslim = self
 
     def remove(self) -> None:
@@ -79,7 +79,8 @@ class Slim:
         """
         if getattr(self.model, "_vlmslim", None) is self:
             self._hooks.remove()
-            del self.model._vlmslim, self.model.save_pretrained
+            del self.model._vlmslim
+            self._saving.take_off()
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:
         """Write the patch: methods and options to `vlmslim.json`, trained parts to `vlmslim-HASH.safetensors`.
@@ -129,6 +130,15 @@ class _Saving:
 
     def __init__(self, slim: Slim):
         self.slim, self.save = slim, slim.model.save_pretrained
+        self.own = vars(slim.model).get("save_pretrained")  # that the user set on the model
+
+    def take_off(self) -> None:
+        """Put back what was there before. What was set later stays."""
+        model = self.slim.model
+        if vars(model).get("save_pretrained") is self:
+            del model.save_pretrained
+            if self.own is not None:
+                model.save_pretrained = self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(

@@ -1,10 +1,11 @@
 """The vision side: what a method is shown of each image, recorded while the model encodes it."""
 
+import copy
 import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from vlmslim.engine.families import (
     window_order,
     with_newlines,
 )
+from vlmslim.engine.shadow import Shadow
+from vlmslim.engine.sharding import is_sharded
+from vlmslim.ops.attention import tower_qk
 
 _ATTRIBUTE = "vlmslim_images"
 
@@ -56,11 +60,27 @@ class Encoded:
         """
         if not is_recorded(output):
             raise ValueError(
-                "these image features were encoded before the patch, or cut up by chunked prefill; let the patched "
-                "model encode the images, and call generate() with prefill_chunk_size=None"
+                "these image features were encoded before the patch or by a function that was set after it, or cut up "
+                "by chunked prefill; let the patched model encode the images, and call generate() with "
+                "prefill_chunk_size=None"
             )
-        images, entries = getattr(output, _ATTRIBUTE)
-        return cls(images, len(output.pooler_output) // max(entries, 1))
+        record: _Record = getattr(output, _ATTRIBUTE)
+        images = [copy.copy(image) for image in record.images]  # several forwards may share an output
+        return cls(images, len(output.pooler_output) // max(record.entries, 1))
+
+
+@dataclass
+class _Record:
+    """What travels with an encoder output.
+
+    images  : `Encoded.images`
+    entries : of the output when it was encoded
+    encoder : that recorded them
+    """
+
+    images: list[ImageTokens]
+    entries: int
+    encoder: "RecordingEncoder"
 
 
 def is_recorded(output: object) -> bool:
@@ -93,32 +113,42 @@ class RecordingEncoder:
         self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
         self.counts_only = counts_only
         self.name = f"get_{kind}_features"
-        self.encode = getattr(core, self.name)
-        self.__signature__ = inspect.signature(self.encode)  # generate() picks its arguments by name
+        self.shadows = [Shadow(core, self.name, self._encode)]
+        if kind == "image" and hasattr(core, "pack_image_features"):
+            self.shadows.append(Shadow(core, "pack_image_features", _pack))
         self.latest = _Latest()
 
     def attach(self) -> None:
-        """Shadow the method on the instance."""
-        setattr(self.core, self.name, self)
-        if self.kind == "image" and hasattr(self.core, "pack_image_features"):
-            self.core.pack_image_features = _Packer(self.core)
+        """Stand in for the functions that the instance has now."""
+        for shadow in self.shadows:
+            shadow.stay_on_top()
 
     def detach(self) -> None:
-        """Uncover the class's own method."""
-        vars(self.core).pop(self.name, None)
-        if self.kind == "image":
-            vars(self.core).pop("pack_image_features", None)
+        """Put back what was there before."""
+        for shadow in self.shadows:
+            shadow.lift()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode as the model does, and record."""
+    def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Encode as the model does, or as a function of the user's does, and record."""
         before = _ENCODING.get()
         if before is not None and before.core is self.core:  # Qwen3-VL encodes videos through its image encoder
-            return self.encode(*args, **kwargs)
-        seen = _Seen(self.core)
+            return encode(*args, **kwargs)
+        output, seen = self._watch(encode, args, kwargs)
+        if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
+            record = _Record(self._recorded(output, seen, args, kwargs), len(output.pooler_output), self)
+            setattr(output, _ATTRIBUTE, record)
+            self.latest.output = weakref.ref(output)
+            self.on_encoded(self.kind, output)
+        return output
+
+    def _watch(self, encode: Callable[..., Any], args: tuple, kwargs: dict) -> "tuple[Any, _Seen]":
+        """Encode, and note what passes."""
+        seen, before = _Seen(self.core), _ENCODING.get()
         with ExitStack() as hooks:
             _ENCODING.set(seen)
             hooks.callback(_ENCODING.set, before)
-            # The hooks live only while the images are encoded, because a method may call the projector itself.
+            # The hooks live only while the images are encoded, because a method may call the projector itself. The
+            # modules are looked up here, because adapters may replace them while the patch is on.
             enter = hooks.enter_context
             enter(tower(self.core).register_forward_pre_hook(seen.pixels, with_kwargs=True))
             enter(projector(self.core).register_forward_pre_hook(seen.tower, with_kwargs=True))
@@ -128,14 +158,46 @@ class RecordingEncoder:
                     enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
                 elif (attention := attention_of(encoder_layers(self.core)[attending_layer(self.core, i)])) is not None:
                     enter(attention.register_forward_pre_hook(partial(seen.heads, i), with_kwargs=True))
-            output = self.encode(*args, **kwargs)
-        if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
-            given = self.__signature__.bind(*args, **kwargs).arguments
-            given |= given.pop("kwargs", {})
-            setattr(output, _ATTRIBUTE, (self._records(output, seen, given), len(output.pooler_output)))
-            self.latest.output = weakref.ref(output)
-            self.on_encoded(self.kind, output)
-        return output
+            return encode(*args, **kwargs), seen
+
+    def _recorded(self, output: Any, seen: "_Seen", args: tuple, kwargs: dict) -> list[ImageTokens]:
+        """Return the images of an output.
+
+        A function of the user's may return features that it kept. What was recorded of them belongs to the output; if
+        nothing was, the model encodes the pixels once more.
+
+        Raises:
+            ValueError: the features are not those of the pixels.
+        """
+        own = partial(getattr(type(self.core), self.name), self.core)
+        given = inspect.signature(own).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        if not self._all_passed(output, seen):
+            if self.counts_only:
+                return [ImageTokens(x, tower=x[:0], pixels=x[:0]) for x in output.pooler_output]
+            record = getattr(output, _ATTRIBUTE, None)
+            if record is not None and record.encoder is self:
+                return record.images
+            with torch.no_grad():
+                ours, seen = self._watch(own, args, kwargs)
+            if not self._all_passed(output, seen) or not _alike(output.pooler_output, ours.pooler_output):
+                raise ValueError(
+                    f"{self.name} was replaced on this model by a function that returns other features than the model "
+                    "makes of the same pixels, so no method can tell which patches they belong to; let the function "
+                    "call the one that it replaces, or patch with 'none'"
+                )
+        return self._records(output, seen, given)
+
+    def _all_passed(self, output: Any, seen: "_Seen") -> bool:
+        """Tell whether all images of an output passed while they were encoded, and no others."""
+        count, units = len(output.pooler_output), FAMILIES[self.core.config.model_type].units
+        if not seen.all_pixels or len(seen.all_pixels) != len(seen.all_features):
+            return False
+        if units in ("packed", "samples"):
+            return True
+        if self.kind == "video":
+            return len(seen.pixel_values) % count == 0
+        return count == (len(seen.crops) if units == "anyres" else len(seen.tower_features))
 
     def recognise(self, output: Any) -> None:
         """Give a copy of the latest output its records back, because accelerate rebuilds outputs that it moves."""
@@ -153,14 +215,14 @@ class RecordingEncoder:
     def _records(self, output: Any, seen: "_Seen", given: dict[str, Any]) -> list[ImageTokens]:
         """Make a record of each image from what passed, given the arguments of the encoding by name."""
         family = FAMILIES[self.core.config.model_type]
+        if self.counts_only and family.units in ("crops", "anyres") and self.kind == "image":
+            return [ImageTokens(features, tower=features[:0], pixels=features[:0]) for features in output.pooler_output]
         if family.units == "packed":
             return self._packed(output, seen, next(x for name, x in given.items() if name.endswith(family.grid)))
         if family.units == "samples":
             return self._views(torch.cat(list(output.pooler_output)).unflatten(0, (len(seen.tower_features), -1)), seen)
         if self.kind == "video":
             return self._videos(output, seen)
-        if self.counts_only:
-            return [ImageTokens(features, tower=features[:0], pixels=features[:0]) for features in output.pooler_output]
         return self._anyres(output, seen) if family.units == "anyres" else self._views(output.pooler_output, seen)
 
     def _views(self, features: Any, seen: "_Seen") -> list[ImageTokens]:
@@ -175,6 +237,12 @@ class RecordingEncoder:
                 part["recorded_layers"] = {
                     i: (layer, torch.cat([x[:, : -len(order)], x[:, -len(order) :][:, order]], dim=1))
                     for i, (layer, x) in part["recorded_layers"].items()
+                }
+                part["recorded_heads"] = {
+                    i: tuple(
+                        torch.cat([x[..., : -len(order), :], x[..., -len(order) :, :][..., order, :]], -2) for x in qk
+                    )
+                    for i, qk in part["recorded_heads"].items()
                 }
             cells = math.isqrt(len(view))
             grid = partial(_crop_grid, cells, len(view))
@@ -234,14 +302,15 @@ class RecordingEncoder:
         """Record images that the model packs: a thumbnail and tiles each."""
         config = self.core.config
         side = config.vision_config.image_size // config.vision_config.patch_size
-        assert seen.crops is not None
         images = []
         for n, part in enumerate(seen.parts(seen.crops)):
             patches, tiles, size = part["tower"].shape[1], (0, 0), (0, 0)
+            if patches - side**2 not in (0, 1):
+                raise _unknown_tower(self.core, patches, side)
             if seen.crops[n] > 1:
                 size = seen.sizes[n]
                 tiles = anyres_tiles(config, size)
-            grid = partial(_packed_grid, partial(seen.repack, n), seen.crops[n], tiles[1], side, patches)
+            grid = partial(_packed_grid, seen.repack[n], seen.crops[n], tiles[1], side, patches)
             images.append(
                 ImageTokens(
                     features=output.pooler_output[n],
@@ -281,38 +350,63 @@ class _Latest(threading.local):
         return _Latest, ()  # a copy of the model has encoded nothing
 
 
-class _Packer:
-    """Stands in for `pack_image_features` of one model instance, and shows the running encoding how it packs."""
+def _pack(pack: Callable[..., Any], features: Any, image_sizes: Any, *strategy: Any, **kwargs: Any) -> Any:
+    """Pack as the model does, and show the running encoding how."""
+    if strategy:  # LLaVA-NeXT-Video passes it by position
+        kwargs["vision_feature_select_strategy"] = strategy[0]
+    if (seen := _ENCODING.get()) is not None:
+        seen.pack(pack, features, image_sizes, kwargs)
+    return pack(features, image_sizes, **kwargs)
 
-    def __init__(self, core: Any):
-        self.pack_features = core.pack_image_features
-        self.__signature__ = inspect.signature(self.pack_features)
 
-    def __call__(self, image_features: Any, image_sizes: Any, *strategy: Any, **kwargs: Any) -> Any:
-        """Pack as the model does."""
-        if strategy:  # LLaVA-NeXT-Video passes it by position
-            kwargs["vision_feature_select_strategy"] = strategy[0]
-        if (seen := _ENCODING.get()) is not None:
-            seen.pack(self.pack_features, image_features, image_sizes, kwargs)
-        return self.pack_features(image_features, image_sizes, **kwargs)
+def _alike(a: Any, b: Any) -> bool:
+    """Tell whether features (n, d) of several images are the same, up to rounding."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return False
+    pairs = [(x.float(), y.to(x).float()) for x, y in zip(a, b, strict=True)]
+    return all(bool((x - y).abs().max() <= 0.02 * y.abs().max()) for x, y in pairs)
+
+
+def _unknown_tower(core: Any, patches: int, side: int) -> TypeError:
+    return TypeError(
+        f"the vision tower {type(tower(core)).__name__} made {patches} tokens of a picture of {side} x {side} patches; "
+        "vlmslim needs one for each patch, and at most a CLS token with them"
+    )
 
 
 class _Seen:
     """What passed through the model while images were encoded.
 
     core           : the model
-    pixel_values   : of all crops or frames
-    tower_features : of all crops or frames, as they enter the projector
-    layers         : tower layer -> the module and its input
+    all_pixels     : of all crops or frames, one entry for each run of the tower
+    all_features   : the same, as they enter the projector
+    layers         : tower layer -> the module, and its inputs
     made           : tower layer -> queries and keys, where they depend on positions
+    sharded        : tower layer -> queries and keys of each run, where it has its weights only while it runs
     crops, sizes   : per image, the number of crops, and height and width; of anyres models only
+    repack         : per image, sends other features through its packing; of anyres models only
     """
 
     def __init__(self, core: Any) -> None:
         self.core = core
-        self.layers: dict[int, tuple[nn.Module, Tensor]] = {}
+        self.all_pixels: list[Tensor] = []
+        self.all_features: list[Tensor] = []
+        self.layers: dict[int, tuple[nn.Module, list[Tensor]]] = {}
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
-        self.crops: list[int] | None = None
+        self.sharded: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.crops: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.repack: list[Callable[[Tensor], Tensor]] = []
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """Pixels of all crops or frames."""
+        return _joined(self.all_pixels)
+
+    @property
+    def tower_features(self) -> Tensor:
+        """Tower features of all crops or frames."""
+        return _joined(self.all_features)
 
     @property
     def elsewhere(self) -> bool:
@@ -322,39 +416,58 @@ class _Seen:
     def pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.elsewhere:
             return
-        self.pixel_values: Tensor = args[0] if args else next(iter(kwargs.values()))
+        self.all_pixels.append(args[0] if args else next(iter(kwargs.values())))
 
     def tower(self, projector: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere or hasattr(self, "tower_features"):  # Ovis2 projects its indicator tokens too, afterwards
-            return
-        self.tower_features: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self.elsewhere or len(self.all_features) == len(self.all_pixels):
+            return  # Ovis2 projects its indicator tokens too, afterwards
+        self.all_features.append(args[0] if args else next(iter(kwargs.values())))
 
     def layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.elsewhere:
             return
-        self.layers[i] = layer, args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.layers.setdefault(i, (layer, []))[1].append(hidden)
+        if is_sharded(layer):  # its weights are gone when a method asks
+            self.sharded.setdefault(i, []).append(tower_qk(layer, hidden))
 
     def heads(self, i: int, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.elsewhere:
-            self.made[i] = tower_heads(attention, args, kwargs)
+            q, k = tower_heads(attention, args, kwargs)
+            if i in self.made:
+                q, k = torch.cat([self.made[i][0], q], 1), torch.cat([self.made[i][1], k], 1)
+            self.made[i] = q, k
 
     def pack(self, pack: Callable, image_features: Any, image_sizes: Any, kwargs: dict) -> None:
-        self.crops = [len(features) for features in image_features]
-        self.sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
-        self.repack = partial(_repack, pack, image_sizes, kwargs)
+        sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
+        self.repack += [partial(_repack, pack, image_sizes, kwargs, n) for n in range(len(sizes))]
+        self.crops += [len(features) for features in image_features]
+        self.sizes += sizes
 
     def parts(self, counts: list[int]) -> list[dict[str, Any]]:
         """Split what was seen into images of so many crops or frames each."""
-        pixels, tower = self.pixel_values.split(counts), self.tower_features.split(counts)
-        layers = {i: (layer, x.split(counts)) for i, (layer, x) in self.layers.items()}
+        pixels, features = self.pixel_values.split(counts), self.tower_features.split(counts)
+        layers = {i: (layer, _joined(x).split(counts)) for i, (layer, x) in self.layers.items()}
+        made = {
+            i: [_joined(part).split(counts) for part in zip(*parts, strict=True)] for i, parts in self.sharded.items()
+        }
         return [
             {
-                "tower": tower[n],
+                "tower": features[n],
                 "pixels": pixels[n],
                 "recorded_layers": {i: (layer, x[n]) for i, (layer, x) in layers.items()},
+                "recorded_heads": {i: (q[n], k[n]) for i, (q, k) in made.items()},
             }
             for n in range(len(counts))
         ]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join what passed in one run of the tower or in several; packed images follow each other in one row."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+    return torch.cat(list(parts), dim=0 if rows else 1)
 
 
 # --- where each token of an image stands: `ImageTokens.grid` ---------------------------------------------------------

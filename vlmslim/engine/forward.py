@@ -107,6 +107,7 @@ class Call:
 
     input_ids, embeds : what the caller sent
     encoded  : the images that were encoded, by kind
+    given    : the kinds of which the caller sent pixels
     past     : the plan on the KV cache
     cache    : the KV cache; None without one
     owner    : the hooks that handle this forward
@@ -138,6 +139,7 @@ class Call:
     past: Plan | None
     cache: Cache | None = None
     owner: Any = None
+    given: frozenset[str] = frozenset()
     guess: int = 0
     packed: Packed | None = None
     seen: int = 0

@@ -65,7 +65,10 @@ class Gate:
         try:
             call, kwargs = hooks.begin(kwargs)
             RUNNING.set(call)
-            return self.forward(**kwargs)
+            output = self.forward(**kwargs)
+            if call is not None:
+                hooks.check_ran(call)
+            return output
         finally:
             RUNNING.set(before)
             with _LOCK:

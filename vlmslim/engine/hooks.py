@@ -7,6 +7,7 @@
 Outside the language model no shape changes, which is why `generate`, labels and evaluation harnesses need no change.
 """
 
+import warnings
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -41,6 +42,11 @@ from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Receipt
+
+_MERGED = (
+    "the prompt came as inputs_embeds without pictures; if pictures are merged into it already, they are not "
+    "compressed: pass input_ids and pixel_values, and let the patched model merge them"
+)
 
 #: `logits_to_keep` of the forward that begins in this thread or task: what comes before them is the prompt.
 _LOGITS: ContextVar[int] = ContextVar("vlmslim_logits", default=0)
@@ -148,6 +154,9 @@ class Hooks:
             self._hook_layers(min((first for first, _ in past.masks[1:]), default=self.depth))  # another patch's plan
             if past.delta is not None and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = resumed_position(kwargs, past.seen(cache), past.delta)
+        if not self.removed:
+            for encoder in self.encoders.values():
+                encoder.attach()  # a function may have been set on the model since the last forward
         outputs = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
         for kind, output in outputs.items():
             self.encoders[kind].recognise(output)
@@ -155,10 +164,24 @@ class Hooks:
             outputs = {kind: output for kind, output in outputs.items() if is_recorded(output) and not self.removed}
         encoded = {kind: Encoded.of(output) for kind, output in outputs.items()}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0))
+        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+        given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
+        call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs
+
+    def check_ran(self, call: Call) -> None:
+        """Refuse a forward with images that did not pass the language model which was there at the patch.
+
+        Raises:
+            RuntimeError: it did not.
+        """
+        if call.encoded and not call.runs and not self.removed:
+            raise RuntimeError(
+                "the language model of this model was replaced after the patch, so nothing was compressed; remove() "
+                "the patch, and patch again"
+            )
 
     # -- the language model ------------------------------------------------------------------------------------------
 
@@ -170,14 +193,21 @@ class Hooks:
         mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if self.family.masks_by_type:
             mask = call.given_mask
+        if self.entrance.any_acts and not self.removed and call.given - call.encoded.keys():
+            raise ValueError(
+                "the images of this prompt were encoded by a function that was set on the model after the patch, and "
+                "that does not call the one before it, so nothing can be compressed; set it before the patch"
+            )
         if not call.encoded and call.past is None:
             if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
                 self.receipt.saw_text(len(embeds))
+                if call.embeds is not None and embeds.shape[1] > 1 and self.entrance.any_acts:
+                    warnings.warn(_MERGED, stacklevel=2)
             elif self.entrance.any_acts:
                 check_length(cache, mask, embeds.shape[1])
             return None
         if call.encoded:
-            self._check_images_allowed(cache)
+            self._check_images_allowed(cache, call.past)
             call.packed = self._packed(kwargs, cache)
         if call.packed is not None and position is not None:
             position = call.packed.unpack(position.expand(embeds.shape[:2]))
@@ -226,7 +256,7 @@ class Hooks:
             )
         return packed
 
-    def _check_images_allowed(self, cache: Cache | None) -> None:
+    def _check_images_allowed(self, cache: Cache | None, past: Plan | None) -> None:
         """Refuse what a forward with images cannot have."""
         if not self.entrance.any_acts:
             return
@@ -240,11 +270,11 @@ class Hooks:
                 f"{type(cache).__name__} reserves room for every token; visual tokens can be removed from a "
                 "DynamicCache only (do not set cache_implementation)"
             )
-        if self.at_layer and cache is not None and cache.get_seq_length(0) > 0:
+        if self.at_layer and past is not None:
             raise ValueError(
-                f"{self.at_layer[min(self.at_layer)].method} drops tokens during prefill and takes images in the first "
-                "forward of a cache only; for an image in a later turn prefill again, or use a method that works "
-                "before the language model"
+                f"{self.at_layer[min(self.at_layer)].method} drops tokens during prefill, and the KV cache holds a "
+                "prompt whose visual tokens were dropped already; for an image in a later turn prefill again, or use a "
+                "method that works before the language model"
             )
         checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.lm.layers)
         if (self.at_layer or self._gaps_at_entrance) and self.lm.training and checkpointing:
@@ -270,12 +300,27 @@ class Hooks:
         if call.encoded and cache is not None:
             self._note_plan(call.plan(), cache)
         output.last_hidden_state = call.restore(call.runs[-1], output.last_hidden_state)
+        if getattr(output, "attentions", None) is not None and call.altered:
+            output.attentions = self._attentions(call, output.attentions)
         if output.hidden_states is not None:  # what enters the first layer, and what leaves each
             runs = [call.run(max(0, i - 1)) for i in range(len(output.hidden_states))]
             output.hidden_states = tuple(
                 call.restore(run, hidden) for run, hidden in zip(runs, output.hidden_states, strict=True)
             )
         return output
+
+    def _attentions(self, call: Call, maps: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Lay attention maps of every layer out over the caller's tokens.
+
+        Raises:
+            ValueError: the forward continues a compressed prompt, of which the maps have no place for what is gone.
+        """
+        if call.past is not None or call.packed is not None:
+            raise ValueError(
+                "output_attentions is given for a whole prompt in rows of its own: with visual tokens dropped, the "
+                "maps of later steps have no columns for them; call the model once on the prompt and the answer"
+            )
+        return tuple(None if x is None else call.run(i).tokens.restore_map(x) for i, x in enumerate(maps))
 
     def _note_plan(self, plan: Plan, cache: Cache) -> None:
         """Note in `cache` what it holds now, and stay as long as it lives."""
@@ -324,6 +369,13 @@ class Hooks:
         stage, run = self.at_layer[i], call.run(i)
         layout, device = run.tokens.layout, run.tokens.mask.device
         assert layout is not None
+        held = 0 if run.cached is None else run.cached.shape[1]
+        keys = cached_keys(cache, i - 1, hidden, held)
+        if held and keys is None:
+            raise ValueError(
+                f"{stage.method} reads attention to the {held} tokens that the KV cache held before the image, and a "
+                f"{type(cache).__name__} does not give their keys; prefill text and image together"
+            )
         image, slot, origin, last = to_device(device, layout.image, layout.slot, layout.origin, layout.last)
         tokens = LayerInput(
             layer=i,
@@ -337,7 +389,7 @@ class Hooks:
             images=call.images,
             weight=run.weight,
             previous=call.previous,
-            keys=cached_keys(cache, i - 1, hidden, 0 if run.cached is None else run.cached.shape[1]),
+            keys=keys,
             cached=run.cached,
             blocks=None if call.blocks is None else run.tokens.of_callers(call.blocks, fill=-1),
         ).without_last(call.guess)

@@ -203,6 +203,24 @@ class Segment:
         source = self.source.to(hidden.device)
         return gather_rows(hidden, source.clamp(min=0)).masked_fill_(source[..., None] < 0, 0)
 
+    def restore_map(self, attention: Tensor) -> Tensor:
+        """Lay an attention map (B, heads, S, P + S) out over the caller's sequence: (B, heads, L, P + L).
+
+        The place of a dropped token takes the row of the last kept token before it, as `restore` does. Nothing is paid
+        to a dropped token, nor from places before the first kept token.
+        """
+        if self.source is None:
+            return attention
+        assert self.layout is not None
+        source, (origin,) = self.source.to(attention.device), to_device(attention.device, self.layout.origin)
+        rows = source.clamp(min=0)[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
+        attention = attention.gather(2, rows).masked_fill_(source[:, None, :, None] < 0, 0)
+        held = attention.shape[3] - origin.shape[1]
+        wide = attention.new_zeros(*attention.shape[:3], held + source.shape[1])
+        wide[..., :held] = attention[..., :held]
+        paid = attention[..., held:] * self.mask.to(attention.device)[:, None, None]
+        return wide.scatter_add(3, held + origin[:, None, None].expand_as(paid), paid)
+
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     """Copy arrays from the host to a device, without waiting for the device."""

@@ -92,9 +92,11 @@ class GlobalCom2(Compressor):
         """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""
         n, device = len(image.features), image.features.device
         k = resolve_keep(self.keep, n)
-        if k == n or self.mode == "released" and not image.tiles[1]:
+        grid = image.grid.cpu()
+        tiled = bool((grid[:, 0] > 0).any())  # unpadding leaves nothing of the mosaic of a very narrow strip
+        if k == n or self.mode == "released" and (image.video or not tiled):
             return image.pick(torch.arange(n, device=device))
-        grid, score = image.grid.cpu(), self.own_scores(image).cpu().double()
+        score = self.own_scores(image).cpu().double()
         if self.mode == "corrected":
             return image.pick(self._corrected(image, grid, score, k).to(device))
         share = self.keep if isinstance(self.keep, float) else k / n
@@ -119,7 +121,7 @@ class GlobalCom2(Compressor):
             global_score = unlikeness(image.features, image.grid[:, 0].clamp(max=0)).cpu().double()[patch]
             total = torch.zeros(int(view.max()) + 1, dtype=score.dtype).index_add(0, view, global_score)
             weight, score = crop_weights(total, self.temperature), combined_score(score, global_score, view)
-        elif image.tiles[1]:
+        elif (view > 0).any():
             weight, score = self._led_by_thumbnail(image, view, score, lines=int((grid[:, 0] < 0).sum()))
         order = patch[merge_rankings_by_quota(score, view, weight)]
         return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
