@@ -8,14 +8,12 @@ from typing import Any, TypeAlias
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 
 #: `{"role": ..., "content": [...]}` with parts `{"type": "text", "text": ...}` and
-#: `{"type": "image" | "video", "url": picture or path}`; a text alone may stand for the content.
+#: `{"type": "image" | "video", "url": picture, frames or path}`; a text alone may stand for the content.
 Message: TypeAlias = dict[str, Any]
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -82,18 +80,19 @@ class Prompter:
         for part in given:
             kind: str = part["type"]
             source: Any = part.get("url")
+            media: list[Any]
             if kind == "text":
                 parts.append({"type": "text", "text": part["text"]})
                 continue
-            if kind == "video":
+            if kind not in ("image", "video"):
+                raise TypeError(f"the prompt holds {kind!r}; this model reads text, images and videos")
+            if kind == "video" or moves(source):
                 frames = read_frames(source, self.max_frames_num)
-                media: list[Any] = [frames]
+                kind, media = "video", [frames]
                 if "video" not in self._placeholders:  # a checkpoint without video sees the frames as images
                     kind, media = "image", [Image.fromarray(frame) for frame in frames]
-            elif kind == "image":
-                media = [(source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")]
             else:
-                raise TypeError(f"the prompt holds {kind!r}; this model reads text, images and videos")
+                media = [read_picture(source)]
             prompt.media[kind] += media
             parts += [{"type": kind}] * len(media)
         return {"role": turn["role"], "content": parts}
@@ -152,34 +151,107 @@ def user_message(text: str, visuals: Iterable[Any] | None) -> list[Message]:
 
     Args:
         text: the question.
-        visuals: images, paths of images or videos, or content parts; or None.
+        visuals: images, paths of images or videos, the frames of a video as a list or an array, or content parts; or
+            None.
     """
     content: list[dict[str, Any]] = []
     for visual in visuals or []:
         if isinstance(visual, dict):
             content.append(visual)
-        elif isinstance(visual, str) and Path(visual).suffix.lower() not in IMAGE_SUFFIXES:
-            content.append({"type": "video", "url": visual})
         else:
-            content.append({"type": "image", "url": visual})
+            content.append({"type": "video" if _is_video(visual) else "image", "url": visual})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
-def read_frames(path: str, count: int) -> np.ndarray:
+def _is_video(visual: Any) -> bool:
+    """Tell whether something is the frames of a video, or the path of a file that Pillow cannot read."""
+    if isinstance(visual, list | tuple) or isinstance(visual, np.ndarray) and visual.ndim == 4:
+        return True
+    if not isinstance(visual, str | Path):
+        return False
+    try:
+        with Image.open(visual):
+            return False
+    except UnidentifiedImageError:
+        return True
+
+
+def moves(picture: Any) -> bool:
+    """Tell whether a picture has several frames, as an animated GIF has."""
+    if isinstance(picture, str | Path):
+        with Image.open(picture) as opened:
+            return getattr(opened, "n_frames", 1) > 1
+    return getattr(picture, "n_frames", 1) > 1
+
+
+def read_picture(source: Any) -> Image.Image:
+    """Read a picture as RGB with 8 bits a channel.
+
+    Pillow clips pictures of 16 bits, so that nearly all of them turn white; here they are scaled.
+
+    Args:
+        source: a picture, a path, or an array (height, width), (height, width, 3) or (height, width, 4) of uint8.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+            raise TypeError(
+                f"a picture came as an array {source.shape} of {source.dtype}: give (height, width, 3) of uint8"
+            )
+        source = Image.fromarray(source)
+    elif isinstance(source, str | Path):
+        source = Image.open(source)
+    if not isinstance(source, Image.Image):
+        raise TypeError(f"a picture came as a {type(source).__name__}: give a PIL image, a path, or an array of uint8")
+    if source.mode.startswith("I") or source.mode == "F":
+        values = np.asarray(source).astype(np.float64)
+        top = 1.0 if source.mode == "F" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
+        source = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    return source.convert("RGB")
+
+
+def read_frames(source: Any, count: int) -> np.ndarray:
     """Read at most `count` frames of a video, evenly spaced from the first to the last.
+
+    Args:
+        source: a path, an animated picture, or the frames: a list of pictures, or an array (frames, height, width, 3).
+        count: most frames.
 
     Returns:
         (frames, height, width, 3) uint8.
 
     Raises:
         ValueError: no frame could be decoded.
+        TypeError: a frame is no picture.
     """
+    if isinstance(source, Image.Image) or isinstance(source, str | Path) and not _is_video(source):
+        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        frames = []
+        for i in _spread(getattr(picture, "n_frames", 1), count):
+            picture.seek(i)
+            frames.append(np.asarray(read_picture(picture.copy())))
+        return np.stack(frames)
+    if not isinstance(source, str | Path):
+        if not len(source):
+            raise ValueError("a video came as a list without frames")
+        return np.stack([np.asarray(read_picture(source[i])) for i in _spread(len(source), count)])
+    return _decoded(source, count)
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Choose at most `count` of `total` frames, evenly spaced, the first and the last among them."""
+    return sorted(set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist()))
+
+
+def _decoded(path: str | Path, count: int) -> np.ndarray:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         # Headers may not know the number of frames; counting packets does not decode them.
         total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        wanted = set(np.linspace(0, total - 1, min(count, total)).astype(int).tolist())
+        wanted = set(_spread(total, count))
         container.seek(0)
         frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(stream)) if i in wanted]
     if not frames:
