@@ -113,7 +113,9 @@ class LayerAttention:
         named = dict(zip(names, args, strict=False)) | kwargs
         hidden = named[names[0]]
         for name, value in named.items():
-            if isinstance(value, Tensor) and name not in (names[0], "position_embeddings", *_WITHOUT_EFFECT):
+            # other arguments are on their way through the model, such as `logits_to_keep`
+            matters = name in names[1:] and name not in ("position_embeddings", *_WITHOUT_EFFECT)
+            if matters and isinstance(value, Tensor):
                 raise RuntimeError(
                     f"{type(module).__name__} is given {name}, with which vlmslim cannot recompute attention; "
                     "use a method that works before the language model"
