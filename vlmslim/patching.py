@@ -153,8 +153,8 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
     """Attach a compression method to a LLaVA-style model.
 
     Args:
-        model: a loaded `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or
-            `LlavaOnevisionForConditionalGeneration`.
+        model: a loaded model of a supported family, such as `LlavaForConditionalGeneration` or
+            `Qwen2_5_VLForConditionalGeneration`; docs/models.md lists them.
         method: a method's name, with its options as keywords; or a method object; or a list of stages, each a
             name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`; or what
             `Slim.save_pretrained` wrote, a folder or a repository on the hub.

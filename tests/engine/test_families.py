@@ -12,6 +12,8 @@ from zoo import FILM, QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, re
 
 import vlmslim
 from vlmslim.compressor import Compressor
+from vlmslim.cost.bench.prompt import SyntheticPrompt
+from vlmslim.doctor import examine
 from vlmslim.engine.families import FAMILIES, KV_CACHE, encoder_layers, kv_cache
 from vlmslim.engine.layout import closed_up
 from vlmslim.ops.attention import received_attention
@@ -310,6 +312,26 @@ def test_every_method_runs_or_is_refused_when_the_model_is_patched(name):
         if method_table.verdict(model, method) == "yes" and not {"clip", "tokenizer"} & {*options_of(method)}:
             with vlmslim.patch(model, method, **method_table.options(method)):
                 assert model(**inputs).logits.isfinite().all()
+
+
+def test_an_unsupported_model_is_told_the_nearest_one():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    text = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    with pytest.raises(TypeError, match=r"cannot patch Qwen2ForCausalLM; .*docs/models.md tells"):
+        vlmslim.patch(text, "none")
+    near = type("Qwen2_6_VLForConditionalGeneration", (Qwen2ForCausalLM,), {})(text.config)
+    with pytest.raises(TypeError, match="the nearest supported class is Qwen2_5_VLForConditionalGeneration"):
+        vlmslim.patch(near, "none")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "smolvlm"])
+def test_what_only_llava_has_is_refused_by_name(name):
+    model = build(name)
+    with pytest.raises(ValueError, match="bench makes up prompts for families of square pictures"):
+        SyntheticPrompt.make(model)
+    with pytest.raises(TypeError, match="the doctor cannot examine"):
+        examine(model, None)
 
 
 # --- positions of several numbers -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any
 
@@ -150,10 +151,12 @@ def family_of(model: Any) -> Family:
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     core = getattr(model, "model", None)
     if family is None or not hasattr(model, "lm_head") or not hasattr(core, family.language_model):
-        known = ", ".join(f.name for f in FAMILIES.values())
+        name, known = type(model).__name__, [f.name for f in FAMILIES.values()]
+        nearest = get_close_matches(name, known, n=1, cutoff=0.75)
+        hint = f"the nearest supported class is {nearest[0]}; " if nearest and nearest[0] != name else ""
         raise TypeError(
-            f"cannot patch {type(model).__name__}; vlmslim supports {known} "
-            "(of a PEFT model, pass `model.base_model.model`)"
+            f"cannot patch {name}; {hint}vlmslim supports {', '.join(known)} (of a PEFT model, pass "
+            "`model.base_model.model`); docs/models.md tells how to add a family"
         )
     text = model.config.get_text_config()
     types = getattr(text, "layer_types", None) or ()

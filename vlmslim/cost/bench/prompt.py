@@ -55,13 +55,18 @@ class SyntheticPrompt:
             seed: seed of words and noise.
 
         Raises:
-            ValueError: fewer than 2 text tokens.
+            ValueError: fewer than 2 text tokens, or a family whose pictures are not square.
         """
         if text_tokens < 2:
             raise ValueError(f"text_tokens={text_tokens}: use at least 2, one before the images and one after them")
         generator = torch.Generator().manual_seed(seed)
         config, device = model.config, model.device
-        side = config.vision_config.image_size
+        side, family = getattr(config.vision_config, "image_size", None), FAMILIES[config.model_type]
+        if family.units not in ("crops", "anyres") or not isinstance(side, int):
+            raise ValueError(
+                f"bench makes up prompts for families of square pictures and anyres mosaics only, and {family.name} "
+                "takes others; measure it on your own prompts with `vlmslim run` and its timing"
+            )
         count = batch * images
         pixels, crops = {}, 1
         if FAMILIES[config.model_type].anyres:
