@@ -142,6 +142,40 @@ def test_a_full_disk_is_one_line_and_the_details_are_in_the_log(tmp_path, fake, 
     assert "Traceback" in (tmp_path / "out" / "run.log").read_text()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), KeyError("key"), AssertionError(), MemoryError()])
+@pytest.mark.parametrize(
+    ("command", "broken"),
+    [
+        (["doctor", "bundled/tiny-llava"], "vlmslim.loading.load"),
+        (["bench", "bundled/tiny-llava"], "vlmslim.cost.bench.arguments.load_model"),
+        (["leaderboard", "x"], "vlmslim.leaderboard.board.Leaderboard.read"),
+        (["methods"], "vlmslim.registry.listings"),
+        (["run", "x.yaml"], "vlmslim.evaluation.config.load_config"),
+    ],
+)
+def test_an_unexpected_error_is_one_line_and_its_place_is_shown_on_request(command, broken, error, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(broken, fails)
+    shown = call(*command)
+    name, first = type(error).__name__, str(error).partition("\n")[0]
+    (line,) = shown.stderr.strip().splitlines()
+    assert shown.exit_code == 1 and shown.stdout == ""
+    assert line.startswith(f"vlmslim: {name}: {first or name}")
+    assert line.endswith(f"; vlmslim --traceback {command[0]} ... shows where")
+    shown = call("--traceback", *command)
+    assert shown.exit_code == 1 and "Traceback" in shown.stderr and ", in fails" in shown.stderr
+
+
+def test_the_place_of_a_mistake_is_shown_on_request():
+    for flag in ([], ["--traceback"]):
+        shown = call(*flag, "doctor", "bundled/nothing")
+        assert shown.exit_code == 2 and ("Traceback" in shown.stderr) == bool(flag)
+        assert "no bundled checkpoint" in shown.stderr.splitlines()[-1]
+    assert call("--traceback", "run", "--nonsense").exit_code == 2
+
+
 @pytest.mark.parametrize("size", ["abc", "2", "-1"])
 def test_a_world_of_several_processes_is_refused(size, tmp_path, fake, monkeypatch):
     fake()

@@ -1,5 +1,6 @@
 """The command `vlmslim`. Each command imports what it needs when it runs, so that help is instant."""
 
+import errno
 import os
 import signal
 import sys
@@ -26,10 +27,11 @@ class _Stopped(BaseException):
 
 
 class _Commands(typer.core.TyperGroup):
-    """Ends every command in one line when a signal stops it: with status 130, 143 or 129."""
+    """Ends every command in one line: when a signal stops it (status 130, 143 or 129), and at an error (status 1)."""
 
     def invoke(self, context: Any) -> Any:
         """Run a command, while the signals that end a process raise an exception."""
+        shows_traceback = context.params.get("traceback")
 
         def stop(number: int, _: object) -> NoReturn:
             raise _Stopped(number)
@@ -46,6 +48,16 @@ class _Commands(typer.core.TyperGroup):
             word = "interrupted" if number is signal.SIGINT else f"stopped by {number.name}"
             hint = "; the same command goes on where it stopped" if context.invoked_subcommand == "run" else ""
             _fail(f"{word}{hint}", status=128 + number)
+        except Exception as error:
+            is_exit = isinstance(error, typer.Abort) or hasattr(error, "exit_code")  # its message is printed already
+            if shows_traceback and (cause := error.__context__ if is_exit else error):
+                traceback.print_exception(cause)
+            if is_exit or getattr(error, "errno", None) == errno.EPIPE:  # nobody reads on: typer ends quietly
+                raise
+            from vlmslim.io.messages import one_line
+
+            where = "" if shows_traceback else f"; vlmslim --traceback {context.invoked_subcommand} ... shows where"
+            _fail(f"{type(error).__name__}: {one_line(error)}{where}", status=1)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -59,6 +71,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error happened.")] = False,
+) -> None:
+    """Take the options of all commands; `_Commands` reads them."""
 
 
 class Format(StrEnum):
@@ -96,7 +115,11 @@ def _mistakes_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _fail(error)
+        if getattr(error, "errno", None) == errno.EPIPE:
+            raise
+        from vlmslim.io.messages import one_line
+
+        _fail(one_line(error))
 
 
 def _quiet_transformers() -> None:
@@ -268,7 +291,10 @@ def doctor(
         list[str] | None,
         typer.Option("--method", "-m", help=f"{_METHOD_HELP} Stages with +. Default: the saved one, or all."),
     ] = None,
-    keep: Annotated[float, typer.Option(help="Visual tokens per image of methods given without keep.")] = 0.25,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Visual tokens per image of methods given without keep. Default: 0.25, or their own."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32 proves most; bfloat16 or float16 have wide tolerances.")
     ] = "float32",
@@ -285,7 +311,7 @@ def doctor(
     from vlmslim.loading import default_device, load
     from vlmslim.saving.folder import read
 
-    budget = int(keep) if keep > 1 and keep.is_integer() else keep
+    budget = int(keep) if keep is not None and keep > 1 and keep.is_integer() else keep
     with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
         saved = [checkpoint] if method is None and read(checkpoint) is not None else None
         methods = saved if method is None else [parse(text, budget) for text in method]

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmslim import bundled
+from vlmslim.io import hub
 from vlmslim.io.messages import did_you_mean, one_line
 from vlmslim.patching import Slim, patch
 from vlmslim.registry import Spec, build
@@ -193,10 +194,13 @@ def load_model(
 def _loaded(auto: Any, place: Located, trust_remote_code: bool, **how: Any) -> Any:
     if not isinstance(trust_remote_code, bool):
         raise ValueError(f"trust_remote_code={trust_remote_code!r}: give True or False")
-    hub = {"revision": place.revision or "main", "trust_remote_code": trust_remote_code}
+    how |= {"revision": place.revision or "main", "trust_remote_code": trust_remote_code}
+    is_remote = not os.path.isdir(place.checkpoint)
     try:
-        return auto.from_pretrained(place.checkpoint, **hub, **how)
+        return auto.from_pretrained(place.checkpoint, **how, **(hub.how_to_ask() if is_remote else {}))
     except (ImportError, OSError, ValueError) as error:
+        if is_remote and isinstance(error, OSError) and (hint := hub.hint(place.checkpoint)):
+            raise OSError(hint) from error
         kind = next(kind for kind in (ImportError, OSError, ValueError) if isinstance(error, kind))
         raise kind(f"{place.checkpoint} could not be loaded: {one_line(error)}") from error
 

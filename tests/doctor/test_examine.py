@@ -8,6 +8,7 @@ import pytest
 import torch
 from doctor_methods import Fixed, Late, Original, Plain
 from lmms_fixtures import FAMILIES
+from method_files import NORM, write
 from rich.console import Console
 from snapshots import changes, model_state, process_state
 from typer.testing import CliRunner
@@ -96,8 +97,9 @@ def test_a_stage_that_decides_itself_and_drops_nothing_is_said(load):
     report = doctor.examine(*load(), [{"method": "drop_visual", "layer": 2, "tau": 0.0}, "none"])
     assert not report.failures
     (sentence,) = report.abstentions
-    assert "stage 1 (drop_visual, before layer 2) acted on 0 of 3 prompts; it decides itself" in sentence
-    console = Console(width=200, record=True, file=io.StringIO())
+    assert "stage 1 (drop_visual, before layer 2) acted on 0 of 3 prompts. It decides itself" in sentence
+    assert "the checks did not examine it" in sentence
+    console = Console(width=300, record=True, file=io.StringIO())
     console.print(report.render())
     assert sentence in str(report) and sentence in console.export_text()
 
@@ -184,6 +186,26 @@ def test_methods_on_the_command_line(tmp_path):
         assert doctor.parse(saved, 0.5) == saved
     with pytest.raises(ValueError, match="divprune"):
         doctor.parse("divprun", 0.5)
+
+
+def test_a_method_that_takes_no_share_has_its_own_budget_unless_one_is_asked_for(tmp_path, load):
+    counting, sharing = (
+        write(tmp_path / "norm.py"),
+        write(tmp_path / "share.py", NORM.replace("keep: int", "keep: float")),
+    )
+    assert doctor.parse(f"{counting}:Norm") == [{"method": f"{counting}:Norm"}]
+    assert doctor.parse(f"{sharing}:Norm") == [{"method": f"{sharing}:Norm", "keep": 0.25}]
+    assert doctor.parse("fastv") == [{"method": "fastv", "keep": 0.25}]  # it has no default
+    assert doctor.parse(f"{counting}:Norm", 4) == [{"method": f"{counting}:Norm", "keep": 4}]
+    asked = doctor.parse(f"{counting}:Norm", 0.5)
+    with pytest.raises(ValueError, match="^keep=0.5: give an integer"):
+        doctor.examine(*load(), [asked])
+
+
+def test_a_method_among_all_has_its_own_budget_if_it_takes_no_share(built_in, load):
+    built_in("norm.py")
+    report = doctor.examine(*load(), ["norm"])
+    assert report.receipts["norm"]["kept"] == 16 and not report.failures
 
 
 def test_the_command(path, monkeypatch):

@@ -18,6 +18,7 @@ from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.io.files import write_atomically
 from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.render import render
 
 ROWS = ["none", "random-64", "random-16", "divprune-64", "divprune-16"]
 
@@ -61,6 +62,30 @@ def test_an_exception_names_the_cell_and_keeps_finished_ones(config):
     store = Store(config().output)
     assert store.cell("random-16", "count") is not None
     assert store.cell("random-16", "text") is None
+
+
+def test_rows_and_tasks_that_cannot_be_opened_are_all_named_before_the_first_cell(config):
+    harness = FakeHarness()
+    harness.refused = {"divprune-16": ValueError("no\nsuch"), "random-64": KeyError("k"), "text": OSError("gone")}
+    with pytest.raises(ConfigError) as refused:
+        run(config(), harness=harness, fresh=True)
+    lines = ["random-64: KeyError: 'k'", "divprune-16: no", "tasks: text cannot be opened: gone"]
+    assert str(refused.value).splitlines() == lines
+    assert harness.evaluated == [] and not (config().output / "run.json").exists()
+    run(config(tasks=["count"], methods=["uniform"]), harness=FakeHarness())
+    harness = FakeHarness()
+    harness.refused = {"uniform-16": ValueError("what is finished is not opened again")}
+    run(config(tasks=["count"], methods=["uniform", "divprune"]), harness=harness)
+    assert {label for label, _ in harness.evaluated} == {"divprune-64", "divprune-16"}
+
+
+def test_times_name_the_machine_that_took_them(config):
+    run(config(), harness=FakeHarness())
+    store = Store(config().output)
+    store.save_timing({k: v for k, v in store.timing.items() if k != "seal"} | {"hardware": "a fast machine"})
+    board = run(config(), harness=FakeHarness())
+    assert "in one process, on a fast machine." in render(board, "md")
+    assert json.loads(render(board, "json"))["facts"]["timed_on"] == "a fast machine"
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "samples cut", "samples gone", "empty", "not text"])

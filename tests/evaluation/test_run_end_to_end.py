@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 from lmms_fixtures import checkpoint, questions  # noqa: E402
 
 from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
-from vlmslim.evaluation.config import load_config  # noqa: E402
+from vlmslim.evaluation.config import RunConfig, load_config  # noqa: E402
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.export import export_cells  # noqa: E402
 from vlmslim.evaluation.harness import Harness  # noqa: E402
@@ -234,6 +234,81 @@ def test_every_part_of_a_tasks_definition_counts(folder, tmp_path):
         now = tasks.definition("own")
         assert {key for key in now if now[key] != before.get(key)} == ({part} if part else set())
         before = now
+
+
+def laughs(depth=6):
+    """Write YAML of 400 bytes that stands for millions of values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]" for i in range(depth)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"own.yaml": laughs()}, "it stands for more than 20000 values"),
+        ({"own.yaml": f"task: own\nx: !tag\n  {laughs()}".replace("\n", "\n  ").replace("  x:", "x:")}, "20000"),
+        ({"own.yaml": "task: own\ninclude: base", "base": laughs()}, "base not readable as YAML: it stands"),
+        ({"own.yaml": "task: own\ninclude: own.yaml"}, "own.yaml includes more than 100 files, or itself"),
+        ({"own.yaml": "include: [b, b]", **{n: f"include: [{c}, {c}]" for n, c in zip("bcdefghi", "cdefghij", strict=True)},
+          "j": "task: own"}, "more than 100 files"),
+        ({"own.yaml": "[" * 1000}, "more than 50 lists"),
+        ({"own.yaml": "x" * 2**21}, "larger than 1 MiB"),
+        ({"own.yaml": "- a"}, "own.yaml is no mapping"),
+        ({"own.yaml": ""}, "own.yaml is no mapping"),
+        ({"own.yaml": "task: own\ninclude: 3"}, "includes something that is no name of a file"),
+        ({"own.yaml": "task: own\ninclude: gone"}, "gone cannot be read: No such file"),
+        ({"own.yaml": "task: [own]"}, "lmms-eval cannot read the tasks in .*: KeyError"),
+        ({"own.yaml": "task: own\nmetric_list: [acc]"}, "the metric_list of own is a list of entries"),
+    ],
+)  # fmt: skip
+def test_tasks_of_ones_own_are_read_with_bounds(folder, tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    task = TaskConfig(task="own", metric="acc")
+    update = {"tasks": [task], "include_path": [tmp_path]}
+    with pytest.raises(ConfigError, match=says):
+        Tasks(load_config(folder / "config.yaml").model_copy(update=update))
+
+
+def test_a_pipe_among_the_tasks_is_not_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "own.yaml")
+    for path, says in ((tmp_path, "own.yaml is no file"), (tmp_path / "gone", "gone is no directory")):
+        with pytest.raises(ConfigError, match=says):
+            Tasks(load_config(folder / "config.yaml").model_copy(update={"include_path": [path]}))
+
+
+def test_tagged_values_are_hashed_by_what_they_hold(folder, tmp_path):
+    config = load_config(folder / "config.yaml").model_copy(
+        update={"tasks": [TaskConfig(task="own")], "include_path": [tmp_path]}
+    )
+    hashes = []
+    for text in ("[1, 2]", "[1, 2]", "[1, 3]", "{a: 1}"):
+        (tmp_path / "own.yaml").write_text(f"task: own\nx: !tag {text}\ny: !function a.b\n")
+        hashes.append(Tasks(config).definition("own")["settings"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_everything_is_opened_before_the_first_cell(folder, tmp_path):
+    """Weights of another model, and data that are not there, in the last row and the last task."""
+    text = (folder / "tasks" / "micro_words.yaml").read_text()
+    (tmp_path / "lost.yaml").write_text(
+        text.replace("questions.parquet", "gone.parquet").replace("micro_words", "lost")
+    )
+    (tmp_path / "utils.py").write_text(UTILS)
+    config = load_config(folder / "config.yaml", output=tmp_path / "out")
+    other = {"method": "tokenflex", "keep": 4, "weights": "bundled/tiny-tokenflex"}
+    config = RunConfig.model_validate(
+        config.model_dump()
+        | {"tasks": ["micro_words", "lost"], "methods": ["divprune", other], "baselines": False}
+        | {"include_path": [folder / "tasks", tmp_path], "model": config.model.arguments()}
+    )
+    with pytest.raises(ConfigError) as refused:
+        run(config)
+    flex, lost = str(refused.value).splitlines()
+    assert flex.startswith("tokenflex-4") and "was trained for another backbone" in flex
+    assert lost.startswith("tasks: lost cannot be opened: ") and "gone.parquet" in lost
+    assert not (tmp_path / "out" / "run.json").exists() and not (tmp_path / "out" / "cells").exists()
 
 
 def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The tables, the notes, and the four formats."""
 
 import csv
+import html
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 from boards import Costly, costs, row_of, scored_rows
 from evaluation_doubles import FakeHarness, stage, write_config
+from markdown_it import MarkdownIt
 
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
@@ -298,11 +300,49 @@ def test_costs_from_the_run_to_every_format(tmp_path):
     assert read["solved"]["target"] == {"equivalent_tokens": 40} and read["spent_high"] == 44
 
 
+def named(board, label="l", task="t", model="m"):
+    """Make a board of one row in which a label, a task and a model have these names."""
+    row = Row(label, 1, scores={task: Score(0.5)})
+    return Leaderboard([row], [task], {task: ("acc", True)}, board.facts | {"model": model})
+
+
 def test_names_cannot_break_a_format(board):
     label, task = "=cmd|*a*<b>_c_", "t|u`"
-    row = Row(label, 1, scores={task: Score(0.5)})
-    hostile = Leaderboard([row], [task], {task: ("acc", True)}, board.facts | {"model": "m|<script>"})
+    hostile = named(board, label, task, "m|<script>")
     markdown = render(hostile, "md")
     assert r"=cmd\|\*a\*\<b>\_c\_" in markdown and r"t\|u\`" in markdown and r"# m\|\<script>" in markdown
     assert "<b>" not in render(hostile, "html") and "<script>" not in render(hostile, "html")
     assert list(csv_lines(hostile)) == [f"'{label}"]  # a spreadsheet runs no formula
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\uff1d1", '=HYPERLINK("x")'])
+def test_no_cell_of_a_csv_file_is_a_formula(board, text):
+    lines = [*csv.reader(io.StringIO(render(named(board, text, text, text), "csv")))]
+    cells = [cell for line in lines for cell in line]
+    assert [cell for cell in cells if cell.lstrip().startswith(tuple("=+-@\uff1d"))] == []
+    assert f"'{text}" in lines[1] and {f"'{text}:value", f"'{text}:p"} <= set(lines[0])
+
+
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def seen(text: str) -> tuple[list[str], str]:
+    """Return the tags of a page in Markdown in order, and its text."""
+    page = MARKDOWN.render(text)
+    return re.findall("<[^>]*>", page), html.unescape(re.sub("<[^>]*>", "", page))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("[a](http://b)", "![a](http://b)", "[a][b]", "[a]: /b", "a|b", "&lt;b&gt;", "~~a~~", "- a", "1. a", "# a #"),
+        *("> a", "<b>", "<!-- a", "*a*", "`a`", "\\|a", "\\", "_a_", "a\nb", "http://b.c", "www.b.c", "=", "---"),
+    ],
+)
+@pytest.mark.parametrize("place", ["label", "task", "model"])
+def test_a_reader_of_the_markdown_sees_names_as_they_are(board, place, name):
+    markdown = render(named(board, **{place: name}), "md")
+    tags, text = seen(markdown)
+    assert tags == seen(render(named(board), "md"))[0]
+    assert " ".join(name.split()) in text
+    assert not re.search(r"(?<!\\)://|www\.", markdown)  # GitHub would make links of addresses

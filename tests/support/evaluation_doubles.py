@@ -84,6 +84,7 @@ class FakeHarness:
         self.fail_at, self.failure, self.without_effect, self.identity = fail_at, failure, without_effect, identity
         self.scores, self.questions = scores or {}, questions
         self.evaluated, self.timed, self.loads = [], [], 0
+        self.refused = {}  # by label or task, what is raised when it is opened
         self.tokens = None  # visual tokens of every image, where the checkpoint tells
 
     def __call__(self, config, make_bar):
@@ -96,6 +97,14 @@ class FakeHarness:
 
     def load(self):
         self.loads += 1
+
+    def check_method(self, variant):
+        if self.refused.get(variant.label):
+            raise self.refused[variant.label]
+
+    def check_task(self, task):
+        if self.refused.get(task):
+            raise self.refused[task]
 
     def evaluate(self, variant, task) -> Cell:
         if self.fail_at == (variant.label, task):

@@ -217,11 +217,17 @@ def keep_all(subject: Subject) -> Outcome:
     for stage in slim.stages:
         if stage.acts_before_llm and stage.name in slim.trained:
             raise NotApplicable(f"{stage.name} is trained to make tokens of its own, however many")
+    assert subject.together.prefill is not None
+    count = subject.together.prefill.images[0][0].tokens  # of the first row, which has one picture
+    by_share, by_count = _keeping_share(slim.methods), _keeping_count(slim.methods, count)
+    if by_share is None and by_count is None:
+        raise NotApplicable(f"no budget keeps everything: neither keep=1.0 nor keep={count} is taken")
     slim.remove()
-    with Slim(model, [_keeping_everything(method) for method in slim.methods]) as by_fraction:
-        pairs = [(generate(model, prompts.inputs()), unpatched.generated)]
-        count = by_fraction.receipt.last.images[0][0].tokens  # of the first row, which has one picture
-    if (by_count := _keeping_count(slim.methods, count)) is not None:
+    pairs = []
+    if by_share is not None:
+        with Slim(model, by_share):
+            pairs.append((generate(model, prompts.inputs()), unpatched.generated))
+    if by_count is not None:
         with Slim(model, by_count):
             pairs.append((generate(model, prompts.inputs((0,))), unpatched.first_row))
     differences = {
@@ -251,12 +257,20 @@ def _with_keep(method: Any, keep: int | float) -> Compressor:
     return replace(method, keep=keep)
 
 
-def _keeping_everything(method: Compressor) -> Compressor:
-    """Return the same method at a budget of everything.
+def _keeping_share(methods: list[Compressor]) -> list[Compressor] | None:
+    """Return the same methods at a budget of 1.0; None if one of them takes counts only.
 
     Raises:
-        NotApplicable: it has no option `keep`.
+        NotApplicable: one has no option `keep`.
     """
+    try:
+        return [_keeping_everything(method) for method in methods]
+    except ValueError:
+        return None
+
+
+def _keeping_everything(method: Compressor) -> Compressor:
+    """Return the same method at a budget of 1.0."""
     cls = type(method)
     if not method.acts_before_llm and cls.retain is Compressor.retain and cls.stages is Compressor.stages:
         return method  # it only counts

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import UnpatchedRun, clone_sharing_weights
 from vlmslim.engine.families import FAMILIES, family_of
 from vlmslim.patching import Method, Slim, check_unpatched, patch
-from vlmslim.registry import BrokenMethod, is_method_name, label, method_names, options_of, parse_method
+from vlmslim.registry import BrokenMethod, build, is_method_name, label, method_names, options_of, parse_method
 
+SHARE = 0.25  # of the visual tokens, which a method keeps if nobody says otherwise
 #: How a method says that it does not go with a checkpoint, or that something which it needs is missing.
 _REFUSALS = ValueError, ImportError, OSError
 
@@ -43,7 +45,7 @@ def examine(
     processor: ProcessorMixin,
     methods: Sequence[Method] | None = None,
     *,
-    keep: Keep = 0.25,
+    keep: Keep | None = None,
     on_finding: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
     """Run every check on every method.
@@ -55,6 +57,7 @@ def examine(
         methods: each is anything that `vlmslim.patch` takes. By default all registered methods at the budget `keep`;
             those that this checkpoint cannot have are listed as not applicable, with the reason.
         keep: visual tokens per image, a count or a share, of methods given by name alone that have such an option.
+            By default a quarter, or the method's own default if it takes no share.
         on_finding: called with every finding as it is made.
 
     Returns:
@@ -72,7 +75,8 @@ def examine(
     check_unpatched(model)
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")
-    check_keep(keep)
+    if keep is not None:
+        check_keep(keep)
     other, videos = clone_sharing_weights(model), why_no_video(model, processor) is None
 
     @cache
@@ -113,11 +117,27 @@ def examine(
     return report
 
 
-def _patch(model: PreTrainedModel, given: Method, keep: Keep) -> Slim:
+def _patch(model: PreTrainedModel, given: Method, keep: Keep | None) -> Slim:
     """Patch the model; a method given by name alone gets the budget `keep`, if it has one."""
-    if isinstance(given, str) and given in method_names() and "keep" in options_of(given):
-        return patch(model, given, keep=keep)
+    if isinstance(given, str) and given in method_names():
+        return patch(model, [_budgeted({"method": given}, keep)])
     return patch(model, given)
+
+
+def _budgeted(stage: dict, keep: Keep | None) -> dict:
+    """Add a budget to a stage that takes one and does not say its own.
+
+    Without a `keep` that is a share of the tokens, or nothing if the method refuses it and has a default.
+    """
+    options = options_of(stage["method"])
+    if "keep" not in options or "keep" in stage:
+        return stage
+    if keep is None and options["keep"] is not MISSING:
+        try:
+            build({"keep": SHARE} | stage)
+        except ValueError:
+            return stage
+    return {"keep": SHARE if keep is None else keep} | stage
 
 
 def _findings(name: str, slim: Slim, unpatched: Callable[[bool], UnpatchedRun], videos: bool) -> Iterator[Finding]:
@@ -171,12 +191,12 @@ def _check_counts(slim: Slim, unpatched: UnpatchedRun) -> None:
             left = left if asked is None else asked
 
 
-def parse(text: str, keep: Keep) -> str | list[dict]:
+def parse(text: str, keep: Keep | None = None) -> str | list[dict]:
     """Read a method as the command line writes it: `fastv:layer=3:keep=64`, stages joined by `+`, or a saved patch.
 
     Args:
         text: of the command line.
-        keep: the budget of stages that take one and do not say theirs.
+        keep: the budget of stages that take one and do not say theirs; see `examine`.
 
     Raises:
         ValueError: unknown method, or an option without a value.
@@ -184,5 +204,4 @@ def parse(text: str, keep: Keep) -> str | list[dict]:
     name = text.partition(":")[0]
     if Path(text).is_dir() or ("/" in name and not is_method_name(name)):  # bundled/NAME, or a repository on the hub
         return text
-    stages = [parse_method(part) for part in text.split("+")]
-    return [({"keep": keep} if "keep" in options_of(stage["method"]) else {}) | stage for stage in stages]
+    return [_budgeted(parse_method(part), keep) for part in text.split("+")]

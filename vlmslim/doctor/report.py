@@ -75,9 +75,10 @@ class Report:
 
     @property
     def abstentions(self) -> list[str]:
-        """One sentence for each stage that decides itself, and dropped nothing."""
+        """Say of each stage that decides itself and dropped nothing that the checks could not see what it does."""
         return [
-            f"{method}: {acted_on(number, stage)}; it decides itself, but what never acts is not examined"
+            f"{method}: {acted_on(number, stage)}. It decides itself how many tokens it drops, and it dropped none, so "
+            "the checks did not examine it; examine it with options under which it drops some"
             for method, receipt in self.receipts.items()
             for number, stage in enumerate(receipt["stages"], start=1)
             if stage["decides"] and not stage["acted"]

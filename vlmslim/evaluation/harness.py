@@ -93,6 +93,25 @@ class Harness:
             lm.make_bar = self._make_bar
         return lm
 
+    def check_method(self, variant: Variant) -> None:
+        """Attach a row to the model and take it off again, so that all that it loads is opened once.
+
+        Raises:
+            Exception: whatever the method raises.
+        """
+        vlmslim.patch(self.model, list(variant.stages)).remove()
+
+    def check_task(self, task: str) -> None:
+        """Open the data of a task.
+
+        Raises:
+            Exception: whatever lmms-eval or the task raises.
+        """
+        from lmms_eval.tasks import get_task_dict
+
+        with output_to(self.config.output / "lmms_eval.log"):
+            get_task_dict([task], self.tasks.manager, "simple")
+
     def evaluate(self, variant: Variant, task: str) -> Cell:
         """Evaluate one cell through lmms-eval, with the settings that its command line would use."""
         from lmms_eval.evaluator import simple_evaluate

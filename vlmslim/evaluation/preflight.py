@@ -1,5 +1,6 @@
 """What a run refuses before it loads the checkpoint."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,7 @@ from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.engine.families import FAMILIES
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import ModelConfig
-from vlmslim.io import provenance
+from vlmslim.io import hub, provenance
 from vlmslim.io.messages import one_line
 from vlmslim.loading import check_checkpoint, located
 from vlmslim.registry import build
@@ -28,12 +29,16 @@ def describe_checkpoint(model: ModelConfig) -> dict:
     """
     from transformers import AutoConfig
 
+    asked: dict[str, Any] = {}
     try:
         check_checkpoint(model.pretrained)
         place = located(model.pretrained, revision=model.revision)
         name = check_checkpoint(place.checkpoint)
-        loaded = AutoConfig.from_pretrained(name, revision=place.revision, trust_remote_code=False)
+        asked = {} if os.path.isdir(name) else hub.how_to_ask()
+        loaded = AutoConfig.from_pretrained(name, revision=place.revision, trust_remote_code=False, **asked)
     except OSError as error:
+        if asked:
+            raise ConfigError(f"model.pretrained: {hub.hint(name)}") from error
         raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {one_line(error)}") from error

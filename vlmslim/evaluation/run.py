@@ -108,6 +108,7 @@ class _Run:
             for task in self.tasks
             if not self._is_finished(variant, stored[variant.label, task])
         ]
+        self._open(todo)
         self._begin()
         total = len(self.variants) * len(self.tasks)
         self.display.start(total, total - len(todo))
@@ -129,6 +130,29 @@ class _Run:
             with _refusing("model"):
                 self.harness.load()
             self._loaded = True
+
+    def _open(self, todo: list[tuple[Variant, str]]) -> None:
+        """Open what the unfinished cells will read, because an error should not come after hours of other cells.
+
+        Raises:
+            ConfigError: a method cannot be attached to the checkpoint, or the data of a task cannot be read.
+        """
+        if not todo:
+            return
+        self._load()
+        failures = []
+        for variant in dict.fromkeys(variant for variant, _ in todo):
+            try:
+                self.harness.check_method(variant)
+            except Exception as error:
+                failures.append(f"{variant.label}: {_said(error)}")
+        for task in dict.fromkeys(task for _, task in todo):
+            try:
+                self.harness.check_task(task)
+            except Exception as error:
+                failures.append(f"tasks: {task} cannot be opened: {_said(error)}")
+        if failures:
+            raise ConfigError("\n".join(failures))
 
     def _begin(self) -> None:
         """Write the plan. What was refused up to here has changed nothing, also where old results are to go."""
@@ -313,6 +337,12 @@ def _refusing(where: str) -> Iterator[None]:
         raise
     except (OSError, TypeError, ValueError) as error:  # TypeError: a class of model that cannot be patched
         raise ConfigError(f"{where}: {one_line(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error, and its class unless it is one that speaks to the user."""
+    known = isinstance(error, ImportError | OSError | ValueError)
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _as_written(stages: list[dict]) -> str:

@@ -18,6 +18,7 @@ from vlmslim.evaluation.store import check_file_names, digest
 from vlmslim.io import provenance
 from vlmslim.io.code import imports_of
 from vlmslim.io.messages import did_you_mean
+from vlmslim.io.yaml_files import read_yaml
 
 
 class Tasks:
@@ -35,9 +36,16 @@ class Tasks:
         from lmms_eval.tasks import TaskManager
 
         self.include_path = [vlmslim.tasks.path(), *map(str, config.include_path)]
-        self.manager = TaskManager("ERROR", include_path=self.include_path, include_defaults=False)
-        if not {task.task for task in config.tasks} <= set(self.manager.all_tasks):  # the full index takes 10 s or more
-            self.manager = TaskManager("ERROR", include_path=self.include_path)
+        _check_files(config.include_path)
+        try:
+            self.manager = TaskManager("ERROR", include_path=self.include_path, include_defaults=False)
+            if not {task.task for task in config.tasks} <= set(self.manager.all_tasks):  # the full index takes 10 s
+                self.manager = TaskManager("ERROR", include_path=self.include_path)
+        except Exception as error:  # a group without a name, a list as the name of a task, ...
+            folders = ", ".join(map(str, config.include_path))
+            raise ConfigError(
+                f"include_path: lmms-eval cannot read the tasks in {folders}: {type(error).__name__}: {error}"
+            ) from error
         leaves: dict[str, TaskConfig] = {}
         for task in config.tasks:
             for name in self.members(task.task):
@@ -57,6 +65,10 @@ class Tasks:
     def metrics(self, name: str) -> dict[str, bool]:
         """Return the metrics that a task reports, in its own order, and whether higher is better."""
         entries = _settings(self._file(name)).get("metric_list") or []
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("metric"), str) for entry in entries
+        ):
+            raise ConfigError(f"tasks: the metric_list of {name} is a list of entries such as {{metric: acc}}")
         return {entry["metric"].strip(): entry.get("higher_is_better", True) for entry in entries}
 
     def definition(self, name: str) -> dict[str, str]:
@@ -95,27 +107,75 @@ class Tasks:
 
 _TAG = "!"  # marks a value that had a tag in the YAML
 _FUNCTION = f"{_TAG}function "
+_MOST_FILES = 100  # that a task includes, each as often as it is included
 
 
 class _TaskLoader(yaml.SafeLoader):
     """Reads lmms-eval's YAML. lmms-eval's own reader would import the code that a task names, which may download."""
 
 
-_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: f"{_TAG}{suffix} {node.value}")
+def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> object:
+    """Read a value with a tag as text, or as a mapping from the tag to a list or a mapping."""
+    if isinstance(node, yaml.ScalarNode):
+        return f"{_TAG}{suffix} {node.value}"
+    if isinstance(node, yaml.SequenceNode):
+        return {f"{_TAG}{suffix}": loader.construct_sequence(node, deep=True)}
+    assert isinstance(node, yaml.MappingNode)
+    return {f"{_TAG}{suffix}": loader.construct_mapping(node, deep=True)}
+
+
+_TaskLoader.add_multi_constructor("!", _tagged)
+
+
+def _check_files(folders: Iterable[Path]) -> None:
+    """Read the YAML of the user's own tasks with bounds on its size, because lmms-eval reads it without.
+
+    Raises:
+        ConfigError: a folder is missing, or a file is no YAML, stands for too much, or includes itself.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"include_path: {folder} is no directory")
+        for place, _, names in os.walk(folder):
+            for name in sorted(names):
+                if name.endswith(".yaml"):
+                    _settings(Path(place, name))
 
 
 def _read(file: Path) -> tuple[dict, list[Path]]:
-    """Read the YAML of a task, and find the files that it includes, which lie beside it."""
-    data = yaml.load(file.read_text(encoding="utf-8"), _TaskLoader)
-    names = data.pop("include", [])
-    return data, [file.parent / name for name in ([names] if isinstance(names, str) else names)]
+    """Read the YAML of a task, and find the files that it includes, which lie beside it.
+
+    Raises:
+        ConfigError: the file cannot be read, or it is no mapping.
+    """
+    try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait forever
+            raise ValueError("is no file")
+        data = read_yaml(file, _TaskLoader)
+        if not isinstance(data, dict):
+            raise ValueError("is no mapping, such as {task: my_task}")
+        names = data.pop("include", [])
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
+            raise ValueError("includes something that is no name of a file")
+    except ValueError as error:
+        raise ConfigError(f"tasks: {file} {error}") from error
+    return data, [file.parent / name for name in names]
 
 
-def _settings(file: Path) -> dict:
-    """Return the settings of a task, with those that its YAML includes."""
+def _settings(file: Path, opened: list[Path] | None = None) -> dict:
+    """Return the settings of a task, with those that its YAML includes; `opened` collects the files.
+
+    Raises:
+        ConfigError: a file cannot be read, or too many are included, because one includes itself.
+    """
+    opened = [file] if opened is None else opened
+    if len(opened) > _MOST_FILES:
+        raise ConfigError(f"tasks: {opened[0]} includes more than {_MOST_FILES} files, or itself")
     data, included = _read(file)
     for other in included:
-        data = _settings(other) | data
+        opened.append(other)
+        data = _settings(other, opened) | data
     return data
 
 

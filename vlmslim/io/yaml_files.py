@@ -10,7 +10,7 @@ MOST_NODES = 20_000  # values, each alias counted as what it stands for
 DEEPEST = 50  # lists and mappings inside each other
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Reads YAML, and refuses a key that is given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -25,39 +25,45 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = StrictLoader) -> Any:
     """Read a YAML file.
+
+    Args:
+        path: of the file.
+        loader: reads it; by default one that knows no tags and refuses a key that is given twice.
 
     Raises:
         ValueError: what is wrong, as the end of a sentence that begins with the name of the file.
     """
     try:
-        if path.stat().st_size > LARGEST:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
             raise ValueError(f"is larger than {LARGEST >> 20} MiB, which no configuration is")
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start + 1})") from error
-    return parse_yaml(text)
+    return parse_yaml(text, loader)
 
 
-def parse_yaml(text: str) -> Any:
-    """Read a YAML text.
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = StrictLoader) -> Any:
+    """Read a YAML text as `read_yaml` reads a file.
 
     Raises:
         ValueError: it is no YAML, a key is given twice, or the text stands for more than it may.
     """
     try:
-        loader = _Loader(text)
+        reader = loader(text)
         try:
-            root = loader.get_single_node()
+            root = reader.get_single_node()
             if root is None:
                 return None
             _check_size(root)
-            return loader.construct_document(root)
+            return reader.construct_document(root)
         finally:
-            loader.dispose()
+            reader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from error
     except RecursionError:

@@ -311,5 +311,6 @@ def _facts(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
         "hardware": distinct("hardware"),
         "backends": sorted({f"{r['backend']} in {r['dtype']}" for r in receipts}),
         "timing": timing.get("settings", {}).get("timing"),
+        "timed_on": timing.get("hardware"),
         "cells": f"{len(cells)} of {len(config['rows']) * len(config['tasks'])}{redone}",
     }

@@ -126,11 +126,12 @@ def _times(board: Leaderboard) -> list[str]:
     timing = board.facts["timing"]
     if not timing:
         return []
+    machine = f", on {board.facts['timed_on']}" if board.facts.get("timed_on") else ""
     return [
         "TTFT is the time to first token, with image encoding and compression. Times are medians of "
         f"{timing['prompts']} prompts x {timing['repeats']} repetitions at batch size 1 with {timing['new_tokens']} "
-        "new tokens. All rows were timed interleaved, in one process. Parentheses hold the median ratio to the "
-        "unpatched model. Selection is the time that the method took for a prompt of the evaluation, at the "
+        f"new tokens. All rows were timed interleaved, in one process{machine}. Parentheses hold the median ratio to "
+        "the unpatched model. Selection is the time that the method took for a prompt of the evaluation, at the "
         "evaluation's batch size. KV cache is the size of a prompt's cache after prefill."
     ]
 

@@ -16,6 +16,7 @@ from vlmslim.leaderboard.rows import PROVENANCE, Cost, Row, Times
 from vlmslim.leaderboard.tables import Table, tables
 
 FORMATS = ("md", "csv", "json", "html")
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four in full width
 
 
 def render(board: Leaderboard, format: str, published: Published | None = None) -> str:
@@ -54,7 +55,7 @@ def _with_published(board: Leaderboard, published: Published | None) -> tuple[li
 
 def _markdown(board: Leaderboard, published: Published | None) -> str:
     built, remarks = _with_published(board, published)
-    parts = [f"# {_escaped(board.facts['model'])}", *map(_titled, built), *map(_escaped, remarks)]
+    parts = [f"# {_escaped(board.facts['model'])}", *map(_titled, built), *map(_paragraph, remarks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,9 +71,20 @@ def _titled(table: Table) -> str:
     return f"## {_escaped(table.title)}\n\n" + markdown_table(names, zip(*cells, strict=True))
 
 
+#: Marks of Markdown in a line: emphasis, code, cells, tags, links, bare addresses and entities.
+_MARKS = re.compile(
+    r"[\\|*`~]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|\](?=[(\[:])|:(?=//)|(?<=\bwww)\.|&(?=#?\w+;)|#(?=#*$)"
+)
+
+
 def _escaped(text: str) -> str:
     """Escape what Markdown would read as a mark: names of labels, tasks and models may hold anything."""
-    return re.sub(r"[\\|*`]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _paragraph(text: str) -> str:
+    """Escape a text that stands by itself, so that it begins no list and no heading."""
+    return re.sub(r"^(\d{0,9})(?=[-+>#=\[.)])", r"\1\\", _escaped(text))
 
 
 # ---------------------------------------------------------------------- CSV and JSON
@@ -105,16 +117,17 @@ def _groups(board: Leaderboard) -> set[str]:
 
 
 def _lines(lines: list[dict], header: list[str]) -> str:
+    """Write CSV: every cell of the header and of the lines, so that a spreadsheet runs none of them."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _harmless(value) for key, value in line.items()} for line in lines)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_harmless, header))
+    writer.writerows([_harmless(line[name]) for name in header] for line in lines)
     return text.getvalue()
 
 
 def _harmless(value: object) -> object:
-    """Put an apostrophe before text that a spreadsheet would run as a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """Put an apostrophe before text that a spreadsheet would run as a formula, also after blanks."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
 
 
 def _json(board: Leaderboard, published: Published | None) -> str:

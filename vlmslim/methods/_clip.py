@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim import bundled
+from vlmslim.io import hub
 
 #: the CLIP of LLaVA-1.5, and the width, depth, patch size and image size of its vision tower
 CLIP_OF_LLAVA = ("openai/clip-vit-large-patch14-336", (1024, 24, 14, 336))
@@ -163,8 +164,14 @@ def _load(name: str) -> ClipText:
 def _hf_clip(name: str) -> ClipText:
     from transformers import AutoTokenizer, CLIPModel
 
-    model = CLIPModel.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    asked = {} if Path(name).is_dir() else hub.how_to_ask()
+    try:
+        model = CLIPModel.from_pretrained(name, dtype=torch.float32, **asked)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **asked)
+    except OSError as error:
+        if asked:
+            raise OSError(f"clip={name!r}: {hub.hint(name)}") from error
+        raise
 
     def tokenize(text: str, length: int) -> list[int]:
         return tokenizer(text, truncation=True, max_length=length)["input_ids"]

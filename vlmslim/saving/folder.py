@@ -28,6 +28,7 @@ from torch import nn
 import vlmslim
 from vlmslim import bundled
 from vlmslim.compressor import Compressor
+from vlmslim.io import hub
 from vlmslim.io.files import atomically, check_writable, write_atomically
 from vlmslim.registry import address_of, file_of, method_class, method_names, name_of, options_of
 from vlmslim.saving import backbone
@@ -175,6 +176,7 @@ def _from_hub(name: str, revision: str | None) -> Path | None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None
     quiet = {"_raise_exceptions_for_" + k: False for k in ("gated_repo", "missing_entries", "connection_errors")}
+    quiet |= hub.how_to_ask()
     found = cached_file(name, CONFIG, revision=revision, **quiet)
     if found is None:
         return None
