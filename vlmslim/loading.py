@@ -184,7 +184,9 @@ def load_model(
     check_dtype(dtype)
     check_device(device)
     check_attention(attention)
-    how = {"dtype": dtype, "device_map": device_map, "attn_implementation": attention}
+    how: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "attn_implementation": attention}
+    if not os.path.isdir(place.checkpoint) and (asked := hub.how_to_ask()):
+        how["adapter_kwargs"] = asked  # because transformers looks for adapters on the hub all the same
     model = _loaded(AutoModelForImageTextToText, place, trust_remote_code, **how)
     if device is not None and device_map is None:
         model = model.to(device)

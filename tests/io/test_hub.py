@@ -52,7 +52,7 @@ def test_a_hub_id_without_a_network_says_what_to_do_at_once(no_network, monkeypa
     monkeypatch.setattr(time, "sleep", waited.append)  # the hub's client would wait between its attempts
     with pytest.raises(kind, match="nobody/nothing is not on this machine, and .* does not answer: give the folder"):
         ask("nobody/nothing")
-    assert sum(waited) < 1 and len(no_network) <= 1
+    assert sum(waited) < 1 and len(no_network) <= 2  # our question, and one that the hub's client asks by itself
 
 
 def test_a_name_server_that_never_answers_is_not_waited_for(no_network, monkeypatch):

@@ -18,7 +18,7 @@ from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
 from vlmslim.evaluation.progress import Display
-from vlmslim.evaluation.store import Store, digest, timing_key
+from vlmslim.evaluation.store import Store, digest, reading, timing_key
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io import provenance
 from vlmslim.io.code import outside_files
@@ -93,21 +93,24 @@ class _Run:
             "tasks": [task.model_dump() for task in self.harness.tasks.leaves],
             "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
         }
-        self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
+        with reading(store.directory):
+            self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
         self._check_counts(checkpoint.get("visual_tokens"))
         self._solutions: dict[str, dict] = {}
         self._loaded = False
 
     def complete(self) -> Leaderboard:
         """Solve budgets, evaluate and time what is missing, and write the leaderboard."""
-        stored = {(v.label, task): self._stored_cell(v, task) for v in self.variants for task in self.tasks}
+        with reading(self.store.directory):
+            stored = {(v.label, task): self._stored_cell(v, task) for v in self.variants for task in self.tasks}
         self.variants = self._solved()
-        todo = [
-            (variant, task)
-            for variant in self.variants
-            for task in self.tasks
-            if not self._is_finished(variant, stored[variant.label, task])
-        ]
+        with reading(self.store.directory):
+            todo = [
+                (variant, task)
+                for variant in self.variants
+                for task in self.tasks
+                if not self._is_finished(variant, stored[variant.label, task])
+            ]
         self._open(todo)
         self._begin()
         total = len(self.variants) * len(self.tasks)
@@ -185,8 +188,9 @@ class _Run:
     def _solved(self) -> list[Variant]:
         """Return the rows with every cost solved. Solutions are kept: a task that is added changes no method."""
         known = None if self.fresh else self.store.solutions
-        if known is not None and known["config_hash"] == self.hash:
-            self._solutions = known["rows"]
+        if known is not None and known.get("config_hash") == self.hash:
+            with reading(self.store.directory):
+                self._solutions = dict(known["rows"])
         rows, failures = [], []
         for variant in self.variants:
             if variant.unsolved:
@@ -309,7 +313,7 @@ class _Run:
             "rows": [timing_key(variant.label, self.inputs.made_with(variant)) for variant in self.variants],
         }
         before = self.store.timing
-        if before is not None and before["settings"] == settings:
+        if before is not None and before.get("settings") == settings:
             return
         self._load()
         self.display.message(

@@ -11,12 +11,13 @@ leaderboard.{md,csv,json,html}
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.files import check_writable, write_atomically
+from vlmslim.io.messages import one_line
 from vlmslim.options import shown
 
 LONGEST = 200  # bytes of a label or a task; file systems allow 255 for a name with its ending
@@ -85,6 +86,24 @@ def _unsealed(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
         return None
     return record if seal == digest(record) else None
+
+
+@contextmanager
+def reading(directory: Path | str) -> Iterator[None]:
+    """Turn the error over a record of another form than vlmslim writes into a sentence; its seal may be right.
+
+    Raises:
+        ConfigError: the message names the directory and says how to continue.
+    """
+    try:
+        yield
+    except (ConfigError, OSError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{directory} holds a record of another form than vlmslim writes ({type(error).__name__}: "
+            f"{one_line(error)}); use another --output directory, or start over with --fresh"
+        ) from error
 
 
 class Store:

@@ -14,6 +14,7 @@ class StrictLoader(yaml.SafeLoader):
     """Reads YAML, and refuses a key that is given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Build a mapping, without a key that is given twice."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

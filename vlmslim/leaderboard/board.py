@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.errors import ConfigError
-from vlmslim.evaluation.store import Store, digest
+from vlmslim.evaluation.store import Store, digest, reading
 from vlmslim.leaderboard.comparison import Comparison, Stability, compare
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.samples import read_task, source_of
@@ -45,8 +45,14 @@ class Leaderboard:
         """Read what `vlmslim run` has written so far.
 
         Raises:
-            ConfigError: the directory holds no run, or cells that cannot be compared with each other.
+            ConfigError: the directory holds no run, cells that cannot be compared with each other, or records of
+                another form than `vlmslim run` writes.
         """
+        with reading(directory):
+            return cls._read(directory)
+
+    @classmethod
+    def _read(cls, directory: Path | str) -> "Leaderboard":
         store, run = _open(directory)
         config = run["config"]
         grid = [(row["label"], task["task"]) for row in config["rows"] for task in config["tasks"]]
