@@ -374,7 +374,8 @@ class Saved(Attack):
             if path == self.weights and path.read_bytes() != self.before[path]:
                 raise Bad("accepted", "weights that are not those that were saved")
             (stage,) = saved.methods if saved is not None else [{}]
-            wrong = {k: v for k, v in stage.items() if k != "method" and not same(options.get(k), v)}
+            taken = json.loads(json.dumps(options, default=str))  # JSON has no tuples
+            wrong = {k: v for k, v in stage.items() if k != "method" and not same(taken.get(k), v)}
             if wrong:
                 raise Bad("accepted", f"options {wrong} became {options}")
         finally:
@@ -657,9 +658,9 @@ def main() -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             counts[kind], bad = attack(kind, given.seed, given.tries, given.first)
         found += bad
+        for each in bad:
+            print(f"{each.outcome}: {each.kind} {each.number}: {each.why}")
         print(f"{kind}: {dict(counts[kind])}, {time.process_time() - started:.0f} s", flush=True)
-    for each in found:
-        print(f"{each.outcome}: {each.kind} {each.number}: {each.why}")
     print(f"\n{table(counts)}")
     if given.only == list(ATTACKS) and given.tries is None:
         write_page(table(counts), given.seed)

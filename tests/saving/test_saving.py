@@ -313,6 +313,16 @@ def test_every_damage_to_the_configuration_is_a_sentence(spoil, says, tmp_path):
         vlmslim.patch(tiny("llava"), tmp_path)
 
 
+def test_a_damaged_signature_is_a_sentence(tmp_path):
+    saved_flex(tmp_path)
+    path = tmp_path / "vlmslim.json"
+    config = json.loads(path.read_text())
+    config["base"]["signature"]["projector.bias"].pop()
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the signature of its backbone is damaged"):
+        vlmslim.patch(tiny("llava"), tmp_path)
+
+
 def test_weights_of_another_method_are_refused(tmp_path):
     with vlmslim.patch(tiny("llava"), "divprune", keep=4) as slim:
         slim.save_pretrained(tmp_path)

@@ -1,5 +1,10 @@
 """Evaluation through lmms-eval. Importing this package loads neither lmms-eval nor torch."""
 
+import os
+
+# Read when `datasets` is imported: without it, even data that are on this machine are counted on a server.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+
 
 def manifest() -> list:
     """Return what the entry point `lmms_eval.models` gives to lmms-eval: the models `vlmslim` and `vlmslim_chat`.

@@ -49,6 +49,8 @@ def check(part: str, base: dict[str, Any], model: Any) -> None:
     if not (signed := base.get("signature")):
         return
     ours = signature(model)
+    if any(len(values) != SAMPLES for values in signed.values()):
+        raise ValueError(f"{part}: the signature of its backbone is damaged, because it has not {SAMPLES} values each")
     distances = {k: _distance(signed[k], ours[k]) for k in signed.keys() & ours.keys()}
     if not distances:
         warnings.warn(
