@@ -178,7 +178,7 @@ class Attack:
 class Options(Attack):
     """Values of a wrong type or out of range, for any option of any method, patched onto a model."""
 
-    title, tries = "options of methods", 3600
+    title, tries = "options of methods", 5000
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -245,7 +245,7 @@ CONFIG = {
 class Yaml(Attack):
     """Configurations of `vlmslim run`: wrong values, unknown keys, anchors, depth, encodings, damaged text."""
 
-    title, tries = "configurations", 3200
+    title, tries = "configurations", 1500
 
     def strike(self, rng: random.Random) -> None:
         """Read a spoilt configuration; what is accepted must hold the values of the file, unchanged."""
@@ -287,7 +287,7 @@ def leaves(data: Any) -> Iterator[Any]:
 class Results(Attack):
     """The files of a finished run: bytes flipped, files cut and exchanged, values replaced under a correct seal."""
 
-    title, tries = "files of a run", 1200
+    title, tries = "files of a run", 800
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -346,7 +346,7 @@ def small(output: Path) -> dict:
 class Saved(Attack):
     """Saved patches: damaged JSON and weights; and folders in which the user has files of their own."""
 
-    title, tries = "saved patches", 1500
+    title, tries = "saved patches", 2500
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -404,7 +404,7 @@ class Saved(Attack):
 class Command(Attack):
     """The command line: wrong options, missing and doubled arguments, odd names, damaged configurations."""
 
-    title, tries = "command line", 1200
+    title, tries = "command line", 400
 
     def __init__(self, folder: Path):
         super().__init__(folder)
