@@ -12,7 +12,7 @@ from vlmslim.evaluation.preflight import describe_checkpoint
 from vlmslim.evaluation.schema import ModelConfig
 from vlmslim.io import hub
 from vlmslim.loading import load
-from vlmslim.methods.recoverable.clip import load_clip
+from vlmslim.methods._clip import load_clip
 
 
 @pytest.fixture
