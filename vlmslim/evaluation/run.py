@@ -345,6 +345,9 @@ def _refusing(where: str) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     """Return the message of an error, and its class unless it is one that speaks to the user."""
+    attempt = getattr(error, "last_attempt", None)  # lmms-eval opens data several times; the last error has the reason
+    if attempt is not None and isinstance(attempt.exception(), Exception):
+        error = attempt.exception()
     known = isinstance(error, ImportError | OSError | ValueError)
     return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
