@@ -26,6 +26,7 @@ from lmms_fixtures import (  # noqa: E402
     stock_answers,
     video,
 )
+from loguru import logger  # noqa: E402
 
 from vlmslim.evaluation.conversation import Prompt, Prompter, read_frames, user_message  # noqa: E402
 from vlmslim.evaluation.generation import generation_options  # noqa: E402
@@ -427,6 +428,17 @@ def test_a_run_leaves_a_receipt_and_an_unpatched_model(make, evaluate):
     assert not hasattr(lm, "model")  # lmms-eval lets go of it ...
     again = VlmSlim(model, processor=lm.processor, method="divprune", keep=2)  # ... and it can be used again
     assert again.model is model and "DivPrune" in again.receipt["method"]
+
+
+def test_answers_of_the_cache_bring_no_receipt(make):
+    """A rerun with lmms-eval's `--use_cache` asks the model nothing; zeros would look like a result."""
+    model, lines = make(method="divprune", keep=4), []
+    sink = logger.add(lines.append, format="{message}")
+    assert model.generate_until([]) == []
+    model.clean()
+    logger.remove(sink)
+    assert any("came from lmms-eval's cache" in line for line in lines)
+    assert not any(line.startswith("receipt:") for line in lines)
 
 
 def test_multiple_choice_takes_the_likeliest_choice(make, evaluate):

@@ -154,9 +154,15 @@ class VlmSlim(lmms):
             self._receipt = Receipt.pooled(gather_object([slim.receipt])).summary()
             # `log_metrics` is how a model's numbers get into the results file, as its section "throughput".
             numbers = {k: v for k, v in self._receipt.items() if isinstance(v, int | float)}
+            if not self._batches_begun:  # answers of `--use_cache`: a receipt of zeros would look like a result
+                numbers = {}
             log_metrics(self._seconds, self._new_tokens, self._new_tokens / max(self._seconds, 1e-9), numbers)
         super().clean()
-        if slim is not None and self.rank == 0:
+        if slim is not None and self.rank == 0 and not self._batches_begun:
+            logger.warning(
+                "the model was not asked anything: the answers came from lmms-eval's cache, so there is no receipt"
+            )
+        elif slim is not None and self.rank == 0:
             logger.info("receipt: {}", json.dumps(self._receipt))
             for line in abstentions([self._receipt]):
                 logger.warning("{}", line)
@@ -200,6 +206,8 @@ class VlmSlim(lmms):
         self, queries: Sequence[Query], work: Callable[[Sequence[Query], Sequence[Prompt]], list[_Result]]
     ) -> list[_Result]:
         """Return results in the order of `queries`. The longest go first, so that too large a batch fails at once."""
+        if not queries:  # lmms-eval's cache has all the answers
+            return []
         self._batches_begun += 1
         groups = defaultdict(list)
         for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
