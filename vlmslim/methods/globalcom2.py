@@ -108,9 +108,7 @@ class GlobalCom2(Compressor):
         """Score each patch within its own view: (n,) fp32, meaningless at newlines."""
         if self.score == "distance" or image.video:
             return unlikeness(image.features, image.grid[:, 0])
-        maps = {"logit": cls_logits, "softmax": cls_attention}[self.score](*image.qk(-1))
-        crop, row, column = image.grid.clamp(min=0).unbind(1)
-        return maps[crop, row * image.side + column]
+        return image.at_tokens({"logit": cls_logits, "softmax": cls_attention}[self.score](*image.qk(-1)))
 
     def _corrected(self, image: ImageTokens, grid: Tensor, score: Tensor, k: int) -> Tensor:
         """Return the k tokens to keep, ascending."""
@@ -121,7 +119,7 @@ class GlobalCom2(Compressor):
             global_score = unlikeness(image.features, image.grid[:, 0].clamp(max=0)).cpu().double()[patch]
             total = torch.zeros(int(view.max()) + 1, dtype=score.dtype).index_add(0, view, global_score)
             weight, score = crop_weights(total, self.temperature), combined_score(score, global_score, view)
-        elif (view > 0).any():
+        elif image.tiles[1] and (view > 0).any():
             weight, score = self._led_by_thumbnail(image, view, score, lines=int((grid[:, 0] < 0).sum()))
         order = patch[merge_rankings_by_quota(score, view, weight)]
         return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
