@@ -161,6 +161,7 @@ class TOPS(TOPSEntrance):
     raters: str = "above_mean"
 
     def __post_init__(self) -> None:
+        self.layer, self.parts = tuple(self.layer), tuple(self.parts)
         self.stages()  # each stage checks its options
 
     def stages(self) -> list[Compressor]:
