@@ -1,0 +1,99 @@
+"""downsample: the picture shrunk until it makes as many tokens; what every selection of tokens has to beat."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.engine.families import check_patches, has_cls, tower
+from vlmslim.ops.budgets import share_out
+
+
+@dataclass
+class DownSample(Compressor):
+    """Shrink the picture, and encode it anew with the model's own vision tower and projector.
+
+    Each crop or frame is shrunk to a grid of patches as square as its picture, with its part of the budget; padding is
+    cut off first. The position embeddings of the tower are interpolated. If the grid has more patches than the budget,
+    evenly spaced ones are left out. Newlines of tiles are gone, and tokens get renumbered rotary positions. The cost is
+    one more, smaller pass of the tower.
+
+    A question that this baseline answers does not need the tokens that a method chooses.
+
+    keep : visual tokens to send per image, a count or a share
+    """
+
+    keep: Keep
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def setup(self, model: Any) -> None:
+        """Find the tower, and the layers whose features the projector reads.
+
+        Raises:
+            TypeError: tokens are not single patches, or the tower takes pictures of one size only.
+        """
+        check_patches(model.model, "DownSample")
+        self.tower, config = tower(model.model), model.config
+        if "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
+            raise TypeError(
+                f"DownSample shrinks pictures, and {type(self.tower).__name__} takes pictures of one size only: "
+                "vlmslim cannot recompute it for another; use another method"
+            )
+        layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
+        self.feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        full = getattr(config, "vision_feature_select_strategy", "default") == "full"
+        self.skip = int(has_cls(model.model) and not full)
+        self.patch = config.vision_config.patch_size
+
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Encode every crop at its budget."""
+        n, device = len(image.features), image.features.device
+        k, grid = resolve_keep(self.keep, n), image.grid.cpu()
+        placed = (grid >= 0).all(1)
+        patches, others = placed.nonzero()[:, 0], (~placed).nonzero()[:, 0]
+        if k >= len(patches):  # nothing to shrink
+            index = torch.cat([patches, others[: k - len(patches)]]).sort().values
+            return image.pick(index.to(device))
+        sizes = grid[patches, 0].bincount(minlength=len(image.pixels)).tolist()
+        shrunk = [
+            self.encode(image, crop, grid[grid[:, 0] == crop], budget)
+            for crop, budget in enumerate(share_out(k, sizes))
+            if budget
+        ]
+        return Compressed(torch.cat(shrunk).to(image.features))
+
+    @torch.no_grad()
+    def encode(self, image: ImageTokens, crop: int, places: Tensor, k: int) -> Tensor:
+        """Encode one crop as k tokens (k, d), of the part of it in which its tokens (m, 3) stand."""
+        side = image.side
+        if image.video:  # pooled after the tower, so that fewer tokens stand on the frame
+            side = int(places[:, 1].max()) + 1
+        (_, top, left), (_, bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
+        height, width = image.pixels.shape[-2:]
+        rows, columns = shape_of(k, bottom + 1 - top, right + 1 - left)
+        part = image.pixels[
+            crop : crop + 1,
+            :,
+            top * height // side : (bottom + 1) * height // side,
+            left * width // side : (right + 1) * width // side,
+        ]
+        size = (rows * self.patch, columns * self.patch)
+        small = F.interpolate(part.float(), size, mode="bicubic", antialias=True).to(image.pixels)
+        output = self.tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
+        features = torch.cat([output.hidden_states[layer] for layer in self.feature_layers], dim=-1)
+        features = features[:, -(rows * columns) :] if self.skip else features
+        kept = torch.arange(k, device=features.device) * features.shape[1] // k
+        return image.project(features[:, kept])[0]
+
+
+def shape_of(k: int, rows: int, columns: int) -> tuple[int, int]:
+    """Return the rows and columns of a grid of at least k points, about as square as rows x columns, and within it."""
+    height = min(rows, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
+    width = -(-k // height)
+    return -(-k // width), width
