@@ -192,6 +192,9 @@ class ImageTokens:
         def all_of(name: str) -> Tensor:
             return torch.cat([getattr(view, name) for view in views])
 
+        def heads(layer: int, part: int) -> Tensor:
+            return torch.cat([view.recorded_heads[layer][part] for view in views]).roll(1, 0)
+
         tower, pixels = all_of("tower").roll(1, 0), all_of("pixels").roll(1, 0)  # crop 0 is the thumbnail
         layers = {
             i: (layer, torch.cat([view.recorded_layers[i][1] for view in views]).roll(1, 0))
@@ -204,12 +207,7 @@ class ImageTokens:
             pixels=pixels,
             make_grid=make_grid,
             recorded_layers=layers,
-            recorded_heads={
-                i: tuple(
-                    torch.cat(part).roll(1, 0) for part in zip(*(view.recorded_heads[i] for view in views), strict=True)
-                )
-                for i in views[0].recorded_heads
-            },
+            recorded_heads={i: (heads(i, 0), heads(i, 1)) for i in views[0].recorded_heads},
         )
 
     @property

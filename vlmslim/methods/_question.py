@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmslim.io import hub
 from vlmslim.options import shown
 
 # A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
@@ -44,7 +45,7 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
     """Return a tokenizer: itself, the one of that name, or that of the checkpoint if it is None.
 
     Raises:
-        ValueError: the checkpoint's name is not known.
+        ValueError: the checkpoint's name is not known, or there is no tokenizer of that name.
     """
     if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
         return tokenizer
@@ -53,7 +54,11 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
     name = tokenizer or model.config._name_or_path
     if not name:
         raise ValueError("this model does not tell where it was loaded from; give tokenizer=HUB_ID_OR_FOLDER")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    asked = {} if os.path.isdir(name) else hub.how_to_ask()
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **asked)
+    except OSError as error:
+        raise ValueError(hub.hint(str(name)) or f"tokenizer={shown(str(name))} could not be loaded: {error}") from error
 
 
 def read_prompt(prompt: Tensor, tokenizer: Any, source: str, turn: str | None = None) -> str:

@@ -273,7 +273,8 @@ def _save_base(model: Any, folder: Path, processor: Any) -> dict[str, Any]:
 
     if processor is None:
         try:
-            processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False)
+            asked = {} if Path(model.name_or_path).is_dir() else hub.how_to_ask()
+            processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False, **asked)
         except (OSError, ValueError) as error:
             raise ValueError("the model does not know its processor: give processor=...") from error
     name = f"{BASE}-{secrets.token_hex(8)}" if os.path.lexists(folder / BASE) else BASE
