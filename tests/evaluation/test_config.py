@@ -43,6 +43,9 @@ def test_random_and_uniform_are_in_unless_told_otherwise(load):
     assert labels(load(yaml.safe_dump(config))) == ["none", *rows, "divprune-64", "divprune-0.1"]
     assert labels(load({"baselines": False})) == ["none", "divprune-64", "divprune-0.1"]
     assert labels(load({"baselines": []})) == ["none", "divprune-64", "divprune-0.1"]
+    for number in (0, 0.0, 1, True):
+        with pytest.raises(ConfigError, match="a list of methods, or false"):
+            load({"baselines": number})
 
 
 def test_the_unpatched_model_comes_first_and_once(load):

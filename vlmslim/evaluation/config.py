@@ -44,6 +44,13 @@ class RunConfig(Strict):
     include_path: list[Path] = []
     timing: TimingConfig | None = TimingConfig()
 
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _no_number(cls, baselines: Any) -> Any:
+        if isinstance(baselines, int | float) and baselines is not False:  # 0 and 0.0 equal False
+            raise ValueError("give a list of methods, or false for none")
+        return baselines
+
     @field_validator("tasks")
     @classmethod
     def _once(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
