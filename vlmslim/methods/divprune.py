@@ -65,8 +65,6 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     """
     unit = F.normalize(x, dim=-1)
     closeness = similarity_matrix(unit.reshape(-1, *x.shape[-2:])).sub_(1)  # minus the distance
-    diagonal = closeness.diagonal(dim1=1, dim2=2)
-    diagonal.fill_(-float("inf"))
+    closeness.diagonal(dim1=1, dim2=2).fill_(-float("inf"))  # a token is not its own neighbour
     first = closeness.amax(2).argmin(1)
-    diagonal.fill_(float("inf"))
     return farthest_greedy(rows_of(closeness), first, k, torch.maximum).view(*x.shape[:-2], k)
