@@ -1,17 +1,25 @@
-"""Checkpoints by name: find one, refuse what cannot be loaded, load it."""
+"""Checkpoints by name: find one, refuse what cannot be loaded, load it.
+
+Checkpoints in the format of LLaVA's authors are loaded without conversion; `vlmslim.originals` knows how.
+"""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmslim import bundled
 from vlmslim.io import hub
 from vlmslim.io.messages import did_you_mean, one_line
+from vlmslim.originals import checkpoint as originals
+from vlmslim.originals import weights
+from vlmslim.originals.processor import processor_of, tokenizer_of
 from vlmslim.patching import Slim, patch
 from vlmslim.registry import Spec, build
 from vlmslim.saving.folder import CONFIG, read
@@ -48,7 +56,8 @@ def from_pretrained(
     """Load a checkpoint and patch it, in one call.
 
     Args:
-        name: what `Slim.save_pretrained` wrote (a folder or a repository), `bundled/NAME`, or any LLaVA checkpoint.
+        name: what `Slim.save_pretrained` wrote (a folder or a repository), `bundled/NAME`, or any LLaVA checkpoint, in
+            the form of transformers or in that of LLaVA's authors.
         method: which method. The default is the saved method, or none for a checkpoint without a saved patch.
         base: where the checkpoint under a saved patch is now, if it has moved.
         dtype: of the model, as transformers takes it.
@@ -161,7 +170,7 @@ def load(
         attention=attention,
         trust_remote_code=trust_remote_code,
     )
-    processor = _loaded(AutoProcessor, place, trust_remote_code)
+    processor = load_processor(place, trust_remote_code=trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -184,23 +193,55 @@ def load_model(
     check_dtype(dtype)
     check_device(device)
     check_attention(attention)
+    _check_trust(trust_remote_code)
     how: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "attn_implementation": attention}
-    if not os.path.isdir(place.checkpoint) and (asked := hub.how_to_ask()):
-        how["adapter_kwargs"] = asked  # because transformers looks for adapters on the hub all the same
-    model = _loaded(AutoModelForImageTextToText, place, trust_remote_code, **how)
+    with _naming(place):
+        if original := originals.find(place.checkpoint, place.revision):
+            model = weights.load(original, tokenizer_of(original), **how)
+        else:
+            if asked := hub.how_to_load(place.checkpoint):
+                how["adapter_kwargs"] = asked  # because transformers looks for adapters on the hub all the same
+            how |= _hub(place, trust_remote_code)
+            model = AutoModelForImageTextToText.from_pretrained(place.checkpoint, **how)
     if device is not None and device_map is None:
         model = model.to(device)
     return model.eval()
 
 
-def _loaded(auto: Any, place: Located, trust_remote_code: bool, **how: Any) -> Any:
+def load_processor(place: Located, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Load the processor of a checkpoint, or make it for one in the authors' format, which has none."""
+    _check_trust(trust_remote_code)
+    with _naming(place):
+        if original := originals.find(place.checkpoint, place.revision):
+            return processor_of(original, tokenizer_of(original))
+        return AutoProcessor.from_pretrained(place.checkpoint, **_hub(place, trust_remote_code))
+
+
+def load_config(place: Located) -> Any:
+    """Load the configuration of a checkpoint, or make it for one in the authors' format."""
+    with _naming(place):
+        if original := originals.find(place.checkpoint, place.revision):
+            return original.config
+        return AutoConfig.from_pretrained(place.checkpoint, **_hub(place, False))
+
+
+def _hub(place: Located, trust_remote_code: bool) -> dict[str, Any]:
+    how = {"revision": place.revision or "main", "trust_remote_code": trust_remote_code}
+    return how | hub.how_to_load(place.checkpoint)
+
+
+def _check_trust(trust_remote_code: bool) -> None:
     if not isinstance(trust_remote_code, bool):
         raise ValueError(f"trust_remote_code={trust_remote_code!r}: give True or False")
-    how |= {"revision": place.revision or "main", "trust_remote_code": trust_remote_code}
-    is_remote = not os.path.isdir(place.checkpoint)
+
+
+@contextmanager
+def _naming(place: Located) -> Iterator[None]:
+    """Name the checkpoint in what goes wrong, and say it in one line."""
     try:
-        return auto.from_pretrained(place.checkpoint, **how, **(hub.how_to_ask() if is_remote else {}))
+        yield
     except (ImportError, OSError, ValueError) as error:
+        is_remote = not os.path.isdir(place.checkpoint)
         if is_remote and isinstance(error, OSError) and (hint := hub.hint(place.checkpoint)):
             raise OSError(hint) from error
         kind = next(kind for kind in (ImportError, OSError, ValueError) if isinstance(error, kind))

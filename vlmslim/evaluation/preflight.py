@@ -1,6 +1,5 @@
 """What a run refuses before it loads the checkpoint."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,9 +8,9 @@ from vlmslim.cost.flops import DecoderShape, tower_flops
 from vlmslim.engine.families import FAMILIES
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import ModelConfig
-from vlmslim.io import hub, provenance
+from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
-from vlmslim.loading import check_checkpoint, located
+from vlmslim.loading import check_checkpoint, load_config, located
 from vlmslim.registry import build
 
 CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # of vision towers that cut a picture into a grid
@@ -27,20 +26,12 @@ def describe_checkpoint(model: ModelConfig) -> dict:
     Raises:
         ConfigError: there is no such checkpoint, or it takes no pictures.
     """
-    from transformers import AutoConfig
-
-    asked: dict[str, Any] = {}
     try:
         check_checkpoint(model.pretrained)
         place = located(model.pretrained, revision=model.revision)
         name = check_checkpoint(place.checkpoint)
-        asked = {} if os.path.isdir(name) else hub.how_to_ask()
-        loaded = AutoConfig.from_pretrained(name, revision=place.revision, trust_remote_code=False, **asked)
-    except OSError as error:
-        if asked:
-            raise ConfigError(f"model.pretrained: {hub.hint(name)}") from error
-        raise ConfigError(f"model.pretrained: {model.pretrained} could not be loaded: {one_line(error)}") from error
-    except ValueError as error:
+        loaded = load_config(place)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {one_line(error)}") from error
     if loaded.model_type not in FAMILIES:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Whether the hub answers, asked once, because its client repeats every request for half a minute."""
 
+import os
 import threading
 import time
 from functools import lru_cache
@@ -18,6 +19,11 @@ def how_to_ask() -> dict[str, Any]:
     A checkpoint that was downloaded before loads at once without a network, and one that was not is refused at once.
     """
     return {"local_files_only": True} if is_unreachable() else {}
+
+
+def how_to_load(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return arguments for a function of transformers that loads `name`; none for a folder, which asks no hub."""
+    return {} if os.path.isdir(name) else how_to_ask()
 
 
 def is_unreachable() -> bool:

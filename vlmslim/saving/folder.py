@@ -269,18 +269,19 @@ def _describe(method: Compressor, trained: Collection[str], folder: Path) -> Sta
 
 def _save_base(model: Any, folder: Path, processor: Any) -> dict[str, Any]:
     """Write the unpatched checkpoint and its processor into a new folder; return what `schema.Base` records of it."""
-    from transformers import AutoProcessor
+    from vlmslim.loading import Located, load_processor  # which imports this file
 
     if processor is None:
         try:
-            asked = {} if Path(model.name_or_path).is_dir() else hub.how_to_ask()
-            processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=False, **asked)
+            processor = load_processor(Located(model.name_or_path, None, []))
         except (OSError, ValueError) as error:
             raise ValueError("the model does not know its processor: give processor=...") from error
     name = f"{BASE}-{secrets.token_hex(8)}" if os.path.lexists(folder / BASE) else BASE
     with tempfile.TemporaryDirectory(prefix=f".{BASE}.", suffix=".part", dir=folder) as part:
         fresh = Path(part) / BASE  # because the temporary folder itself is readable by its owner only
-        type(model).save_pretrained(model, fresh)  # the instance's own warns that the patch is not saved
+        # The instance's own warns that the patch is not saved. `save_original_format` would write back the names under
+        # which a checkpoint was loaded, which need not be those of transformers.
+        type(model).save_pretrained(model, fresh, save_original_format=False)
         processor.save_pretrained(fresh)
         files = sorted(path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file())
         fresh.rename(folder / name)
