@@ -208,16 +208,20 @@ def _check_parts(original: Original) -> None:
     if projector != "mlp2x_gelu":
         raise ValueError(f"{name} has the projector {projector!r}; transformers has mlp2x_gelu alone")
     if raw.get("mm_resampler_type") or raw.get("mm_spatial_pool_mode") == "conv":
-        raise ValueError(f"{name} has a resampler ({raw.get('mm_resampler_type')}), for which transformers has no class")
+        raise ValueError(
+            f"{name} has a resampler ({raw.get('mm_resampler_type')}), for which transformers has no class"
+        )
     if raw.get("mm_use_im_start_end"):
-        raise ValueError(f"{name} puts <im_start> and <im_end> around pictures, which the processors of transformers do not")
+        raise ValueError(
+            f"{name} puts <im_start> and <im_end> around pictures (mm_use_im_start_end); transformers does not"
+        )
     aspect, merge = original.aspect, raw.get("mm_patch_merge_type", "flat")
     if aspect not in ("square", "pad", "anyres") and not re.fullmatch(r"anyres_max_\d+", aspect):
-        raise ValueError(f"{name} has image_aspect_ratio={aspect!r}; vlmslim knows square, pad, anyres and anyres_max_N")
-    if aspect.startswith("anyres") and merge != "spatial_unpad":
         raise ValueError(
-            f"{name} joins the tiles of a picture by mm_patch_merge_type={merge!r}; transformers has spatial_unpad alone"
+            f"{name} has image_aspect_ratio={aspect!r}; vlmslim knows square, pad, anyres and anyres_max_N"
         )
+    if aspect.startswith("anyres") and merge != "spatial_unpad":
+        raise ValueError(f"{name} joins tiles by mm_patch_merge_type={merge!r}; transformers has spatial_unpad alone")
 
 
 def pinpoints(given: Any, side: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """The processor that a checkpoint in the authors' format lacks: pictures, tokenizer and chat template."""
 
+from contextlib import suppress
 from typing import Any
 
 import transformers
@@ -90,8 +91,6 @@ def _statistics(original: Original, has_cls: bool) -> tuple[list[float], list[fl
     mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if has_cls else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
     own: dict[str, Any] = {}
     if original.tower_name.rstrip("/").rpartition("/")[2] not in TOWERS:
-        try:
+        with suppress(OSError, ValueError):  # a tower alone, without a processor of its own
             own, _ = ImageProcessingMixin.get_image_processor_dict(original.tower_name)
-        except (OSError, ValueError):
-            pass  # a tower alone, without a processor of its own
     return list(own.get("image_mean", mean)), list(own.get("image_std", std))

@@ -80,7 +80,9 @@ def _complete(model: Any, original: Original, missing: set[str], unexpected: set
     """
     no_place = sorted(key for key in unexpected if not _UNREAD.search(key))
     if no_place:
-        raise ValueError(f"{original.checkpoint} holds {_listed(no_place)}, for which {type(model).__name__} has no place")
+        raise ValueError(
+            f"{original.checkpoint} holds {_listed(no_place)}, for which {type(model).__name__} has no place"
+        )
     tower = {name for name in model.state_dict() if name.startswith(TOWER)}
     if others := sorted(missing - tower):
         raise ValueError(f"{original.checkpoint} lacks {_listed(others)}, which would stay random: is a file missing?")
