@@ -331,6 +331,23 @@ def doctor(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A folder or a hub id, in the format of LLaVA's authors.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Write a checkpoint of LLaVA's authors in the form of transformers, for other tools; vlmslim needs no conversion."""
+    _quiet_transformers()
+    from vlmslim.originals.convert import convert
+
+    with _mistakes_in_one_line():
+        convert(source, folder, revision=revision)
+    typer.echo(f"{folder} holds {source} in the form of transformers")
+
+
+@app.command()
 def methods(
     name: Annotated[
         str | None, typer.Argument(help="One method, such as fastv or path/to/file.py:Class: all about it.")
