@@ -338,7 +338,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """Write a checkpoint of LLaVA's authors in the form of transformers, for other tools; vlmslim needs no conversion."""
+    """Write a checkpoint of LLaVA's authors in the form of transformers, for other tools. vlmslim needs none."""
     _quiet_transformers()
     from vlmslim.originals.convert import convert
 
