@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from vlmslim.io import hub
 from vlmslim.io.messages import one_line
 
 _QUIET = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
@@ -136,7 +137,7 @@ class Original:
             config = kind(**sizes)
         else:
             try:
-                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub.how_to_load(name))
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"{self.checkpoint} has the vision tower {name!r}, which is no folder here, not on the hub and "
@@ -157,7 +158,8 @@ class Original:
         """Tell whether the checkpoint has a file."""
         if Path(self.checkpoint).is_dir():
             return (Path(self.checkpoint) / file).is_file()
-        return cached_file(self.checkpoint, file, revision=self.revision, **_QUIET) is not None
+        how = _QUIET | hub.how_to_load(self.checkpoint)
+        return cached_file(self.checkpoint, file, revision=self.revision, **how) is not None
 
 
 def find(checkpoint: str, revision: str | None = None) -> Original | None:
@@ -167,7 +169,8 @@ def find(checkpoint: str, revision: str | None = None) -> Original | None:
         ValueError: the checkpoint is not whole: adapters of a LoRA, or a projector alone.
     """
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision or "main")
+        how = {"revision": revision or "main"} | hub.how_to_load(checkpoint)
+        raw, _ = PreTrainedConfig.get_config_dict(checkpoint, **how)
     except (OSError, ValueError):
         return None  # the loaders of transformers say better what is wrong
     if "vision_config" in raw or not raw.keys() & {"mm_vision_tower", "mm_projector_type"}:

@@ -14,6 +14,7 @@ from transformers.image_utils import (
 )
 from transformers.tokenization_utils_base import AddedToken
 
+from vlmslim.io import hub
 from vlmslim.originals.checkpoint import TOWERS, Original
 from vlmslim.originals.templates import conversation, conversation_of
 
@@ -26,9 +27,8 @@ def tokenizer_of(original: Original) -> Any:
     The authors' code cuts a prompt at its pictures and reads each part as a text of its own. So a tokenizer of
     SentencePiece's kind, which marks the beginning of a text, marks the beginning of each part.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        original.checkpoint, revision=original.revision or "main", trust_remote_code=False
-    )
+    how = {"revision": original.revision or "main", "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(original.checkpoint, **how, **hub.how_to_load(original.checkpoint))
     names = [IMAGE, VIDEO] if original.kind is LlavaOnevisionConfig else [IMAGE]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     _mark_parts(tokenizer)
@@ -92,5 +92,7 @@ def _statistics(original: Original, has_cls: bool) -> tuple[list[float], list[fl
     own: dict[str, Any] = {}
     if original.tower_name.rstrip("/").rpartition("/")[2] not in TOWERS:
         with suppress(OSError, ValueError):  # a tower alone, without a processor of its own
-            own, _ = ImageProcessingMixin.get_image_processor_dict(original.tower_name)
+            own, _ = ImageProcessingMixin.get_image_processor_dict(
+                original.tower_name, **hub.how_to_load(original.tower_name)
+            )
     return list(own.get("image_mean", mean)), list(own.get("image_std", std))

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from vlmslim.io import hub
 from vlmslim.io.messages import one_line
 from vlmslim.originals.checkpoint import Original
 from vlmslim.originals.processor import IMAGE, VIDEO
@@ -44,6 +45,7 @@ def load(original: Original, tokenizer: Any, **how: Any) -> Any:
         revision=original.revision or "main",
         output_loading_info=True,
         **how,
+        **hub.how_to_load(original.checkpoint),
     )
     # The record of renamed keys goes, because `save_pretrained` would write the authors' names back, beside a
     # configuration of transformers: a folder that loads with random weights.
@@ -99,8 +101,9 @@ def _load_tower(tower: nn.Module, original: Original) -> None:
     """Copy the weights of the tower that the checkpoint names."""
     name = original.tower_name
     kind: Any = type(tower)
+    how = {"dtype": "auto", "output_loading_info": True} | hub.how_to_load(name)
     try:
-        own, info = kind.from_pretrained(name, config=tower.config, dtype="auto", output_loading_info=True)
+        own, info = kind.from_pretrained(name, config=tower.config, **how)
     except (ImportError, OSError, ValueError) as error:
         raise ValueError(
             f"{original.checkpoint} holds no vision tower, because it was frozen, and {name} could not be loaded: "
