@@ -192,6 +192,8 @@ def laughs(depth):
         ({"model": {"pretrained": "x", "dtype": "int8"}}, "model.dtype: Input should be 'auto'"),
         ({"model": {}}, "model.pretrained: Field required"),
         ({"tasks": []}, "tasks: List should have at least 1 item"),
+        ({"model": {"pretrained": "x", "protocol": "paper"}}, "model.protocol: Input should be 'original' or 'hf'"),
+        ({"model": {"pretrained": "x", "conversation": "vicuna"}}, "Did you mean 'vicuna_v1'?"),
         ({"tasks": [{"task": "a", "metrics": "b"}]}, "tasks.0: unknown key 'metrics'. Did you mean 'metric'?"),
         ({"timing": {"repeat": 3}}, "timing: unknown key 'repeat'. Did you mean 'repeats'?"),
         ({"methods": ["divprun"]}, "unknown method 'divprun'. Did you mean 'divprune'?"),

@@ -199,6 +199,18 @@ def test_the_system_prompt_comes_first(make, tmp_path):
         assert rendered.text == "SYSTEM: Be brief. USER: Why? ASSISTANT:"
 
 
+def test_the_protocol_of_the_papers(folder):
+    lm = VlmSlim(checkpoint("llava", folder), protocol="original")
+    assert lm.protocol == {"protocol": "original", "image_aspect_ratio": "pad", "conversation": "vicuna_v1"}
+    lm.task_dict = {"quiz": {"test": [{"id": i} for i in range(12)]}}
+    asked = lm.prompter.render(user_message("Why?", [picture(0)]))
+    assert asked.text.endswith("the user's questions. USER: <image>\nWhy? ASSISTANT:")
+    wide = lm.inputs([ask(0)])["pixel_values"][0]
+    assert (wide[:, 0] == wide[:, 0, :1]).all()  # the first row of a wide picture is of one colour
+    with pytest.raises(ValueError, match="protocol='papers': use original or hf"):
+        VlmSlim("/nowhere", protocol="papers")
+
+
 def test_a_template_with_its_own_beginning_of_sequence_gets_no_second_one(make):
     lm = make()
     bos = lm.tokenizer.bos_token_id

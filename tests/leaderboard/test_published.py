@@ -27,7 +27,9 @@ LLAVA = "llava-hf/llava-1.5-7b-hf"
 
 
 class LlavaHarness(FakeHarness):
-    """The double with LLaVA-1.5's 576 visual tokens, and metrics named as lmms-eval names them."""
+    """The double with LLaVA-1.5's 576 visual tokens and the papers' protocol, and metrics as lmms-eval names them."""
+
+    protocol = {"protocol": "original", "image_aspect_ratio": "pad", "conversation": "vicuna_v1"}
 
     def evaluate(self, variant, task):
         cell = super().evaluate(variant, task)
@@ -45,7 +47,19 @@ class LlavaHarness(FakeHarness):
         return cell
 
 
-def board(folder, **changes):
+class HfHarness(LlavaHarness):
+    """The double with the protocol of HF's conversions."""
+
+    protocol = {"protocol": "hf", "image_aspect_ratio": "crop", "conversation": "of the checkpoint"}
+
+
+class OldHarness(LlavaHarness):
+    """The double of a vlmslim that did not record its protocol."""
+
+    protocol = {}
+
+
+def board(folder, harness=LlavaHarness, **changes):
     settings = {
         "model": {"pretrained": LLAVA},
         "tasks": ["pope", "gqa"],
@@ -54,7 +68,7 @@ def board(folder, **changes):
     }
     scores = {("none", "pope"): 90, ("divprune-64", "pope"): 80, ("divprune-0.098", "gqa"): 50, ("none", "gqa"): 60}
     config = load_config(write_config(folder, **settings | changes))
-    return run(config, harness=LlavaHarness(scores=scores, questions=100))
+    return run(config, harness=harness(scores=scores, questions=100))
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +264,34 @@ def test_a_default_row_is_marked_and_stands_after_the_papers_own(tmp_path):
     assert "order: raster here, selection there" in render(ours, "csv", result)
     alone = Published.compare(ours, [Paper.model_validate(changed(row={"keep": 0.098}))])
     assert [line.label for line in alone.lines] == ["divprune-0.098"] and "≠" not in render(ours, "md", alone)
+
+
+@pytest.mark.parametrize(
+    "harness, prompts, expected",
+    [
+        (LlavaHarness, {}, ""),
+        (HfHarness, {"prompts": "hf"}, ""),
+        (HfHarness, {}, "hf here, original there"),
+        (LlavaHarness, {"prompts": "hf"}, "original here, hf there"),
+        (OldHarness, {}, "not recorded here, original there"),
+    ],
+)
+def test_a_row_of_another_protocol_is_marked(tmp_path, harness, prompts, expected):
+    ours = board(tmp_path, harness, methods=["divprune"], budgets=[64], baselines=False)
+    result = Published.compare(ours, [Paper.model_validate(changed(**prompts))])
+    assert [line.protocol for line in result.lines] == [expected]
+    shown = {column.name: column.texts for column in result.table(ours).columns}
+    assert shown["method"] == ["divprune-64 †" if expected else "divprune-64"]
+    assert shown.get("protocol") == ([expected] if expected else None)
+    assert any("† marks a row of ours that saw other pictures" in note for note in result.notes) == bool(expected)
+    assert ("protocol" in json.loads(render(ours, "json", result))["published"]["lines"][0]) and expected in render(
+        ours, "csv", result
+    )
+
+
+def test_the_authors_checkpoints_are_those_of_the_papers(tmp_path, papers):
+    ours = board(tmp_path, model={"pretrained": "liuhaotian/llava-v1.5-7b"})
+    assert {line.label for line in Published.compare(ours, papers).lines} >= {"none", "divprune-64"}
 
 
 def test_the_papers_own_rows_of_the_configurations_run_as_the_papers_did(papers):

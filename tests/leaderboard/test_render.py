@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
+from vlmslim.evaluation.store import Store
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.comparison import Pair
 from vlmslim.leaderboard.notes import notes
@@ -200,6 +201,28 @@ def test_a_stage_that_acts_sometimes_is_counted_but_not_marked(tmp_path):
 
 
 # ---------------------------------------------------------------------- notes
+
+
+def test_the_protocol_line(tmp_path):
+    class Harness(FakeHarness):
+        protocol = {"protocol": "original", "image_aspect_ratio": "pad", "conversation": "vicuna_v1"}
+
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            hints = {"count": {"pre_prompt": ""}, "text": {"default": {"ocr": True}}}[task]
+            cell.results["configs"] = {task: {"test_split": "val", "lmms_eval_specific_kwargs": hints}}
+            return cell
+
+    board = run(load_config(write_config(tmp_path, batch_size=8)), harness=Harness())
+    assert (
+        "Protocol: original (pictures padded to squares, conversation vicuna_v1); batch size 8; sdpa in float32. "
+        "count: acc, 4 questions of val; text: acc, 4 questions of val, with OCR hints."
+    ) in notes(board)
+    assert Store(tmp_path / "out").cell("none", "text")["protocol"]["conversation"] == "vicuna_v1"
+
+
+def test_a_protocol_that_was_not_recorded(board):
+    assert any(note.startswith("Protocol: not recorded; batch size 1; sdpa in float32. ") for note in notes(board))
 
 
 def test_the_notes(board):

@@ -70,6 +70,8 @@ def receipt(method: str, kept: float, requested: float | None) -> dict:
 class FakeHarness:
     """Behaves like a `Harness`, and like the class that makes one: a call gives itself."""
 
+    protocol: dict = {}  # as of a vlmslim that did not record it
+
     def __init__(
         self,
         fail_at=None,
@@ -138,7 +140,8 @@ class FakeHarness:
         }
         name, budget = variant.stages[0]["method"], variant.budget
         keeps_all = budget is None or variant.label in self.without_effect
-        return Cell(results, samples, receipt(name, 144.0 if keeps_all else float(budget), budget and float(budget)))
+        done = receipt(name, 144.0 if keeps_all else float(budget), budget and float(budget))
+        return Cell(results, samples, done, self.protocol)
 
     def method_flops(self, variant, task) -> float:
         return 0.0 if variant.unpatched else 1e6

@@ -4,7 +4,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,11 +28,15 @@ COUNTED_PROMPTS = 2  # of a task, on which the FLOPs of a method are counted
 
 @dataclass(frozen=True)
 class Cell:
-    """What evaluating one method on one task gave."""
+    """What evaluating one method on one task gave.
+
+    protocol : how pictures and prompts were prepared, as `vlmslim.originals.protocol.describe` says it
+    """
 
     results: dict
     samples: list[dict]
     receipt: dict
+    protocol: dict = field(default_factory=dict)
 
 
 class Harness:
@@ -141,7 +145,7 @@ class Harness:
         samples = results.pop("samples")[task]
         for name in ("date", "git_hash", "git_branch", "throughput", "usage", "efficiency"):
             results.pop(name, None)
-        return Cell(results, samples, lm.receipt)
+        return Cell(results, samples, lm.receipt, lm.protocol)
 
     def method_flops(self, variant: Variant, task: str) -> float:
         """Count the FLOPs that a method itself needs for a prompt, averaged over the task's first prompts."""

@@ -32,6 +32,7 @@ from vlmslim.evaluation.progress import MakeBar
 from vlmslim.evaluation.queries import Dialogue, Query, Score, naming, query_of
 from vlmslim.io.messages import did_you_mean
 from vlmslim.loading import Located, load, located, stages_of
+from vlmslim.originals import protocol as protocols
 from vlmslim.patching import Slim, patch
 from vlmslim.receipt import Receipt
 from vlmslim.registry import Spec, build
@@ -57,6 +58,10 @@ class VlmSlim(lmms):
         trust_remote_code: let a checkpoint from the hub bring its own code.
         max_frames_num: most frames taken from a video, evenly spaced.
         system_prompt: first message of every conversation, as text or as the path of a text file.
+        protocol: `original` for the pictures and prompts of LLaVA's authors, `hf` for those of HF's conversions; by
+            default the checkpoint's own.
+        image_aspect_ratio: `pad` or `crop`, one part of the protocol.
+        conversation: `vicuna_v1`, `mistral_instruct`, `qwen_1_5`, ...: the other part.
         processor: the processor of a model that is already loaded.
         **options: options of `method`.
 
@@ -80,6 +85,9 @@ class VlmSlim(lmms):
         trust_remote_code: bool = False,
         max_frames_num: int = 32,
         system_prompt: str | None = None,
+        protocol: str | None = None,
+        image_aspect_ratio: str | None = None,
+        conversation: str | None = None,
         processor: ProcessorMixin | None = None,
         **options: Any,
     ):
@@ -92,6 +100,7 @@ class VlmSlim(lmms):
         else:
             stages = stages_of(method or "none", options)
         compressors = [_compressor(stage) for stage in stages]
+        protocols.check(protocol, image_aspect_ratio, conversation)
         self.batch_size = _count("batch_size", batch_size)
         frames = _count("max_frames_num", max_frames_num)
         self.accelerator = Accelerator()
@@ -103,6 +112,8 @@ class VlmSlim(lmms):
         else:
             self.model = pretrained
         self.device = self.model.device
+        protocols.apply(processor, self.model.config, protocol, image_aspect_ratio, conversation)
+        self.protocol = protocols.describe(processor, self.model.config)
         self.prompter = Prompter(processor, frames, self._resolve_system_prompt(system_prompt))
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.make_bar: MakeBar = partial(tqdm, disable=self.rank != 0)

@@ -285,6 +285,7 @@ class _Run:
             "definition": self.inputs.definitions[task],
             "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
+            "protocol": cell.protocol,
             "method_flops": method_flops,
             "lmms_eval": cell.results,
         }

@@ -2,9 +2,20 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictFloat, StrictInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictFloat,
+    StrictInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from vlmslim.io.messages import did_you_mean
+from vlmslim.originals.templates import conversation
 
 Keep = Annotated[StrictInt, Field(lt=2**63)] | Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
@@ -37,6 +48,16 @@ class ModelConfig(Strict):
     revision: str | None = None
     max_frames_num: Count | None = None
     system_prompt: str | None = None
+    protocol: Literal["original", "hf"] | None = None
+    image_aspect_ratio: Literal["pad", "crop"] | None = None
+    conversation: str | None = None
+
+    @field_validator("conversation")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None:
+            conversation(name)
+        return name
 
     def arguments(self) -> dict:
         """Return the keys that were given."""

@@ -294,6 +294,15 @@ def _visual_tokens(cells: list[dict]) -> float:
     return sum(r["visual_tokens"] * r["images"] for r in receipts) / max(sum(r["images"] for r in receipts), 1)
 
 
+def _asked(cell: dict, task: str) -> dict:
+    """Return the split of a task's questions, and whether its prompts hold OCR hints; None where it is not known."""
+    settings = cell["lmms_eval"].get("configs", {}).get(task, {})
+    special = settings.get("lmms_eval_specific_kwargs") or {}
+    special = special.get("default") or special
+    split = settings.get("test_split") or settings.get("validation_split")
+    return {"split": split, "ocr": special.get("ocr")}
+
+
 def _facts(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
     """Collect what the numbers depend on, as the last note and the JSON show it."""
     config = run["config"]
@@ -310,6 +319,9 @@ def _facts(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
         "tower_flops": config["checkpoint"]["tower_flops"],
         "seed": config["seed"],
         "limit": config["limit"],
+        "protocol": next((cell["protocol"] for cell in cells.values() if cell.get("protocol")), None),
+        "batch_size": run["shared"].get("batch_size"),
+        "asked": {task: _asked(cell, task) for (_, task), cell in cells.items()},
         "versions": run["shared"]["versions"],
         "git_commits": distinct("git_commit"),
         "method_versions": dict(item for cell in cells.values() for item in cell.get("method_versions", {}).items()),

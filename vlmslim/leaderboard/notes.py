@@ -15,6 +15,7 @@ def notes(board: Leaderboard) -> list[str]:
     """Write all notes, one paragraph each, as plain text."""
     return [
         _scores(board),
+        _protocol(board),
         *_tests(board),
         *_groups(board),
         *_solved(board),
@@ -40,6 +41,39 @@ def _scores(board: Leaderboard) -> str:
         "the number of methods that are significantly better. Two methods with different ranks need not differ "
         "significantly."
     )
+
+
+#: What the parts of a protocol do, for a reader who does not know their names.
+_ASPECTS = {
+    "pad": "padded to squares",
+    "crop": "cut to squares",
+    "anyres": "cut into tiles",
+    "native": "as the checkpoint's processor fits them",
+}
+
+
+def _protocol(board: Leaderboard) -> str:
+    """Say what moves numbers besides the methods: pictures, prompts, questions, batches and arithmetic."""
+    facts, told = board.facts, board.facts["protocol"]
+    if told is None:
+        name = "not recorded"
+    else:
+        name = (
+            f"{told['protocol']} (pictures {_ASPECTS[told['image_aspect_ratio']]}, conversation {told['conversation']})"
+        )
+    questions = []
+    for task in board.tasks:
+        asked = facts["asked"].get(task, {})
+        count = max((row.scores[task].questions for row in board.rows if task in row.scores), default=0)
+        parts = [
+            board.metrics[task][0],
+            f"{count} questions" + (f" of {split}" if (split := asked.get("split")) else ""),
+        ]
+        if (ocr := asked.get("ocr")) is not None:
+            parts.append("with OCR hints" if ocr else "without OCR hints")
+        questions.append(f"{task}: {', '.join(parts)}")
+    how = f"Protocol: {name}; batch size {facts['batch_size']}; {', '.join(facts['backends'])}"
+    return ". ".join([how, *(["; ".join(questions)] if questions else [])]) + "."
 
 
 def _tests(board: Leaderboard) -> list[str]:

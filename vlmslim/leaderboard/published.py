@@ -21,6 +21,7 @@ from vlmslim.leaderboard.tables import Column, Table, name_columns, number, scor
 
 DIRECTORY = Path(__file__).parent / "papers"
 DIFFERS = "≠"  # marks a row of ours with other options than the paper's
+OTHER_PROTOCOL = "†"  # marks a row of ours that saw other pictures or prompts than the paper's
 
 
 class _Strict(BaseModel):
@@ -74,6 +75,8 @@ class PublishedTable(_Strict):
     checkpoints   : checkpoints on the hub with the same weights; without one, no cell is compared
     visual_tokens : of an image before compression
     protocol      : the evaluation code
+    prompts       : whose pictures and prompts the model saw: those of LLaVA's authors ("original"), as in all papers
+                    here that name their code, or those of HF's conversions ("hf")
     convention    : how budgets and costs are counted
     ran_with      : method -> the options that it ran with there, where these are not our defaults; several if they give
                     the same result
@@ -86,6 +89,7 @@ class PublishedTable(_Strict):
     checkpoints: list[str]
     visual_tokens: int | None = None
     protocol: str
+    prompts: Literal["original", "hf"] = "original"
     convention: str
     ran_with: dict[str, list[dict]] = {}
     columns: list[str]
@@ -157,6 +161,7 @@ class Line:
 
     *_relative : relative to the unpatched model of the same table, and of our run
     differs    : the options of our row that are not the paper's; empty if all are
+    protocol   : both protocols where ours is not the paper's; empty if it is
     """
 
     label: str
@@ -172,6 +177,7 @@ class Line:
     table: str
     source: str
     differs: str = ""
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,11 @@ class Published:
                 f"{DIFFERS} marks a row of ours that runs with our default options, which are not those of the paper: "
                 "its difference is not one between two runs of the same method."
             )
+        if any(line.protocol for line in lines):
+            notes.append(
+                f"{OTHER_PROTOCOL} marks a row of ours that saw other pictures or prompts than the paper's. Give the "
+                "model 'protocol: original' in the configuration, and run into another directory, to see the paper's."
+            )
         if not lines:
             notes.append(
                 f"No published cell about {model} has a task, metric, method and budget of this run. "
@@ -219,7 +230,8 @@ class Published:
         own = [rows[line.label] for line in self.lines]
         names, budgets = name_columns(own)
         marked = [
-            f"{name} {DIFFERS}" if line.differs else name for name, line in zip(names.texts, self.lines, strict=True)
+            " ".join([name, *[DIFFERS] * bool(line.differs), *[OTHER_PROTOCOL] * bool(line.protocol)])
+            for name, line in zip(names.texts, self.lines, strict=True)
         ]
         columns = [
             Column(names.name, marked),
@@ -234,6 +246,8 @@ class Published:
         ]
         if any(line.differs for line in self.lines):
             columns.insert(2, Column("options", [line.differs or "the paper's" for line in self.lines]))
+        if any(line.protocol for line in self.lines):
+            columns.append(Column("protocol", [line.protocol or "the paper's" for line in self.lines]))
         return Table("Published and here", own, columns)
 
 
@@ -306,7 +320,15 @@ def _lines_of(
             table=table.table,
             source=table.source,
             differs=differs,
+            protocol=_other_protocol(board, table),
         )
+
+
+def _other_protocol(board: Leaderboard, table: PublishedTable) -> str:
+    """Say which protocols a run and a table have, if they are not the same."""
+    told = board.facts["protocol"]
+    ours = "not recorded" if told is None else told["protocol"]
+    return "" if ours == table.prompts else f"{ours} here, {table.prompts} there"
 
 
 def _difference(row: Row, published: PublishedRow, table: PublishedTable, board: Leaderboard) -> str | None:

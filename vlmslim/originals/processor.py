@@ -31,11 +31,11 @@ def tokenizer_of(original: Original) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(original.checkpoint, **how, **hub.how_to_load(original.checkpoint))
     names = [IMAGE, VIDEO] if original.kind is LlavaOnevisionConfig else [IMAGE]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    _mark_parts(tokenizer)
+    mark_parts(tokenizer)
     return tokenizer
 
 
-def _mark_parts(tokenizer: Any) -> None:
+def mark_parts(tokenizer: Any) -> None:
     """Let the text after a picture begin as every text does."""
     from tokenizers import pre_tokenizers
 
