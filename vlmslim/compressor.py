@@ -413,6 +413,7 @@ class Compressor:
     tower_layers : vision-tower layers whose queries and keys `ImageTokens.qk` can compute; negative from the end
     needs_cls    : the method reads the tower's CLS token
     needs_patches : the method needs visual tokens that are single patches of the tower, projected one by one
+    may_keep_none : the method may send no token of an image
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
     budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
@@ -421,6 +422,7 @@ class Compressor:
     tower_layers: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     needs_cls: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
+    may_keep_none: ClassVar[bool] = False
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # names alone need no torch
 
 GROUP = "vlmslim.methods"  # of entry points; also the package with the built-in methods
 #: Methods without a paper, with which the others are compared.
-BASELINES = ("downsample", "none", "pool", "random", "schedule", "uniform")
+BASELINES = ("blind", "downsample", "none", "pool", "random", "schedule", "uniform")
 
 #: A method as a user writes it: its name, or a dictionary with its name under "method" and its options, or an object.
 Spec: TypeAlias = "str | dict[str, Any] | Compressor"

@@ -66,7 +66,7 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
                 f"{name} {len(features)} tokens with an index of {len(index)}: give one slot to each token"
             )
     k = len(result)
-    if k == 0:
+    if k == 0 and not method.may_keep_none:
         raise ValueError(f"{name} no token of {which}, which has {n}: keep at least one")
     if k > n:
         raise ValueError(f"{name} {k} tokens for {which}, which has {n}: return at most as many as there are")
