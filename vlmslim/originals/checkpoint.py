@@ -32,7 +32,7 @@ _QUIET = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "mis
 _WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 #: The part of the architecture's name that says which language model it has.
-_TEXT: dict[str, type[PreTrainedConfig]] = {"Llama": LlamaConfig, "Mistral": MistralConfig, "Qwen": Qwen2Config}
+_TEXT: dict[str, Any] = {"Llama": LlamaConfig, "Mistral": MistralConfig, "Qwen": Qwen2Config}
 _OLD_ROPE = {"rope_theta", "rope_scaling"}  # transformers 5 turns them into `rope_parameters`
 
 _CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -40,7 +40,7 @@ _CLIP_L |= {"patch_size": 14, "projection_dim": 768}
 _SIGLIP_SO = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 #: Vision towers of the released checkpoints, by the last part of their names.
-TOWERS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
+TOWERS: dict[str, tuple[Any, dict[str, int]]] = {
     "clip-vit-large-patch14": (CLIPVisionConfig, _CLIP_L | {"image_size": 224}),
     "clip-vit-large-patch14-336": (CLIPVisionConfig, _CLIP_L | {"image_size": 336}),
     "siglip-so400m-patch14-384": (SiglipVisionConfig, _SIGLIP_SO | {"image_size": 384, "patch_size": 14}),
@@ -71,7 +71,7 @@ class Original:
         return self.raw.get("image_aspect_ratio") or "square"
 
     @property
-    def kind(self) -> type[PreTrainedConfig]:
+    def kind(self) -> Any:
         """The class of the configuration: how pictures are cut decides the model class of transformers."""
         if self.aspect.startswith("anyres_max_"):
             return LlavaOnevisionConfig
@@ -94,7 +94,7 @@ class Original:
             layer = -1
         select = "default" if has_cls and self.raw.get("mm_vision_select_feature", "patch") == "patch" else "full"
         text = self._text()
-        anyres = {}
+        anyres: dict[str, Any] = {}
         if self.kind is not LlavaConfig:
             anyres["image_grid_pinpoints"] = pinpoints(self.raw.get("image_grid_pinpoints"), tower.image_size)
         if self.kind is LlavaOnevisionConfig:

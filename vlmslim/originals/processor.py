@@ -39,7 +39,7 @@ def mark_parts(tokenizer: Any) -> None:
     """Let the text after a picture begin as every text does."""
     from tokenizers import pre_tokenizers
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     before = getattr(backend, "pre_tokenizer", None)
     if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme == "first":
         before.prepend_scheme = "always"
