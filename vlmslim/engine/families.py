@@ -443,4 +443,5 @@ def with_newlines(core: Any, videos: Sequence[Tensor], frames: int) -> list[Tens
             return False
         return frames * math.isqrt(len(video) // frames) ** 2 == len(video)
 
-    return [torch.cat([v, core.image_newline[None].to(v)]) if bare(v) else v for v in videos]
+    flat = [video.flatten(0, -2) for video in videos]  # LLaVA-NeXT-Video in 5.17 keeps frames apart
+    return [torch.cat([v, core.image_newline[None].to(v)]) if bare(v) else v for v in flat]

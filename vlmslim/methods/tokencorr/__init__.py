@@ -143,7 +143,8 @@ class TokenCorr(Compressor):
         """Find the tower's layers."""
         deep = self.deep
         if deep is None:
-            used = model.config.vision_feature_layer
+            names = ("vision_feature_layer", "vision_feature_layers")  # VipLlava's before transformers 5.24
+            used = next(getattr(model.config, name) for name in names if hasattr(model.config, name))
             used = used if isinstance(used, int) else used[-1]
             deep = used if used < 0 else max(0, used - 1)  # hidden state i is the output of layer i - 1
         depth = len(encoder_layers(model.model))
