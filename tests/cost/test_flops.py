@@ -71,6 +71,8 @@ def test_the_ledger_adds_up():
     assert ledger.tower == tower_flops(LLAVA_15_7B)
     assert ledger.projector == projector_flops(LLAVA_15_7B, 576)
     assert ledger.lm_head == 2 * 4096 * 32064
+    with_head = prefill_flops(VICUNA_7B, 622, lm_head_positions=3)
+    assert with_head - ledger.language_model == 3 * 2 * 4096 * 32000
     outside = ledger.tower + ledger.projector + ledger.method + ledger.lm_head
     assert ledger.total == pytest.approx(ledger.language_model + outside)
     assert Ledger.of(LLAVA_15_7B, 622, method=2.7e9, convention="fastv").method == 1.35e9

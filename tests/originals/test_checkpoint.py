@@ -100,7 +100,7 @@ def test_a_range_of_tiles():
         ({"mm_resampler_type": "spatial_pool"}, r"has a resampler \(spatial_pool\)"),
         ({"mm_use_im_start_end": True}, "puts <im_start> and <im_end> around pictures"),
         ({"mm_hidden_size": 48}, r"reads 48 numbers a token and .* gives 16: towers of several scales"),
-        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'; it may be square, pad"),
+        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'; vlmslim knows square, pad"),
         ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat'; transformers has spatial_unpad alone"),
         ({"architectures": ["LlavaMptForCausalLM"]}, "is a LlavaMptForCausalLM in the authors' format; vlmslim loads"),
         ({"mm_vision_tower": "/gone/tower"}, "has the vision tower '/gone/tower', which is no folder here"),
