@@ -343,6 +343,22 @@ def test_a_reset_cache_is_an_empty_one():
         assert torch.equal(greedy(model, text, **{KV_CACHE: cache})[1], plain)
 
 
+@pytest.mark.parametrize("method", [Both(), BothOriginal(), Stairs()], ids=name_of)
+@torch.no_grad()
+def test_crops_of_a_cache(method):
+    """What came after the picture may be cropped; a crop into the shortened prompt has no boundary."""
+    model = tiny("llava")
+    with vlmslim.patch(model, method):
+        cache, mask = prefilled(model, [ROWS[0]])
+        want = next_logits(model, copy.deepcopy(cache), mask, [7])
+        next_logits(model, cache, mask, [9])
+        cache.crop(-1)
+        close(next_logits(model, cache, mask, [7]), want, 1e-5)
+        cache.crop(-7)  # the decoded token, the five words, and one token of the picture
+        with pytest.raises(ValueError, match="cropped into its compressed prompt"):
+            next_logits(model, cache, mask, [7])
+
+
 @torch.no_grad()
 def test_other_rows_than_the_cache_holds_are_a_clear_error():
     model = tiny("llava")
