@@ -12,6 +12,7 @@ from doubles import (
     Everything,
     Halve,
     PairMean,
+    PlacedPairMean,
     Stairs,
     Strided,
     StridedOriginal,
@@ -175,11 +176,12 @@ def test_merged_tokens_take_the_first_slots(family, backend):
         kept = keep_only(inputs, [torch.arange((len(place) + 1) // 2) for place in visual(inputs)])
         references.append(reference(model, inputs, kept, embeds=short))
     inputs = batch(model, rows)
-    with vlmslim.patch(model, PairMean()):
-        out = model(**inputs)
-    for i, ref in enumerate(references):
-        close(out.logits[i][valid(inputs, i)], ref.full_logits())
-    assert lengths(kv_cache(out)) == [max(len(ref.origin) for ref in references)] * DEPTH
+    for method in (PairMean(), PlacedPairMean()):
+        with vlmslim.patch(model, method):
+            out = model(**inputs)
+        for i, ref in enumerate(references):
+            close(out.logits[i][valid(inputs, i)], ref.full_logits())
+        assert lengths(kv_cache(out)) == [max(len(ref.origin) for ref in references)] * DEPTH
 
 
 @torch.no_grad()

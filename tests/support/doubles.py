@@ -161,6 +161,15 @@ class PairMean(Compressor):
         return Compressed(pair_mean(image.features))
 
 
+@dataclass
+class PlacedPairMean(Compressor):
+    """The same, and says that the means take the first slots."""
+
+    def compress(self, image) -> Compressed:
+        means = pair_mean(image.features)
+        return Compressed(means, torch.arange(len(means), device=means.device))
+
+
 def pair_mean(x: Tensor) -> Tensor:
     even = len(x) // 2 * 2
     return torch.cat([x[:even].view(-1, 2, x.shape[-1]).mean(1), x[even:]])
