@@ -118,8 +118,12 @@ def prefill_flops(
         ValueError: unknown convention, or a list of lengths that does not fit the layers.
     """
     how = _convention(convention)
-    head = how.per_multiply_add * lm_head_positions * shape.hidden * shape.vocab
-    return sum(_decoder(shape, tokens, how).values()) + head
+    return sum(_decoder(shape, tokens, how).values()) + _lm_head(shape, lm_head_positions, how)
+
+
+def _lm_head(shape: DecoderShape, positions: int, how: Convention) -> float:
+    """Count the FLOPs of the LM head."""
+    return how.per_multiply_add * positions * shape.hidden * shape.vocab
 
 
 def tower_flops(config: Any, *, crops: int = 1, convention: str = "flops") -> float:
@@ -222,7 +226,7 @@ class Ledger:
             tower=tower_flops(config, crops=crops, convention=convention),
             projector=projector_flops(config, crops * crop_tokens(config), convention=convention),
             method=method * how.per_multiply_add / 2,
-            lm_head=how.per_multiply_add * lm_head_positions * shape.hidden * shape.vocab,
+            lm_head=_lm_head(shape, lm_head_positions, how),
             **_decoder(shape, tokens, how),
         )
 

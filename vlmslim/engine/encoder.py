@@ -111,7 +111,7 @@ class RecordingEncoder:
         on_encoded: Callable[[str, ModelOutput], None],
     ):
         self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
-        self.counts_only = counts_only
+        self.family, self.counts_only = FAMILIES[core.config.model_type], counts_only
         self.name = f"get_{kind}_features"
         self.shadows = [Shadow(core, self.name, self._encode)]
         if kind == "image" and hasattr(core, "pack_image_features"):
@@ -190,7 +190,7 @@ class RecordingEncoder:
 
     def _all_passed(self, output: Any, seen: "_Seen") -> bool:
         """Tell whether all images of an output passed while they were encoded, and no others."""
-        count, units = len(output.pooler_output), FAMILIES[self.core.config.model_type].units
+        count, units = len(output.pooler_output), self.family.units
         if not seen.all_pixels or len(seen.all_pixels) != len(seen.all_features):
             return False
         if units in ("packed", "samples"):
@@ -214,7 +214,7 @@ class RecordingEncoder:
 
     def _records(self, output: Any, seen: "_Seen", given: dict[str, Any]) -> list[ImageTokens]:
         """Make a record of each image from what passed, given the arguments of the encoding by name."""
-        family = FAMILIES[self.core.config.model_type]
+        family = self.family
         if self.counts_only and family.units in ("crops", "anyres") and self.kind == "image":
             return [ImageTokens(features, tower=features[:0], pixels=features[:0]) for features in output.pooler_output]
         if family.units == "packed":
@@ -234,16 +234,9 @@ class RecordingEncoder:
             if per > 1:
                 order = token_order((side, side), per).to(part["tower"].device)
                 part["tower"] = part["tower"][:, order]
-                part["recorded_layers"] = {
-                    i: (layer, torch.cat([x[:, : -len(order)], x[:, -len(order) :][:, order]], dim=1))
-                    for i, (layer, x) in part["recorded_layers"].items()
-                }
-                part["recorded_heads"] = {
-                    i: tuple(
-                        torch.cat([x[..., : -len(order), :], x[..., -len(order) :, :][..., order, :]], -2) for x in qk
-                    )
-                    for i, qk in part["recorded_heads"].items()
-                }
+                layers, heads = part["recorded_layers"], part["recorded_heads"]
+                part["recorded_layers"] = {i: (layer, _in_order(x, order)) for i, (layer, x) in layers.items()}
+                part["recorded_heads"] = {i: (_in_order(q, order), _in_order(k, order)) for i, (q, k) in heads.items()}
             cells = math.isqrt(len(view))
             grid = partial(_crop_grid, cells, len(view))
             projector = self._project if per == 1 else None  # it takes all patches of a token together
@@ -273,11 +266,11 @@ class RecordingEncoder:
             patches = patches[order]
         pixels = seen.pixel_values
         whole = pixels.split(counts) if len(pixels) == sum(counts) else [pixels[:0]] * len(counts)
-        frames = [size[0] for size in sizes]
+        frames, towers = [size[0] for size in sizes], patches.split(counts)
         heads = {i: _heads_of_images(qk, counts, frames, order) for i, qk in seen.made.items()}
         images = []
         for n, (t, h, w) in enumerate(sizes):
-            part, own = patches.split(counts)[n].unflatten(0, (t, -1)), whole[n]
+            part, own = towers[n].unflatten(0, (t, -1)), whole[n]
             recorded = {i: qk[n] for i, qk in heads.items()}
             if per > 1 and not hasattr(self.core, "visual"):  # Pixtral's patches come row by row
                 within = token_order((h, w), per).to(part.device)
@@ -508,6 +501,12 @@ def token_order(patches: tuple[int, int], merge: int) -> Tensor:
     rows, columns = patches
     number = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
     return number.transpose(1, 2).flatten()
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Put the patches of a tower's tokens (..., p', v) in an order (p,); a CLS token in front stays there."""
+    ahead, patches = x.split([x.shape[-2] - len(order), len(order)], dim=-2)
+    return torch.cat([ahead, patches[..., order, :]], dim=-2)
 
 
 def _packed_grid(repack: Callable[[Tensor], Tensor], crops: int, columns: int, side: int, patches: int) -> Tensor:
