@@ -373,7 +373,7 @@ class LayerInput:
         Returns:
             (B, heads, q, S) in fp32, or (B, heads, q, end).
         """
-        if end is not None and self.blocks is not None:  # tokens before `end` may see tokens of their block behind it
+        if end is not None and self.blocks is not None:  # tokens before `end` may see tokens of their block after it
             return self.attention(rows, temperature)[..., :end]
         attention = self._attention
         rows = rows.to(attention.mask.device)

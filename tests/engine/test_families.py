@@ -111,7 +111,7 @@ def test_tokens_kept_of_videos(name, method):
 
 
 class Thin(Halve):
-    """Between layers, inside the layers behind which Qwen3-VL adds features."""
+    """Between layers, inside the layers after which Qwen3-VL adds features."""
 
     layers = (1, 2)
 

@@ -112,7 +112,7 @@ class Entrance:
         ):
             raise ValueError(
                 f"{method} does not say which tokens it kept, and this model adds features of its tower to visual "
-                "tokens behind several layers; use a method that picks tokens, such as divprune"
+                "tokens after several layers; use a method that picks tokens, such as divprune"
             )
         keep, rows, columns, vectors = is_text.copy(), [], [], []
         for image, result, index in zip(placed, results, indices, strict=True):

@@ -312,7 +312,7 @@ def has_cls(core: Any) -> bool:
 
 
 def added_layers(core: Any) -> int:
-    """Count the decoder layers behind which the model adds features of its tower to visual tokens (DeepStack)."""
+    """Count the decoder layers after which the model adds features of its tower to visual tokens (DeepStack)."""
     return len(getattr(tower(core), "deepstack_visual_indexes", ()))
 
 

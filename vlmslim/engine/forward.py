@@ -127,7 +127,7 @@ class Call:
     timers   : time of each call of a method
     visits   : questions to the stages, in order
     blocks   : (B, L) the block in which a token sees all others, -1 where it is causal; None if all are
-    added    : per decoder layer, (N, d) what the model adds behind it to its N visual tokens
+    added    : per decoder layer, (N, d) what the model adds after it to its N visual tokens
     number   : (B, L) which of these each of the caller's tokens gets, -1 for none
     delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself

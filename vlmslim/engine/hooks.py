@@ -75,7 +75,7 @@ class Hooks:
             kind: RecordingEncoder(self.core, kind, tower_layers, counts_only, self._on_encoded) for kind in kinds
         }
         self.handles: list[RemovableHandle] = []
-        self.first_layer = self.depth  # that has a hook; those behind it have one too
+        self.first_layer = self.depth  # that has a hook; those after it have one too
         self.gate: Gate | None = None
         self.forwards, self.removed = 0, False  # kept by the gate: forwards that run now, and whether new ones may
 
@@ -356,7 +356,7 @@ class Hooks:
             call.previous = LayerAttention.entered(layer, attention, args, kwargs)
 
     def _leave_layer(self, i: int, layer: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
-        """Add to the visual tokens that are left what the model adds behind layer `i` (DeepStack)."""
+        """Add to the visual tokens that are left what the model adds after layer `i` (DeepStack)."""
         call = self.call
         if call is None or call.number is None:
             return None

@@ -100,7 +100,7 @@ class Selection:
     index   : (B, S') takes them from the old sequence
     target  : (B, S) where in the new sequence each kept token went
     counts  : (B,) tokens of each row, without padding
-    shift   : (B, 1) how far the rotary positions behind each row move down, if they are renumbered
+    shift   : (B, 1) how far the rotary positions after each row move down, if they are renumbered
     """
 
     layout: Layout
@@ -114,7 +114,7 @@ def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tup
     """Close the gaps in rotary positions of several numbers: time, height and width.
 
     In each run of visual tokens, and on each axis, a coordinate that no token holds any more vanishes. So kept tokens
-    stay in their rows, columns and frames, and the axes do not mix. What stands behind the run moves down by what the
+    stay in their rows, columns and frames, and the axes do not mix. What stands after the run moves down by what the
     run lost in height or in width, whichever was longer. With one axis this is the plain rule.
 
     Args:
