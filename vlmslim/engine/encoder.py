@@ -30,6 +30,7 @@ from vlmslim.engine.families import (
     window_order,
     with_newlines,
 )
+from vlmslim.engine.grids import cell_grid, crop_grid, in_order, packed_grid, token_order, video_grid
 from vlmslim.engine.shadow import Shadow
 from vlmslim.engine.sharding import is_sharded
 from vlmslim.ops.attention import tower_qk
@@ -149,15 +150,18 @@ class RecordingEncoder:
             hooks.callback(_ENCODING.set, before)
             # The hooks live only while the images are encoded, because a method may call the projector itself. The
             # modules are looked up here, because adapters may replace them while the patch is on.
-            enter = hooks.enter_context
-            enter(tower(self.core).register_forward_pre_hook(seen.pixels, with_kwargs=True))
-            enter(projector(self.core).register_forward_pre_hook(seen.tower, with_kwargs=True))
+            noted: list[tuple[nn.Module, Callable]] = [
+                (tower(self.core), seen.pixels),
+                (projector(self.core), seen.tower),
+            ]
             for i in self.tower_layers:
                 layer = encoder_layers(self.core)[i]
                 if has_plain_heads(layer):
-                    enter(layer.register_forward_pre_hook(partial(seen.layer, i), with_kwargs=True))
+                    noted.append((layer, partial(seen.layer, i)))
                 elif (attention := attention_of(encoder_layers(self.core)[attending_layer(self.core, i)])) is not None:
-                    enter(attention.register_forward_pre_hook(partial(seen.heads, i), with_kwargs=True))
+                    noted.append((attention, partial(seen.heads, i)))
+            for module, note in noted:
+                hooks.enter_context(module.register_forward_pre_hook(seen.unless_elsewhere(note), with_kwargs=True))
             return encode(*args, **kwargs), seen
 
     def _recorded(self, output: Any, seen: "_Seen", args: tuple, kwargs: dict) -> list[ImageTokens]:
@@ -235,10 +239,10 @@ class RecordingEncoder:
                 order = token_order((side, side), per).to(part["tower"].device)
                 part["tower"] = part["tower"][:, order]
                 layers, heads = part["recorded_layers"], part["recorded_heads"]
-                part["recorded_layers"] = {i: (layer, _in_order(x, order)) for i, (layer, x) in layers.items()}
-                part["recorded_heads"] = {i: (_in_order(q, order), _in_order(k, order)) for i, (q, k) in heads.items()}
+                part["recorded_layers"] = {i: (layer, in_order(x, order)) for i, (layer, x) in layers.items()}
+                part["recorded_heads"] = {i: (in_order(q, order), in_order(k, order)) for i, (q, k) in heads.items()}
             cells = math.isqrt(len(view))
-            grid = partial(_crop_grid, cells, len(view))
+            grid = partial(crop_grid, cells, len(view))
             projector = self._project if per == 1 else None  # it takes all patches of a token together
             images.append(
                 ImageTokens(view, patches=(side, side), merge=per, projector=projector, make_grid=grid, **part)
@@ -276,7 +280,7 @@ class RecordingEncoder:
                 within = token_order((h, w), per).to(part.device)
                 part = part[:, within]
                 recorded = {i: (q[:, :, within], k[:, :, within]) for i, (q, k) in recorded.items()}
-            grid = partial(_cells, (t, h // per, w // per))
+            grid = partial(cell_grid, (t, h // per, w // per))
             images.append(
                 ImageTokens(
                     features=output.pooler_output[n],
@@ -303,7 +307,7 @@ class RecordingEncoder:
             if seen.crops[n] > 1:
                 size = seen.sizes[n]
                 tiles = anyres_tiles(config, size)
-            grid = partial(_packed_grid, seen.repack[n], seen.crops[n], tiles[1], side, patches)
+            grid = partial(packed_grid, seen.repack[n], seen.crops[n], tiles[1], side, patches)
             images.append(
                 ImageTokens(
                     features=output.pooler_output[n],
@@ -325,7 +329,7 @@ class RecordingEncoder:
                 features=features,
                 video=True,
                 projector=self._project,
-                make_grid=partial(_video_grid, frames, len(features)),
+                make_grid=partial(video_grid, frames, len(features)),
                 **part,
             )
             for features, part in zip(
@@ -401,35 +405,34 @@ class _Seen:
         """Tower features of all crops or frames."""
         return _joined(self.all_features)
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether the module runs in another thread, for another encoding."""
-        return _ENCODING.get() is not self
+    def unless_elsewhere(self, note: Callable[[nn.Module, tuple, dict], None]) -> Callable:
+        """Make a hook that notes nothing while the module runs for another encoding, in another thread."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if _ENCODING.get() is self:
+                note(module, args, kwargs)
+
+        return hook
 
     def pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere:
-            return
         self.all_pixels.append(args[0] if args else next(iter(kwargs.values())))
 
     def tower(self, projector: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere or len(self.all_features) == len(self.all_pixels):
+        if len(self.all_features) == len(self.all_pixels):
             return  # Ovis2 projects its indicator tokens too, afterwards
         self.all_features.append(args[0] if args else next(iter(kwargs.values())))
 
     def layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere:
-            return
         hidden = args[0] if args else kwargs["hidden_states"]
         self.layers.setdefault(i, (layer, []))[1].append(hidden)
         if is_sharded(layer):  # its weights are gone when a method asks
             self.sharded.setdefault(i, []).append(tower_qk(layer, hidden))
 
     def heads(self, i: int, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.elsewhere:
-            q, k = tower_heads(attention, args, kwargs)
-            if i in self.made:
-                q, k = torch.cat([self.made[i][0], q], 1), torch.cat([self.made[i][1], k], 1)
-            self.made[i] = q, k
+        q, k = tower_heads(attention, args, kwargs)
+        if i in self.made:
+            q, k = torch.cat([self.made[i][0], q], 1), torch.cat([self.made[i][1], k], 1)
+        self.made[i] = q, k
 
     def pack(self, pack: Callable, image_features: Any, image_sizes: Any, kwargs: dict) -> None:
         sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
@@ -463,22 +466,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), dim=0 if rows else 1)
 
 
-# --- where each token of an image stands: `ImageTokens.grid` ---------------------------------------------------------
-
-
-def _crop_grid(side: int, patches: int) -> Tensor:
-    """Lay out one crop: (p, 3) zero, row and column of each token; -1 twice at CLS."""
-    rows, columns = torch.arange(side), torch.arange(side)
-    grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), rows, columns)
-    cls = torch.tensor([[0, -1, -1]]).expand(patches - side**2, 3)  # vision_feature_select_strategy="full" keeps CLS
-    return torch.cat([cls, grid])
-
-
-def _cells(size: tuple[int, int, int]) -> Tensor:
-    """Lay out frames of rows and columns of tokens: (n, 3)."""
-    return torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), dim=-1).flatten(0, 2)
-
-
 def _heads_of_images(
     qk: tuple[Tensor, Tensor], counts: list[int], frames: list[int], order: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
@@ -496,59 +483,8 @@ def _heads_of_images(
     return list(zip(split(q), split(k), strict=True))
 
 
-def token_order(patches: tuple[int, int], merge: int) -> Tensor:
-    """Return the order that puts the patches (rows, columns) of each token next to each other, token by token."""
-    rows, columns = patches
-    number = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
-    return number.transpose(1, 2).flatten()
-
-
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """Put the patches of a tower's tokens (..., p', v) in an order (p,); a CLS token in front stays there."""
-    ahead, patches = x.split([x.shape[-2] - len(order), len(order)], dim=-2)
-    return torch.cat([ahead, patches[..., order, :]], dim=-2)
-
-
-def _packed_grid(repack: Callable[[Tensor], Tensor], crops: int, columns: int, side: int, patches: int) -> Tensor:
-    """Lay out an image that the model packs: tiles are unpadded, resized and joined by newlines.
-
-    To learn where each token ends up, the coordinates themselves travel through the model's own packing and are read
-    off its result. A flat patch index would not survive the bilinear resizing of OneVision.
-
-    Args:
-        repack: sends other features (c, p, 3) through the packing of this image.
-        crops: of the image, the thumbnail included.
-        columns: of tiles; 0 without tiles.
-        side: patches along one side of a crop.
-        patches: tokens of a crop, CLS included if the model keeps it.
-
-    Returns:
-        (n, 3) crop, row and column of each token; -1 three times at a newline.
-    """
-    crop = _crop_grid(side, patches)
-    tiles = [crop + torch.tensor([1, i // columns * side, i % columns * side]) for i in range(crops - 1)]
-    component, row, column = repack(torch.stack([crop, *tiles]).float()).round().long().unbind(1)
-    in_tile = component == 1
-    tile = 1 + row // side * max(columns, 1) + column // side
-    return torch.stack(
-        [
-            torch.where(in_tile, tile, component),
-            torch.where(in_tile, row % side, row),
-            torch.where(in_tile, column % side, column),
-        ],
-        dim=1,
-    )
-
-
 def _repack(pack: Callable, image_sizes: Any, kwargs: dict, n: int, features: Tensor) -> Tensor:
     """Send other features (c, p, 3) through the packing of image `n`, with -1 for the newline."""
     newline = features.new_full((3,), -1.0)
     packed, _ = pack([features], image_sizes[n : n + 1], **kwargs | {"image_newline": newline})
     return packed[0]
-
-
-def _video_grid(frames: int, n: int) -> Tensor:
-    """Lay out a video of `n` tokens: pooled frames one after the other, and one newline at the end."""
-    side = math.isqrt(n // frames)
-    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(side), torch.arange(side))
-    return torch.cat([grid, grid.new_full((n - len(grid), 3), -1)])
