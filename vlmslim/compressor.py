@@ -414,15 +414,19 @@ class Compressor:
     needs_cls    : the method reads the tower's CLS token
     needs_patches : the method needs visual tokens that are single patches of the tower, projected one by one
     may_keep_none : the method may send no token of an image
+    reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
+    encodes_again : the method encodes pictures itself, with the model's own tower
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
     budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
 
     layers: tuple[int | float, ...] = field(default=(), init=False, repr=False, compare=False)
+    reads_prompt: bool = field(default=False, init=False, repr=False, compare=False)
     tower_layers: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     needs_cls: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
     may_keep_none: ClassVar[bool] = False
+    encodes_again: ClassVar[bool] = False
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
 
@@ -462,6 +466,21 @@ class Compressor:
         """Return how many of an image's `n` tokens this method was asked to keep; None if it decides itself."""
         keep = getattr(self, "keep", None)
         return resolve_keep(keep, n) if isinstance(keep, int | float) else None
+
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:
+        """Return how many tokens an image will send to the language model, as known before it is encoded.
+
+        Servers reserve places for an image by this number. By default `requested`; override where they differ.
+
+        Args:
+            n: the image's visual tokens.
+            tiles: rows and columns of its tiles, as `ImageTokens.tiles`.
+            size: height and width of the picture that was cut into tiles, as `ImageTokens.size`.
+
+        Returns:
+            None if what is seen in the image decides.
+        """
+        return self.requested(n) if self.acts_before_llm else n
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
         """Return how many of an image's `n` tokens each of `depth` decoder layers sees, as far as the settings say.

@@ -49,15 +49,7 @@ class Slim:
         check_unpatched(model)
         self.model, self.methods = model, methods
         self.processor: Any = None
-        parts = [copy.copy(part) for method in methods for part in method.stages()]
-        if any(part.acts_before_llm or part.drops_between_layers for part in parts):
-            check_tower(model.model)
-        for part in parts:
-            _check_cls(part, model)
-            if part.needs_patches:
-                check_patches(model.model, name_of(part))
-            with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-                part.setup(model)
+        parts = set_up(methods, model)
         self.trained = _trained(parts)
         depth = len(language_model(model.model).layers)
         self.stages = in_order([Stage.of(name_of(part), part, depth) for part in parts])
@@ -112,6 +104,25 @@ class Slim:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.methods))
+
+
+def set_up(methods: Sequence[Compressor], model: Any) -> list[Compressor]:
+    """Return copies of the stages of `methods` that have looked at a model.
+
+    Raises:
+        TypeError: the engine cannot look into the model's vision tower.
+        ValueError: a method does not suit the model.
+    """
+    parts = [copy.copy(part) for method in methods for part in method.stages()]
+    if any(part.acts_before_llm or part.drops_between_layers for part in parts):
+        check_tower(model.model)
+    for part in parts:
+        _check_cls(part, model)
+        if part.needs_patches:
+            check_patches(model.model, name_of(part))
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            part.setup(model)
+    return parts
 
 
 def _trained(parts: list[Compressor]) -> nn.ModuleDict:
@@ -171,17 +182,26 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
+    return Slim(model, made(method, **options))
+
+
+def made(method: Method, **options: Any) -> list[Compressor]:
+    """Make the methods that `patch` was asked for.
+
+    Raises:
+        ValueError: as `patch`.
+    """
     if isinstance(method, str | os.PathLike):
         saved = None if isinstance(method, str) and is_method_name(method) else read(method)
         if saved is not None:
-            return Slim(model, [build(stage) for stage in saved.stages(**options)])
-        return Slim(model, [registry.method(str(method), **options)])
+            return [build(stage) for stage in saved.stages(**options)]
+        return [registry.method(str(method), **options)]
     if options:
         raise ValueError(f"options go with a method's name only; {sorted(options)} came with {method!r}")
     parts = method if isinstance(method, Sequence) else [method]
     if not parts:
         raise ValueError("no stage given; for a patch that only counts, use patch(model, 'none')")
-    return Slim(model, [build(part) for part in parts])
+    return [build(part) for part in parts]
 
 
 def check_unpatched(model: nn.Module) -> None:

@@ -171,3 +171,41 @@ def test_nothing_is_left_of_its_patch(name, family, subject):
 @over(contract_methods())
 def test_every_entry_of_its_receipt_is_true(name, family, subject):
     assert audited(*subject(name, family)) == []
+
+
+#: Options under which a method keeps another count than `requested`, or divides it otherwise.
+COUNTED = [
+    ("bipartite_merge", {"newline": "extra"}),
+    ("tokenflex", {"keep": 0.3}),
+    ("visionzip", {"mode": "released"}),
+    ("prunesid", {"mode": "released"}),
+    ("holov", {"mode": "released"}),
+    ("scope", {"mode": "released"}),
+]
+
+
+@torch.no_grad()
+def check_count(model, method):
+    """Compare `count` with what is sent of pictures of several sizes."""
+    sent = []
+    with vlmslim.patch(model, method) as slim:
+        stage = slim.stages[0].method
+        compress = stage.compress_images
+        stage.compress_images = lambda images: sent.extend(zip(images, found := compress(images), strict=True)) or found
+        model(**batch(model, [*LONG_ROWS, *SEVERAL]))
+        counts = [(stage.count(len(image.features), image.tiles, image.size), len(kept)) for image, kept in sent]
+    assert sent
+    assert all(known in (None, kept) for known, kept in counts), counts
+
+
+@over(contract_methods())
+def test_servers_know_the_count_beforehand(name, family, subject):
+    model, method = subject(name, family, *([0.3] if name == "tokenflex" else []))
+    if method.stages()[0].acts_before_llm:
+        check_count(model, method)
+
+
+@pytest.mark.parametrize(("name", "options"), COUNTED)
+@pytest.mark.parametrize("family", ["llava", "next"])
+def test_servers_know_the_count_beforehand_whatever_the_options(name, options, family, subject):
+    check_count(*subject(name, family, **options))

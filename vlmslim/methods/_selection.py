@@ -1,5 +1,6 @@
 """What the methods share that select an image's tokens before the language model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -65,6 +66,13 @@ class Selection(Compressor):
             (b, k) indices into the candidates, best first.
         """
         raise NotImplementedError
+
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:
+        """Return the budget; a release divides it among the views of an image, and rounds down."""
+        k, views = self.requested(n), 1 + math.prod(tiles)
+        if k is None or self.mode != "released" or self.pool != "view" or not tiles[1]:
+            return k
+        return max(1, k // views) * views
 
     def budget(self, image: ImageTokens) -> int:
         """Return how many tokens of an image to keep."""

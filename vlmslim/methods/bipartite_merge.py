@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.engine.families import projects_patches
+from vlmslim.engine.families import family_of, projects_patches
 from vlmslim.ops.budgets import share_out
 
 
@@ -46,9 +46,15 @@ class BipartiteMerge(Compressor):
 
     def setup(self, model: Any) -> None:
         """Merge before the projector where it maps patch by patch, else behind it."""
+        self.ends_with_newline = family_of(model).anyres  # an image without tiles does
         if model.config.model_type != "llava_onevision" and projects_patches(model.model):
             self.before_projector = True
             self.tower_layers = (-1,)
+
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int:
+        """Return the budget, and the newline that newline="extra" does not count."""
+        patches = n - (self.newline == "extra" and self.ends_with_newline and not tiles[1])
+        return resolve_keep(self.keep, patches) + n - patches
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Merge within every crop, then project."""

@@ -67,6 +67,7 @@ class CDPruner(Selection):
     positions: str = "renumbered"
 
     def __post_init__(self) -> None:
+        self.reads_prompt = self.relevance != "none"
         check_selection(self)
         check_choices(self, relevance=("auto", "clip", "llm", "none"), sign=("auto", "minus", "plus"))
         check_tokenizer(self.tokenizer)

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class DownSample(Compressor):
 
     keep : visual tokens to send per image, a count or a share
     """
+
+    encodes_again: ClassVar = True
 
     keep: Keep
 

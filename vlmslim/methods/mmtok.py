@@ -65,6 +65,7 @@ class MMTok(Selection):
     positions: str = "renumbered"
 
     def __post_init__(self) -> None:
+        self.reads_prompt = True
         check_selection(self)
         check_tokenizer(self.tokenizer)
         for name in ("word_temperature", "temperature"):

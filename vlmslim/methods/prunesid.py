@@ -1,5 +1,6 @@
 """PruneSID: "Prune Redundancy, Preserve Essence" (ICLR 2026, arXiv 2603.09480)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -71,6 +72,11 @@ class PruneSID(ScoredSelection):
             )
         self.score = {"auto": "cls" if cls else "loading"}.get(self.score, self.score)
         self.tower_layers = (-2,) * (self.score == "cls") + (-1,) * (self.mode == "released")
+
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:
+        """Return the budget; the release sends CLS and at least one patch of every view."""
+        k = super().count(n, tiles, size)
+        return k if k is None or self.mode != "released" or k == n else max(k, 2 * (1 + math.prod(tiles)))
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return the tower's features, and attention."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.engine.families import has_cls
 from vlmslim.saving.trained import load_part
 
 
@@ -128,6 +129,9 @@ class TokenFlex(Compressor):
     def setup(self, model: Any) -> None:
         """Make the projector and load its weights."""
         config, own = model.config, model.model.multi_modal_projector
+        grid = config.vision_config.image_size // config.vision_config.patch_size
+        with_cls = config.vision_feature_select_strategy == "full" and has_cls(model.model)
+        self.patches = grid**2 + with_cls  # of a crop, as the projector sees it
         #: the most tiles whose tokens OneVision does not shrink; 0 for other models
         self.most_tiles = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))
         self.projector: nn.Module | None = None  # the model's own
@@ -161,20 +165,33 @@ class TokenFlex(Compressor):
                 results[i] = Compressed(self._packed(images[i], crops.to(images[i].features.device), side))
         return [results[i] for i in range(len(images))]
 
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int:
+        """Return the pooled tokens of all crops, and the newlines of what `size` leaves of the mosaic."""
+        patches = math.isqrt(self.patches) ** 2
+        if not tiles[1]:
+            return self._asked_side(patches, 1) ** 2 + n - self.patches
+        side = self._asked_side(patches, 1 + math.prod(tiles))
+        height, width = self._shrunk(side, *unpadded((tiles[0] * side, tiles[1] * side), size))
+        return side**2 + height * (width + 1)
+
     def _side(self, image: ImageTokens, count: int | None) -> int:
         """Return the side to pool to, for the count that a training forward drew or for `keep`."""
         patches = _grid(image.tower).shape[1]
         if image.video:  # the model itself pools a frame to fewer tokens
             patches = (len(image.features) - 1) // len(image.tower)
-        if count is not None:
-            if count > patches:
-                raise ValueError(f"counts={self.counts}: an image here has only {patches} visual tokens per crop")
-            return square_side(count, "counts")
+        if count is None:
+            return self._asked_side(patches, len(image.tower))
+        if count > patches:
+            raise ValueError(f"counts={self.counts}: an image here has only {patches} visual tokens per crop")
+        return square_side(count, "counts")
+
+    def _asked_side(self, patches: int, crops: int) -> int:
+        """Return the side that `keep` asks for, of crops or frames of `patches` tokens."""
         if isinstance(self.keep, float):
             return math.isqrt(resolve_keep(self.keep, patches))
-        if len(image.tower) > 1:
+        if crops > 1:
             raise ValueError(
-                f"keep={self.keep} counts the tokens of an image, but this one has {len(image.tower)} crops or frames "
+                f"keep={self.keep} counts the tokens of an image, but this one has {crops} crops or frames "
                 f"of {patches} tokens; give a share: keep={round(self.keep / patches, 4)} pools each to {self.keep}"
             )
         return square_side(resolve_keep(self.keep, patches))
@@ -196,12 +213,16 @@ class TokenFlex(Compressor):
         rows, columns = image.tiles
         mosaic = crops[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
         mosaic = unpad(mosaic, image.size)
-        height, width = mosaic.shape[1:]
-        ratio = math.sqrt(height * width / (self.most_tiles * side**2)) if self.most_tiles else 0
-        if ratio > 1.1:  # OneVision shrinks large mosaics
-            mosaic = F.interpolate(mosaic[None], [int(height // ratio), int(width // ratio)], mode="bilinear")[0]
+        shrunk = self._shrunk(side, *mosaic.shape[1:])
+        if shrunk != mosaic.shape[1:]:
+            mosaic = F.interpolate(mosaic[None], shrunk, mode="bilinear")[0]
         lines = newline.T[:, None].expand(-1, mosaic.shape[1], 1)
         return torch.cat([crops[0], torch.cat([mosaic, lines], 2).flatten(1).T])
+
+    def _shrunk(self, side: int, height: int, width: int) -> tuple[int, int]:
+        """Return height and width to which OneVision resizes a large mosaic; other models leave it as it is."""
+        ratio = math.sqrt(height * width / (self.most_tiles * side**2)) if self.most_tiles else 0
+        return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
 
 
 def unpad(mosaic: Tensor, size: tuple[int, int]) -> Tensor:
@@ -214,12 +235,19 @@ def unpad(mosaic: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (d, height', width'), shorter in at most one direction.
     """
-    height, width = mosaic.shape[1:]
+    height, width = unpadded((mosaic.shape[1], mosaic.shape[2]), size)
+    top, left = (mosaic.shape[1] - height) // 2, (mosaic.shape[2] - width) // 2
+    return mosaic[:, top : top + height, left : left + width]
+
+
+def unpadded(mosaic: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a mosaic of tokens without its padding, for a picture of `size` pixels."""
+    height, width = mosaic
     if size[1] / size[0] > width / height:
         lost = (height - int(round(size[0] * (width / size[1]), 7))) // 2
-        return mosaic[:, lost : height - lost]
+        return height - 2 * lost, width
     lost = (width - int(round(size[1] * (height / size[0]), 7))) // 2
-    return mosaic[:, :, lost : width - lost]
+    return height, width - 2 * lost
 
 
 def _grid(tower: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class Recoverable(Compressor):
     text_weight: float = 50.0
 
     def __post_init__(self) -> None:
+        self.reads_prompt = True
         if self.keep is not None:
             check_keep(self.keep)
         check_choices(self, preset=tuple(PRESETS))
