@@ -1,6 +1,6 @@
 """Let the documentation site show pages that live outside `docs/`, so that one link works on GitHub and on the site.
 
-A page of `docs/` links to the rest of the repository as `../assets/leaderboard_quickstart.md` or `../vlmslim/cli.py`.
+A page of `docs/` links to the rest of the repository as `../assets/leaderboard_scenes.md` or `../vlmslim/cli.py`.
 The site has pages for `CHANGELOG.md`, `CONTRIBUTING.md` and everything in Markdown under `assets/`. Links to other
 files lead to the repository.
 """

@@ -80,6 +80,21 @@ def test_run_prints_the_leaderboard_and_only_that(tmp_path, fake):
         assert again.stdout == (tmp_path / "out" / f"leaderboard.{format}").read_text()
 
 
+def test_the_receipt_of_a_row(tmp_path, fake):
+    fake()
+    shown = call("run", write_config(tmp_path))
+    assert f"vlmslim receipt {tmp_path / 'out'} LABEL" in shown.stderr
+    assert len(call("receipt", tmp_path / "out").stdout.splitlines()) == 10
+    one = call("receipt", tmp_path / "out", "divprune-64")
+    assert one.exit_code == 0 and [line.split(":")[0] for line in one.stdout.splitlines()] == [
+        "divprune-64, count",
+        "divprune-64, text",
+    ]
+    assert "144.0 -> 64.0 visual tokens" in one.stdout
+    wrong = call("receipt", tmp_path / "out", "divprun-64")
+    assert wrong.exit_code == 2 and "no finished row 'divprun-64'. Did you mean 'divprune-64'?" in wrong.stderr
+
+
 def test_options_replace_the_file(tmp_path, fake):
     fake()
     assert call("run", write_config(tmp_path), "--limit", 2, "--output", tmp_path / "other").exit_code == 0

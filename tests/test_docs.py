@@ -90,7 +90,7 @@ def test_the_readme_example_runs(capsys):
 
 
 def test_the_readme_table_is_the_boards():
-    board = {row["label"]: row for row in json.loads((ROOT / "assets/leaderboard_quickstart.json").read_text())["rows"]}
+    board = {row["label"]: row for row in json.loads((ROOT / "assets/leaderboard_scenes.json").read_text())["rows"]}
     lines = re.findall(r"^\| ([\w-]+) \| [\d →]+ \|.*KiB \|$", README.read_text(), flags=re.MULTILINE)
     assert 4 <= len(lines) <= 6
     for label in lines:

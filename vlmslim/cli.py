@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -189,6 +190,8 @@ def run(
             details = _log(settings.output / "run.log")
             _fail(f"{type(error).__name__}: {one_line(error)}\nFinished cells are kept{details}", status=1)
         typer.echo(render(board, "md"), nl=False)
+        where = shlex.quote(str(settings.output))
+        typer.echo(f"What a row really kept: vlmslim receipt {where} LABEL", err=True)
     except (ConfigError, OSError) as error:
         _fail(error)
 
@@ -218,6 +221,23 @@ def leaderboard(
         if published or published_tables is not None:
             theirs = Published.compare(board, load_papers(published_tables or DIRECTORY))
         typer.echo(render(board, format.value, theirs), nl=False)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def receipt(
+    directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run, finished or not.")],
+    label: Annotated[str | None, typer.Argument(help="A row of the run, such as fastv-64. Default: all rows.")] = None,
+) -> None:
+    """Print what the rows of a run really kept, task by task."""
+    _require_extra()
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.evaluation.receipts import receipts
+
+    try:
+        for line in receipts(directory, label):
+            typer.echo(line)
     except (ConfigError, OSError) as error:
         _fail(error)
 

@@ -13,7 +13,7 @@ from evaluation_doubles import COST, FakeHarness, Solving, rewrite, stage, store
 
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.progress import Display
+from vlmslim.evaluation.progress import Display, RowLine
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.io.files import write_atomically
@@ -334,17 +334,37 @@ def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
 class Listening(Display):
     def __init__(self):
         self.said: list[str] = []
+        self.rows: list[RowLine] = []
 
     def message(self, text):
         self.said.append(text)
 
+    def finish_row(self, line):
+        self.rows.append(line)
 
-def test_every_finished_row_says_what_it_did(config):
+
+def test_every_finished_row_is_a_line_with_its_score(config):
     display = Listening()
-    run(config(), harness=FakeHarness(), display=display)
-    rows = [text for text in display.said if ", as on " in text]
-    assert [text.split(",")[0] for text in rows] == ROWS
-    assert "144.0 -> 64.0 visual tokens" in next(text for text in rows if text.startswith("divprune-64"))
+    scores = {("none", "count"): 4, ("none", "text"): 2, ("divprune-64", "count"): 2, ("divprune-64", "text"): 2}
+    run(config(), harness=FakeHarness(scores=scores), display=display)
+    assert [line.label for line in display.rows] == ROWS
+    lines = {line.label: line.text(width=11).split() for line in display.rows}
+    assert lines["none"][:3] == ["none", "144.0", "100.0"]
+    assert lines["divprune-64"][:3] == ["divprune-64", "64.0", "75.0"]  # half of the one task, all of the other
+    assert float(lines["divprune-64"][3]) >= 0
+
+
+def test_a_row_without_a_number_does_not_stop_the_others(config):
+    class Mute(FakeHarness):
+        def evaluate(self, variant, task):
+            cell = super().evaluate(variant, task)
+            cell.results["results"][task]["acc,none"] = "N/A"
+            return cell
+
+    display = Listening()
+    with pytest.raises(ConfigError, match="reports no number"):
+        run(config(), harness=Mute(), display=display)
+    assert [line.score for line in display.rows] == [None] * len(ROWS)
 
 
 def test_a_task_that_costs_otherwise_than_the_sample_is_named(config):
@@ -374,8 +394,9 @@ def test_a_stage_that_abstains_is_told_row_by_row(config):
 
     display = Listening()
     run(config(), harness=Undecided(), display=display)
-    told = [text for text in display.said if "drop_visual" in text and "as on" not in text]
-    assert told == [f"{label}: stage 2 (drop_visual, before layer 7) acted on 0 of 8 prompts" for label in ROWS[1:]]
+    told = [remark for line in display.rows for remark in line.remarks]
+    assert told == ["stage 2 (drop_visual, before layer 7) acted on 0 of 8 prompts"] * len(ROWS[1:])
+    assert all(display.rows[1].text(0).endswith(remark) for remark in display.rows[1].remarks)
     assert Store(config().output).cell("divprune-16", "text")["receipt"]["stages"][1]["acted"] == 0
 
 

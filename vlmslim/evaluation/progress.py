@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,20 +24,52 @@ class Bar(Protocol):
 MakeBar = Callable[..., AbstractContextManager[Bar]]
 
 
+@dataclass(frozen=True)
+class RowLine:
+    """The line of a finished row, in the table that grows while a run goes on.
+
+    label   : of the row
+    kept    : visual tokens of an image, as on the board: "36.0", or "144.0 → 36.0" where layers drop some
+    score   : average over the tasks in % of the unpatched model's; None where it is not known
+    seconds : wall time of the row's cells
+    remarks : on how many prompts a stage acted that decides itself
+    """
+
+    label: str
+    kept: str
+    score: float | None
+    seconds: float
+    remarks: tuple[str, ...] = ()
+
+    @staticmethod
+    def head(width: int) -> str:
+        """Write the first line of the table; labels have at most `width` characters."""
+        return f"{'method':<{width}}  {'tokens kept':>16}  {'% of unpatched':>14}  {'seconds':>7}"
+
+    def text(self, width: int) -> str:
+        """Write the line; labels have at most `width` characters."""
+        score = "–" if self.score is None else f"{self.score:.1f}"
+        line = f"{self.label:<{width}}  {self.kept:>16}  {score:>14}  {self.seconds:>7.1f}"
+        return "  ".join([line, *self.remarks])
+
+
 class Display:
     """Receives the progress of a run, and shows nothing; `RichDisplay` shows it."""
 
     def message(self, text: str) -> None:
         """Tell the user something in one line."""
 
-    def start(self, total: int, done: int) -> None:
-        """Begin with a grid of `total` cells, of which `done` are finished."""
+    def start(self, total: int, done: int, width: int) -> None:
+        """Begin with a grid of `total` cells, of which `done` are finished; labels have at most `width` characters."""
 
     def start_cell(self, label: str, task: str) -> None:
         """Begin with a cell."""
 
     def finish_cell(self) -> None:
         """Count a cell that was saved."""
+
+    def finish_row(self, line: RowLine) -> None:
+        """Tell the user what a row scored, after its last cell."""
 
     def bar(self, total: int = 0, desc: str = "") -> AbstractContextManager[Bar]:
         """Return a bar for the progress within a cell."""
@@ -58,6 +91,7 @@ class RichDisplay(Display):
             redirect_stderr=False,
         )
         self._grid = self._progress.add_task("cells", total=None, visible=False)
+        self._width = 0
 
     def __enter__(self) -> "RichDisplay":
         self._progress.start()
@@ -68,13 +102,16 @@ class RichDisplay(Display):
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def start(self, total: int, done: int) -> None:
-        """Show the grid."""
+    def start(self, total: int, done: int, width: int) -> None:
+        """Show the grid, and the head of the table of finished rows."""
         self._progress.update(self._grid, total=total, completed=done, visible=True)
+        self._width = max(width, len("method"))
         if done:
             self.message(f"resuming: {done} of {total} cells are finished")
+        if done < total:
+            self.message(RowLine.head(self._width))
 
     def start_cell(self, label: str, task: str) -> None:
         """Name the cell at work."""
@@ -83,6 +120,10 @@ class RichDisplay(Display):
     def finish_cell(self) -> None:
         """Advance the bar of the grid."""
         self._progress.advance(self._grid)
+
+    def finish_row(self, line: RowLine) -> None:
+        """Add a line to the table of finished rows."""
+        self.message(line.text(self._width))
 
     def bar(self, total: int = 0, desc: str = "") -> "_RichBar":
         """Return a bar below that of the grid."""

@@ -17,16 +17,17 @@ from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
-from vlmslim.evaluation.progress import Display
+from vlmslim.evaluation.progress import Display, RowLine
 from vlmslim.evaluation.store import Store, digest, reading, timing_key
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io import provenance
 from vlmslim.io.code import outside_files
 from vlmslim.io.messages import one_line
-from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.board import Leaderboard, preview
 from vlmslim.leaderboard.render import write_all
+from vlmslim.leaderboard.rows import Row
+from vlmslim.leaderboard.tables import NOTHING, kept_text
 from vlmslim.loading import check_device
-from vlmslim.receipt import headline
 
 
 def run(
@@ -114,7 +115,7 @@ class _Run:
         self._open(todo)
         self._begin()
         total = len(self.variants) * len(self.tasks)
-        self.display.start(total, total - len(todo))
+        self.display.start(total, total - len(todo), max(len(variant.label) for variant in self.variants))
         for variant, cells in groupby(todo, key=lambda cell: cell[0]):
             for _, task in cells:
                 self.display.start_cell(variant.label, task)
@@ -259,12 +260,21 @@ class _Run:
         return True
 
     def _sum_up(self, label: str) -> None:
-        """Tell the user what a finished row did."""
-        receipts = {task: cell["receipt"] for task in self.tasks if (cell := self.store.cell(label, task)) is not None}
-        task, receipt = list(receipts.items())[-1]
-        self.display.message(f"{label}, as on {task}: {headline(receipt)}")
-        for line in abstentions(list(receipts.values())):
-            self.display.message(f"{label}: {line}")
+        """Tell the user what a finished row kept, scored and took."""
+        cells = [cell for task in self.tasks if (cell := self.store.cell(label, task)) is not None]
+        try:
+            row = preview(self.store, label)
+        except ConfigError:  # no number: the board says so after the last row, and the other rows may still run
+            row = Row(label, None)
+        self.display.finish_row(
+            RowLine(
+                label,
+                NOTHING if row.cost is None else kept_text(row.cost),
+                None if row.relative is None else 100 * row.relative.value,
+                sum(cell["seconds"] for cell in cells),
+                tuple(abstentions([cell["receipt"] for cell in cells])),
+            )
+        )
 
     def _evaluate(self, variant: Variant, task: str) -> None:
         """Evaluate a cell and save it."""

@@ -53,7 +53,7 @@ class Leaderboard:
 
     @classmethod
     def _read(cls, directory: Path | str) -> "Leaderboard":
-        store, run = _open(directory)
+        store, run = open_run(directory)
         config = run["config"]
         grid = [(row["label"], task["task"]) for row in config["rows"] for task in config["tasks"]]
         cells = {place: cell for place in grid if (cell := store.cell(*place)) is not None}
@@ -172,7 +172,27 @@ class Leaderboard:
             row.stability = _mean_stability([comparison.stability.get((row.label, task)) for task in self.tasks])
 
 
-def _open(directory: Path | str) -> tuple[Store, dict]:
+def preview(store: Store, label: str) -> Row:
+    """Read a finished row of a run that goes on: its cost, its scores and their average, but no intervals and tests.
+
+    Raises:
+        ConfigError: lmms-eval reports no number for a task.
+    """
+    _, run = open_run(store.directory)
+    config, tasks = run["config"], {task["task"]: task["metric"] for task in run["config"]["tasks"]}
+    labels = dict.fromkeys((UNPATCHED, label))
+    places = [(name, task) for name in labels for task in tasks]
+    cells = {place: cell for place in places if (cell := store.cell(*place)) is not None}
+    metrics = {task: metric_of(cells[label, task], task, wanted) for task, wanted in tasks.items()}
+    rows = _rows(config | {"rows": [row for row in config["rows"] if row["label"] in labels]}, cells, {})
+    for row in rows:
+        own = [task for task in tasks if (row.label, task) in cells]
+        row.scores = {task: score_of(cells[row.label, task], task, metrics[task][0], []) for task in own}
+    add_ratios(rows, list(tasks), metrics, {task: group_of(task) for task in tasks})
+    return next(row for row in rows if row.label == label)
+
+
+def open_run(directory: Path | str) -> tuple[Store, dict]:
     """Find the run in a directory, or say what is there instead."""
     if not Path(directory).is_dir():
         what = "is a file" if Path(directory).exists() else "does not exist"

@@ -87,7 +87,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         *name_columns(rows),
         *_solved_columns(rows),
         cost("tokens requested", lambda cost: number(cost.requested, 1, 1)),
-        cost("tokens kept", _kept_text),
+        cost("tokens kept", kept_text),
         cost("equivalent tokens", lambda cost: number(cost.equivalent, 1, 1)),
         Column(f"prefill {flops_name}", prefill),
         cost(f"method {flops_name}", lambda cost: number(cost.method_flops, 1 / flops, 3)),
@@ -223,7 +223,7 @@ def _with_ratio(value: float, ratio: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if ratio is None else f" ({ratio:.2f}x)")
 
 
-def _kept_text(cost: Cost) -> str:
+def kept_text(cost: Cost) -> str:
     """Write the tokens that enter the language model, and those left in its last layer if they are fewer."""
     entering, leaving = number(cost.kept, 1, 1), number(cost.last, 1, 1)
     ranged = _with_range(entering, number(cost.kept_low, 1, 0), number(cost.kept_high, 1, 0))
