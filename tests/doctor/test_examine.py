@@ -212,7 +212,7 @@ def test_the_command(path, monkeypatch):
     runner = CliRunner()
     done = runner.invoke(app, ["doctor", path(), "-m", "uniform:keep=4", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    for text in (*CHECKS, "uniform-4", "16.0 -> 4.0", "0 failed", "10 checks passed"):
+    for text in (*CHECKS, "uniform-4", "16.0 -> 4.0", "0 failed", "11 checks passed"):
         assert text in done.output
     compress = Uniform.compress
 

@@ -153,6 +153,19 @@ def cache(subject: Subject) -> Outcome:
     return subject.rounding(subject.cache())
 
 
+def positions(subject: Subject) -> Outcome:
+    """Check that the rotary positions of an answer go on by one from the last token of the prompt, in every layer."""
+    strayed, note = 0, ""
+    for run in (subject.together, *subject.alone.values()):
+        last = run.positions[0][0]
+        for step, noted in enumerate(run.positions):
+            for found in noted:
+                stray = int((found - last - step).abs().max())
+                if stray > strayed:
+                    strayed, note = stray, f"token {step} of an answer stands {stray} positions away from its place"
+    return Outcome(strayed, 0, "positions", note)
+
+
 def answer(subject: Subject) -> Outcome:
     """Check that the log-likelihood of a forced answer, at once or as labels, is that of its tokens one by one."""
     differences = {"at once": subject.at_once()}
@@ -287,6 +300,7 @@ CHECKS: dict[str, Callable[[Subject], Outcome]] = {
     "padding": padding,
     "reference": reference,
     "cache": cache,
+    "positions": positions,
     "answer": answer,
     "memory": memory,
     "attention": attention,

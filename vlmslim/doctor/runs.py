@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from vlmslim.cost.memory import cache_bytes, peak_memory
 from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.doctor.reference import Notes, Reference, noted
-from vlmslim.engine.families import KV_CACHE, kv_cache
+from vlmslim.engine.families import KV_CACHE, kv_cache, language_model
 from vlmslim.patching import Slim
 from vlmslim.receipt import Prefill
 
@@ -102,16 +102,18 @@ def clone_sharing_weights(model: nn.Module) -> Any:
 class Decoded:
     """Prompts and their answers, decoded token by token.
 
-    logits   : of each prompt, (L + T, V) without padding
-    notes    : what the method answered
-    prefill  : the receipt's; None without a patch and without an image
-    kv_bytes : bytes of the KV cache after the answer
+    logits    : of each prompt, (L + T, V) without padding
+    notes     : what the method answered
+    prefill   : the receipt's; None without a patch and without an image
+    kv_bytes  : bytes of the KV cache after the answer
+    positions : of each forward, as `watched_positions` notes them
     """
 
     logits: list[Tensor]
     notes: Notes
     prefill: Prefill | None
     kv_bytes: int
+    positions: list[list[Tensor]]
 
     @property
     def answer_logits(self) -> Tensor:
@@ -151,11 +153,12 @@ class ModelRun:
         slim: Slim | None = getattr(model, "_vlmslim", None)
         inputs, answer = self.prompts.inputs(rows), torch.cat([self.answer_of(row) for row in rows])
         real = F.pad(inputs["attention_mask"].bool(), (0, STEPS), value=True)
-        with noted(slim) as notes:
-            logits, cache = decode(model, inputs, answer)
+        with noted(slim) as notes, watched_positions(model) as positions:
+            padded, cache = decode(model, inputs, answer)
         pictured = any(row in (*self.prompts.pictured, LONG) for row in rows)
         prefill = slim.receipt.last if slim is not None and pictured else None
-        return Decoded([x[keep] for x, keep in zip(logits, real, strict=True)], notes, prefill, cache_bytes(cache))
+        logits = [x[keep] for x, keep in zip(padded, real, strict=True)]
+        return Decoded(logits, notes, prefill, cache_bytes(cache), positions)
 
     def answer_of(self, row: int) -> Tensor:
         """Return the answer (1, T) of a row; that of the first one for the long row, which is not in the batch."""
@@ -247,6 +250,33 @@ class UnpatchedRun(ModelRun):
     def changed(self, model: PreTrainedModel) -> float:
         """Return how far the answer of an unpatched model to the first row is from this one's."""
         return difference(generate(model, self.prompts.inputs((0,))).logits, self.first_row.logits)
+
+
+@contextmanager
+def watched_positions(model: Any) -> Iterator[list[list[Tensor]]]:
+    """Note the rotary position of the last token whenever the language model makes rotary embeddings.
+
+    Yields:
+        For each forward, one tensor (B,) for each embedding that it makes; (axes, B) where a position has several
+        numbers. Layers after a drop make their own.
+    """
+    lm = language_model(model.model)
+    forwards: list[list[Tensor]] = []
+
+    def begin(*_: object) -> None:
+        forwards.append([])
+
+    def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        if forwards:
+            position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+            forwards[-1].append(position[..., -1].cpu())
+
+    hooks = [lm.register_forward_pre_hook(begin), lm.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)]
+    try:
+        yield forwards
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ShapeRecorder(TorchDispatchMode):
