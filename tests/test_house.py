@@ -73,6 +73,11 @@ def test_engine_and_ops_import_no_method():
     assert not [m for m in users("vlmslim.methods") if in_room(m, "engine") or in_room(m, "ops")]
 
 
+def test_pictures_need_no_method_and_no_engine():
+    others = [m for room in ("methods", "engine") for m in users(f"vlmslim.{room}")]
+    assert not [m for m in others if in_room(m, "pictures")]
+
+
 def test_only_some_rooms_know_transformers_model_code():
     known = ("engine", "loading", "training")
     assert not [m for m in users("transformers.models") if not any(in_room(m, room) for room in known)]

@@ -98,10 +98,13 @@ class Compressed:
     index    : (k,) positions among the image's n tokens, each at most once. With `features`, the slots that the tokens
                take; None then means the first k. Slots decide which rotary position a token keeps under
                `positions="original"`
+    into     : for methods that merge, a function that returns (n,), the one of the k tokens into which each of the
+               image's n went, -1 for none. Only pictures call it. Without it each token is the one at `index`
     """
 
     features: Tensor | None
     index: Tensor | None = None
+    into: Callable[[], Tensor] | None = None
 
     def __len__(self) -> int:
         tokens = self.index if self.features is None else self.features
@@ -126,8 +129,10 @@ class ImageTokens:
     size     : height and width of the picture that was cut into tiles; (0, 0) without tiles
     video    : whether the crops are the frames of a video
     prompt   : (t,) ids of the text tokens of the same prompt, on the CPU; None if the caller gave embeddings
+    score    : (n,) by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
     projector       : the model's projector, found when it is used, because adapters replace it
     make_grid       : computes `grid` when a method asks for it
+    make_views      : computes `views`, where `pixels` are no pictures
     recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
     recorded_heads  : layer of the vision tower -> its queries and keys (c, heads, p, v / heads), where the tower turns
                       them by position, or has its weights only while it runs
@@ -142,8 +147,10 @@ class ImageTokens:
     size: tuple[int, int] = (0, 0)
     video: bool = False
     prompt: Tensor | None = None
+    score: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     make_grid: Callable[[], Tensor] | None = None
+    make_views: Callable[[], Tensor] | None = None
     recorded_layers: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict)
     recorded_heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -175,6 +182,11 @@ class ImageTokens:
         row = torch.where(in_tile, row + tile // columns * self.side, row)
         column = torch.where(in_tile, column + tile % columns * self.side, column)
         return torch.stack([crop.clamp(max=1), row, column], dim=1)
+
+    @property
+    def views(self) -> Tensor:
+        """The crops or frames as pictures, normalised as the tower reads them: (c, 3, h, w)."""
+        return self.pixels if self.make_views is None else self.make_views()
 
     @property
     def side(self) -> int:
@@ -312,6 +324,7 @@ class LayerInput:
     keys     : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
     cached   : (B, P)    False at padding, of tokens that the KV cache held before this forward; None if it was empty
     blocks   : (B, S)    tokens of one block see each other both ways, -1 for none; None if all see only what is before
+    score    : (B, S)    by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
     """
 
     layer: int
@@ -328,6 +341,7 @@ class LayerInput:
     keys: Tensor | None = None
     cached: Tensor | None = None
     blocks: Tensor | None = None
+    score: Tensor | None = None
 
     def without_last(self, count: int) -> "LayerInput":
         """Return the same input without the last `count` tokens of every row, which the caller's prompt does not have.
@@ -395,6 +409,7 @@ class LayerInput:
         """
         counts = [[0] + [resolve_keep(keep, n) for n in row] for row in self.entered]  # 0 of text and padding
         width = max(map(len, counts))
+        self.score = score
         budget = torch.tensor([row + [0] * (width - len(row)) for row in counts], device=score.device)
         return (rank_within_groups(score, self.image) < budget.gather(1, self.image)) & (self.image > 0)
 
@@ -545,5 +560,6 @@ class ScoreAndKeep(Compressor):
             raise ValueError(
                 f"{type(self).__name__}.score returned {got}: return a tensor of shape ({n},), a number for each token"
             )
+        image.score = score
         order = score.argsort(descending=True, stable=True)
         return image.pick(order[: resolve_keep(self.keep, n)].sort().values)

@@ -51,6 +51,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    record: str | None = None,
     **options: Any,
 ) -> Slim:
     """Load a checkpoint and patch it, in one call.
@@ -65,6 +66,7 @@ def from_pretrained(
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...
         revision: branch, tag or commit of `name` on the hub.
         trust_remote_code: let a checkpoint from the hub run its own code.
+        record: "tokens" keeps what `Slim.picture` needs, as for `patch`.
         **options: of the method. They replace saved options.
 
     Returns:
@@ -79,7 +81,7 @@ def from_pretrained(
     model, processor = load(
         place, dtype=dtype, device_map=device_map, attention=attn_implementation, trust_remote_code=trust_remote_code
     )
-    slim = patch(model, methods)
+    slim = patch(model, methods, record=record)
     slim.processor = processor
     return slim
 

@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from vlmslim.receipt import Receipt
 from vlmslim.registry import build, is_method_name, name_of
 from vlmslim.saving.folder import read, save
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 Method = str | os.PathLike | dict | Compressor | Sequence[str | dict | Compressor]
 
 
@@ -43,7 +46,9 @@ class Slim:
         processor: the checkpoint's processor, if `vlmslim.from_pretrained` loaded both; else None.
     """
 
-    def __init__(self, model: Any, methods: list[Compressor]):
+    def __init__(self, model: Any, methods: list[Compressor], record: str | None = None):
+        if record not in (None, "tokens"):
+            raise ValueError(f"record={record!r}: give 'tokens' to keep what pictures need, or nothing")
         family_of(model)  # refuses what cannot be patched
         check_decoder(model.model)
         check_unpatched(model)
@@ -58,7 +63,7 @@ class Slim:
                 check_tower_layers(model.model, name_of(part))
         check_decoder(model.model, next((stage.name for stage in self.stages if stage.layers), None))
         self.receipt = _empty_receipt(model, str(self), self.stages)
-        self._hooks = Hooks(model, self.stages, self.receipt)
+        self._hooks = Hooks(model, self.stages, self.receipt, record is not None)
         self._hooks.attach()
         self._saving = model.save_pretrained = _Saving(self)
         model._vlmslim = self
@@ -91,6 +96,46 @@ class Slim:
         """
         processor = processor or self.processor
         save(folder, self.model, self.methods, self.trained, with_base=with_base, processor=processor)
+
+    def picture(
+        self, processor: Any = None, *, row: int = 0, layer: int | None = None, size: int = 320
+    ) -> "PIL.Image.Image":
+        """Draw the visual tokens that the last prefill kept: kept patches clear, dropped ones faded.
+
+        Args:
+            processor: the checkpoint's, which knows how pixels were normalised; by default `self.processor`.
+            row: the prompt of the batch. Each of its images gets a line of pictures.
+            layer: the decoder layer whose tokens are drawn. By default there is a picture of the image as the model
+                saw it, one after each stage, and one of the scores of each stage that has them.
+            size: pixels of the longer side of a crop.
+
+        Raises:
+            RuntimeError: no image was seen yet, or the patch records no tokens.
+            ValueError: no such prompt or layer, no processor, or a stage that does not say what it made its tokens of.
+        """
+        from vlmslim.pictures.draw import Panel, kept, panels, sheet
+
+        traces = self.receipt.last.traces
+        if traces is None:
+            raise RuntimeError('this patch records no tokens; patch with vlmslim.patch(..., record="tokens")')
+        if not 0 <= row < len(traces) or not traces[row]:
+            pictured = [i for i, own in enumerate(traces) if own]
+            raise ValueError(f"row={row}: the last prefill has images in these prompts of its batch: {pictured}")
+        processor = processor or self.processor
+        if layer is None:
+            return sheet([panels(trace, processor, size) for trace in traces[row]])
+        return sheet(
+            [
+                [
+                    Panel(
+                        kept(trace, processor, layer, size),
+                        f"{trace.at(layer).count} of {len(trace.grid)} visual tokens",
+                        f"layer {layer}",
+                    )
+                ]
+                for trace in traces[row]
+            ]
+        )
 
     def reset_receipt(self) -> None:
         """Start counting anew."""
@@ -160,7 +205,7 @@ class _Saving:
         return self.save(*args, **kwargs)
 
 
-def patch(model: nn.Module, method: Method, **options) -> Slim:
+def patch(model: nn.Module, method: Method, *, record: str | None = None, **options) -> Slim:
     """Attach a compression method to a LLaVA-style model.
 
     Args:
@@ -169,6 +214,7 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
         method: a method's name, with its options as keywords; or a method object; or a list of stages, each a
             name, an object, or a dictionary such as `{"method": "divprune", "keep": 128}`; or what
             `Slim.save_pretrained` wrote, a folder or a repository on the hub.
+        record: "tokens" keeps what `Slim.picture` needs of the last prefill; by default nothing is kept.
         **options: of the method, when it is given by name: `keep=64` (tokens per image) or `keep=0.11` (a share) ...
             Of a saved method they replace what was saved.
 
@@ -182,7 +228,7 @@ def patch(model: nn.Module, method: Method, **options) -> Slim:
             needs a CLS token on a tower without one.
         RuntimeError: the model is already patched.
     """
-    return Slim(model, made(method, **options))
+    return Slim(model, made(method, **options), record)
 
 
 def made(method: Method, **options: Any) -> list[Compressor]:

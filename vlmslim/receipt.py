@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vlmslim.cost.timer import Timer
+from vlmslim.pictures.trace import Trace
 
 _LOCK = threading.RLock()  # of all receipts, because a receipt is copied with its model and a lock cannot be
 
@@ -57,6 +58,7 @@ class Prefill:
                a cache
     stages   : per stage of the patch
     timers   : time of each call of a method
+    traces   : per prompt, where the tokens of each image went; None without `patch(..., record="tokens")`
     """
 
     images: list[list[Image]]
@@ -66,6 +68,7 @@ class Prefill:
     kv: list[int]
     stages: list[StagePass] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list, repr=False)
+    traces: list[list[Trace]] | None = field(default=None, repr=False)
 
     @property
     def selection_ms(self) -> float:

@@ -260,6 +260,7 @@ class RecordingEncoder:
             patch = self.core.config.vision_config.patch_size
             sizes = [(1, height // patch, width // patch) for height, width in sizes]
         counts = [math.prod(size) for size in sizes]
+        pixels = _packed_pixels(self.core, seen.pixel_values, sizes)
         patches = seen.tower_features.flatten(0, -2)
         if len(patches) < sum(counts):  # merged before the projector (GLM)
             counts, per = [count // per**2 for count in counts], 1
@@ -268,13 +269,11 @@ class RecordingEncoder:
         if order is not None:
             order = (order[:, None] * per**2 + torch.arange(per**2)).flatten().to(patches.device)
             patches = patches[order]
-        pixels = seen.pixel_values
-        whole = pixels.split(counts) if len(pixels) == sum(counts) else [pixels[:0]] * len(counts)
         frames, towers = [size[0] for size in sizes], patches.split(counts)
         heads = {i: _heads_of_images(qk, counts, frames, order) for i, qk in seen.made.items()}
         images = []
         for n, (t, h, w) in enumerate(sizes):
-            part, own = towers[n].unflatten(0, (t, -1)), whole[n]
+            part = towers[n].unflatten(0, (t, -1))
             recorded = {i: qk[n] for i, qk in heads.items()}
             if per > 1 and not hasattr(self.core, "visual"):  # Pixtral's patches come row by row
                 within = token_order((h, w), per).to(part.device)
@@ -285,11 +284,12 @@ class RecordingEncoder:
                 ImageTokens(
                     features=output.pooler_output[n],
                     tower=part,
-                    pixels=own[None] if len(own) else output.pooler_output[n][None],
+                    pixels=pixels[n][0],
                     patches=(h, w),
                     merge=per,
                     video=self.kind == "video",
                     make_grid=grid,
+                    make_views=pixels[n][1],
                     recorded_heads=recorded,
                 )
             )
@@ -464,6 +464,33 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     rows = all(part.shape[1:] == parts[0].shape[1:] for part in parts)
     return torch.cat(list(parts), dim=0 if rows else 1)
+
+
+def _packed_pixels(
+    core: Any, pixels: Tensor, sizes: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, Callable[[], Tensor] | None]]:
+    """Return the pixels of each packed image, and what makes pictures of them where they are patches.
+
+    Args:
+        core: the model without its head.
+        pixels: of all images, patches (N, numbers) or pictures (images, 3, h, w), padded to the largest.
+        sizes: frames, rows and columns of patches of each.
+    """
+    patch = core.config.vision_config.patch_size
+    if pixels.ndim == 4:
+        return [(x[None, :, : h * patch, : w * patch], None) for x, (_, h, w) in zip(pixels, sizes, strict=True)]
+    parts = [part[None] for part in pixels.split([math.prod(size) for size in sizes])]
+    return [(x, partial(_of_patches, x, size, merge(core), patch)) for x, size in zip(parts, sizes, strict=True)]
+
+
+def _of_patches(pixels: Tensor, size: Sequence[int], merge: int, patch: int) -> Tensor:
+    """Put patches (1, t h w, numbers), token by token, back into pictures (t, 3, height, width).
+
+    A patch of Qwen's spans two moments; the first one is shown. Of a still picture both are the same.
+    """
+    t, h, w = size
+    x = pixels.view(t, h // merge, w // merge, merge, merge, 3, -1, patch, patch)[:, :, :, :, :, :, 0]
+    return x.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, 3, h * patch, w * patch)
 
 
 def _heads_of_images(

@@ -80,9 +80,13 @@ class Entrance:
     def _note(self, call: Call, layout: Layout, placed: list[Placed], results: list[Compressed] | None) -> None:
         """Write down which image each visual token belongs to, and how many tokens of each image enter."""
         call.images, call.counts = [[] for _ in call.text], [[] for _ in call.text]
+        if call.recorder is not None:
+            call.recorder.sent = [[] for _ in call.text]
         for i, image in enumerate(placed):
             row, n, result = image.row, len(image.columns), None if results is None else results[i]
             call.images[row].append(image.tokens)
+            if call.recorder is not None:
+                call.recorder.sent[row].append((image.columns, result))
             call.counts[row].append(Image(n, self.asked.method.requested(n), n if result is None else len(result)))
             layout.image[row, image.columns] = len(call.images[row])
             if result is None or result.index is not None:

@@ -16,8 +16,10 @@ from vlmslim.engine.families import causal_mask, layer_type, rotary
 from vlmslim.engine.layout import Segment, concat_masks
 from vlmslim.engine.packed import Packed
 from vlmslim.engine.plan import Plan
+from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import weighted_causal_mask
+from vlmslim.pictures.trace import Trace
 from vlmslim.receipt import Image, Prefill, StagePass
 
 
@@ -131,6 +133,7 @@ class Call:
     number   : (B, L) which of these each of the caller's tokens gets, -1 for none
     delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
+    recorder : keeps what pictures show; None if nobody asked for it
     """
 
     input_ids: Tensor | None
@@ -159,6 +162,7 @@ class Call:
     number: np.ndarray | None = None
     delta: Tensor | None = None
     given_mask: Tensor | None = None
+    recorder: Recorder | None = None
 
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True
@@ -254,7 +258,15 @@ class Call:
             kv=[] if cache is None else [cache.get_seq_length(layer) for layer in range(depth)],
             stages=self._passes(stages),
             timers=self.timers,
+            traces=self._traces(stages, depth),
         )
+
+    def _traces(self, stages: tuple[Stage, ...], depth: int) -> list[list[Trace]] | None:
+        """Return where the tokens of each image went, if somebody asked for it."""
+        if self.recorder is None:
+            return None
+        layouts = {run.first: run.tokens.layout for run in self.runs}
+        return self.recorder.traces(self.images, {k: x for k, x in layouts.items() if x is not None}, stages, depth)
 
     def _passes(self, stages: tuple[Stage, ...]) -> list[StagePass]:
         """Sum up what each stage did."""

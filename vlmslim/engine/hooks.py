@@ -39,6 +39,7 @@ from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.layout import Segment, to_device
 from vlmslim.engine.packed import BOUNDARIES, Packed
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
+from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Receipt
@@ -59,18 +60,19 @@ class Hooks:
         model: the model to patch.
         stages: of the patch, in the order in which they act.
         receipt: counts what happens.
+        record: keep what pictures show of the last prefill.
     """
 
-    def __init__(self, model: Any, stages: tuple[Stage, ...], receipt: Receipt):
+    def __init__(self, model: Any, stages: tuple[Stage, ...], receipt: Receipt, record: bool = False):
         self.model, self.core, self.family = model, model.model, family_of(model)
         self.lm = language_model(self.core)
         self.depth = len(self.lm.layers)
-        self.stages, self.receipt = stages, receipt
+        self.stages, self.receipt, self.record = stages, receipt, record
         self.entrance = Entrance(self.core, stages)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if self.family.video else ["image"]
         tower_layers = _tower_layers(stages, self.core)
-        counts_only = not self.entrance.any_acts
+        counts_only = not self.entrance.any_acts and not record
         self.encoders = {
             kind: RecordingEncoder(self.core, kind, tower_layers, counts_only, self._on_encoded) for kind in kinds
         }
@@ -167,6 +169,8 @@ class Hooks:
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
         call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
+        if self.record:
+            call.recorder = Recorder()
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs
@@ -399,6 +403,8 @@ class Hooks:
                 with torch.no_grad():
                     keep = check_retained(stage.method, tokens, stage.method.retain(tokens))
                     keep = nn.functional.pad(keep, (0, call.guess), value=True)
+        if call.recorder is not None and tokens.score is not None:
+            call.recorder.scores[i] = tokens.score
         call.previous = None
         if weight is not None:
             weight = weight.to(device).masked_fill(image == 0, 1)

@@ -180,9 +180,9 @@ class ScoredSelection(Selection):
     def scores(self, image: ImageTokens) -> Tensor:
         """Return the attention that each token of an image gets: (n,) fp32, 0 at newlines."""
         q, k = image.qk(self.score_layer)
-        if self.score == "cls":
-            return image.at_tokens(cls_attention(q, k))
-        return image.at_tokens(received_attention(q, k)[:, int(self.cls) :])
+        paid = cls_attention(q, k) if self.score == "cls" else received_attention(q, k)[:, int(self.cls) :]
+        image.score = image.at_tokens(paid)
+        return image.score
 
 
 def check_selection(options: Any, score: tuple[str, ...] = ("auto", "cls", "received")) -> None:

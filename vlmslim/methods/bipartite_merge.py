@@ -72,9 +72,11 @@ class BipartiteMerge(Compressor):
             if budget:
                 groups.setdefault((len(slots), budget), []).append(i)
         merged, places = [x[:0]] * len(crops), [torch.arange(0, device=device)] * len(crops)
+        steps: list[tuple[list[int], list[tuple[Tensor, Tensor]]]] = []
         for (_, budget), members in groups.items():
             slots = torch.stack([crops[i] for i in members]).to(x.device)
-            tokens, place = merge_tokens(x[slots], None if metric is None else metric[slots], budget)
+            steps.append((members, []))
+            tokens, place = merge_tokens(x[slots], None if metric is None else metric[slots], budget, steps[-1][1])
             for i, own, taken in zip(members, tokens, slots.gather(1, place).to(device), strict=True):
                 merged[i], places[i] = own, taken
 
@@ -84,7 +86,18 @@ class BipartiteMerge(Compressor):
         spare = newlines[:spared].to(device)
         features = torch.cat([features.to(image.features), image.features[spare]])
         index, order = torch.cat([*places, spare]).sort()
-        return Compressed(features[order] if self.order == "raster" else features, index)
+
+        def into() -> Tensor:
+            number = torch.full((n,), -1)
+            for members, taken in steps:
+                ended = destinations(len(crops[members[0]]), taken).expand(len(members), -1)
+                for i, own in zip(members, ended, strict=True):
+                    number[crops[i]] = own.cpu() + sum(map(len, places[:i]))
+            number[spare.cpu()] = sum(map(len, places)) + torch.arange(len(spare))
+            rank = order.argsort().cpu() if self.order == "raster" else torch.arange(len(order))
+            return torch.where(number < 0, -1, rank[number])
+
+        return Compressed(features[order] if self.order == "raster" else features, index, into)
 
     def _budget(self, image: ImageTokens, newlines: int) -> tuple[int, int]:
         """Return how many tokens to merge the patches into, and how many newlines to keep."""
@@ -112,7 +125,9 @@ class BipartiteMerge(Compressor):
         return image.tower.flatten(0, 1)[token], keys.flatten(0, 1)[token]
 
 
-def merge_tokens(x: Tensor, metric: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    x: Tensor, metric: Tensor | None, k: int, steps: list[tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Merge n tokens into k in as few steps as possible; each step removes at most half of the tokens left.
 
     A merged token is a mean of means: it does not matter how many tokens each part already stands for. Differentiable
@@ -123,6 +138,7 @@ def merge_tokens(x: Tensor, metric: Tensor | None, k: int) -> tuple[Tensor, Tens
         metric: (..., n, w) what similarity is measured on, merged along with the tokens; None for the tokens
             themselves.
         k: number of tokens to end up with, 1 <= k <= n.
+        steps: gets what `match` found in each step, for `destinations`.
 
     Returns:
         (..., k, d) tokens in the release's order, and (..., k) the slot that each of them takes.
@@ -134,11 +150,27 @@ def merge_tokens(x: Tensor, metric: Tensor | None, k: int) -> tuple[Tensor, Tens
         metric = x if metric is None else metric.detach().float()
         while (n := x.shape[-2]) > k:
             order, mate = match(metric, min(n - k, n // 2))
+            if steps is not None:
+                steps.append((order, mate))
             own = metric is x
             x = merge_step(x, order, mate)
             metric = x if own else merge_step(metric, order, mate)
             slot = torch.cat([slot[..., ::2].gather(-1, order[..., mate.shape[-1] :]), slot[..., 1::2]], dim=-1)
     return x.to(dtype), slot
+
+
+def destinations(n: int, steps: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Follow n tokens through the `steps` of `merge_tokens`: (..., n), the number of the token in which each ended."""
+    place: Tensor | None = None
+    for order, mate in steps:
+        left = order.shape[-1] - mate.shape[-1]  # even tokens that stay come first, and then the odd ones
+        alone = torch.arange(left, device=mate.device).expand(*mate.shape[:-1], left)
+        even = torch.empty_like(order).scatter_(-1, order, torch.cat([left + mate, alone], dim=-1))
+        total = n if place is None else int(place.max()) + 1
+        step = torch.empty((*mate.shape[:-1], total), dtype=torch.long, device=mate.device)
+        step[..., ::2], step[..., 1::2] = even, left + torch.arange(total // 2, device=mate.device)
+        place = step if place is None else step.gather(-1, place)
+    return torch.arange(n)[None] if place is None else place
 
 
 @torch.no_grad()

@@ -107,7 +107,8 @@ class CDPruner(Selection):
                 rows = self.embedding(torch.tensor(ids, dtype=torch.long, device=patches.device))
             texts = rows.float().mean(0, keepdim=True) if ids else patches.new_zeros(1, patches.shape[1])
         minus = self.sign == "minus" or (self.sign == "auto" and self.relevance == "clip")
-        return image.features, scaled(likeness(patches, texts) * (-1 if minus else 1), image.grid[:, 0] >= 0)
+        image.score = scaled(likeness(patches, texts) * (-1 if minus else 1), image.grid[:, 0] >= 0)
+        return image.features, image.score
 
     def text_of(self, image: ImageTokens) -> str:
         """Find the question in an image's prompt: the user's last turn, without what says how to answer."""

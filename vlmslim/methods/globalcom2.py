@@ -96,7 +96,8 @@ class GlobalCom2(Compressor):
         tiled = bool((grid[:, 0] > 0).any())  # unpadding leaves nothing of the mosaic of a very narrow strip
         if k == n or self.mode == "released" and (image.video or not tiled):
             return image.pick(torch.arange(n, device=device))
-        score = self.own_scores(image).cpu().double()
+        image.score = self.own_scores(image)
+        score = image.score.cpu().double()
         if self.mode == "corrected":
             return image.pick(self._corrected(image, grid, score, k).to(device))
         share = self.keep if isinstance(self.keep, float) else k / n

@@ -95,6 +95,7 @@ class PageRankPrune(Compressor):
         score = pagerank(
             tokens.mask, previous_attention(tokens, self.temperature), iterations=self.iterations, damping=self.damping
         )
+        tokens.score = score
         rank = rank_within_groups(score.to(visual.device), visual.long())
         return ~visual | (rank < torch.tensor(budget, device=visual.device)[:, None])
 

@@ -34,4 +34,8 @@ class Pool(Compressor):
         member, size = cell_members(even_cells(image.mosaic.cpu(), k))
         mean = torch.segment_reduce(x[member.to(x.device)].float(), "mean", lengths=size.to(x.device))
         first, order = member[size.cumsum(0) - size].sort()  # cells in the order in which the language model meets them
-        return Compressed(mean[order.to(x.device)].to(x.dtype), first.to(x.device))
+
+        def into() -> torch.Tensor:
+            return torch.full((n,), -1).scatter_(0, member, order.argsort().repeat_interleave(size))
+
+        return Compressed(mean[order.to(x.device)].to(x.dtype), first.to(x.device), into)

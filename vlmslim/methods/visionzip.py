@@ -1,6 +1,7 @@
 """VisionZip: "Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025, arXiv 2412.04467)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,9 @@ class VisionZip(ScoredSelection):
         spare = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, index, True).logical_not()
         spare = spare.nonzero()[: k - len(index), 0]  # newlines, once all patches are sent
         index, order = torch.cat([index, spare]).sort()
-        return Compressed(torch.cat([features, image.features[spare]])[order], index)
+        return Compressed(
+            torch.cat([features, image.features[spare]])[order], index, partial(joined, index, pools, parts, n)
+        )
 
     def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
         return image.project(x).to(image.features) if self.before_projector else x.to(image.features)
@@ -127,6 +130,25 @@ def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls:
         total, own = joins @ x[others].float(), x[target].float()
     contextual = own + total / size.clamp(min=1) if cls else (own + total) / (1 + size)
     return x[dominant], contextual.to(x), dominant, target
+
+
+def joined(index: Tensor, pools: list[Pool], parts: list[tuple[Tensor, ...]], n: int) -> Tensor:
+    """Return the token into which each of an image's n tokens went, as `Compressed.into`.
+
+    Args:
+        index: (k,) the places of the tokens that are sent, ascending.
+        pools: the views.
+        parts: what `zipped` returned for each.
+        n: number of tokens of the image.
+    """
+    place = torch.full((n,), -1, device=index.device)
+    place[index] = index
+    for pool, (*_, dominant, target) in zip(pools, parts, strict=True):
+        if len(target):
+            others = torch.ones(len(pool.slots), dtype=torch.bool, device=index.device)
+            others = others.index_fill(0, torch.cat([dominant, target]), False).nonzero()[:, 0]
+            place[pool.slots[others]] = pool.slots[target[assigned(pool.read[1], others, target)]]
+    return torch.where(place < 0, -1, torch.searchsorted(index, place))
 
 
 @full_precision

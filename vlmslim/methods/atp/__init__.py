@@ -286,6 +286,7 @@ class ATP(Compressor):
         """Apply the rule of inference."""
         maps = self._maps(tokens)
         score = self._redundancy(tokens, maps)
+        tokens.score = maps.from_grid(score)
         return (tokens.image == 0) | maps.from_grid(self._keep(maps, score, *self._thresholds(tokens, maps))).bool()
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:

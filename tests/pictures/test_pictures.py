@@ -1,0 +1,215 @@
+"""Pictures of kept tokens: what is drawn is what the receipt counted, on the pixels that the model saw."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from doubles import Both, PairMean, Stairs, Strided, watched
+from PIL import Image
+from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, tiny, words
+from transformers import PixtralImageProcessor, Qwen2VLImageProcessor
+
+import vlmslim
+from vlmslim.compressor import Compressed, Compressor
+from vlmslim.engine.families import FAMILIES
+from vlmslim.methods.bipartite_merge import BipartiteMerge, destinations, merge_tokens
+from vlmslim.methods.pool import Pool
+from vlmslim.methods.visionzip import VisionZip
+from vlmslim.pictures.canvas import Canvas, pictures_of
+from vlmslim.pictures.draw import kept, panels
+
+DARK, MARK, BLANK = 51, 90, 255  # of a patch in these tests; of a token without a place; of no token at all
+PLAIN = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.0] * 3, image_std=[1.0] * 3))
+
+
+def faded(grey: int) -> int:
+    return round(255 + 40 / 255 * (grey - 255))
+
+
+def dark(inputs: dict) -> dict:
+    """The same prompts with pictures of one dark grey; padding stays zero."""
+    return {name: torch.where(x == 0, x, 0.2) if "pixel_values" in name else x for name, x in inputs.items()}
+
+
+def shares(picture: Image.Image) -> tuple[float, int, int]:
+    """The clear part of the patches of a picture, and how many tokens without a place are clear and faded."""
+    grey = np.asarray(picture)[..., 0]
+    count = {value: int((grey == value).sum()) for value in (DARK, faded(DARK), MARK, faded(MARK))}
+    assert sum(count.values()) + int((grey == BLANK).sum()) == grey.size, "a colour that means nothing"
+    patches = count[DARK] + count[faded(DARK)]
+    return count[DARK] / patches, count[MARK] // 49, count[faded(MARK)] // 49
+
+
+def check_drawn(model, inputs: dict, method) -> None:
+    """The clear tokens of every picture of every layer are as many as the receipt counted, and where the method left
+    them."""
+    with vlmslim.patch(model, method, record="tokens") as slim, torch.no_grad():
+        model(**inputs)
+    last = slim.receipt.last
+    for layer, counted in enumerate(last.visual):
+        for row, traces in enumerate(last.traces):
+            drawn = 0
+            for trace in traces:
+                part, marks, faded_marks = shares(kept(trace, PLAIN, layer, 48))
+                placeless = int((trace.grid < 0).any(1).sum())
+                assert marks + faded_marks == placeless
+                placed = len(trace.grid) - placeless
+                assert (part * placed) == pytest.approx(round(part * placed))
+                drawn += round(part * placed) + marks
+            assert drawn == counted[row]
+
+
+@pytest.mark.parametrize("method", [Strided(), Stairs(), Both()], ids=str)
+def test_as_many_tokens_are_clear_as_the_receipt_counted(family, method):
+    model = tiny(family)
+    check_drawn(model, dark(batch(model, [*LONG_ROWS, SEVERAL[0]])), method)
+
+
+def test_frames_of_a_video():
+    model = tiny("onevision")
+    check_drawn(model, dark(batch(model, [[BOS, Clip(0, 3), *words(0, 4), Picture(1), 5]])), Both())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_family(name):
+    model = zoo.build(name)
+    rows = zoo.FILM if FAMILIES[name].video else zoo.SEVERAL
+    check_drawn(model, dark(zoo.batch(name, model, rows)), Both())
+
+
+def test_the_clear_patches_are_those_of_the_method():
+    model = tiny("llava")
+    with vlmslim.patch(model, Both(), record="tokens") as slim, torch.no_grad():
+        model(**dark(batch(model, [LONG_ROWS[0]])))
+    chosen = range(
+        0, 16, 2
+    )  # of `Both`, before the language model; before layers 2 and 3 the last half of what is left
+    for layer, slots in [(0, chosen), (1, chosen), (2, chosen[4:]), (3, chosen[6:]), (-1, chosen[6:])]:
+        grey = np.asarray(kept(slim.receipt.last.traces[0][0], PLAIN, layer, 32))[4::8, 4::8, 0]
+        assert np.flatnonzero(grey == DARK).tolist() == list(slots)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "glm4v", "mistral3"])
+@torch.no_grad()
+def test_the_pixels_are_those_that_the_processor_made(name):
+    """Patches that stand in the order of tokens, or beside padding, become the picture again."""
+    model = zoo.build(name)
+    inputs = zoo.batch(name, model, zoo.SEVERAL)
+    pictures = [
+        Image.fromarray(np.random.default_rng(pic.seed).integers(0, 256, (pic.height, pic.width, 3), np.uint8))
+        for row in zoo.SEVERAL
+        for pic in row
+        if isinstance(pic, zoo.Pic)
+    ]
+    if name == "mistral3":
+        how = PixtralImageProcessor(patch_size=8, size={"longest_edge": 64})
+    else:
+        how = Qwen2VLImageProcessor(patch_size=4, min_pixels=1, max_pixels=10**6)
+    made = how(images=pictures, return_tensors="pt")["pixel_values"]
+    if name == "mistral3":
+        made = torch.nn.functional.pad(made, (0, 64 - made.shape[3], 0, 64 - made.shape[2]))
+    assert made.shape == inputs["pixel_values"].shape
+    with vlmslim.patch(model, "none", record="tokens") as slim:
+        model(**inputs | {"pixel_values": made})
+    traces = [trace for row in slim.receipt.last.traces for trace in row]
+    for trace, picture in zip(traces, pictures, strict=True):
+        (view,) = pictures_of(trace, SimpleNamespace(image_processor=how))
+        assert np.abs(view.astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_where_merged_tokens_went():
+    """Merging the rows of an identity matrix shows in each merged row which tokens went into it."""
+    for n, k in [(16, 9), (16, 8), (17, 3), (12, 12)]:
+        steps: list = []
+        metric = torch.randn(2, n, 5)
+        merged, _ = merge_tokens(torch.eye(n).expand(2, n, n), metric, k, steps)
+        into = destinations(n, steps).expand(2, n)
+        assert torch.equal(merged > 0, into[:, None] == torch.arange(k)[:, None])
+
+
+@pytest.mark.parametrize(
+    "cls, options", [(Pool, {}), (BipartiteMerge, {"keep": 0.5}), (VisionZip, {"contextual": 0.5})]
+)
+@torch.no_grad()
+def test_merged_tokens_are_means_of_the_patches_drawn(cls, options):
+    """On OneVision, which merges what the language model would read."""
+    model = tiny("onevision")
+    spy, seen = watched(cls, **{"keep": 7} | options)
+    with vlmslim.patch(model, spy, record="tokens") as slim:
+        model(**batch(model, [*LONG_ROWS[:2], SEVERAL[0]]))
+    traces = [trace for row in slim.receipt.last.traces for trace in row]
+    assert any(trace.cuts[0].merged for trace in traces)
+    for (image, sent), trace in zip(seen, traces, strict=True):
+        into = torch.from_numpy(trace.cuts[0].into)
+        size = into[into >= 0].bincount(minlength=len(sent))
+        members = torch.stack([image.features[into == j].mean(0) for j in range(len(sent))])
+        plain = size <= 2 if cls is BipartiteMerge else size > 0  # of more tokens it takes means of means
+        torch.testing.assert_close(sent.vectors(image)[plain], members[plain])
+        for panel in panels(trace, PLAIN):
+            assert panel.picture.width > 100
+
+
+def test_scores_are_shown_where_the_method_has_them():
+    model = tiny("llava")
+    inputs = dark(batch(model, LONG_ROWS))
+    for method, count in [("divprune", 2), ("fastv", 3), ("random", 2), ("vispruner", 3)]:
+        with vlmslim.patch(model, method, keep=5, record="tokens") as slim, torch.no_grad():
+            model(**inputs)
+        found = panels(slim.receipt.last.traces[0][0], PLAIN)
+        assert len(found) == count, [panel.title for panel in found]
+        assert found[-1].title == f"{method}: 5 of 16"
+
+
+def test_nothing_is_kept_unless_asked():
+    @torch.no_grad()
+    def run(**options):
+        model = tiny("llava")
+        with vlmslim.patch(model, Silent(), **options) as slim:
+            model(**batch(model, LONG_ROWS))
+        return slim
+
+    class Silent(Compressor):
+        def compress(self, image):
+            return Compressed(image.features[:5], torch.arange(5), into=lambda: torch.full((3,), 0))
+
+    slim = run()
+    assert slim.receipt.last.traces is None
+    with pytest.raises(RuntimeError, match='record="tokens"'):
+        slim.picture(PLAIN)
+    with pytest.raises(ValueError, match=r"Compressed.into of shape \(3,\): return \(16,\)"):
+        run(record="tokens")
+
+
+def test_mistakes_get_a_sentence():
+    model = tiny("llava")
+    with pytest.raises(ValueError, match="record='all': give 'tokens'"):
+        vlmslim.patch(model, "none", record="all")
+    with vlmslim.patch(model, PairMean(), record="tokens") as slim:
+        with torch.no_grad():
+            model(**batch(model, LONG_ROWS))
+        with pytest.raises(ValueError, match="pairmean does not say which patches it made its tokens of"):
+            slim.picture(PLAIN)
+        with pytest.raises(ValueError, match="AutoProcessor.from_pretrained"):
+            slim.picture()
+        with pytest.raises(ValueError, match=r"in these prompts of its batch: \[0, 1, 3\]"):
+            slim.picture(PLAIN, row=2)
+        with pytest.raises(ValueError, match="layer=4: the language model has 4 decoder layers"):
+            slim.picture(PLAIN, layer=4)
+
+
+def test_cells_of_a_shrunk_mosaic_show_the_nearest_token():
+    """A OneVision that shrinks mosaics: every cell of the mosaic has a token, though there are fewer of them."""
+    model = tiny("onevision")
+    model.config.vision_aspect_ratio = model.model.config.vision_aspect_ratio = "anyres_max_1"
+    with torch.no_grad():
+        output = model.model.get_image_features(torch.zeros(1, 5, 3, 32, 32), torch.tensor([[64, 64]]))
+        n = len(output.pooler_output[0])
+        ids = torch.tensor([[1, *[99] * n, 5]])
+        with vlmslim.patch(model, "none", record="tokens") as slim:
+            model(input_ids=ids, pixel_values=torch.zeros(1, 5, 3, 32, 32), image_sizes=torch.tensor([[64, 64]]))
+    (trace,) = slim.receipt.last.traces[0]
+    assert n < 16 + 64
+    token = Canvas.of(trace, PLAIN, 32).token
+    assert set(np.unique(token)) - {-2} == set(range(n))

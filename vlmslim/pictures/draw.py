@@ -1,0 +1,136 @@
+"""Draw where visual tokens went: kept patches clear, dropped ones faded, merged ones outlined, scores as a heat map."""
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from vlmslim.pictures.canvas import Canvas
+from vlmslim.pictures.trace import Cut, Trace
+
+FADED = 40 / 255  # how much of a dropped patch's colour is left
+PAPER = 255  # the grey of the sheet
+MARGIN, TITLE, CAPTION = 16, 20, 15  # pixels between panels; sizes of the two lines of text
+
+
+@dataclass
+class Panel:
+    """A picture with two lines of text under it."""
+
+    picture: Image.Image
+    title: str
+    caption: str = ""
+
+
+def kept(trace: Trace, processor: Any, layer: int = -1, size: int = 320) -> Image.Image:
+    """Draw the tokens of an image that decoder layer `layer` sees, by default the last one.
+
+    Args:
+        trace: `slim.receipt.last.traces[row][image]` of a model patched with `record="tokens"`.
+        processor: of the checkpoint; it knows how the pixels were normalised.
+        layer: negative layers count from the end.
+        size: pixels of the longer side of a crop.
+
+    Raises:
+        ValueError: no such layer, a stage that does not say what it made its tokens of, or no processor.
+    """
+    return _drawn(Canvas.of(trace, processor, size), trace.at(layer))
+
+
+def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
+    """Draw an image as the model saw it, its tokens after each stage, and scores where a stage has them.
+
+    Args:
+        trace: as for `kept`, and so are the others.
+        processor: of the checkpoint.
+        size: pixels of the longer side of a crop.
+    """
+    canvas = Canvas.of(trace, processor, size)
+    n, found = len(trace.grid), [Panel(Image.fromarray(canvas.pixels), f"{len(trace.grid)} visual tokens", "unpatched")]
+    for cut in trace.cuts:
+        if not cut.stage:
+            continue
+        if cut.score is not None:
+            found.append(Panel(_heat(canvas, cut.score), f"{cut.stage}: scores", "dark is low, bright is high"))
+        first, last = trace.layers(cut)
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        caption = f"merged, {layers}" if cut.merged else layers
+        found.append(Panel(_drawn(canvas, cut), f"{cut.stage}: {cut.count} of {n}", caption))
+    return found
+
+
+def sheet(lines: Sequence[Sequence[Panel]], across: int = 5) -> Image.Image:
+    """Put panels on one sheet. Each line begins anew on the left and holds at most `across` panels a row."""
+    rows = [line[i : i + across] for line in lines for i in range(0, len(line), across)]
+    text = 2 * MARGIN + TITLE + CAPTION
+    heights = [max(panel.picture.height for panel in row) + text for row in rows]
+    columns = [max(row[i].picture.width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    whole = Image.new("RGB", (sum(columns) + MARGIN * (len(columns) + 1), MARGIN + sum(heights)), (PAPER,) * 3)
+    pen, title, caption = ImageDraw.Draw(whole), ImageFont.load_default(TITLE), ImageFont.load_default(CAPTION)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = MARGIN
+        for panel, width in zip(row, columns, strict=False):
+            whole.paste(panel.picture, (left + (width - panel.picture.width) // 2, top))
+            middle, under = left + width // 2, top + height - text + MARGIN // 2
+            pen.text((middle, under), _fitted(panel.title, title, width), "black", title, anchor="ma")
+            below = under + TITLE + MARGIN // 4
+            pen.text((middle, below), _fitted(panel.caption, caption, width), "#555555", caption, anchor="ma")
+            left += width + MARGIN
+        top += height
+    return whole
+
+
+def _drawn(canvas: Canvas, cut: Cut) -> Image.Image:
+    """Fade what `cut` dropped, and outline tokens that were made of several."""
+    shown = np.append(cut.shown, [False, False])  # of -2 and -1
+    clear = shown[canvas.token]
+    pixels = np.where(clear[..., None], canvas.pixels, PAPER + FADED * (canvas.pixels.astype(np.float32) - PAPER))
+    pixels[canvas.token < 0] = PAPER
+    if cut.merged:
+        assert cut.into is not None
+        group = np.append(cut.into, [-1, -1])[canvas.token]
+        several = np.append(np.bincount(cut.into[cut.into >= 0], minlength=cut.count) > 1, False)
+        edge = _edges(group) & several[group]
+        pixels[edge] = _colours(cut.count)[group[edge]]
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _edges(group: np.ndarray) -> np.ndarray:
+    """Find the pixels (H, W) next to a pixel of another group, two pixels wide on each side of the border."""
+    edge = np.zeros(group.shape, bool)
+    for axis in (0, 1):
+        for step in (-2, -1, 1, 2):
+            other = np.roll(group, step, axis)
+            np.moveaxis(other, axis, 0)[slice(None, step) if step > 0 else slice(step, None)] = -1
+            edge |= other != group
+    return edge
+
+
+def _colours(count: int) -> np.ndarray:
+    """Return colours (count, 3) of which neighbours differ, because each hue is a golden section after the last."""
+    return np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9, 0.9) for i in range(count)]).reshape(-1, 3) * 255
+
+
+def _heat(canvas: Canvas, score: np.ndarray) -> Image.Image:
+    """Draw scores (n,) over the picture, from the lowest to the highest; white where there is none."""
+    finite = np.isfinite(score)
+    low, high = (score[finite].min(), score[finite].max()) if finite.any() else (0, 1)
+    part = np.append((score - low) / max(high - low, 1e-12), [np.nan, np.nan])[canvas.token]
+    known = np.isfinite(part)
+    grey = Image.fromarray(np.where(known, part * 255, 0).round().astype(np.uint8))
+    colour = np.asarray(ImageOps.colorize(grey, black="#16105c", mid="#d3436e", white="#fcfdbf"), np.float32)
+    mixed = 0.7 * colour + 0.3 * canvas.pixels.mean(-1, keepdims=True)
+    return Image.fromarray(np.where(known[..., None], mixed, PAPER).round().astype(np.uint8))
+
+
+def _fitted(text: str, font: Any, width: int) -> str:
+    """Cut a text so that it is at most `width` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
