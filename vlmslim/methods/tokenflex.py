@@ -130,7 +130,7 @@ class TokenFlex(Compressor):
         """Make the projector and load its weights."""
         config, own = model.config, model.model.multi_modal_projector
         grid = config.vision_config.image_size // config.vision_config.patch_size
-        with_cls = config.vision_feature_select_strategy == "full" and has_cls(model.model)
+        with_cls = getattr(config, "vision_feature_select_strategy", "") == "full" and has_cls(model.model)
         self.patches = grid**2 + with_cls  # of a crop, as the projector sees it
         #: the most tiles whose tokens OneVision does not shrink; 0 for other models
         self.most_tiles = int(getattr(config, "vision_aspect_ratio", "0").removeprefix("anyres_max_"))

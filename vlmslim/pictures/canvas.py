@@ -32,7 +32,7 @@ class Canvas:
         Args:
             trace: of the image.
             processor: of the checkpoint; it knows how the pixels were normalised.
-            size: pixels of the longer side of a crop.
+            size: pixels of the longer side of a crop, or of a mosaic of tiles.
 
         Raises:
             ValueError: the processor does not say how the pixels were normalised.
@@ -43,8 +43,8 @@ class Canvas:
             height, width = (part * n for part, n in zip(pictures.shape[1:3], trace.tiles, strict=True))
             mosaic = pictures[1:].reshape(rows, columns, *pictures.shape[1:]).swapaxes(1, 2).reshape(height, width, 3)
             parts = [
-                _scaled(pictures[0], cells[0], size),
-                _scaled(mosaic, _mosaic_cells(cells[1:], trace), 2 * size),
+                _scaled(pictures[0], cells[0], size // 2),
+                _scaled(mosaic, _mosaic_cells(cells[1:], trace), size),
             ]
             lines = [parts]
         else:
