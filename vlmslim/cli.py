@@ -398,5 +398,22 @@ def methods(
     _console().print(table)
 
 
+@app.command()
+def vllm(
+    method: Annotated[str, typer.Argument(help="As divprune:keep=64, or a folder that save_pretrained wrote.")],
+    model: Annotated[
+        str, typer.Option(help="A LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision checkpoint: a folder or a hub id.")
+    ] = "llava-hf/llava-1.5-7b-hf",
+) -> None:
+    """Print the command that serves a checkpoint in vLLM with a method (experimental)."""
+    import shlex
+
+    _quiet_transformers()
+    from vlmslim.vllm.plan import command
+
+    with _mistakes_in_one_line():
+        typer.echo(shlex.join(command(method, model)))
+
+
 if __name__ == "__main__":
     app()

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmslim import registry
 from vlmslim.compressor import Compressor
+from vlmslim.engine.embeddings import compressed_prompt
 from vlmslim.engine.families import (
     check_decoder,
     check_patches,
@@ -136,6 +137,25 @@ class Slim:
                 for trace in traces[row]
             ]
         )
+
+    def compress(self, **inputs: Any) -> dict[str, Tensor]:
+        """Return the prompt as the language model would see it, for engines that take embeddings.
+
+        Static caches, `torch.compile` and CUDA graphs can run it, on the model without its patch:
+        `slim.remove(); model.generate(**prompt, cache_implementation="static")`.
+
+        Args:
+            **inputs: of the model's forward: `input_ids`, `attention_mask`, `pixel_values` ...
+
+        Returns:
+            `inputs_embeds` (B, S, d), `attention_mask` (B, S), and `position_ids` (B, S), or (axes, B, S) where a
+            position has several numbers. Rows are padded on the left.
+
+        Raises:
+            ValueError: a stage works inside the decoder, the language model needs more than embeddings, or there is no
+                image.
+        """
+        return compressed_prompt(self._hooks, inputs)
 
     def reset_receipt(self) -> None:
         """Start counting anew."""

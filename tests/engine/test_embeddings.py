@@ -1,0 +1,60 @@
+"""`slim.compress`: the shortened prompt as embeddings, run without the patch."""
+
+import pytest
+import torch
+from tiny import ROWS, batch, close, greedy, tiny
+
+import vlmslim
+
+
+@pytest.mark.parametrize("positions", ["renumbered", "original"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_the_prompt_has_the_logits_of_the_patched_model(family, positions, padding):
+    model = tiny(family)
+    inputs = batch(model, ROWS, padding)
+    with vlmslim.patch(model, "divprune", keep=5, positions=positions) as slim:
+        want = model(**inputs).logits
+        kept = slim.receipt.summary()["visual_tokens_per_layer"]
+        slim.reset_receipt()
+        prompt = slim.compress(**inputs)
+        assert slim.receipt.summary()["visual_tokens_per_layer"] == kept
+    got = model(**prompt).logits
+    last = inputs["attention_mask"].long().cumsum(1).argmax(1)
+    close(got[:, -1], want[torch.arange(len(last)), last])
+    assert prompt["inputs_embeds"].shape[1] < inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+@torch.no_grad()
+def test_generate_goes_on_from_it(options):
+    model = tiny("llava")
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, "divprune", keep=5) as slim:
+        want, logits = greedy(model, inputs)
+        prompt = slim.compress(**inputs)
+    got, found = greedy(model, prompt, **options)
+    assert torch.equal(got.sequences[:, -6:], want.sequences[:, -6:])
+    close(found, logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_runs_it():
+    model = tiny("llava")
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, "divprune", keep=5) as slim:
+        want = model(**inputs).logits[:, -1]
+        prompt = slim.compress(**inputs)
+    close(torch.compile(model)(**prompt).logits[:, -1], want)
+
+
+def test_what_embeddings_cannot_carry_is_refused():
+    model = tiny("llava")
+    inputs = batch(model, ROWS)
+    with vlmslim.patch(model, "fastv", keep=5) as slim, pytest.raises(ValueError, match="between decoder layers"):
+        slim.compress(**inputs)
+    with vlmslim.patch(model, "divprune", keep=5) as slim:
+        with pytest.raises(ValueError, match="no image"):
+            slim.compress(input_ids=torch.tensor([[1, 5, 6]]))
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]  # the next call is as usual
