@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
@@ -297,6 +297,10 @@ class ImageTokens:
 class Attends(Protocol):
     """What a decoder layer attends with, as `vlmslim.engine.attention.LayerAttention`."""
 
+    @property
+    def rotary(self) -> Tensor | tuple[Tensor, ...] | None:
+        """Cosine and sine of the rotary positions, (B or 1, S, head_dim) each, in most models."""
+
     def attend(
         self, mask: Tensor, keys: Tensor | None, prefix: int = 0, blocks: Tensor | None = None
     ) -> DecoderAttention:
@@ -321,7 +325,8 @@ class LayerInput:
     images   : per row, the images themselves
     weight   : (B, S)    how strongly each token may be attended to at this layer; None if all count in full
     previous : what the layer before attends with; None before layer 0
-    keys     : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
+    coming   : finds out with what `layer` itself is about to attend, when a method asks for it
+    in_cache : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
     cached   : (B, P)    False at padding, of tokens that the KV cache held before this forward; None if it was empty
     blocks   : (B, S)    tokens of one block see each other both ways, -1 for none; None if all see only what is before
     score    : (B, S)    by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
@@ -338,7 +343,8 @@ class LayerInput:
     images: list[list[ImageTokens]]
     weight: Tensor | None = None
     previous: Attends | None = None
-    keys: Tensor | None = None
+    coming: Callable[[], Attends] | None = None
+    in_cache: Tensor | None = None
     cached: Tensor | None = None
     blocks: Tensor | None = None
     score: Tensor | None = None
@@ -352,26 +358,50 @@ class LayerInput:
             return self
         end = self.hidden.shape[1] - count
         cut = {name: getattr(self, name)[:, :end] for name in ("hidden", "mask", "image", "slot", "origin")}
-        held = 0 if self.cached is None else self.cached.shape[1]
+        held, coming = 0 if self.cached is None else self.cached.shape[1], self.coming
         return replace(
             self,
             **cut,
             last=self.last.clamp(max=end - 1),
             weight=None if self.weight is None else self.weight[:, :end],
             previous=None if self.previous is None else self.previous.first(end),
-            keys=None if self.keys is None else self.keys[:, :, : held + end],
+            coming=None if coming is None else lambda: coming().first(end),
+            in_cache=None if self.in_cache is None else self.in_cache[:, :, : held + end],
             blocks=None if self.blocks is None else self.blocks[:, :end],
         )
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, kv heads, S, head_dim) rotated keys of the layer before in fp32, cached or computed anew."""
+        return self._attention.keys[:, :, self._attention.prefix :].to(self.hidden.device)
+
+    @property
+    def rotary(self) -> tuple[Tensor, ...] | None:
+        """Cosine and sine of the tokens' rotary positions in the layer before, (B or 1, S, rotated channels) each.
+
+        None where the layer does not turn, or turns by something else.
+        """
+        turned = None if self.previous is None else self.previous.rotary
+        return turned if isinstance(turned, tuple) and len(turned) == 2 else None
 
     @cached_property
     def _attention(self) -> DecoderAttention:
         if self.previous is None:
             raise RuntimeError("there is no attention before decoder layer 0; use layer >= 1")
+        return self._attended(self.previous, self.in_cache)
+
+    @cached_property
+    def _coming(self) -> DecoderAttention:
+        if self.coming is None:
+            raise RuntimeError("what this layer is about to attend with is unknown; make the input with coming=...")
+        return self._attended(self.coming())
+
+    def _attended(self, attends: Attends, keys: Tensor | None = None) -> DecoderAttention:
         if self.cached is None:
-            return self.previous.attend(self.mask, self.keys, blocks=self.blocks)
+            return attends.attend(self.mask, keys, blocks=self.blocks)
         mask, prefix = torch.cat([self.cached, self.mask], dim=1), self.cached.shape[1]
         blocks = None if self.blocks is None else functional.pad(self.blocks, (prefix, 0), value=-1)
-        return self.previous.attend(mask, self.keys, prefix, blocks)
+        return attends.attend(mask, keys, prefix, blocks)
 
     def attention(self, rows: Tensor, temperature: float = 1.0, end: int | None = None) -> Tensor:
         """Compute the attention that query tokens paid in layer `layer - 1`.
@@ -389,17 +419,32 @@ class LayerInput:
         """
         if end is not None and self.blocks is not None:  # tokens before `end` may see tokens of their block after it
             return self.attention(rows, temperature)[..., :end]
-        attention = self._attention
+        return self._paid(self._attention, rows, temperature, end)
+
+    def coming_attention(self, rows: Tensor) -> Tensor:
+        """Compute the attention that query tokens are about to pay in layer `layer` itself, before anything is dropped.
+
+        The layer's own norm and projections are applied to `hidden`, with the rotary positions that the tokens have
+        now. Arguments and result are those of `attention`.
+
+        Raises:
+            RuntimeError: the layer has its weights only while it runs (FSDP, offloading).
+        """
+        return self._paid(self._coming, rows)
+
+    def _paid(
+        self, attention: DecoderAttention, rows: Tensor, temperature: float = 1.0, end: int | None = None
+    ) -> Tensor:
         rows = rows.to(attention.mask.device)
         logits = attention.logits(rows, end)
         if self.weight is not None:
             logits = weighted_logits(logits, self.weight[:, :end].to(logits.device), rows)
         return attention.softmax(logits, temperature).to(self.hidden.device)
 
-    def top(self, score: Tensor, keep: Keep) -> Tensor:
+    def top(self, score: Tensor, keep: Keep | Callable[[int], int]) -> Tensor:
         """Choose for every image the `keep` tokens of highest `score` (B, S), the lower index first on ties.
 
-        A share counts from what entered the language model.
+        A share counts from what entered the language model; a function turns that number into a count.
 
         Returns:
             (B, S) bool, True at the chosen visual tokens.
@@ -407,11 +452,27 @@ class LayerInput:
         Raises:
             ValueError: `keep` is a count larger than an image.
         """
-        counts = [[0] + [resolve_keep(keep, n) for n in row] for row in self.entered]  # 0 of text and padding
+        count = keep if callable(keep) else partial(resolve_keep, keep)
+        counts = [[0] + [count(n) for n in row] for row in self.entered]  # 0 of text and padding
         width = max(map(len, counts))
         self.score = score
         budget = torch.tensor([row + [0] * (width - len(row)) for row in counts], device=score.device)
         return (rank_within_groups(score, self.image) < budget.gather(1, self.image)) & (self.image > 0)
+
+
+@dataclass
+class Retained:
+    """What stays from a decoder layer on, where a method changes the states of visual tokens: what `retain` returns.
+
+    A token that the method made, such as a mean of dropped ones, takes the place of one of them. It then is a token
+    like any other: it has the slot and the rotary position of that place, and counts in caches, receipts and drops.
+
+    keep   : (B, S) bool, True at the places that stay
+    hidden : (B, S, d) the states that enter the layer, read at visual tokens only, because text stays as it is
+    """
+
+    keep: Tensor
+    hidden: Tensor
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -432,6 +493,7 @@ class Compressor:
     reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
     encodes_again : the method encodes pictures itself, with the model's own tower
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
+    layer_positions : the same, for the gaps that `retain` leaves, from that layer on
     budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
     """
 
@@ -444,6 +506,7 @@ class Compressor:
     encodes_again: ClassVar[bool] = False
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
+    layer_positions = "original"
 
     def __new__(cls, *given: Any, **named: Any) -> Self:
         """Check the options by their annotations, before the class reads them in `__post_init__`.
@@ -514,8 +577,11 @@ class Compressor:
         """Return the k <= n tokens that an image sends to the language model."""
         raise NotImplementedError(f"{type(self).__name__} does not compress before the language model")
 
-    def retain(self, tokens: LayerInput) -> Tensor:
-        """Return (B, S) bool, True at the tokens that stay from `tokens.layer` on. Text always stays."""
+    def retain(self, tokens: LayerInput) -> Tensor | Retained:
+        """Return (B, S) bool, True at the tokens that stay from `tokens.layer` on, or `Retained` with new states.
+
+        Text always stays.
+        """
         raise NotImplementedError(f"{type(self).__name__} sets `layers` but does not override `retain`")
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:

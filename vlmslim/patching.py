@@ -290,12 +290,21 @@ def _check_cls(method: Compressor, model: Any) -> None:
         )
 
 
+def _positions(stages: tuple[Stage, ...]) -> str:
+    """Say in words what becomes of rotary positions, before the language model and between its layers."""
+    between = any(stage.layers and stage.method.layer_positions == "renumbered" for stage in stages)
+    before = next((stage.method.positions for stage in stages if stage.acts_before_llm), None)
+    if before is None:
+        return "renumbered" if between else "original"
+    return f"{before}, between layers {'too' if before == 'renumbered' else 'renumbered'}" if between else before
+
+
 def _empty_receipt(model: Any, method: str, stages: tuple[Stage, ...]) -> Receipt:
     text, lm = model.config.get_text_config(), language_model(model.model)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Receipt(
         method=method,
-        positions=next((stage.method.positions for stage in stages if stage.acts_before_llm), "original"),
+        positions=_positions(stages),
         backend=text._attn_implementation,
         dtype=str(next(lm.parameters()).dtype).removeprefix("torch."),
         kv_numbers=2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,

@@ -87,7 +87,7 @@ def test_keys_of_the_kv_cache_serve_as_recomputed_ones(family, backend):
 
     class Looking(Stairs):
         def retain(self, tokens):
-            seen.setdefault(tokens.layer, []).append((tokens.keys is None, tokens.attention(tokens.last[:, None])))
+            seen.setdefault(tokens.layer, []).append((tokens.in_cache is None, tokens.attention(tokens.last[:, None])))
             return super().retain(tokens)
 
     inputs = batch(model, LONG_ROWS)

@@ -93,10 +93,18 @@ class ReceiptAudit:
 
     def _settings(self) -> dict[str, str]:
         """Return method, positions, back end and dtype as they are in the model."""
-        language = self.slim.model.model.language_model
+        language, stages = self.slim.model.model.language_model, self.slim.stages
+        before = next((s.method.positions for s in stages if s.acts_before_llm), "")
+        closes = any(s.layers and s.method.layer_positions == "renumbered" for s in stages)
+        words = {
+            ("", False): "original",
+            ("", True): "renumbered",
+            ("renumbered", True): "renumbered, between layers too",
+            ("original", True): "original, between layers renumbered",
+        }
         return {
             "method": str(self.slim),
-            "positions": next((s.method.positions for s in self.slim.stages if s.acts_before_llm), "original"),
+            "positions": words.get((before, closes), before),
             "backend": language.config._attn_implementation,
             "dtype": str(next(language.parameters()).dtype).removeprefix("torch."),
         }

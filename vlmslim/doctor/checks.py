@@ -132,14 +132,16 @@ def padding(subject: Subject) -> Outcome:
 
 def reference(subject: Subject) -> Outcome:
     """Check every logit against another model, computed by hand layer by layer from the method's own answers."""
-    renumbered = any(s.acts_before_llm and s.method.positions == "renumbered" for s in subject.slim.stages)
+    stages = subject.slim.stages
+    renumbered = any(s.acts_before_llm and s.method.positions == "renumbered" for s in stages)
+    closing = {layer for s in stages if s.method.layer_positions == "renumbered" for layer in s.layers}
     differences = {}
     for row, alone in subject.alone.items():
         if alone.notes.hides:
             raise NotApplicable("the method is in training, and hides tokens instead of dropping them")
         if alone.prefill is not None:
             answer = subject.answer_of(row)
-            places, logits = subject.unpatched.reference.logits(row, answer, alone.notes, renumbered)
+            places, logits = subject.unpatched.reference.logits(row, answer, alone.notes, renumbered, closing)
             differences[row] = difference(alone.logits[0][places], logits)
     outcome = subject.rounding(max(differences.values()))
     wrong = [f"prompt {row} {x:.2g}" for row, x in differences.items() if not x <= outcome.tolerance]

@@ -4,7 +4,7 @@ The doctor notes a method's answers while the patched model runs. It then comput
 layer by layer, with these features at these positions. No code of the engine takes part in that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, Retained
 from vlmslim.doctor.prompts import LONG, Prompts
 from vlmslim.engine.families import language_model
 from vlmslim.patching import Slim
@@ -66,7 +66,8 @@ class Notes:
     """What a method answered in one prefill.
 
     sent   : of each image, before the language model; empty if no stage acts there
-    kept   : by layer, (B, S) bool, the answer of `retain`
+    kept   : by layer, (B, S) bool, what stays by the answer of `retain`
+    states : by layer, (B, S, d), the new states in the answer of `retain`, if there are any
     image  : by layer, (B, S), the `LayerInput.image` that `retain` was given
     origin : by layer, (B, S), the `LayerInput.origin` that `retain` was given
     hides  : the method is in training, and hides tokens instead of dropping them
@@ -74,6 +75,7 @@ class Notes:
 
     sent: list[Sent] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
     image: dict[int, Tensor] = field(default_factory=dict)
     origin: dict[int, Tensor] = field(default_factory=dict)
     hides: bool = False
@@ -97,11 +99,14 @@ class Notes:
     def retain(self, ask: Callable) -> Callable:
         """Wrap a stage's `retain`."""
 
-        def asked(tokens: LayerInput) -> Tensor:
+        def asked(tokens: LayerInput) -> Tensor | Retained:
             self.image[tokens.layer], self.origin[tokens.layer] = tokens.image.clone(), tokens.origin.clone()
-            keep = ask(tokens)
+            answer = ask(tokens)
+            keep = answer.keep if isinstance(answer, Retained) else answer
             self.kept[tokens.layer] = keep.to(tokens.image.device, torch.bool, copy=True)
-            return keep
+            if isinstance(answer, Retained):
+                self.states[tokens.layer] = answer.hidden.clone()
+            return answer
 
         return asked
 
@@ -173,7 +178,9 @@ class Reference:
         raise RuntimeError("the language model was not called")
 
     @torch.no_grad()
-    def logits(self, row: int, answer: Tensor, notes: Notes, renumbered: bool) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, row: int, answer: Tensor, notes: Notes, renumbered: bool, closing: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Compute the logits of a prompt and an answer after it, given what the method answered.
 
         The answer sees all that is kept of the prompt, and the prompt sees nothing of the answer. So one causal pass
@@ -184,6 +191,7 @@ class Reference:
             answer: (1, T).
             notes: what the method answered when the patched model prefilled this row.
             renumbered: the stage before the language model closes the gaps in the rotary positions.
+            closing: layers before which a drop closes the gaps that it leaves.
 
         Returns:
             Places (P,) in the caller's sequence of L + T tokens, and their logits (P, V). The place of a dropped token
@@ -204,6 +212,11 @@ class Reference:
             if i in notes.kept:
                 stay = _stay(i, notes, origin[:-steps], image[:-steps])
                 stay = torch.cat([stay, stay.new_ones(steps)])
+                if i in notes.states:
+                    made = torch.cat([notes.states[i].to(x), x[:, -steps:]], dim=1)
+                    x = torch.where(image[:, None] > 0, made, x)
+                if i in closing:
+                    position = position - (~stay).cumsum(0)
                 x, position, origin, image = x[:, stay], position[stay], origin[stay], image[stay]
                 mask = create_causal_mask(lm.config, x, None, None)
                 rope = lm.rotary_emb(x, position_ids=position[None])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, Retained
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -101,13 +101,20 @@ def check_indices(method: Compressor, images: list[ImageTokens], indices: list[n
             )
 
 
-def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> Tensor:
-    """Check what `retain` returned.
+def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tuple[Tensor, Tensor | None]:
+    """Check what `retain` returned, and return what stays, (B, S) bool, and new states (B, S, d), if there are any.
 
     Raises:
         ValueError: names the method, what it returned and what to return instead.
     """
-    name, shape = f"{type(method).__name__}.retain", tuple(tokens.mask.shape)
+    name, shape, hidden = f"{type(method).__name__}.retain", tuple(tokens.mask.shape), None
+    if isinstance(answer, Retained):
+        answer, hidden = answer.keep, answer.hidden
+        if not isinstance(hidden, Tensor) or hidden.shape != tokens.hidden.shape or not hidden.is_floating_point():
+            raise ValueError(
+                f"{name} returned {_described(hidden)} for states: give a tensor like `tokens.hidden`, here "
+                f"{tuple(tokens.hidden.shape)}, or return the mask alone"
+            )
     instead = f"return a bool mask (B, S), here {shape}, True at the tokens that stay"
     if isinstance(answer, Tensor) and answer.dtype.is_floating_point:
         raise ValueError(
@@ -115,7 +122,7 @@ def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> Te
         )
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) != shape:
         raise ValueError(f"{name} returned {_described(answer)}: {instead}")
-    return answer
+    return answer, hidden
 
 
 def check_weight(method: Compressor, tokens: LayerInput, answer: object) -> Tensor | None:

@@ -7,9 +7,11 @@ those of the module, whatever decoder it belongs to.
 import copy
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -83,6 +85,17 @@ def _uses_interface(kind: type) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
+class _Entered(Exception):
+    """Ends a layer at its attention module, and carries what the layer gave to it."""
+
+    def __init__(self, found: "LayerAttention"):
+        self.found = found
+
+
+#: The layer that runs up to its attention module and no further, in this thread or task.
+_COMING: ContextVar[nn.Module | None] = ContextVar("vlmslim_coming", default=None)
+
+
 @dataclass
 class LayerAttention:
     """The attention of a decoder layer: its attention module, and what the layer gave to it.
@@ -93,6 +106,8 @@ class LayerAttention:
     position : (B or 1, S) rotary positions; None where the module is given none
     mesh     : the processes over which the heads are split; None if they are not
     made     : queries and keys of all rows, where they can be made only while the layer runs
+    held     : (B, own kv heads, P, head_dim) keys that the KV cache held before this forward, where `attend` is given
+               none; None if there were none
     """
 
     module: nn.Module
@@ -101,6 +116,39 @@ class LayerAttention:
     position: Tensor | None = None
     mesh: Any = None
     made: QueriesKeys | None = None
+    held: Tensor | None = None
+
+    @classmethod
+    def coming(cls, layer: nn.Module, hidden: Tensor, kwargs: dict, held: Tensor | None) -> "LayerAttention":
+        """Find out with what a layer is about to attend, before it runs.
+
+        The layer runs up to its attention module, on which `stop_if_coming` is a hook, so that its own norm counts.
+
+        Args:
+            layer: the decoder layer.
+            hidden: (B, S, d) what enters it.
+            kwargs: with which it will be called.
+            held: see `held`.
+
+        Raises:
+            RuntimeError: the layer has its weights only while it runs.
+        """
+        device = next(layer.parameters()).device
+        if is_sharded(layer) or device.type == "meta":
+            raise RuntimeError(
+                f"{type(layer).__name__} has its weights only while it runs, because of FSDP or offloading, so the "
+                "attention that it will pay is unknown before; use a method that reads the layer before, such as fastv"
+            )
+        moved = {name: _each(x, lambda x: x.to(device)) for name, x in kwargs.items() if name == "position_embeddings"}
+        kind: Any = type(layer)
+        running = _COMING.set(layer)
+        try:
+            kind.forward(layer, hidden.to(device), **kwargs | moved)
+        except _Entered as entered:
+            return replace(entered.found, held=held)
+        finally:
+            _COMING.reset(running)
+        raise RuntimeError(f"{kind.__name__} did not reach its attention module")
 
     @classmethod
     def entered(cls, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> "LayerAttention":
@@ -128,14 +176,12 @@ class LayerAttention:
 
     def project(self, rows: Tensor | None = None) -> QueriesKeys:
         """Make queries and keys of some rows (B, q), or of all; of all heads, on every process."""
-        hidden, rotary, position = self.hidden, self.rotary, self.position
-        if rotary is not None:
-            rotary = _each(rotary, lambda x: x.to(hidden.device))
+        hidden, position = self.hidden, self.position
+        rotary = _each(self.rotary, lambda x: x.to(hidden.device))
         if rows is not None:
             at, batch = rows.to(hidden.device), len(hidden)
             hidden = gather_rows(hidden, at)
-            if rotary is not None:
-                rotary = _each(rotary, lambda x: gather_rows(x.expand(batch, -1, -1), at))
+            rotary = _each(rotary, lambda x: gather_rows(x.expand(batch, -1, -1), at))
             if position is not None:
                 position = position.to(at.device).expand(batch, -1).gather(1, at)
         found = probe(self.module, hidden, rotary, position)
@@ -146,7 +192,7 @@ class LayerAttention:
         return replace(
             self,
             hidden=self.hidden[:, :count],
-            rotary=None if self.rotary is None else _each(self.rotary, lambda x: x[:, :count]),
+            rotary=_each(self.rotary, lambda x: x[:, :count]),
             position=None if self.position is None else self.position[:, :count],
             made=None
             if self.made is None
@@ -164,12 +210,25 @@ class LayerAttention:
             prefix: P.
             blocks: (B, P + S) tokens of one block see each other both ways, -1 for none; None if all are causal.
         """
-        if keys is not None and self.mesh is not None:
-            keys = whole_keys(keys, self.module, self.mesh)
-        return DecoderAttention(self.project, mask, keys, prefix, self.made, blocks)
+        made, given = self.made, self.held if keys is None else keys
+        if given is not None and self.mesh is not None:
+            given = whole_keys(given, self.module, self.mesh)
+        if keys is None and given is not None:
+            made = self.project() if made is None else made
+            given = torch.cat([given, made.k], dim=2)
+        return DecoderAttention(self.project, mask, given, prefix, made, blocks)
 
 
-def _each(rotary: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+def stop_if_coming(layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """End a layer that `LayerAttention.coming` runs, at its attention module: a forward pre-hook of that module."""
+    if _COMING.get() is layer:
+        raise _Entered(LayerAttention.entered(layer, module, args, kwargs))
+
+
+def _each(rotary: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change cosine and sine, or what else turns heads; None stays None."""
+    if rotary is None:
+        return None
     return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
 
 

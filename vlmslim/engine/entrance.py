@@ -133,7 +133,7 @@ class Entrance:
             embeds = gather_rows(embeds, *to_device(device, selection.index))
             segment = Segment.of(selection.layout, device)
             for run in call.runs:
-                run.tokens = segment
+                run.tokens = segment.lowered(run.lower)
             if renumber:
                 (shift,) = to_device(device, selection.shift)
                 call.shift = shift if call.shift is None else call.shift + shift

@@ -178,6 +178,12 @@ def language_model(core: Any) -> Any:
     return getattr(core, _family(core).language_model)
 
 
+def final_norm(core: Any) -> Any:
+    """Return the norm between the last decoder layer and the LM head."""
+    lm = language_model(core)
+    return next(getattr(lm, name) for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(lm, name))
+
+
 def tower(core: Any) -> Any:
     """Return the vision tower."""
     return attrgetter(_family(core).tower)(core)

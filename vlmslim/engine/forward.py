@@ -32,6 +32,8 @@ class Run:
     visual : visual tokens of each row
     cached : (B, P) mask of what the KV cache of these layers held before this forward; None if nothing
     weight : (B, S) how strongly each token may be attended to, while a method trains; None if all count in full
+    lower  : (B, 1) how much further than in `Call.shift` positions after this forward move down here, because a drop
+             between layers closed its gaps; None if they do not
     """
 
     first: int
@@ -39,6 +41,7 @@ class Run:
     visual: list[int] = field(default_factory=list)
     cached: Tensor | None = None
     weight: Tensor | None = None
+    lower: Tensor | None = None
     _attention_masks: dict[str, Any] = field(default_factory=dict, init=False)  # tensors, None, or flex attention's
     _rotary: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -210,7 +213,10 @@ class Call:
         if past:
             decoded = mask[:, past.length : self.seen]
             held = [(first, torch.cat([mask.to(device), decoded], dim=1)) for first, mask in past.masks]
-            self.runs = [Run(first, tokens, cached=mask) for first, mask in held]
+            self.runs = [
+                Run(first, tokens.lowered(lower), cached=mask, lower=lower)
+                for (first, mask), lower in zip(held, past.lower, strict=True)
+            ]
         else:
             self.runs = [Run(0, tokens, cached=mask[:, : self.seen] if self.seen else None)]
 
@@ -245,7 +251,8 @@ class Call:
         shift = self.shift
         if shift is None:
             shift = self.runs[0].tokens.position.new_zeros(len(self.text), 1)
-        return Plan(self.seen + self.length, shift, masks, padded, self.tail, self.delta)
+        lower = [run.lower for run in self.runs]
+        return Plan(self.seen + self.length, shift, masks, lower, padded, self.tail, self.delta)
 
     def prefill(self, stages: tuple[Stage, ...], cache: Cache | None, depth: int) -> Prefill:
         """Return the record of this forward for the receipt."""

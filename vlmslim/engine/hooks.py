@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_retained, check_weight
-from vlmslim.engine.attention import LayerAttention, attention_of
+from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, is_recorded
 from vlmslim.engine.entrance import Entrance, check_length, resumed_position, trim_cached_prefix
 from vlmslim.engine.families import (
@@ -105,6 +105,9 @@ class Hooks:
             attention = attention_of(before)
             assert attention is not None  # `check_decoder` refuses such layers
             add(attention.register_forward_pre_hook(partial(self._enter_attention, before), with_kwargs=True))
+            own = attention_of(layer := self.lm.layers[i])
+            assert own is not None
+            add(own.register_forward_pre_hook(partial(stop_if_coming, layer), with_kwargs=True, prepend=True))
         self.gate.add(self)
 
     def _hook_layers(self, first: int) -> None:
@@ -341,7 +344,7 @@ class Hooks:
             return None
         hidden, kwargs, cache = args[0], dict(kwargs), kv_cache(kwargs)
         if i in self.at_layer and call.encoded:
-            hidden = self._drop(i, call, hidden, cache)
+            hidden = self._drop(i, call, hidden, cache, kwargs)
         run, first = call.run(i), call.runs[0]
         if run is not first:
             without_padding = not (run.tokens.padded or call.past and call.past.padded)
@@ -349,7 +352,7 @@ class Hooks:
                 kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache, call.blocks)
         if run.tokens is not first.tokens:
             kwargs["position_embeddings"] = run.rotary(self.lm, i, hidden)
-        if run.tokens.gapped:
+        if run.tokens.gapped or run.tokens is not first.tokens:
             kwargs["position_ids"] = None  # flash attention takes a gap for the start of another sequence
         return (hidden, *args[1:]), kwargs
 
@@ -368,7 +371,7 @@ class Hooks:
         added = call.added[i].to(hidden)[number.clamp(min=0).to(hidden.device)]
         return hidden + added.masked_fill((number < 0).to(hidden.device)[..., None], 0)
 
-    def _drop(self, i: int, call: Call, hidden: Tensor, cache: Cache | None) -> Tensor:
+    def _drop(self, i: int, call: Call, hidden: Tensor, cache: Cache | None, kwargs: dict) -> Tensor:
         """Ask which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
         stage, run = self.at_layer[i], call.run(i)
         layout, device = run.tokens.layout, run.tokens.mask.device
@@ -380,6 +383,20 @@ class Hooks:
                 f"{stage.method} reads attention to the {held} tokens that the KV cache held before the image, and a "
                 f"{type(cache).__name__} does not give their keys; prefill text and image together"
             )
+
+        def coming() -> LayerAttention:
+            own = cached_keys(cache, i, hidden[:, :0], held) if held else None
+            if held and own is None:
+                raise ValueError(
+                    f"{stage.method} reads attention to the {held} tokens that the KV cache held before the image, and "
+                    f"this {type(cache).__name__} does not give their keys of layer {i}; prefill text and image "
+                    "together"
+                )
+            given = kwargs
+            if run.tokens is not call.runs[0].tokens:
+                given = kwargs | {"position_embeddings": run.rotary(self.lm, i, hidden)}
+            return LayerAttention.coming(self.lm.layers[i], hidden, given, own)
+
         image, slot, origin, last = to_device(device, layout.image, layout.slot, layout.origin, layout.last)
         tokens = LayerInput(
             layer=i,
@@ -393,7 +410,8 @@ class Hooks:
             images=call.images,
             weight=run.weight,
             previous=call.previous,
-            keys=keys,
+            coming=coming,
+            in_cache=keys,
             cached=run.cached,
             blocks=None if call.blocks is None else run.tokens.of_callers(call.blocks, fill=-1),
         ).without_last(call.guess)
@@ -401,25 +419,39 @@ class Hooks:
             weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
             if weight is None:
                 with torch.no_grad():
-                    keep = check_retained(stage.method, tokens, stage.method.retain(tokens))
+                    keep, states = check_retained(stage.method, tokens, stage.method.retain(tokens))
                     keep = nn.functional.pad(keep, (0, call.guess), value=True)
         if call.recorder is not None and tokens.score is not None:
             call.recorder.scores[i] = tokens.score
         call.previous = None
+        renumber = stage.method.layer_positions == "renumbered"
         if weight is not None:
+            if renumber:
+                raise ValueError(
+                    f"{stage.method} hides tokens in training instead of dropping them, so there are no gaps to close; "
+                    "use layer_positions='original' with it"
+                )
             weight = weight.to(device).masked_fill(image == 0, 1)
             weight = weight if run.weight is None else run.weight * weight
             call.runs.append(Run(i, run.tokens, run.visual, run.cached, weight))
             call.visits.append(Visit(stage, run.visual, run.visual))
             return hidden
-        selection = layout.select(keep.cpu().numpy() | (layout.image == 0))  # text stays whatever the method says
+        if states is not None:
+            made = torch.cat([states.to(hidden), hidden[:, states.shape[1] :]], dim=1)
+            hidden = torch.where((image > 0).to(hidden.device)[..., None], made, hidden)
+        # text stays whatever the method says
+        selection = layout.select(keep.cpu().numpy() | (layout.image == 0), renumber)
         if selection is None:
             call.visits.append(Visit(stage, run.visual, run.visual))
             return hidden
         visual = [count - text for count, text in zip(selection.counts.tolist(), call.text, strict=True)]
         (index,) = to_device(device, selection.index)
         weight = None if run.weight is None else run.weight.gather(1, index)
-        call.runs.append(Run(i, Segment.of(selection.layout, device), visual, run.cached, weight))
+        lower = run.lower
+        if renumber:
+            (closed,) = to_device(device, selection.shift)
+            lower = closed if lower is None else lower + closed
+        call.runs.append(Run(i, Segment.of(selection.layout, device), visual, run.cached, weight, lower))
         call.visits.append(Visit(stage, run.visual, visual))
         return gather_rows(hidden, index.to(hidden.device))
 

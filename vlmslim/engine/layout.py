@@ -4,7 +4,7 @@ The layout lives on the host. The placeholders are found there anyway, and the m
 longer to launch on a device than to compute on the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -170,6 +170,10 @@ class Segment:
         assert layout.source is not None
         mask, position, source = to_device(device, layout.mask, layout.position, layout.source)
         return cls(mask, position, not layout.mask.all(), layout, source)
+
+    def lowered(self, by: Tensor | None) -> "Segment":
+        """Return the same tokens at rotary positions that are lower `by` (B, 1)."""
+        return self if by is None else replace(self, position=self.position - by.to(self.position.device))
 
     @property
     def shortened(self) -> bool:

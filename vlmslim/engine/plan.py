@@ -22,6 +22,7 @@ class Plan:
     length : tokens of the caller's sequence that the cache accounts for
     shift  : (B, 1) how far the rotary positions of later tokens move down
     masks  : for each run of decoder layers, its first layer and (B, P), False at cached padding
+    lower  : for each run of decoder layers, (B, 1) how much further positions move down there; None if they do not
     padded : whether some mask is not all True
     tail   : tokens at the end of the sequence, in every row, of which none was dropped
     delta  : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted; None with one number
@@ -30,6 +31,7 @@ class Plan:
     length: int
     shift: Tensor
     masks: list[tuple[int, Tensor]]
+    lower: list[Tensor | None]
     padded: bool
     tail: int = 0
     delta: Tensor | None = None
@@ -82,8 +84,9 @@ class Plan:
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> "Plan":
         masks = [(first, change(mask)) for first, mask in self.masks]
+        lower = [None if x is None else change(x) for x in self.lower]
         delta = None if self.delta is None else change(self.delta)
-        return replace(self, shift=change(self.shift), masks=masks, delta=delta)
+        return replace(self, shift=change(self.shift), masks=masks, lower=lower, delta=delta)
 
 
 class CompressedCache(Cache):

@@ -72,8 +72,9 @@ def in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
                     "at most one stage may, the others between layers"
                 )
             before = stage
-            if stage.method.positions not in ("renumbered", "original"):
-                raise ValueError(f"positions={stage.method.positions!r}: use 'renumbered' or 'original'")
+        for name in ("positions", "layer_positions"):
+            if (value := getattr(stage.method, name)) not in ("renumbered", "original"):
+                raise ValueError(f"{name}={value!r}: use 'renumbered' or 'original'")
         for layer in stage.layers:
             if layer in at_layer:
                 raise ValueError(f"{at_layer[layer].method} and {stage.method} both drop tokens before layer {layer}")

@@ -177,12 +177,15 @@ class ScoredSelection(Selection):
         self.score_layer = self.score_layer if self.score == "cls" else self.received_layer
         self.tower_layers = tuple({*self.tower_layers, self.score_layer})
 
-    def scores(self, image: ImageTokens) -> Tensor:
+    def scores(self, image: ImageTokens, layer: int | None = None) -> Tensor:
         """Return the attention that each token of an image gets: (n,) fp32, 0 at newlines."""
-        q, k = image.qk(self.score_layer)
-        paid = cls_attention(q, k) if self.score == "cls" else received_attention(q, k)[:, int(self.cls) :]
-        image.score = image.at_tokens(paid)
+        image.score = image.at_tokens(self.patch_scores(image, layer))
         return image.score
+
+    def patch_scores(self, image: ImageTokens, layer: int | None = None) -> Tensor:
+        """Return the attention that each patch of each crop gets in a tower layer, by default `score_layer`: (c, p)."""
+        q, k = image.qk(self.score_layer if layer is None else layer)
+        return cls_attention(q, k) if self.score == "cls" else received_attention(q, k)[:, int(self.cls) :]
 
 
 def check_selection(options: Any, score: tuple[str, ...] = ("auto", "cls", "received")) -> None:

@@ -15,9 +15,8 @@ from vlmslim.compressor import (
     check_keep,
     check_layer,
     resolve_keep,
-    resolve_layer,
 )
-from vlmslim.engine.families import language_model
+from vlmslim.methods._layers import ascending, seen_by_layers
 
 
 @dataclass
@@ -57,10 +56,7 @@ class Schedule(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
-        depth = len(language_model(model.model).layers)
-        self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
-        if list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
+        self.layers = ascending(self.layer, model)
 
     def requested(self, n: int) -> int:
         """Return the count of the last layer."""
@@ -68,11 +64,7 @@ class Schedule(Compressor):
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
         """Return the schedule."""
-        seen = [n] * depth
-        for layer, count in zip(self.layer, self.counts, strict=True):
-            at = resolve_layer(layer, depth)
-            seen[at:] = [min(seen[at], resolve_keep(count, n))] * (depth - at)
-        return seen
+        return seen_by_layers(n, depth, self.layer, [resolve_keep(count, n) for count in self.counts])
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Keep the count of this layer."""

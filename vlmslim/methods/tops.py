@@ -14,9 +14,8 @@ from vlmslim.compressor import (
     LayerInput,
     check_choices,
     check_layer,
-    resolve_layer,
 )
-from vlmslim.engine.families import language_model
+from vlmslim.methods._layers import ascending, seen_by_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.attention import attention_rows
 from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
@@ -85,10 +84,7 @@ class TOPSLayers(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
-        depth = len(language_model(model.model).layers)
-        self.layers = tuple(resolve_layer(layer, depth) for layer in self.layer)
-        if list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layer={self.layer}: in a decoder of {depth} layers these do not ascend; give others")
+        self.layers = ascending(self.layer, model)
 
     def requested(self, n: int) -> int:
         """Return what the last layer leaves."""
@@ -96,11 +92,7 @@ class TOPSLayers(Compressor):
 
     def visual_tokens(self, n: int, depth: int) -> list[int]:
         """Return the parts, layer by layer."""
-        seen = [n] * depth
-        for layer, part in zip(self.layer, self.parts, strict=True):
-            at = resolve_layer(layer, depth)
-            seen[at:] = [min(seen[at], left_of(n, part))] * (depth - at)
-        return seen
+        return seen_by_layers(n, depth, self.layer, [left_of(n, part) for part in self.parts])
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Search the tokens of every image."""

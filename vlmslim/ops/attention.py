@@ -182,7 +182,7 @@ class DecoderAttention:
 
 
 def attention_rows(
-    attend: Callable[[Tensor], Tensor], queries: Tensor, chunk: int = 128
+    attend: Callable[[Tensor], Tensor], queries: Tensor, chunk: int = 128, heads: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute the attention of many query tokens, a few at a time, averaged over heads.
 
@@ -190,6 +190,7 @@ def attention_rows(
         attend: softmax attention of query rows: (B, q) -> (B, heads, q, S), such as `LayerInput.attention`.
         queries: (B, S) bool.
         chunk: number of queries per step. A step needs memory for B x heads x chunk x S numbers.
+        heads: keep the heads apart: (B, heads, q, S) is what each query pays.
 
     Yields:
         The indices (B, q) of some queries, and what each pays to each token, (B, q, S) in fp32. In rows with fewer
@@ -198,7 +199,8 @@ def attention_rows(
     width = int(queries.sum(1).max())
     rows = queries.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
     for part in rows.split(chunk, dim=1) if width else ():
-        yield part, attend(part).float().mean(1) * queries.gather(1, part)[..., None]
+        paid, asked = attend(part).float(), queries.gather(1, part)[..., None]
+        yield part, paid * asked[:, None] if heads else paid.mean(1) * asked
 
 
 def visible(mask: Tensor, rows: Tensor, window: int | None = None, blocks: Tensor | None = None) -> Tensor:

@@ -1,0 +1,215 @@
+"""VScan: "Rethinking Visual Token Reduction for Efficient LVLMs" (TMLR 2026, arXiv 2505.22654)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.engine.families import encoder_layers
+from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, interleave
+from vlmslim.methods.pyramiddrop import PyramidDrop
+from vlmslim.ops.ranking import full_precision, rank_within_groups
+
+
+@dataclass
+class VScanEntrance(ScoredSelection):
+    """Stage 1: keep the best patches of each window and of the whole crop, and merge the others into them.
+
+    The options are those of `VScan`.
+    """
+
+    pool = "view"
+
+    keep: Keep = 1 / 6
+    mode: str = "corrected"
+    local: float = 0.5
+    window: int = 6
+    shallow: int | float = 0.21
+    merge: bool = True
+    score: str = "auto"
+    newline: str = "rows"
+    positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        if not 0 <= self.local <= 1:
+            raise ValueError(f"local={self.local}: give a part of the budget from 0 to 1; the paper uses 0.5")
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: a window has one patch on each side at least; the paper uses 6")
+        if self.shallow < 0 or (isinstance(self.shallow, float) and self.shallow >= 1):
+            raise ValueError(f"shallow={self.shallow}: give a tower layer from 0 on, or a share of the depth below 1")
+
+    def setup(self, model: Any) -> None:
+        """Find the shallow layer of this tower."""
+        super().setup(model)
+        depth = len(encoder_layers(model.model))
+        self.local_layer = round(self.shallow * depth) if isinstance(self.shallow, float) else self.shallow
+        self.tower_layers = (*self.tower_layers, self.local_layer)
+
+    def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
+        """Return attention in both layers, and rows and columns."""
+        deep = self.scores(image)
+        return self.scores(image, self.local_layer), deep, image.grid[:, 1:].to(deep.device)
+
+    def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
+        """Take local and global tokens in turns."""
+        orders = []
+        for shallow, deep, place in zip(*read, strict=True):
+            local, others = local_and_global(shallow, deep, windows(place, self.window), k, int(k * self.local))
+            orders.append(interleave([local, others]))
+        return torch.stack(orders)
+
+    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Choose, and merge into what was chosen."""
+        if self.mode == "released":
+            return [self._released(image) for image in images]
+        return [
+            self._merged(image, result) for image, result in zip(images, super().compress_images(images), strict=True)
+        ]
+
+    def _merged(self, image: ImageTokens, chosen: Compressed) -> Compressed:
+        index, x = chosen.index, image.features
+        if index is None or not self.merge or len(index) == len(x):
+            return chosen
+        return Compressed(merged(x, index, image.grid[:, 0].to(x.device))[0].to(x), index)
+
+    def _released(self, image: ImageTokens) -> Compressed:
+        """Choose and merge among all patches of every view; then unpad, and keep every newline."""
+        n, views = len(image.features), len(image.tower)
+        k, device = resolve_keep(self.keep, n), image.features.device
+        if k == n:
+            return image.pick(torch.arange(n, device=device))
+        if (own := k // views) < 32 or image.side % 4:
+            raise ValueError(
+                f"VScan's release fails with {own} tokens for each of {views} views of {image.side} x {image.side} "
+                "patches: it needs 32 tokens and a side that 4 divides; use mode='corrected'"
+            )
+        shallow, deep = self.patch_scores(image, self.local_layer), self.patch_scores(image)
+        kept = torch.stack([released_mask(s, g, own) for s, g in zip(shallow, deep, strict=True)])  # (views, patches)
+        with torch.no_grad():
+            patches = image.project(image.tower[:, -kept.shape[1] :])
+        if self.merge:
+            for view, mask in zip(patches, kept, strict=True):
+                view[mask] = merged(view, mask.nonzero()[:, 0], torch.zeros_like(mask, dtype=torch.long))[0].to(view)
+        crop, row, column = image.grid.to(device).unbind(1)
+        at = crop.clamp(min=0), row.clamp(min=0) * image.side + column.clamp(min=0)
+        index = (kept[at] | (crop < 0)).nonzero()[:, 0]
+        features = torch.where((crop < 0)[:, None], image.features, patches[at].to(image.features))
+        return Compressed(features[index], index)
+
+
+@dataclass
+class VScan(VScanEntrance):
+    """Keep patches that a shallow and a deep tower layer look at; drop more before a middle decoder layer.
+
+    1. In each crop or frame, half of the budget goes to local tokens: those of most CLS attention in a shallow layer,
+       equally many in each window of the grid. The other half goes to global tokens: of the patches left, those of
+       most CLS attention in the layer whose output LLaVA reads. Each dropped token joins the kept token of largest
+       cosine to it, after the projector; a kept token becomes the mean of itself and those that joined it.
+    2. Before a middle decoder layer, keep the tokens that the last prompt token is about to attend to most in that
+       layer (the stage `pyramiddrop` with one drop). Positions are counted anew from there on.
+
+    The release's "64 tokens" are 96 at the entrance and 32 from layer 16 of 32 on, which is 64 on average.
+
+    mode="released" follows stage 1 of the release (commit a82450e), for LLaVA-1.5 and LLaVA-NeXT, with these faults:
+    a remainder of half the budget by 16 windows is lost; fewer than 32 tokens fail; where attention underflows to 0,
+    local tokens are taken for global ones again; padded patches compete, and what merges into them is lost; every
+    newline is kept, on top of the budget. mode="corrected", the default, meets `keep` exactly, excludes local tokens,
+    and chooses among the image's own tokens. Windows of odd grids are those of the release for Qwen2.5-VL: the last row
+    and column of windows take what is left over. In both modes merging is in fp32, stage 2 counts the tokens that
+    really entered (on LLaVA-NeXT, the release drops most of the thumbnail instead) and ranks every image, and ties go
+    to the lower index.
+
+    keep            : visual tokens that enter the language model per image, a count or a share
+    mode            : "corrected" or "released"
+    local           : part of the budget for local tokens
+    window          : rows and columns of patches of a window
+    shallow         : tower layer of the local tokens, counted from 0, or a share of the depth; 5 of 24 as released
+    merge           : merge dropped tokens into kept ones
+    score           : attention from CLS ("cls"), mean attention received ("received", as released for Qwen2.5-VL), or
+                      "auto": "cls" if the tower has CLS
+    newline         : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions       : "renumbered" (as released) or "original" rotary positions at the entrance
+    deep            : what stage 2 leaves of the tokens that entered, a count or a share
+    layer           : decoder layer of stage 2, a number or a share of the depth; None leaves stage 2 out
+    layer_positions : "renumbered" (as released) or "original" from there on
+    """
+
+    deep: Keep = 1 / 3
+    layer: int | float | None = 0.5
+    layer_positions: str = "renumbered"
+
+    def __post_init__(self) -> None:
+        check_keep(self.deep, "deep")
+        check_choices(self, layer_positions=("renumbered", "original"))
+        self.stages()  # each stage checks its options
+
+    def stages(self) -> list[Compressor]:
+        """Return the stages, or only the first if everything is to be kept, or if no layer is given."""
+        first = VScanEntrance(**{f.name: getattr(self, f.name) for f in fields(VScanEntrance) if f.init})
+        if self.layer is None or (isinstance(self.keep, float) and self.keep == 1):
+            return [first]
+        return [first, PyramidDrop(keep=self.deep, layer=(self.layer,), layer_positions=self.layer_positions)]
+
+
+def windows(place: Tensor, side: int) -> Tensor:
+    """Return the window (m,) of patches at rows and columns (m, 2); the last windows take what is left over."""
+    count = (place.amax(0) + 1).div(side, rounding_mode="floor").clamp(min=1)
+    row, column = torch.minimum(place.div(side, rounding_mode="floor"), count - 1).unbind(1)
+    return row * count[1] + column
+
+
+def local_and_global(shallow: Tensor, deep: Tensor, window: Tensor, k: int, half: int) -> tuple[Tensor, Tensor]:
+    """Choose k of m patches.
+
+    Args:
+        shallow: (m,) attention that decides on local tokens.
+        deep: (m,) attention that decides on global tokens.
+        window: (m,) the window of each patch.
+        k: number of picks.
+        half: number of local ones, as far as their windows have room.
+
+    Returns:
+        Local tokens and global ones, best first.
+    """
+    room = -(-half // len(window.unique()))
+    fits = rank_within_groups(shallow[None], window[None])[0] < room
+    order = shallow.argsort(descending=True, stable=True)
+    local = order[fits[order]][:half]
+    rest = deep.index_fill(0, local, float("-inf"))
+    return local, rest.argsort(descending=True, stable=True)[: k - len(local)]
+
+
+def released_mask(shallow: Tensor, deep: Tensor, k: int) -> Tensor:
+    """Choose patches of a crop (p,) as the release does: (p,) bool, at most k of them True."""
+    side = round(len(shallow) ** 0.5)
+    grid = torch.arange(len(shallow), device=shallow.device)
+    window = grid // side // (side // 4) * 4 + grid % side // (side // 4)
+    local = rank_within_groups(shallow[None], window[None])[0] < k // 2 // 16
+    rest = deep.masked_fill(local, 0).argsort(descending=True, stable=True)[: k - k // 2]
+    return local.index_fill(0, rest, True)
+
+
+@full_precision
+def merged(x: Tensor, kept: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Average each token that is not kept into the kept token of its group that it resembles most, the first on ties.
+
+    Args:
+        x: (n, d) tokens, compared by cosine.
+        kept: (k,) those that stay, ascending.
+        group: (n,) -1 for tokens that neither merge nor take others in.
+
+    Returns:
+        (k, d), and (n - k,) the place among the kept that each other token joins, -1 where there is none in its group.
+    """
+    left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, kept, False).nonzero()[:, 0]
+    unit = F.normalize(x, dim=-1)
+    allowed = (group[left][:, None] == group[kept]) & (group[left] >= 0)[:, None]
+    best, near = (unit[left] @ unit[kept].T).masked_fill(~allowed, float("-inf")).max(1)
+    near = near.where(best > float("-inf"), -1)
+    joins = (near == torch.arange(len(kept), device=x.device)[:, None]).to(x)  # (k, n - k)
+    return (x[kept] + joins @ x[left]) / (1 + joins.sum(1, keepdim=True)), near
