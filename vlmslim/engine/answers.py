@@ -109,7 +109,7 @@ def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tu
     """
     name, shape, hidden = f"{type(method).__name__}.retain", tuple(tokens.mask.shape), None
     if isinstance(answer, Retained):
-        answer, hidden = answer.keep, answer.hidden
+        hidden, answer = answer.hidden, answer.keep
         if not isinstance(hidden, Tensor) or hidden.shape != tokens.hidden.shape or not hidden.is_floating_point():
             raise ValueError(
                 f"{name} returned {_described(hidden)} for states: give a tensor like `tokens.hidden`, here "

@@ -64,7 +64,7 @@ class SparseVLM(Compressor):
     bias            : see `scale`
     heads           : part of the heads that version 2.0 reads; 14 of 32 as released
     recycle         : keep means of dropped tokens; None is yes in version 1.x
-    layer_positions : "renumbered" or "original"; None is what the version does
+    layer_positions : "renumbered" or "original"; "auto" is what the version does
     seed            : of the noise of mode="released"
     """
 
@@ -79,7 +79,7 @@ class SparseVLM(Compressor):
     bias: float = 0.0
     heads: float = 14 / 32
     recycle: bool | None = None
-    layer_positions: str | None = None
+    layer_positions: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +87,8 @@ class SparseVLM(Compressor):
         old = self.version != "2.0"
         self.layer = self.layers = tuple(LAYERS[self.version] if self.layer is None else self.layer)
         self.recycle = old if self.recycle is None else self.recycle
-        self.layer_positions = self.layer_positions or ("renumbered" if old else "original")
+        if self.layer_positions == "auto":
+            self.layer_positions = "renumbered" if old else "original"
         check_choices(self, layer_positions=("renumbered", "original"))
         for layer in self.layer:
             check_layer(layer)
@@ -156,15 +157,16 @@ class SparseVLM(Compressor):
                 else (self.gravity(tokens, row, raters, place), max(1, round(self.heads * paid.shape[0])))
             )
             order = guided_score(paid, gravity, heads).argsort(descending=True, stable=True)
-            k = min(self.count(tokens, paid, n), len(place) - (self.mode == "released"))
+            k = min(self.staying(tokens, paid, n), len(place) - (self.mode == "released"))
             if k >= len(place):
                 continue
             stay, states = place[order[:k].sort().values], []
             if self.recycle:
                 of, amount = clusters(len(place) - k)
                 best = place[order[k : k + of]]
-                noise = torch.rand(of, generator=image.generator(self.seed)).to(hidden.device)
-                noise = noise if self.mode == "released" else None
+                noise = None
+                if self.mode == "released":
+                    noise = torch.rand(of, generator=image.generator(self.seed)).to(hidden.device)
                 means, centres, _ = recycled(tokens.hidden[row, best], amount, noise)
                 stay, states = torch.cat([stay, best[centres]]), [means.to(hidden)]
             keep[row, place] = False
@@ -173,7 +175,7 @@ class SparseVLM(Compressor):
             hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], *states])
         return Retained(keep, hidden) if self.recycle else keep
 
-    def count(self, tokens: LayerInput, paid: Tensor, n: int) -> int:
+    def staying(self, tokens: LayerInput, paid: Tensor, n: int) -> int:
         """Return how many tokens of an image stay, of n that entered, given what raters pay (heads, r, v)."""
         if self.version != "1.0":
             return self.kept(n)[self.layers.index(tokens.layer)]

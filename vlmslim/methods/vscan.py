@@ -50,6 +50,10 @@ class VScanEntrance(ScoredSelection):
         self.local_layer = round(self.shallow * depth) if isinstance(self.shallow, float) else self.shallow
         self.tower_layers = (*self.tower_layers, self.local_layer)
 
+    def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:
+        """Return the budget; in the release attention decides how much is lost of it."""
+        return self.requested(n) if self.mode == "corrected" else None
+
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return attention in both layers, and rows and columns."""
         deep = self.scores(image)
