@@ -56,8 +56,8 @@ class VScanEntrance(ScoredSelection):
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return attention in both layers, and rows and columns."""
-        deep = self.scores(image)
-        return self.scores(image, self.local_layer), deep, image.grid[:, 1:].to(deep.device)
+        shallow, deep = self.scores(image, self.local_layer), self.scores(image)
+        return shallow, deep, image.grid[:, 1:].to(deep.device)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Take local and global tokens in turns."""
