@@ -1,7 +1,13 @@
 """Shared fixtures. The tiny models, prompts and test-only compressors are in tiny.py and doubles.py."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, whose kernels then run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from contract import add_option as pytest_addoption  # noqa: F401
 from contract import choose as pytest_configure  # noqa: F401
 

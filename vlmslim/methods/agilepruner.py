@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
-from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
+from vlmslim.ops.greedy import cosine_matrix, greedy, Rows
 from vlmslim.ops.ranking import full_precision
 
 
@@ -91,7 +91,7 @@ class _Walk:
     """The rule of the walk: by place, and those struck out last."""
 
     def __init__(self, place: Tensor, distance: Tensor, reach: Tensor):
-        self.place, self.reach, self.distance_to = place, reach, rows_of(distance)
+        self.place, self.reach, self.distance_to = place, reach, Rows(distance)
         self.struck = torch.zeros_like(place, dtype=torch.bool)
 
     def score(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Keep, check_choices, check_keep
 from vlmslim.methods._selection import Pool, Selection
-from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
+from vlmslim.ops.greedy import farthest_greedy, Rows, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 
@@ -67,4 +67,4 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     closeness = similarity_matrix(unit.reshape(-1, *x.shape[-2:])).sub_(1)  # minus the distance
     closeness.diagonal(dim1=1, dim2=2).fill_(-float("inf"))  # a token is not its own neighbour
     first = closeness.amax(2).argmin(1)
-    return farthest_greedy(rows_of(closeness), first, k, torch.maximum).view(*x.shape[:-2], k)
+    return farthest_greedy(Rows(closeness), first, k, torch.maximum).view(*x.shape[:-2], k)

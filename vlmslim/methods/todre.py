@@ -14,7 +14,7 @@ from vlmslim.engine.families import has_cls, tower
 from vlmslim.methods._selection import Pool, Selection
 from vlmslim.methods.drop_visual import DropVisual
 from vlmslim.ops.attention import cls_attention
-from vlmslim.ops.greedy import farthest_greedy, rows_of, similarity_matrix
+from vlmslim.ops.greedy import farthest_greedy, Rows, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 #: how similarity to the chosen tokens follows from similarity to each of them
@@ -143,7 +143,7 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
     if n <= MATRIX_LIMIT:
         similarity = similarity_matrix(unit)
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        similarity_to = rows_of(similarity)
+        similarity_to = Rows(similarity)
     else:
         similarity_to = partial(similarity_row, unit)
     first = pivot.reshape(-1).to(x.device)

@@ -18,7 +18,7 @@ from vlmslim.compressor import (
 from vlmslim.methods._layers import ascending, seen_by_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.attention import attention_rows
-from vlmslim.ops.greedy import cosine_matrix, greedy, rows_of
+from vlmslim.ops.greedy import cosine_matrix, greedy, Rows
 from vlmslim.ops.ranking import full_precision
 
 NORMALISE = ("mean", "fixed", "minmax")
@@ -192,7 +192,7 @@ class _Preservation:
     """The rule: relevance, diversity and coverage, each made comparable over the tokens that are left."""
 
     def __init__(self, relevance: Tensor, similarity: Tensor, alpha: float, coverage: float, normalise: str):
-        self.relevance, self.similarity, self.row = relevance, similarity, rows_of(similarity)
+        self.relevance, self.similarity, self.row = relevance, similarity, Rows(similarity)
         self.alpha, self.coverage, self.normalise = alpha, coverage, normalise
         self.left = torch.ones_like(relevance)
         self.nearest: Tensor | None = None

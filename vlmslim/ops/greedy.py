@@ -2,11 +2,18 @@
 
 A rule scores the tokens of b images, and learns after each step what was picked. The loop masks what is picked, batches
 over images and makes no device synchronisation. Ties go to the lower index.
+
+Where a pick changes the scores by one row of a matrix, the loop takes longer to start its operations than to compute
+them. Then a Triton kernel does all steps on a GPU (`vlmslim.ops.greedy_kernel`), and NumPy, which starts an operation
+faster than PyTorch, does them on a CPU. Both make the picks of the loop.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,18 +29,64 @@ class Rule(Protocol):
         """Learn that each image picked a token: indices (b,)."""
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A rule that reads one row of a matrix for each pick.
+
+    kind   : "sum" or "max": the score is bonus - weight x closeness, where closeness is the sum or the largest of the
+             rows of all picks. "determinant": the rule is `Determinant`, and `bonus` the score of lost tokens
+    matrix : (b, n, n) symmetric
+    weight : (b, n)
+    bonus  : (b, n)
+    floor  : of `Determinant`
+    """
+
+    kind: str
+    matrix: Tensor
+    weight: Tensor
+    bonus: Tensor
+    floor: float = 0.0
+
+
+@runtime_checkable
+class Streamed(Rule, Protocol):
+    """A rule that may be a `Stream`."""
+
+    def stream(self) -> Stream | None:
+        """Describe the search from its start; None if it needs the loop."""
+
+
 def greedy(rule: Rule, k: int, first: Tensor | None = None, at_once: int = 1) -> Tensor:
     """Pick k tokens of every image, each time the best that is left; ties to the lower index.
 
     Args:
-        rule: scores the tokens.
+        rule: scores the tokens, and has not been told of any pick yet.
         k: number of picks, 1 <= k <= n.
         first: (b,) the first pick of each image; None for the best by the rule's first score.
         at_once: picks per step. Those of one step do not see each other; the last step takes what is missing.
 
     Returns:
-        (b, k) indices in the order of selection. With `at_once=1` the first j of them are the result for k = j.
+        (b, k) indices in the order of selection. With `at_once=1` the first j of them are the result for k = j. On a
+        GPU, the picks of an image are all -1 if the kernel meets a NaN, because a kernel cannot raise; the engine
+        refuses such an index.
+
+    Raises:
+        ValueError: NumPy meets a NaN.
     """
+    stream = rule.stream() if at_once == 1 and isinstance(rule, Streamed) else None
+    if stream is not None and _has_kernel(stream):
+        from vlmslim.ops.greedy_kernel import search
+
+        first = rule.score().argmax(1) if first is None else first
+        return search(stream.kind, stream.matrix, first, stream.weight, stream.bonus, k, stream.floor)
+    if stream is not None and _suits_numpy(stream):
+        first = rule.score().argmax(1) if first is None else first
+        return _in_numpy(stream, k, first)
+    return step_by_step(rule, k, first, at_once)
+
+
+def step_by_step(rule: Rule, k: int, first: Tensor | None = None, at_once: int = 1) -> Tensor:
+    """Search as `greedy` does, by the plain loop, which takes every rule and device."""
     steps = [] if first is None else [first[:, None]]
     done, taken = len(steps), None
     while done < k:
@@ -52,6 +105,33 @@ def greedy(rule: Rule, k: int, first: Tensor | None = None, at_once: int = 1) ->
     return torch.cat(steps, dim=1)
 
 
+def _has_kernel(stream: Stream) -> bool:
+    return stream.matrix.is_cuda and stream.matrix.dtype == torch.float32 and find_spec("triton") is not None
+
+
+def _suits_numpy(stream: Stream) -> bool:
+    """Tell whether NumPy computes what PyTorch does, to the last bit. Their sums of products differ."""
+    single = stream.matrix.dtype in (torch.float32, torch.float64)
+    return stream.matrix.device.type == "cpu" and single and stream.kind != "determinant"
+
+
+def _in_numpy(stream: Stream, k: int, first: Tensor) -> Tensor:
+    """Make all steps of a "sum" or a "max" in NumPy, image by image."""
+    combine = np.add if stream.kind == "sum" else np.maximum
+    images = zip(*(x.detach().numpy() for x in (stream.matrix, stream.weight, stream.bonus, first)), strict=True)
+    found = np.empty((len(first), k), dtype=np.int64)
+    for picks, (matrix, weight, bonus, start) in zip(found, images, strict=True):
+        picks[0], closeness = start, matrix[start].copy()
+        for step in range(1, k):
+            cost = weight * closeness - bonus
+            cost[picks[:step]] = np.inf
+            picks[step] = pick = cost.argmin()
+            if np.isnan(cost[pick]):  # NumPy takes the first NaN for the smallest number
+                raise ValueError("a search among NaNs has no best token; check that features and scores are finite")
+            combine(closeness, matrix[pick], out=closeness)
+    return torch.from_numpy(found)
+
+
 # --- similarities -----------------------------------------------------------------------------------------------------
 
 
@@ -68,10 +148,15 @@ def cosine_matrix(x: Tensor) -> Tensor:
     return similarity_matrix(F.normalize(x, dim=-1))
 
 
-def rows_of(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that looks up one row of each (n, n) matrix: indices (b,) -> (b, n)."""
-    image = torch.arange(len(matrix), device=matrix.device)
-    return lambda pick: matrix[image, pick]
+class Rows:
+    """Looks up one row of each matrix (b, m, n): indices (b,) -> (b, n)."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix, self._image = matrix, torch.arange(len(matrix), device=matrix.device)
+
+    def __call__(self, pick: Tensor) -> Tensor:
+        """Look up the row `pick` (b,) of each matrix."""
+        return self.matrix[self._image, pick]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -108,6 +193,14 @@ class Farthest:
         new = self.closeness_to(pick)
         self.closeness = new if self.closeness is None else self.reduce(self.closeness, new)
 
+    def stream(self) -> Stream | None:
+        """Describe the search if closeness stands in a matrix."""
+        if not isinstance(self.closeness_to, Rows):
+            return None
+        matrix = self.closeness_to.matrix
+        ones = matrix.new_ones(matrix.shape[::2]) if self.weight is None else self.weight
+        return Stream("sum" if self.reduce is torch.add else "max", matrix, ones, torch.zeros_like(ones))
+
 
 class Coverage:
     """Facility location: the token that most raises the sum of what each row is covered by.
@@ -124,7 +217,7 @@ class Coverage:
     def __init__(self, matrix: Tensor, weight: Tensor | None = None, bonus: Tensor | None = None):
         self.matrix, self.weight, self.bonus = matrix, weight, bonus
         self.covered = matrix.new_zeros(matrix.shape[:2])
-        self.column = rows_of(matrix.transpose(1, 2))
+        self.column = Rows(matrix.transpose(1, 2))
 
     def score(self) -> Tensor:
         """Score by the gain in coverage."""
@@ -152,7 +245,7 @@ class Determinant:
     """
 
     def __init__(self, kernel: Tensor, fallback: Tensor, k: int, floor: float = 1e-6):
-        self.row, self.fallback = rows_of(kernel), fallback
+        self.row, self.fallback, self.floor = Rows(kernel), fallback, floor
         self.factor = kernel.diagonal(dim1=1, dim2=2).clone()
         self.least = floor * self.factor.amax(1, keepdim=True)
         self.found = kernel.new_zeros(len(kernel), k, kernel.shape[2])  # rows of the decomposition
@@ -174,6 +267,10 @@ class Determinant:
         self.count += 1
         self.factor = self.factor - row.square()
 
+    def stream(self) -> Stream:
+        """Describe the search."""
+        return Stream("determinant", self.row.matrix, self.fallback, self.fallback - 2, self.floor)
+
 
 class MarginalRelevance:
     """Maximal marginal relevance: weight x relevance - (1 - weight) x the largest similarity to those picked.
@@ -187,7 +284,7 @@ class MarginalRelevance:
     """
 
     def __init__(self, relevance: Tensor, similarity: Tensor, weight: float):
-        self.relevance, self.weight, self.row = relevance, weight, rows_of(similarity)
+        self.relevance, self.weight, self.row = relevance, weight, Rows(similarity)
         self.nearest: Tensor | None = None
 
     def score(self) -> Tensor:
@@ -200,6 +297,11 @@ class MarginalRelevance:
         """Raise the similarity to the nearest pick."""
         new = self.row(pick)
         self.nearest = new if self.nearest is None else torch.maximum(self.nearest, new)
+
+    def stream(self) -> Stream:
+        """Describe the search."""
+        weight = torch.full_like(self.relevance, 1 - self.weight)
+        return Stream("max", self.row.matrix, weight, self.weight * self.relevance)
 
 
 def farthest_greedy(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from vlmslim.methods._clip import ClipText
 from vlmslim.methods.cdpruner import conditional_diversity, likeness, scaled
 from vlmslim.ops.centring import centred, standardised
-from vlmslim.ops.greedy import Farthest, cosine_matrix, greedy, rows_of
+from vlmslim.ops.greedy import Farthest, cosine_matrix, greedy, Rows
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
@@ -108,4 +108,4 @@ def maxmin(x: torch.Tensor, weight: torch.Tensor, arrays) -> torch.Tensor:
     closeness = cosine_matrix(x) - 1
     closeness.diagonal(dim1=1, dim2=2).fill_(-float("inf"))
     first = closeness.amax(2).argmin(1)
-    return greedy(Farthest(rows_of(closeness), torch.maximum, weight), int(arrays["keep"]), first)[0]
+    return greedy(Farthest(Rows(closeness), torch.maximum, weight), int(arrays["keep"]), first)[0]
