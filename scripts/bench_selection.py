@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 
 import vlmslim
 from vlmslim import registry
@@ -86,14 +85,16 @@ def searches(n: int, k: int, width: int, device: str, images: int = 1) -> dict[s
     score, first = normal(images, n).softmax(1), torch.zeros(images, dtype=torch.long, device=device)
     matrix = cosine_matrix(x)
     kernel = score[:, :, None] * matrix * score[:, None]
-    return {
+    made: dict[str, tuple[Search, Callable[[], Rule]]] = {
         "max-min": (lambda: farthest_points(x, k), lambda: Farthest(Rows(matrix), torch.maximum)),
         "max-sum": (lambda: diverse(x, k, first), lambda: Farthest(Rows(matrix), torch.add)),
         "relevance": (lambda: marginal_relevance(x, score, k), lambda: MarginalRelevance(score, matrix, 0.5)),
         "determinant": (lambda: conditional_diversity(x, score, k), lambda: Determinant(kernel, score, k)),
-        "coverage": (lambda: salient_coverage(x, score, k), lambda: Coverage(matrix, score)),
         "product": (lambda: torch.stack([each @ each.T for each in x]), lambda: Coverage(matrix)),
     }
+    if n <= SIZES[0][0]:  # methods that search for coverage do so in each view of a picture
+        made["coverage"] = (lambda: salient_coverage(x, score, k), lambda: Coverage(matrix, score))
+    return made
 
 
 def time_searches(n: int, k: int, width: int, device: str, repeats: int) -> list[dict]:
@@ -224,8 +225,13 @@ def markdown(record: dict) -> str:
             markdown_table(
                 ("method", *(f"{n} to {k}: ms" for n, k in SIZES)),
                 (
-                    [name, *(next((f"{r['ms']:.2f}" for r in timed if (r["name"], r["n"]) == (name, n)), "–")
-                             for n, _ in SIZES)]
+                    [
+                        name,
+                        *(
+                            next((f"{r['ms']:.2f}" for r in timed if (r["name"], r["n"]) == (name, n)), "–")
+                            for n, _ in SIZES
+                        ),
+                    ]
                     for name in sorted({row["name"] for row in timed})
                 ),
             ),

@@ -53,10 +53,16 @@ def test_each_pick_is_the_least_close_to_those_before(search, reduce, combine, s
         assert picks[image].tolist() == want
 
 
-def test_similarities_are_those_of_single_products():
-    """Few tokens, because a batched product of those rounds otherwise on CPUs; on GPUs larger ones do too."""
-    x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(similarity_matrix(x), torch.stack([image @ image.T for image in x]))
+@pytest.mark.parametrize(("n", "d"), [(3, 16), (400, 64), (577, 64), (1000, 64)])
+def test_similarities_are_those_of_single_products(n, d):
+    """Few tokens, because a batched product of those rounds otherwise on CPUs; and many, which go in blocks."""
+    x = torch.randn(3, n, d, generator=torch.Generator().manual_seed(0))
+    found = similarity_matrix(x)
+    assert torch.equal(found, found.transpose(1, 2))
+    torch.testing.assert_close(found, torch.stack([image @ image.T for image in x]), rtol=0, atol=1e-4)
+    assert torch.equal(found[:1], similarity_matrix(x[:1])), "an image depends on its batch"
+    if n == 3:
+        assert torch.equal(found, torch.stack([image @ image.T for image in x]))
 
 
 # --- the rules, each against its definition ---------------------------------------------------------------------------

@@ -102,7 +102,5 @@ def search(
 
 
 @search.register_fake
-def _(
-    kind: str, matrix: Tensor, first: Tensor, weight: Tensor, bonus: Tensor, k: int, floor: float = 0.0
-) -> Tensor:
+def _(kind: str, matrix: Tensor, first: Tensor, weight: Tensor, bonus: Tensor, k: int, floor: float = 0.0) -> Tensor:
     return torch.empty(len(matrix), k, dtype=torch.long, device=matrix.device)
