@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
-from vlmslim.ops.greedy import cosine_matrix, greedy, Rows
+from vlmslim.ops.greedy import Rows, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Keep, check_choices, check_keep
 from vlmslim.methods._selection import Pool, Selection
-from vlmslim.ops.greedy import farthest_greedy, Rows, similarity_matrix
+from vlmslim.ops.greedy import Rows, farthest_greedy, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 

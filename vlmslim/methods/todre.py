@@ -14,7 +14,7 @@ from vlmslim.engine.families import has_cls, tower
 from vlmslim.methods._selection import Pool, Selection
 from vlmslim.methods.drop_visual import DropVisual
 from vlmslim.ops.attention import cls_attention
-from vlmslim.ops.greedy import farthest_greedy, Rows, similarity_matrix
+from vlmslim.ops.greedy import Rows, farthest_greedy, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 #: how similarity to the chosen tokens follows from similarity to each of them

@@ -18,7 +18,7 @@ from vlmslim.compressor import (
 from vlmslim.methods._layers import ascending, seen_by_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.attention import attention_rows
-from vlmslim.ops.greedy import cosine_matrix, greedy, Rows
+from vlmslim.ops.greedy import Rows, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
 
 NORMALISE = ("mean", "fixed", "minmax")

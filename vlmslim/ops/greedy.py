@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 #: Rows of a product of all tokens that are computed at once. With so many, and not less than half as many in the last
 #: block, MKL rounds each number as it does in a product of all rows.
 BLOCK = 384

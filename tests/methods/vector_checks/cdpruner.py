@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from vlmslim.methods._clip import ClipText
 from vlmslim.methods.cdpruner import conditional_diversity, likeness, scaled
 from vlmslim.ops.centring import centred, standardised
-from vlmslim.ops.greedy import Farthest, cosine_matrix, greedy, Rows
+from vlmslim.ops.greedy import Farthest, Rows, cosine_matrix, greedy
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
