@@ -140,6 +140,7 @@ def diverse(x: Tensor, k: int, pivot: Tensor, objective: str = "max_sum") -> Ten
     """
     n = x.shape[-2]
     unit = F.normalize(x, dim=-1).reshape(-1, n, x.shape[-1])
+    similarity_to: Callable[[Tensor], Tensor]
     if n <= MATRIX_LIMIT:
         similarity = similarity_matrix(unit)
         similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))
