@@ -86,7 +86,7 @@ def test_selection_does_not_wait_for_the_device():
     largest = max(torch.tensor(shape).prod().item() for shape in watch.shapes)
     assert largest <= 2 * 300 * 300
     big = [shape for shape in watch.shapes if torch.tensor(shape).prod().item() > 2 * 300 * 32]
-    assert len(big) < 10, "a matrix is made at every step"
+    assert len(big) < 20, "a matrix is made at every step"
 
 
 @torch.no_grad()

@@ -153,7 +153,8 @@ def similarity_matrix(unit: Tensor) -> Tensor:
     for x, out in zip(unit, product, strict=True):
         for start, end in zip(starts, [*starts[1:], n], strict=True):
             torch.mm(x[start:end], x[start:].T, out=out[start:end, start:])
-            out[start:end, :start] = out[:start, start:end].T
+            if start:
+                out[start:end, :start] = out[:start, start:end].T
     return product
 
 
