@@ -40,4 +40,4 @@ fi
 if [[ ${1:-} == --table ]]; then
   exec env PYTHONPATH=scripts/analysis "$folder/bin/python" scripts/analysis/vllm_table.py
 fi
-exec "$folder/bin/python" -m pytest -m vllm tests/vllm "$@"
+exec "$folder/bin/python" -m pytest -m vllm "${@:-tests/vllm}"

@@ -15,8 +15,14 @@ from safetensors.torch import load_file, save_file
 NARROW, WIDE = 48, 64
 
 
-def pad_heads(source: Path, target: Path) -> Path:
-    """Write a padded copy of a checkpoint, in fp32."""
+def pad_heads(source: Path, target: Path, old_names: bool = False) -> Path:
+    """Write a padded copy of a checkpoint, in fp32.
+
+    Args:
+        source: the checkpoint's folder.
+        target: a new folder.
+        old_names: name the tower's weights as transformers did before 5.20, which is all that stock vLLM 0.32 reads.
+    """
     shutil.copytree(source, target)
     weights = load_file(source / "model.safetensors")
     for name, weight in weights.items():
@@ -27,6 +33,8 @@ def pad_heads(source: Path, target: Path) -> Path:
             else:
                 weight = _wide(weight) * (math.sqrt(WIDE / NARROW) if ".q_proj." in name else 1)
         weights[name] = weight.contiguous()
+    if old_names:
+        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): weights[name] for name in weights}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config["text_config"]["head_dim"] = WIDE

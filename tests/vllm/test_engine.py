@@ -113,3 +113,12 @@ def test_the_log_tells_what_was_kept(start, caplog):
     logger.removeHandler(caplog.handler)
     assert "visual tokens in" in caplog.text
     assert "(44.4 %)" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["todre:keep=64:layer=None", "divprune:keep=64:positions=original"])
+def test_two_ranks_choose_alike(start, method):
+    """Tensor parallelism spreads the heads, by whose attention ToDRE chooses its pivot, over ranks."""
+    questions = Questions.of("tiny-llava")
+    llm = start("tiny-llava", method, tensor_parallel_size=2, distributed_executor_backend="mp")
+    wanted = expected("tiny-llava", method, questions.prompts, questions.images)
+    assert served(llm, questions.prompts, questions.images)[0] == wanted
