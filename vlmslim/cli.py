@@ -351,6 +351,52 @@ def doctor(
 
 
 @app.command()
+def show(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A path, a hub id, bundled/NAME, or a saved patch.")
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures or videos, in this order.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="The text after the pictures.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help=f"{_METHOD_HELP} Stages with +. Default: the saved one.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png or a .html file.")] = Path("kept.png"),
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 32,
+    size: Annotated[int, typer.Option(min=32, max=2048, help="Pixels of the longer side of a picture.")] = 320,
+    dtype: Annotated[str, typer.Option(help="Default: that of the checkpoint.")] = "auto",
+    device: _Device = None,
+    attention: _Attention = "sdpa",
+) -> None:
+    """Draw which visual tokens each method keeps of pictures, and what the model then answers."""
+    _quiet_transformers()
+    from rich.console import Console
+
+    from vlmslim.doctor import parse
+    from vlmslim.io.files import check_file
+    from vlmslim.loading import default_device, load
+    from vlmslim.pictures.ask import ask, readable
+    from vlmslim.pictures.show import check_format, write
+    from vlmslim.saving.folder import read
+
+    with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
+        check_format(output)
+        check_file(output)
+        names = method or ([checkpoint] if read(checkpoint) is not None else [])
+        if not names:
+            _fail("no method given; name one or several, such as -m divprune:keep=64")
+        methods = [(name, parse(name)) for name in names]
+        media = [readable(path) for path in images]
+        model, processor = load(checkpoint, dtype=dtype, device=device or default_device(), attention=attention)
+        status.update("asking")
+        answers = ask(model, processor, question, media, methods, new_tokens=new_tokens)
+        status.update("drawing")
+        write(output, question, answers, processor, size)
+    for answer in answers:
+        typer.echo(f"{answer.method}: {answer.text}")
+    typer.echo(output)
+
+
+@app.command()
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A folder or a hub id, in the format of LLaVA's authors.")

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
@@ -246,6 +245,8 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 def _decoded(path: str | Path, count: int) -> np.ndarray:
+    import av  # here, because pictures need none of it
+
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"

@@ -37,7 +37,7 @@ def kept(trace: Trace, processor: Any, layer: int = -1, size: int = 320) -> Imag
     Raises:
         ValueError: no such layer, a stage that does not say what it made its tokens of, or no processor.
     """
-    return _drawn(Canvas.of(trace, processor, size), trace.at(layer))
+    return drawn(Canvas.of(trace, processor, size), trace.at(layer))
 
 
 def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
@@ -58,7 +58,7 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
         first, last = trace.layers(cut)
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         caption = f"merged, {layers}" if cut.merged else layers
-        found.append(Panel(_drawn(canvas, cut), f"{cut.stage}: {cut.count} of {n}", caption))
+        found.append(Panel(drawn(canvas, cut), f"{cut.stage}: {cut.count} of {n}", caption))
     return found
 
 
@@ -84,8 +84,12 @@ def sheet(lines: Sequence[Sequence[Panel]], across: int = 5) -> Image.Image:
     return whole
 
 
-def _drawn(canvas: Canvas, cut: Cut) -> Image.Image:
-    """Fade what `cut` dropped, and outline tokens that were made of several."""
+def drawn(canvas: Canvas, cut: Cut) -> Image.Image:
+    """Fade what `cut` dropped, and outline tokens that were made of several.
+
+    Raises:
+        ValueError: a stage did not say what it made its tokens of.
+    """
     shown = np.append(cut.shown, [False, False])  # of -2 and -1
     clear = shown[canvas.token]
     pixels = np.where(clear[..., None], canvas.pixels, PAPER + FADED * (canvas.pixels.astype(np.float32) - PAPER))
