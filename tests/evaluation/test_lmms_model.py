@@ -135,6 +135,15 @@ def test_log_likelihood_is_that_of_forced_decoding(make, family, method):
         assert greedy == want_greedy
 
 
+@pytest.mark.parametrize("method", [{}, {"method": "divprune", "keep": 5}, {"method": "fastv", "keep": 5, "layer": 2}])
+def test_the_choices_of_a_question_share_one_prefill_and_score_as_each_alone(make, method):
+    lm, answers = make(batch_size=1, **method), ["red", "dark green", "yes, it is blue", "7"]
+    requests = [ask(i, f" {answer}", kind="loglikelihood") for i in range(3) for answer in answers]
+    together = lm.loglikelihood(requests)
+    assert lm.receipt["prompts"] == 3
+    assert together == [lm.loglikelihood([request])[0] for request in requests]
+
+
 def test_greedy_answers_are_recognised(make):
     lm = make(batch_size=4)
     plain = lm.tokenizer.convert_tokens_to_ids("▁red")
@@ -155,10 +164,11 @@ def test_an_answer_that_merges_with_the_prompt_starts_at_the_merged_token(make):
     prompter = make().prompter
     template = prompter.processor.chat_template
     prompter.processor.chat_template = template.replace("'ASSISTANT:'", "'ASSISTANT: '")  # no blank before an answer
-    whole, length = prompter.continued(Prompt("USER: it is re"), "d")
+    whole, before, answer = prompter.continued(Prompt("USER: it is re"), "d")
     ids = prompter.tokenizer(whole.text)["input_ids"]
     assert whole.text == "USER: it is red"
-    assert prompter.tokenizer.decode(ids[-length:]).endswith("red")  # "red" is one token, "re" was another
+    assert before + answer == ids
+    assert prompter.tokenizer.decode(answer).endswith("red")  # "red" is one token, "re" was another
 
 
 def test_an_empty_continuation_is_an_error(make):

@@ -105,8 +105,10 @@ class Prompter:
         media = {name: found for name, found in (("images", images), ("videos", videos)) if found}
         return self.processor(text=texts, **media, padding=True, return_tensors="pt", **self._special(texts[0]))
 
-    def continued(self, prompt: Prompt, answer: str) -> tuple[Prompt, int]:
-        """Return the prompt with `answer` after it, and how many of its tokens belong to the answer.
+    def continued(self, prompt: Prompt, answer: str) -> tuple[Prompt, list[int], list[int]]:
+        """Return the prompt with `answer` after it, and the token ids before and of the answer.
+
+        Among the ids before the answer, a picture is its placeholder alone.
 
         Raises:
             ValueError: the answer is blank.
@@ -118,7 +120,7 @@ class Prompter:
         # stand before the answer, so that expanding their placeholders does not change its length.
         before, after = (self.tokenizer(t, **self._special(t))["input_ids"] for t in (prompt.text, text))
         shared = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
-        return Prompt(text, prompt.media), len(after) - shared
+        return Prompt(text, prompt.media), after[:shared], after[shared:]
 
     @cached_property
     def _placeholders(self) -> dict[str, str]:

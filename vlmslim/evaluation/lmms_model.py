@@ -7,16 +7,14 @@ One implementation serves lmms-eval's simple protocol (`VlmSlim`) and its chat p
 
 import inspect
 import json
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -24,21 +22,17 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from vlmslim.compressor import Compressor
-from vlmslim.engine.families import KV_CACHE, kv_cache
-from vlmslim.evaluation.conversation import Prompt, Prompter
+from vlmslim.evaluation.answering import Answerer, batches_of
+from vlmslim.evaluation.conversation import Prompter
 from vlmslim.evaluation.effect import abstentions, check_effect
-from vlmslim.evaluation.generation import cut_at, generation_options
 from vlmslim.evaluation.progress import MakeBar
-from vlmslim.evaluation.queries import Dialogue, Query, Score, naming, query_of
+from vlmslim.evaluation.queries import Dialogue, Query, naming_all, query_of
 from vlmslim.io.messages import did_you_mean
 from vlmslim.loading import Located, load, located, stages_of
 from vlmslim.originals import protocol as protocols
 from vlmslim.patching import Slim, patch
 from vlmslim.receipt import Receipt
 from vlmslim.registry import Spec, build
-
-_Result = TypeVar("_Result")
-
 
 class VlmSlim(lmms):
     """`LlavaForConditionalGeneration` and its relatives for lmms-eval's simple protocol.
@@ -117,7 +111,7 @@ class VlmSlim(lmms):
         self.prompter = Prompter(processor, frames, self._resolve_system_prompt(system_prompt))
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.make_bar: MakeBar = partial(tqdm, disable=self.rank != 0)
-        self._seconds, self._new_tokens = 0.0, 0
+        self.answerer = Answerer(self.model, self.prompter)
         self._receipt: dict[str, Any] = {}
         self._batches_begun = self._batches_done = 0
         self._slim: Slim | None = patch(self.model, compressors)
@@ -167,7 +161,8 @@ class VlmSlim(lmms):
             numbers = {k: v for k, v in self._receipt.items() if isinstance(v, int | float)}
             if not self._batches_begun:  # answers of `--use_cache`: a receipt of zeros would look like a result
                 numbers = {}
-            log_metrics(self._seconds, self._new_tokens, self._new_tokens / max(self._seconds, 1e-9), numbers)
+            seconds, tokens = self.answerer.seconds, self.answerer.new_tokens
+            log_metrics(seconds, tokens, tokens / max(seconds, 1e-9), numbers)
         super().clean()
         if slim is not None and self.rank == 0 and not self._batches_begun:
             logger.warning(
@@ -184,7 +179,7 @@ class VlmSlim(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer every request: greedily, unless its task asks for a temperature."""
-        return self._in_batches([self._query(request) for request in requests], self._answer)
+        return self._answers([self._query(request) for request in requests])
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Play all dialogues side by side, round by round, until its task ends each of them."""
@@ -192,17 +187,17 @@ class VlmSlim(lmms):
         number = 0
         while live := [dialogue for dialogue in dialogues if dialogue.query is not None]:
             number += 1
-            results = self._in_batches([dialogue.query for dialogue in live if dialogue.query], self._answer)
+            results = self._answers([dialogue.query for dialogue in live if dialogue.query])
             for dialogue, result in zip(live, results, strict=True):
                 dialogue.answer(result.text, number, self.task_dict, self.is_simple)
         return [dialogue.answers for dialogue in dialogues]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[Score]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Score continuations: the mean negative log-likelihood per token, and whether greedy decoding says the same.
 
         Negative and per token because lmms-eval wants a loss here: its multiple-choice tasks take the `argmin`.
         """
-        return self._in_batches([self._query(request) for request in requests], self._score)
+        return self._answers([self._query(request) for request in requests])
 
     def _query(self, request: Instance) -> Query:
         return query_of(request, self.task_dict, self.is_simple)
@@ -211,88 +206,23 @@ class VlmSlim(lmms):
 
     def inputs(self, requests: list[Instance]) -> BatchFeature:
         """Return the inputs of `generate()` for these requests, as one batch."""
-        return self._encode([self._prompt(self._query(request)) for request in requests])
+        return self.answerer.encode([self.answerer.render(self._query(request)) for request in requests])
 
-    def _in_batches(
-        self, queries: Sequence[Query], work: Callable[[Sequence[Query], Sequence[Prompt]], list[_Result]]
-    ) -> list[_Result]:
-        """Return results in the order of `queries`. The longest go first, so that too large a batch fails at once."""
+    def _answers(self, queries: Sequence[Query]) -> list[GenerationResult]:
+        """Return answers in the order of `queries`."""
         if not queries:  # lmms-eval's cache has all the answers
             return []
         self._batches_begun += 1
-        groups = defaultdict(list)
-        for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
-            groups[json.dumps(queries[i].options, sort_keys=True, default=str)].append(i)
-        results: dict[int, _Result] = {}
+        results: dict[int, GenerationResult] = {}
         with self.make_bar(total=len(queries), desc="vlmslim") as bar:
-            for group in groups.values():
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
-                    members = [queries[i] for i in batch]
-                    with naming(", ".join(query.where for query in members)), torch.inference_mode():
-                        done = work(members, [self._prompt(query) for query in members])
-                    results.update(zip(batch, done, strict=True))
-                    bar.update(len(batch))
+            for batch in batches_of(queries, self.batch_size):
+                members = [queries[i] for i in batch]
+                with naming_all(members), torch.inference_mode():
+                    done = self.answerer.answer(self.answerer.read(members))
+                results.update(zip(batch, done, strict=True))
+                bar.update(len(batch))
         self._batches_done += 1
         return [results[i] for i in range(len(queries))]
-
-    def _prompt(self, query: Query) -> Prompt:
-        with naming(query.where):
-            return self.prompter.render(query.messages())
-
-    def _encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
-        return self.prompter.encode(prompts).to(self.device, self.model.dtype)
-
-    def _answer(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> list[GenerationResult]:
-        """Answer a batch of queries with the same generation arguments."""
-        options, until = generation_options(queries[0].options)
-        inputs = self._encode(prompts)
-        pad, eos = self.tokenizer.pad_token_id, self.model.generation_config.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        started = time.perf_counter()
-        output = self.model.generate(**inputs, **options, pad_token_id=pad, eos_token_id=eos)
-        new = output[:, inputs["input_ids"].shape[1] :].cpu()  # waits for the device: the time below is whole
-        self._seconds += time.perf_counter() - started
-        results = []
-        for row, mask in zip(new, inputs["attention_mask"], strict=True):
-            counts = TokenCounts(input_tokens=int(mask.sum()), output_tokens=int((row != pad).sum()))
-            self._new_tokens += counts.output_tokens
-            text = self.tokenizer.decode(row, skip_special_tokens=True)
-            results.append(GenerationResult(cut_at(text, until), counts))
-        return results
-
-    def _score(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> list[Score]:
-        """Score a batch of continuations.
-
-        The prompts are prefilled alone and the continuations follow through the KV cache, because no method may see an
-        answer when it chooses tokens.
-        """
-        pairs = [self.prompter.continued(prompt, query.target) for prompt, query in zip(prompts, queries, strict=True)]
-        wholes, lengths = zip(*pairs, strict=True)
-        inputs = self._encode(wholes)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        answers, given = ids.new_zeros(len(ids), max(lengths)), mask.new_zeros(len(ids), max(lengths))
-        for row, n in enumerate(lengths):  # cut the answer off the end, and move the prompt there: padding is in front
-            answers[row, :n], given[row, :n] = ids[row, -n:], 1
-            ids[row], mask[row] = ids[row].roll(n), mask[row].roll(n)
-            ids[row, :n], mask[row, :n] = self.tokenizer.pad_token_id, 0
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        logits = [output.logits]
-        if max(lengths) > 1:
-            following = {
-                "input_ids": answers[:, :-1],
-                "attention_mask": torch.cat([mask, given[:, :-1]], 1),
-                "position_ids": mask.sum(1, keepdim=True) + torch.arange(max(lengths) - 1, device=mask.device),
-            }
-            logits.append(self.model(**following, **{KV_CACHE: kv_cache(output)}).logits)
-        results = []
-        for logit, answer, n in zip(
-            torch.cat(logits, 1).float(), answers.to(output.logits.device), lengths, strict=True
-        ):
-            loss = torch.nn.functional.cross_entropy(logit[:n], answer[:n])
-            results.append(Score(loss.item(), bool((logit[:n].argmax(-1) == answer[:n]).all())))
-        return results
 
 
 class VlmSlimChat(VlmSlim):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,11 @@ def naming(where: str) -> Iterator[None]:
         raise RequestError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+def naming_all(queries: "Iterable[Query]") -> AbstractContextManager[None]:
+    """Say in an exception which documents a batch holds."""
+    return naming(", ".join(dict.fromkeys(query.where for query in queries)))
+
+
 @dataclass
 class Query:
     """One prompt to answer.
@@ -39,6 +44,7 @@ class Query:
     length   : characters of text, because queries of similar length share a batch
     options  : the generation arguments of the task
     target   : a continuation to score, for log-likelihood
+    prompt   : the same for queries that ask the same and have other continuations; None if no other query does
     """
 
     where: str
@@ -46,6 +52,12 @@ class Query:
     length: int
     options: dict[str, Any] = field(default_factory=dict)
     target: str = ""
+    prompt: Hashable = None
+
+    @property
+    def scores(self) -> bool:
+        """Whether a continuation is to be scored, and nothing generated."""
+        return self.prompt is not None
 
 
 class Score(GenerationResult):
@@ -86,7 +98,7 @@ def query_of(request: Instance, documents: Documents, simple: bool) -> Query:
 
     if request.request_type == "loglikelihood":
         target = extra if isinstance(extra, str) else extra(document())
-        return Query(where, messages, length + len(target), target=target)
+        return Query(where, messages, length + len(target), target=target, prompt=(where, context))
     if request.request_type == "generate_until" and (build := _message_builder(to_visual)):
         return Query(where, lambda: build(document()), length, extra)
     return Query(where, messages, length, extra)
