@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmslim import registry
 from vlmslim.compressor import Compressor
 from vlmslim.engine.embeddings import compressed_prompt
+from vlmslim.engine.encoder import SharedEncoding
 from vlmslim.engine.families import (
     check_decoder,
     check_patches,
@@ -64,10 +65,24 @@ class Slim:
                 check_tower_layers(model.model, name_of(part))
         check_decoder(model.model, next((stage.name for stage in self.stages if stage.layers), None))
         self.receipt = _empty_receipt(model, str(self), self.stages)
-        self._hooks = Hooks(model, self.stages, self.receipt, record is not None)
+        self._records = record is not None
+        self.attach()
+
+    def attach(self, shared: SharedEncoding | None = None) -> "Slim":
+        """Put the patch on, again after `remove()`; the receipt goes on counting.
+
+        Args:
+            shared: what the model encodes, with other patches that take turns on the same inputs (`shared_encoding`).
+
+        Raises:
+            RuntimeError: the model is patched.
+        """
+        check_unpatched(self.model)
+        self._hooks = Hooks(self.model, self.stages, self.receipt, self._records, shared)
         self._hooks.attach()
-        self._saving = model.save_pretrained = _Saving(self)
-        model._vlmslim = self
+        self._saving = self.model.save_pretrained = _Saving(self)
+        self.model._vlmslim = self
+        return self
 
     def remove(self) -> None:
         """Give the model back exactly as it was. A second call does nothing.
@@ -188,6 +203,21 @@ def set_up(methods: Sequence[Compressor], model: Any) -> list[Compressor]:
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             part.setup(model)
     return parts
+
+
+def shared_encoding(slims: Iterable[Slim]) -> SharedEncoding:
+    """Let patches of one model share what it encodes, while they take turns on the same inputs.
+
+        shared = shared_encoding(slims)
+        for slim in slims:
+            with slim.attach(shared):
+                model.generate(**inputs)  # encodes the pictures once
+
+    Answers, receipts and selection times are those of each patch alone.
+    """
+    hooks = [slim._hooks for slim in slims]
+    layers = (layer for own in hooks for layer in own.tower_layers)
+    return SharedEncoding(layers, counts_only=all(own.counts_only for own in hooks))
 
 
 def _trained(parts: list[Compressor]) -> nn.ModuleDict:

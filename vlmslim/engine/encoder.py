@@ -5,7 +5,7 @@ import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -89,6 +89,44 @@ def is_recorded(output: object) -> bool:
     return hasattr(output, _ATTRIBUTE)
 
 
+class SharedEncoding:
+    """What the model made of its latest pictures, for patches that take turns on the same inputs.
+
+    It holds one output for images and one for videos, so its memory is that of one batch. Inputs are the same if they
+    are the same tensors; whoever writes into a tensor must not share it.
+
+    Args:
+        tower_layers: that any of the patches reads.
+        counts_only: whether none of the patches looks at pictures.
+    """
+
+    def __init__(self, tower_layers: Iterable[int], counts_only: bool):
+        self.tower_layers, self.counts_only = tuple(sorted(set(tower_layers))), counts_only
+        self._held: dict[str, tuple[dict[str, Any], Any]] = {}
+
+    def find(self, kind: str, given: dict[str, Any]) -> Any:
+        """Return the output for the arguments `given` of an encoding, or None."""
+        before, output = self._held.get(kind, ({}, None))
+        same = before.keys() == given.keys() and all(_same(before[name], value) for name, value in given.items())
+        return _copied(output) if same and output is not None else None
+
+    def hold(self, kind: str, given: dict[str, Any], output: Any) -> None:
+        """Keep an output in place of the one before."""
+        self._held[kind] = given, _copied(output)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tell whether two arguments of an encoding are one tensor, or equal settings."""
+    return a is b or not isinstance(a, Tensor) and repr(a) == repr(b)
+
+
+def _copied(output: Any) -> Any:
+    """Copy an output but not its tensors, because `generate` replaces them in it when it expands beams."""
+    copied = copy.copy(output)
+    setattr(copied, _ATTRIBUTE, getattr(output, _ATTRIBUTE))
+    return copied
+
+
 class RecordingEncoder:
     """Stands in for `get_image_features` or `get_video_features` on one model instance.
 
@@ -101,6 +139,7 @@ class RecordingEncoder:
         tower_layers: the layers of the vision tower whose inputs are recorded.
         counts_only: whether the images are counted and no method sees them, so that any tower will do.
         on_encoded: called with the kind and the output after each encoding.
+        shared: with the patches that take turns; `tower_layers` and `counts_only` are then those of all of them.
     """
 
     def __init__(
@@ -110,7 +149,11 @@ class RecordingEncoder:
         tower_layers: tuple[int, ...],
         counts_only: bool,
         on_encoded: Callable[[str, ModelOutput], None],
+        shared: SharedEncoding | None = None,
     ):
+        if shared is not None:
+            tower_layers, counts_only = shared.tower_layers, shared.counts_only
+        self.shared = shared
         self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
         self.family, self.counts_only = FAMILIES[core.config.model_type], counts_only
         self.name = f"get_{kind}_features"
@@ -134,13 +177,29 @@ class RecordingEncoder:
         before = _ENCODING.get()
         if before is not None and before.core is self.core:  # Qwen3-VL encodes videos through its image encoder
             return encode(*args, **kwargs)
-        output, seen = self._watch(encode, args, kwargs)
-        if not isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
+        given = self._given(args, kwargs)
+        output = None if self.shared is None else self.shared.find(self.kind, given)
+        if output is None:
+            output, seen = self._watch(encode, args, kwargs)
+            if isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
+                return output
             record = _Record(self._recorded(output, seen, args, kwargs), len(output.pooler_output), self)
             setattr(output, _ATTRIBUTE, record)
-            self.latest.output = weakref.ref(output)
-            self.on_encoded(self.kind, output)
+            if self.shared is not None:
+                self.shared.hold(self.kind, given, output)
+        self.latest.output = weakref.ref(output)
+        self.on_encoded(self.kind, output)
         return output
+
+    def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Return the arguments of an encoding by name."""
+        given = inspect.signature(self._own).bind(*args, **kwargs).arguments
+        return given | given.pop("kwargs", {})
+
+    @property
+    def _own(self) -> Callable[..., Any]:
+        """The model's own function."""
+        return partial(getattr(type(self.core), self.name), self.core)
 
     def _watch(self, encode: Callable[..., Any], args: tuple, kwargs: dict) -> "tuple[Any, _Seen]":
         """Encode, and note what passes."""
@@ -173,9 +232,6 @@ class RecordingEncoder:
         Raises:
             ValueError: the features are not those of the pixels.
         """
-        own = partial(getattr(type(self.core), self.name), self.core)
-        given = inspect.signature(own).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
         if not self._all_passed(output, seen):
             if self.counts_only:
                 return [ImageTokens(x, tower=x[:0], pixels=x[:0]) for x in output.pooler_output]
@@ -183,14 +239,14 @@ class RecordingEncoder:
             if record is not None and record.encoder is self:
                 return record.images
             with torch.no_grad():
-                ours, seen = self._watch(own, args, kwargs)
+                ours, seen = self._watch(self._own, args, kwargs)
             if not self._all_passed(output, seen) or not _alike(output.pooler_output, ours.pooler_output):
                 raise ValueError(
                     f"{self.name} was replaced on this model by a function that returns other features than the model "
                     "makes of the same pixels, so no method can tell which patches they belong to; let the function "
                     "call the one that it replaces, or patch with 'none'"
                 )
-        return self._records(output, seen, given)
+        return self._records(output, seen, self._given(args, kwargs))
 
     def _all_passed(self, output: Any, seen: "_Seen") -> bool:
         """Tell whether all images of an output passed while they were encoded, and no others."""

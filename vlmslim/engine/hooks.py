@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
-from vlmslim.engine.encoder import Encoded, RecordingEncoder, is_recorded
+from vlmslim.engine.encoder import Encoded, RecordingEncoder, SharedEncoding, is_recorded
 from vlmslim.engine.entrance import Entrance, check_length, resumed_position, trim_cached_prefix
 from vlmslim.engine.families import (
     added_layers,
@@ -61,9 +61,17 @@ class Hooks:
         stages: of the patch, in the order in which they act.
         receipt: counts what happens.
         record: keep what pictures show of the last prefill.
+        shared: what the model encodes, with other patches that take turns on the same inputs.
     """
 
-    def __init__(self, model: Any, stages: tuple[Stage, ...], receipt: Receipt, record: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        stages: tuple[Stage, ...],
+        receipt: Receipt,
+        record: bool = False,
+        shared: SharedEncoding | None = None,
+    ):
         self.model, self.core, self.family = model, model.model, family_of(model)
         self.lm = language_model(self.core)
         self.depth = len(self.lm.layers)
@@ -71,10 +79,11 @@ class Hooks:
         self.entrance = Entrance(self.core, stages)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if self.family.video else ["image"]
-        tower_layers = _tower_layers(stages, self.core)
-        counts_only = not self.entrance.any_acts and not record
+        self.tower_layers = _tower_layers(stages, self.core)
+        self.counts_only = not self.entrance.any_acts and not record
         self.encoders = {
-            kind: RecordingEncoder(self.core, kind, tower_layers, counts_only, self._on_encoded) for kind in kinds
+            kind: RecordingEncoder(self.core, kind, self.tower_layers, self.counts_only, self._on_encoded, shared)
+            for kind in kinds
         }
         self.handles: list[RemovableHandle] = []
         self.first_layer = self.depth  # that has a hook; those after it have one too

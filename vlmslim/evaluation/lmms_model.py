@@ -34,6 +34,7 @@ from vlmslim.patching import Slim, patch
 from vlmslim.receipt import Receipt
 from vlmslim.registry import Spec, build
 
+
 class VlmSlim(lmms):
     """`LlavaForConditionalGeneration` and its relatives for lmms-eval's simple protocol.
 
