@@ -108,6 +108,12 @@ class FakeHarness:
         if self.refused.get(task):
             raise self.refused[task]
 
+    def answer(self, variants, task):
+        return {variant.label: None for variant in variants}
+
+    def cell(self, variant, task, answers) -> Cell:
+        return self.evaluate(variant, task)
+
     def evaluate(self, variant, task) -> Cell:
         if self.fail_at == (variant.label, task):
             raise self.failure
@@ -141,10 +147,7 @@ class FakeHarness:
         name, budget = variant.stages[0]["method"], variant.budget
         keeps_all = budget is None or variant.label in self.without_effect
         done = receipt(name, 144.0 if keeps_all else float(budget), budget and float(budget))
-        return Cell(results, samples, done, self.protocol)
-
-    def method_flops(self, variant, task) -> float:
-        return 0.0 if variant.unpatched else 1e6
+        return Cell(results, samples, done, self.protocol, method_flops=0.0 if variant.unpatched else 1e6)
 
     def time(self, variants, timing, tick) -> dict:
         self.timed = [v.label for v in variants]

@@ -114,6 +114,10 @@ class SharedEncoding:
         """Keep an output in place of the one before."""
         self._held[kind] = given, _copied(output)
 
+    def forget(self) -> None:
+        """Free the memory."""
+        self._held.clear()
+
 
 def _same(a: Any, b: Any) -> bool:
     """Tell whether two arguments of an encoding are one tensor, or equal settings."""

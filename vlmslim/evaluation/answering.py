@@ -143,6 +143,7 @@ class Answerer:
         """
         output = self.model(**batch.inputs, use_cache=True, logits_to_keep=1)
         cache, mask = kv_cache(output), batch.inputs["attention_mask"]
+        assert cache is not None
         scores: dict[int, GenerationResult] = {}
         rounds = max(len(members) for members in batch.rows)
         for turn in range(rounds):

@@ -1,6 +1,9 @@
 """Drives lmms-eval for `vlmslim run`: one loaded checkpoint, evaluated and timed under many methods."""
 
+import copy
+import random
 import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,20 +11,32 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+import torch
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+
 import vlmslim
 from vlmslim.cost.budget import Solution, Solver
 from vlmslim.cost.parts import count_flops
 from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.evaluation import preflight
+from vlmslim.evaluation.answering import Answerer, batches_of
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.lmms_model import VlmSlim
-from vlmslim.evaluation.progress import MakeBar, output_to
+from vlmslim.evaluation.progress import Bar, Display, MakeBar, output_to
+from vlmslim.evaluation.queries import Query, naming_all, query_of
+from vlmslim.evaluation.replay import Replay, requests_hash
 from vlmslim.evaluation.schema import TimingConfig
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.variants import Variant
+from vlmslim.patching import Slim, shared_encoding
+from vlmslim.receipt import Receipt
 
 #: lmms-eval's own default on the command line; its Python API would leave reasoning tags in the answers.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+
+UNPATCHED = Variant("none", ({"method": "none"},))
 
 COUNTED_PROMPTS = 2  # of a task, on which the FLOPs of a method are counted
 
@@ -30,13 +45,50 @@ COUNTED_PROMPTS = 2  # of a task, on which the FLOPs of a method are counted
 class Cell:
     """What evaluating one method on one task gave.
 
-    protocol : how pictures and prompts were prepared, as `vlmslim.originals.protocol.describe` says it
+    protocol     : how pictures and prompts were prepared, as `vlmslim.originals.protocol.describe` says it
+    method_flops : of the method itself, for a prompt
+    seconds      : the method's own, and an equal part of what the methods shared
     """
 
     results: dict
     samples: list[dict]
     receipt: dict
     protocol: dict = field(default_factory=dict)
+    method_flops: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Answers:
+    """What one method answered to the requests of a task.
+
+    kind    : of the requests: "generate_until" or "loglikelihood"
+    hash    : `requests_hash` of the requests
+    results : by the number of the request
+    receipt : of these answers alone
+    whole   : the finished cell, where lmms-eval had to ask on and on; then there are no results
+    failure : why there are none
+    Others  : as in `Cell`
+    """
+
+    kind: str = ""
+    hash: str = ""
+    results: dict[int, GenerationResult] = field(default_factory=dict)
+    receipt: Receipt | None = None
+    protocol: dict = field(default_factory=dict)
+    method_flops: float = 0.0
+    seconds: float = 0.0
+    whole: Cell | None = None
+    failure: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The requests of a task, of one `kind`, and their `hash`."""
+
+    kind: str
+    queries: list[Query]
+    hash: str
 
 
 class Harness:
@@ -53,6 +105,8 @@ class Harness:
     def __init__(self, config: RunConfig, make_bar: MakeBar | None = None):
         self.config, self._make_bar = config, make_bar
         self._first_prompts: dict[str, list[Any]] = {}
+        self._latest: tuple[str, Asked | None] | None = None
+        self._patches: dict[Variant, Slim] = {}
         self.tasks = Tasks(config)
 
     def describe_checkpoint(self) -> dict:
@@ -79,6 +133,16 @@ class Harness:
     def model(self) -> Any:
         """The loaded model. Between two calls no method is attached to it."""
         return self._checkpoint[0]
+
+    @cached_property
+    def _answerer(self) -> tuple[Answerer, dict]:
+        """What reads and answers batches, and the protocol by which it does."""
+        lm = self._lm(UNPATCHED)
+        lm.clean()
+        return lm.answerer, lm.protocol
+
+    def _bar(self, total: int) -> AbstractContextManager[Bar]:
+        return (self._make_bar or Display().bar)(total=total, desc="vlmslim")
 
     @cached_property
     def _solver(self) -> Solver:
@@ -117,44 +181,156 @@ class Harness:
             get_task_dict([task], self.tasks.manager, "simple")
 
     def evaluate(self, variant: Variant, task: str) -> Cell:
-        """Evaluate one cell through lmms-eval, with the settings that its command line would use."""
+        """Evaluate one method on one task, by itself."""
+        answers = self.answer([variant], task)[variant.label]
+        return self.cell(variant, task, answers)
+
+    def answer(self, variants: Sequence[Variant], task: str) -> dict[str, "Answers"]:
+        """Answer the requests of a task under each method. The methods take turns on each batch, which is encoded once.
+
+        What they share are the pictures, their preprocessing, the vision tower and the projector, of one batch at a
+        time. A method that fails sits out the rest, and its answers carry the failure.
+        """
+        asked = self._asked(task)
+        if asked is None:
+            return {variant.label: self._answer_alone(variant, task) for variant in variants}
+        flops = self._method_flops(variants, task)
+        slims = {variant.label: self._removed_patch(variant) for variant in variants}
+        shared = shared_encoding(slims.values())
+        answerer, protocol = self._answerer
+        answers = {
+            label: Answers(asked.kind, asked.hash, protocol=protocol, method_flops=flops[label]) for label in slims
+        }
+        batches = batches_of(asked.queries, self.config.batch_size)
+        started, own = time.perf_counter(), 0.0
+        with self._bar(len(variants) * len(asked.queries)) as bar, torch.inference_mode():
+            for number, batch in enumerate(batches):
+                queries = [asked.queries[i] for i in batch]
+                with naming_all(queries):
+                    read = answerer.read(queries)
+                for label, slim in slims.items():
+                    turn, begun = answers[label], time.perf_counter()
+                    if turn.failure is None:
+                        torch.manual_seed(self.config.seed + number)  # so a batch draws the same after any other
+                        try:
+                            with slim.attach(shared), naming_all(queries):
+                                turn.results.update(zip(batch, answerer.answer(read), strict=True))
+                        except Exception as error:
+                            turn.failure = error
+                    turn.seconds += time.perf_counter() - begun
+                    own += time.perf_counter() - begun
+                    bar.update(len(batch))
+        common = (time.perf_counter() - started - own) / len(variants)
+        shared.forget()
+        for label, slim in slims.items():
+            answers[label].receipt, answers[label].seconds = copy.copy(slim.receipt), answers[label].seconds + common
+        return answers
+
+    def cell(self, variant: Variant, task: str, answers: "Answers") -> Cell:
+        """Grade the answers of a method to a task, with the settings that lmms-eval's command line would use.
+
+        Raises:
+            Exception: what happened while the questions were answered, or what lmms-eval raises.
+        """
+        if answers.failure is not None:
+            raise answers.failure
+        if answers.whole is not None:
+            return answers.whole
+        assert answers.receipt is not None
+        results = [answers.results[number] for number in range(len(answers.results))]
+        graded, samples = self._evaluated(Replay(answers.kind, results, answers.hash), variant, task)
+        return Cell(graded, samples, answers.receipt.summary(), answers.protocol, answers.method_flops, answers.seconds)
+
+    def _evaluated(self, lm: lmms, variant: Variant, task: str) -> tuple[dict, list[dict]]:
+        """Let lmms-eval evaluate a model; return its results and the samples."""
         from lmms_eval.evaluator import simple_evaluate
 
-        lm, config = self._lm(variant), self.config
+        config = self.config
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-        try:
-            with output_to(config.output / "lmms_eval.log"):
-                results = simple_evaluate(
-                    model=lm,
-                    tasks=[task],
-                    task_manager=self.tasks.manager,
-                    batch_size=config.batch_size,
-                    limit=config.limit,
-                    log_samples=True,
-                    cli_args=Namespace(
-                        output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
-                        process_with_media=False,
-                        reasoning_tags=REASONING_TAGS,
-                    ),
-                    verbosity="ERROR",
-                    **dict.fromkeys(seeds, config.seed),
-                )
-        finally:
-            if hasattr(lm, "model"):  # the evaluation failed half-way: take the patch off
-                lm.clean()
+        with output_to(config.output / "lmms_eval.log"):
+            results = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=self.tasks.manager,
+                batch_size=config.batch_size,
+                limit=config.limit,
+                log_samples=True,
+                cli_args=Namespace(
+                    output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
+                    process_with_media=False,
+                    reasoning_tags=REASONING_TAGS,
+                ),
+                verbosity="ERROR",
+                **dict.fromkeys(seeds, config.seed),
+            )
         samples = results.pop("samples")[task]
         for name in ("date", "git_hash", "git_branch", "throughput", "usage", "efficiency"):
             results.pop(name, None)
-        return Cell(results, samples, lm.receipt, lm.protocol)
+        return results, samples
 
-    def method_flops(self, variant: Variant, task: str) -> float:
-        """Count the FLOPs that a method itself needs for a prompt, averaged over the task's first prompts."""
-        if variant.unpatched:
-            return 0.0
+    def _answer_alone(self, variant: Variant, task: str) -> "Answers":
+        """Evaluate a task whose questions depend on the answers: dialogues of several rounds."""
+        lm, started = self._lm(variant), time.perf_counter()
+        answers = Answers()
+        try:
+            graded, samples = self._evaluated(lm, variant, task)
+            flops = self._method_flops([variant], task)[variant.label]
+            answers.whole = Cell(graded, samples, lm.receipt, lm.protocol, flops)
+        except Exception as error:
+            answers.failure = error
+        finally:
+            if hasattr(lm, "model"):  # the evaluation failed half-way: take the patch off
+                lm.clean()
+        answers.seconds = time.perf_counter() - started
+        return answers
+
+    def _asked(self, task: str) -> "Asked | None":
+        """Return the requests of a task as lmms-eval makes them; None if they depend on answers."""
+        if self._latest is None or self._latest[0] != task:
+            self._latest = task, self._requests(task)
+        return self._latest[1]
+
+    def _requests(self, task: str) -> "Asked | None":
+        from lmms_eval.tasks import get_task_dict
+
+        seed = self.config.seed
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        with output_to(self.config.output / "lmms_eval.log"):
+            (loaded,) = get_task_dict([task], self.tasks.manager, "simple").values()
+            if loaded.get_config("num_fewshot") is None:
+                loaded.set_config(key="num_fewshot", value=0)
+            loaded.set_fewshot_seed(seed=seed)
+            loaded.build_all_requests(limit=self.config.limit, rank=0, world_size=1)
+        requests = [request for request in loaded.instances for _ in range(request.repeats)]
+        kinds = {request.request_type for request in requests}
+        if len(kinds) > 1 or not kinds <= {"generate_until", "loglikelihood"}:
+            return None
+        queries = [query_of(request, {task: loaded.dataset}, simple=True) for request in requests]
+        return Asked(kinds.pop(), queries, requests_hash(requests))
+
+    def _removed_patch(self, variant: Variant) -> Slim:
+        """Return the patch of a row, ready to be attached. Patches are kept, because some load weights."""
+        if variant not in self._patches:
+            self._patches[variant] = vlmslim.patch(self.model, list(variant.stages))
+            self._patches[variant].remove()
+        self._patches[variant].reset_receipt()
+        return self._patches[variant]
+
+    def _method_flops(self, variants: Sequence[Variant], task: str) -> dict[str, float]:
+        """Count the FLOPs that each method itself needs for a prompt, averaged over the task's first prompts."""
         if task not in self._first_prompts:
-            self._first_prompts[task] = self._prompts(COUNTED_PROMPTS, [task])
-        with vlmslim.patch(self.model, list(variant.stages)):
-            return statistics.fmean(count_flops(self.model, inputs)["method"] for inputs in self._first_prompts[task])
+            self._first_prompts = {task: self._prompts(COUNTED_PROMPTS, [task])}
+        slims = {variant.label: self._removed_patch(variant) for variant in variants if not variant.unpatched}
+        shared = shared_encoding(slims.values())
+        counts: dict[str, list[int]] = {variant.label: [] for variant in variants}
+        for inputs in self._first_prompts[task]:
+            for label, slim in slims.items():
+                with slim.attach(shared):
+                    counts[label].append(count_flops(self.model, inputs)["method"])
+        shared.forget()
+        return {label: statistics.fmean(own or [0]) for label, own in counts.items()}
 
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget, on the first questions of the tasks, taken in turn.
@@ -189,7 +365,7 @@ class Harness:
         """Return the inputs of `generate()` for the first questions of tasks, by default all, taken in turn."""
         from lmms_eval.tasks import get_task_dict
 
-        lm = self._lm(Variant("none", ({"method": "none"},)))
+        lm = self._lm(UNPATCHED)
         names = list(tasks or [task.task for task in self.tasks.leaves])[:count]
         per_task = -(-count // len(names))
         numbered: list[tuple[int, Any]] = []

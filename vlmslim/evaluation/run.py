@@ -2,11 +2,9 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +26,9 @@ from vlmslim.leaderboard.render import write_all
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.tables import NOTHING, kept_text
 from vlmslim.loading import check_device
+
+if TYPE_CHECKING:
+    from vlmslim.evaluation.harness import Cell
 
 
 def run(
@@ -116,12 +117,11 @@ class _Run:
         self._begin()
         total = len(self.variants) * len(self.tasks)
         self.display.start(total, total - len(todo), max(len(variant.label) for variant in self.variants))
-        for variant, cells in groupby(todo, key=lambda cell: cell[0]):
-            for _, task in cells:
-                self.display.start_cell(variant.label, task)
-                self._evaluate(variant, task)
-                self.display.finish_cell()
-            self._sum_up(variant.label)
+        for task in self.tasks:
+            if variants := [variant for variant, of in todo if of == task]:
+                self._evaluate(variants, task)
+        for label in dict.fromkeys(variant.label for variant, _ in todo):
+            self._sum_up(label)
         self._time()
         board = Leaderboard.read(self.store.directory)
         write_all(board, self.store.directory)
@@ -276,27 +276,47 @@ class _Run:
             )
         )
 
-    def _evaluate(self, variant: Variant, task: str) -> None:
-        """Evaluate a cell and save it."""
+    def _evaluate(self, variants: list[Variant], task: str) -> None:
+        """Evaluate methods on a task together, and save a cell for each.
+
+        Raises:
+            CellError: a cell failed, after the others were saved.
+        """
         self._load()
-        started = time.perf_counter()
+        methods = variants[0].label if len(variants) == 1 else f"{len(variants)} methods"
+        self.display.start_cell(methods, task)
         try:
-            cell = self.harness.evaluate(variant, task)
-            check_effect(cell.receipt)
-            method_flops = self.harness.method_flops(variant, task)
+            answers = self.harness.answer(variants, task)
         except Exception as error:
-            raise CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}") from error
-        self.inputs.check_unchanged(variant, task)
+            raise CellError(f"{task} failed: {type(error).__name__}: {error}") from error
+        failed: CellError | None = None
+        for variant in variants:
+            try:
+                cell = self.harness.cell(variant, task, answers[variant.label])
+                check_effect(cell.receipt)
+            except Exception as error:
+                what = CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}")
+                what.__cause__ = error
+                failed = failed or what
+                continue
+            self.inputs.check_unchanged(variant, task)
+            self._save(variant, task, cell)
+            self.display.finish_cell()
+        if failed is not None:
+            raise failed
+
+    def _save(self, variant: Variant, task: str, cell: "Cell") -> None:
+        """Save a finished cell."""
         record = {
             **self.inputs.made_with(variant),
             "config_hash": self.hash,
             **self.record,
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(cell.seconds, 3),
             "definition": self.inputs.definitions[task],
             "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,
             "protocol": cell.protocol,
-            "method_flops": method_flops,
+            "method_flops": cell.method_flops,
             "lmms_eval": cell.results,
         }
         if files := outside_files(variant.classes):
