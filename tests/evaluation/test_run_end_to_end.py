@@ -14,11 +14,13 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 from lmms_fixtures import checkpoint, questions  # noqa: E402
 
 from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
+from vlmslim.engine.families import encoder_layers  # noqa: E402
+from vlmslim.evaluation.answering import Answerer  # noqa: E402
 from vlmslim.evaluation.config import RunConfig, load_config  # noqa: E402
+from vlmslim.evaluation.effect import check_effect  # noqa: E402
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.export import export_cells  # noqa: E402
 from vlmslim.evaluation.harness import Harness  # noqa: E402
-from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
 from vlmslim.evaluation.run import run  # noqa: E402
 from vlmslim.evaluation.schema import TaskConfig  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
@@ -132,39 +134,65 @@ def test_methods_change_answers(whole, folder):
     assert given["none", "micro_words"] != given["divprune-4", "micro_words"]
 
 
+@pytest.mark.parametrize("task", ["micro_words", "micro_choice"])
+def test_methods_that_take_turns_answer_as_each_alone_and_share_the_tower(folder, whole, tmp_path, task):
+    """Also `downsample`, which runs the tower itself, and a method that reads two layers of the tower."""
+    config = load_config(folder / "config.yaml", output=tmp_path / "turns")
+    more = [{"method": "hiprune", "keep": 4}, {"method": "downsample", "keep": 4}]
+    variants = [*config.variants(), *(Variant(stage["method"], (stage,)) for stage in more)]
+    loaded, runs = Harness(config), []
+    loaded.load()
+    encoder_layers(loaded.model.model)[-1].register_forward_hook(lambda *_: runs.append(1))
+    together = loaded.answer(variants, task)
+    shared, runs[:] = len(runs), []
+    alone = [loaded.answer([variant], task)[variant.label] for variant in variants]
+    assert shared < len(runs) / 2
+    for variant, one in zip(variants, alone, strict=True):
+        ours = together[variant.label]
+        assert [ours.results[i] for i in range(6)] == [one.results[i] for i in range(6)]
+        a, b = (x.receipt.summary() | {"selection_ms": None} for x in (ours, one))
+        assert a == b and ours.method_flops == one.method_flops
+        if variant.label in LABELS:
+            stored = [sample["filtered_resps"] for sample in Store(folder / "whole").samples(variant.label, task)]
+            graded = [sample["filtered_resps"] for sample in loaded.cell(variant, task, ours).samples]
+            assert json.loads(json.dumps(graded)) == stored
+
+
 def test_the_model_is_left_unpatched(folder, whole, monkeypatch):
     config = load_config(folder / "config.yaml", output=folder / "failing")
     loaded = []
-    generate_until = VlmSlim.generate_until
+    answer = Answerer.answer
 
-    def failing(self, requests):
+    def failing(self, batch):
         loaded.append(self.model)
-        if self.receipt["method"].startswith("DivPrune"):
+        if str(self.model._vlmslim).startswith("DivPrune"):
             raise MemoryError("no space")
-        return generate_until(self, requests)
+        return answer(self, batch)
 
-    monkeypatch.setattr(VlmSlim, "generate_until", failing)
-    with pytest.raises(CellError, match="divprune-4 on micro_words failed: MemoryError: no space"):
+    monkeypatch.setattr(Answerer, "answer", failing)
+    with pytest.raises(CellError, match="divprune-4 on micro_words failed: RequestError: .*MemoryError: no space"):
         run(config)
     assert len({id(model) for model in loaded}) == 1  # loaded once
+    store = Store(config.output)
+    assert [label for label in LABELS if store.cell(label, "micro_words")] == ["none", "random-4", "fastv-4"]
     assert getattr(loaded[0], "_vlmslim", None) is None
 
 
 def test_an_interrupted_run_resumes_to_the_same_answers(folder, whole, monkeypatch):
     config = load_config(folder / "config.yaml", output=folder / "interrupted")
-    score = VlmSlim.loglikelihood
+    answer = Answerer.answer
 
-    def interrupted(self, requests):
-        if self.receipt["method"].startswith("DivPrune"):
+    def interrupted(self, batch):
+        if batch.answers and str(self.model._vlmslim).startswith("DivPrune"):
             raise KeyboardInterrupt
-        return score(self, requests)
+        return answer(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(VlmSlim, "loglikelihood", interrupted)
+        patched.setattr(Answerer, "answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     done = {p: p.stat().st_mtime_ns for p in config.output.rglob("cells/*/*.json")}
-    assert len(done) == 5  # none and random on both tasks, divprune on the first
+    assert len(done) == len(LABELS)  # all on the first task
     board = run(config)
     assert all(p.stat().st_mtime_ns == when for p, when in done.items())
     assert answers(folder / "interrupted") == answers(folder / "whole")
@@ -333,7 +361,7 @@ def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, 
     monkeypatch.setattr(type(build(stages[1])), "retain", lambda self, tokens: tokens.image >= 0)
     for task in ("micro_words", "micro_choice"):
         with pytest.raises(RuntimeError, match=r"stage 2 \(fastv, before layer 2\) acted on 0 of"):  # the model's own
-            loaded.evaluate(variant, task)
+            check_effect(loaded.evaluate(variant, task).receipt)
     assert getattr(loaded.model, "_vlmslim", None) is None
     everything = Variant("all", ({"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 16}))
     assert not loaded.evaluate(everything, "micro_words").receipt["had_effect"]

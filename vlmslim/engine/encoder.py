@@ -125,8 +125,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    """Copy an output but not its tensors, because `generate` replaces them in it when it expands beams."""
-    copied = copy.copy(output)
+    """Copy an output but not its tensors, because `generate` replaces them in it when it expands beams.
+
+    The hidden states of all layers of the tower stay out of the copy, because they are the most of its memory and the
+    model reads them no more.
+    """
+    copied = type(output)(**{k: v for k, v in output.items() if k not in ("hidden_states", "attentions")})
     setattr(copied, _ATTRIBUTE, getattr(output, _ATTRIBUTE))
     return copied
 

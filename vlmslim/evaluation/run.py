@@ -117,11 +117,15 @@ class _Run:
         self._begin()
         total = len(self.variants) * len(self.tasks)
         self.display.start(total, total - len(todo), max(len(variant.label) for variant in self.variants))
-        for task in self.tasks:
-            if variants := [variant for variant, of in todo if of == task]:
-                self._evaluate(variants, task)
-        for label in dict.fromkeys(variant.label for variant, _ in todo):
-            self._sum_up(label)
+        rows = list(dict.fromkeys(variant for variant, _ in todo))
+        missing = [task for task in self.tasks if any(of == task for _, of in todo)]
+        for task in missing:
+            self._evaluate([variant for variant in rows if (variant, task) in todo], task)
+            if task == missing[0] != missing[-1]:
+                self.display.message(f"a first look, at {task} alone:")
+                self._sum_up(rows)
+                self.display.message("all tasks:")
+        self._sum_up(rows)
         self._time()
         board = Leaderboard.read(self.store.directory)
         write_all(board, self.store.directory)
@@ -259,8 +263,12 @@ class _Run:
             )
         return True
 
-    def _sum_up(self, label: str) -> None:
-        """Tell the user what a finished row kept, scored and took."""
+    def _sum_up(self, rows: list[Variant]) -> None:
+        """Tell the user what rows kept, scored and took, as far as they are finished."""
+        for row in rows:
+            self._sum_up_row(row.label)
+
+    def _sum_up_row(self, label: str) -> None:
         cells = [cell for task in self.tasks if (cell := self.store.cell(label, task)) is not None]
         try:
             row = preview(self.store, label)

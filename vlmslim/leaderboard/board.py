@@ -173,7 +173,9 @@ class Leaderboard:
 
 
 def preview(store: Store, label: str) -> Row:
-    """Read a finished row of a run that goes on: its cost, its scores and their average, but no intervals and tests.
+    """Read a row of a run that goes on, as far as it is finished.
+
+    The row has its cost, its scores and their average, but no intervals and tests.
 
     Raises:
         ConfigError: lmms-eval reports no number for a task.
@@ -183,6 +185,7 @@ def preview(store: Store, label: str) -> Row:
     labels = dict.fromkeys((UNPATCHED, label))
     places = [(name, task) for name in labels for task in tasks]
     cells = {place: cell for place in places if (cell := store.cell(*place)) is not None}
+    tasks = {task: wanted for task, wanted in tasks.items() if (label, task) in cells}
     metrics = {task: metric_of(cells[label, task], task, wanted) for task, wanted in tasks.items()}
     rows = _rows(config | {"rows": [row for row in config["rows"] if row["label"] in labels]}, cells, {})
     for row in rows:
