@@ -13,7 +13,7 @@ from contract import choose as pytest_configure  # noqa: F401
 
 import vlmslim.evaluation  # noqa: F401, before tests import `datasets`, which reads a setting of it
 
-pytest_plugins = ["clip_fixtures", "method_files"]
+pytest_plugins = ["browser", "clip_fixtures", "method_files"]
 
 torch.set_num_threads(1)  # bit-identical comparisons must not depend on how work is split
 

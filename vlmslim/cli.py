@@ -88,6 +88,22 @@ class Format(StrEnum):
     csv = "csv"
     json = "json"
     html = "html"
+    parquet = "parquet"
+
+
+class Tracker(StrEnum):
+    """Experiment trackers."""
+
+    wandb = "wandb"
+    trackio = "trackio"
+
+
+class ItemFormat(StrEnum):
+    """Formats of a comparison of two runs."""
+
+    md = "md"
+    csv = "csv"
+    json = "json"
 
 
 _Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
@@ -142,6 +158,7 @@ def _require_extra() -> None:
     """Refuse a command that needs the extra `eval`, if the extra is not installed."""
     try:
         import lmms_eval  # noqa: F401
+        import plotly  # noqa: F401
         import pydantic  # noqa: F401
     except ModuleNotFoundError as error:
         _fail(f'{error.name} is not installed; pip install "vlmslim[eval]"')
@@ -156,6 +173,7 @@ def run(
         Path | None, typer.Option(help="Run nothing; write each cell as a file for python -m lmms_eval --config.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away the results in the output directory.")] = False,
+    log: Annotated[Tracker | None, typer.Option(help="Send the tables and figures to a tracker at the end.")] = None,
 ) -> None:
     """Evaluate methods on tasks, resuming where an earlier call stopped, and print the leaderboard."""
     _require_extra()
@@ -171,7 +189,10 @@ def run(
         from vlmslim.evaluation.store import Store
         from vlmslim.io.messages import one_line
         from vlmslim.leaderboard.render import render
+        from vlmslim.leaderboard.trackers import check_tracker, send
 
+        if log is not None:
+            check_tracker(log.value)
         if export is not None:
             log_to(None)
             paths = export_cells(settings, export)
@@ -192,6 +213,8 @@ def run(
         typer.echo(render(board, "md"), nl=False)
         where = shlex.quote(str(settings.output))
         typer.echo(f"What a row really kept: vlmslim receipt {where} LABEL", err=True)
+        if log is not None:
+            send(board, log.value, settings.output.name)
     except (ConfigError, OSError) as error:
         _fail(error)
 
@@ -207,20 +230,38 @@ def leaderboard(
         Path | None,
         typer.Option(help="Directory of published tables, instead of those of vlmslim."),
     ] = None,
+    single: Annotated[bool, typer.Option("--single", help="One HTML file, leaderboard.html, not a folder.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write html and parquet, instead of DIRECTORY.")
+    ] = None,
 ) -> None:
-    """Rebuild the leaderboard from the results in DIRECTORY and print it."""
+    """Rebuild the leaderboard from the results in DIRECTORY. Print it, or write it as a page or as data frames."""
     _require_extra()
     from vlmslim.evaluation.errors import ConfigError
     from vlmslim.leaderboard.board import Leaderboard
     from vlmslim.leaderboard.published import DIRECTORY, Published, load_papers
     from vlmslim.leaderboard.render import render
+    from vlmslim.leaderboard.report import write_folder, write_single
 
+    if single and format is not Format.html:
+        _fail("--single is for --format html")
+    if output is not None and format not in (Format.html, Format.parquet):
+        _fail(f"--output is for html and parquet; {format} goes to standard output, so write > {output}")
     try:
         board = Leaderboard.read(directory)
+        if format is Format.parquet:
+            for path in board.to_frames().write(output or directory / "frames"):
+                typer.echo(path)
+            return
         theirs = None
         if published or published_tables is not None:
             theirs = Published.compare(board, load_papers(published_tables or DIRECTORY))
-        typer.echo(render(board, format.value, theirs), nl=False)
+        if single:
+            typer.echo(write_single(board, output or directory / "leaderboard.html", theirs))
+        elif format is Format.html:
+            typer.echo(write_folder(board, output or directory / "report", theirs))
+        else:
+            typer.echo(render(board, format.value, theirs), nl=False)
     except (ConfigError, OSError) as error:
         _fail(error)
 
@@ -240,6 +281,49 @@ def receipt(
             typer.echo(line)
     except (ConfigError, OSError) as error:
         _fail(error)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Output directory of vlmslim run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one, with the same questions.")],
+    format: Annotated[
+        ItemFormat, typer.Option("--format", "-f", help="csv: one line per question; json: everything.")
+    ] = ItemFormat.md,
+) -> None:
+    """Compare two runs question by question: the rows of the same label, with paired tests."""
+    _require_extra()
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.leaderboard.two_runs import compare_runs, render
+
+    try:
+        typer.echo(render(compare_runs(first, second), format.value), nl=False)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def submit(
+    directory: Annotated[Path, typer.Argument(help="Output directory of a finished vlmslim run.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: submission.json in DIRECTORY.")
+    ] = None,
+) -> None:
+    """Check a run (complete, sealed, protocol stated) and write it as one file for the public board."""
+    _require_extra()
+    import json
+
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.io.files import write_atomically
+    from vlmslim.leaderboard.submission import submission
+
+    file = output or directory / "submission.json"
+    try:
+        content = submission(directory)
+        write_atomically(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    except (ConfigError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{file}: {len(content['cells'])} cells, sha256 {content['sha256']}")
 
 
 @app.command()

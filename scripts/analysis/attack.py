@@ -322,7 +322,7 @@ class Results(Attack):
                 if not forged and not said and render(board, "csv") != self.board:
                     raise Bad("accepted", f"{path.name}: {path.read_bytes()[:200]!r}")
                 if not forged:
-                    render(board, rng.choice(["md", "json", "html"]))
+                    render(board, rng.choice(["md", "json", "csv"]))
         finally:
             for file, data in self.before.items():
                 if not file.exists() or file.read_bytes() != data:

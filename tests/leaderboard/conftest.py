@@ -3,23 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from boards import RIGHT
 from evaluation_doubles import FakeHarness, write_config
 
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.leaderboard.board import Leaderboard
-
-#: label -> right answers of four to the tasks count and text
-RIGHT = {
-    "none": (4, 2),
-    "random-64": (2, 2),
-    "divprune-64": (3, 2),
-    "fastv-64": (2, 1),
-    "random-16": (1, 1),
-    "divprune-16": (1, 2),
-    "fastv-16": (2, 0),
-}
 
 
 @pytest.fixture(scope="package")

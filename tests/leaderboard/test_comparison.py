@@ -50,7 +50,7 @@ def few_swaps(monkeypatch):
 def test_answers_are_the_text_or_the_chosen_option():
     assert answer_text({"filtered_resps": [" Two\n dogs "]}) == answer_text({"resps": ["two dogs"]}) == "two dogs"
     assert answer_text({"filtered_resps": [[2.5, False], [0.3, True], [4.0, False]]}) == "option 1"
-    assert answer_text({"filtered_resps": [[2.5, False]]}) == "option False"
+    assert answer_text({"filtered_resps": [[2.5, False]]}) == "option false"
     assert answer_text({"filtered_resps": [["a", "b"]]}) == '["a", "b"]'  # several rounds
 
 

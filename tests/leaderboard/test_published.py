@@ -20,6 +20,7 @@ from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.published import Paper, Published, load_papers
 from vlmslim.leaderboard.render import FORMATS, render
+from vlmslim.leaderboard.report import write_single
 from vlmslim.leaderboard.scores import Score
 from vlmslim.registry import method, method_names
 
@@ -346,14 +347,14 @@ def test_a_part_of_the_questions_is_not_compared(tmp_path, papers):
     assert not result.lines and "first 100 questions" in result.notes[0]
 
 
-def test_formats(llava, papers):
+def test_formats(llava, papers, tmp_path):
     result = Published.compare(llava, papers)
     text = render(llava, "md", result)
     assert "## Published and here" in text and "| 85.5 |" in " ".join(text.split())
     assert json.loads(render(llava, "json", result))["published"]["lines"][0]["arxiv"]
     lines = list(csv.DictReader(io.StringIO(render(llava, "csv", result))))
     assert len(lines) == len(result.lines)
-    assert "Published and here" in render(llava, "html", result)
+    assert "Published and here" in write_single(llava, tmp_path / "board.html", result).read_text()
     nothing = Published([], ["Nothing."])
     assert all("Published and here" not in render(llava, format, nothing) for format in FORMATS)
 
@@ -377,6 +378,7 @@ import sys
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.published import Published, load_papers
 from vlmslim.leaderboard.render import FORMATS, render
+from vlmslim.leaderboard.report import write_single
 
 board = Leaderboard.read(sys.argv[1])
 published = Published.compare(board, [paper for paper in load_papers() if paper.arxiv == "2412.03248"])

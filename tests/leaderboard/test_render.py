@@ -1,15 +1,14 @@
-"""The tables, the notes, and the four formats."""
+"""The tables, the notes, and the formats of text."""
 
 import csv
 import html
 import io
 import json
 import re
-from dataclasses import replace
 
 import pytest
-from boards import Costly, costs, row_of, scored_rows
-from evaluation_doubles import FakeHarness, stage, write_config
+from boards import Costly, costs, row_of, scored_rows, staged
+from evaluation_doubles import FakeHarness, write_config
 from markdown_it import MarkdownIt
 
 from vlmslim.evaluation.config import load_config
@@ -157,33 +156,11 @@ def test_task_groups_have_intervals(tmp_path):
 # ---------------------------------------------------------------------- stages that decide themselves
 
 
-class Staged(FakeHarness):
-    """Records what each stage did: divprune always acts, and drop_visual as often as it is told, in either task."""
-
-    def __init__(self, acted):
-        super().__init__()
-        self.acted = acted
-
-    def evaluate(self, variant, task):
-        cell = super().evaluate(variant, task)
-        before = stage("none", keeps_all=True) if variant.unpatched else stage("divprune", 350)
-        stages = [before | {"layers": [], "prompts": 350}]
-        if variant.label == "both":
-            stages.append(stage("drop_visual", self.acted[task], (6,), decides=True, prompts=350))
-        return replace(cell, receipt=cell.receipt | {"stages": stages})
-
-
-def staged(folder, **acted) -> Leaderboard:
-    both = {"label": "both", "stages": [{"method": "divprune", "keep": 64}, {"method": "drop_visual"}]}
-    return run(load_config(write_config(folder, methods=[both], budgets=[64])), harness=Staged(acted))
-
-
 def test_a_stage_that_never_acted_is_never_shown_as_if_it_had(tmp_path):
     board = staged(tmp_path, count=0, text=0)
-    for format in ("md", "html"):
-        text = render(board, format)
-        assert "both: stage 2 (drop_visual, before layer 6) acted on 0 of 700 prompts." in text
-        assert "‡ marks a row with a stage that never acted" in text
+    text = render(board, "md")
+    assert "both: stage 2 (drop_visual, before layer 6) acted on 0 of 700 prompts." in text
+    assert "‡ marks a row with a stage that never acted" in text
     for table in titled(board).values():
         names = table.get("method") or table["row minus column"]
         assert [name for name in names if "‡" in name] == ["both ‡"]
@@ -256,7 +233,7 @@ def test_the_same_data_gives_the_same_bytes(directory):
 
 
 def test_an_unknown_format_is_refused(board):
-    with pytest.raises(ValueError, match="unknown format 'xlsx'; use one of md, csv, json, html"):
+    with pytest.raises(ValueError, match="unknown format 'xlsx'; use one of md, csv, json"):
         render(board, "xlsx")
 
 
@@ -300,14 +277,6 @@ def test_json(board):
     assert len(data["stability"]) == 2 * (len(board.rows) - 1)
 
 
-def test_html(board):
-    text = render(board, "html")
-    assert text.count("<tr>") == sum(1 + len(table.rows) for table in tables(board))
-    assert '<td class="medal1">75.0 [30.1, 95.4]</td>' in text
-    assert text.count("<circle") == len(board.rows)
-    assert "**" not in text and "http" not in text
-
-
 def test_costs_from_the_run_to_every_format(tmp_path):
     board = run(load_config(write_config(tmp_path, budgets=[16, {"equivalent_tokens": 40}])), harness=Costly())
     row = row_of(board, "divprune-equivalent_tokens=40")
@@ -315,7 +284,6 @@ def test_costs_from_the_run_to_every_format(tmp_path):
     markdown = render(board, "md")
     assert "| keep=40 | 42.0 (40.0–44.0) |" in " ".join(markdown.split())
     assert "solved on 4 sample prompts" in markdown
-    assert "<td>keep=40</td><td>42.0 (40.0–44.0)</td>" in render(board, "html")
     lines = csv_lines(board)
     assert (lines[row.label]["solved"], lines[row.label]["spent"]) == ("keep=40", "42.0")
     assert (lines["divprune-16"]["solved"], lines["divprune-16"]["spent"]) == ("", "")
@@ -334,7 +302,6 @@ def test_names_cannot_break_a_format(board):
     hostile = named(board, label, task, "m|<script>")
     markdown = render(hostile, "md")
     assert r"=cmd\|\*a\*\<b>\_c\_" in markdown and r"t\|u\`" in markdown and r"# m\|\<script>" in markdown
-    assert "<b>" not in render(hostile, "html") and "<script>" not in render(hostile, "html")
     assert list(csv_lines(hostile)) == [f"'{label}"]  # a spreadsheet runs no formula
 
 

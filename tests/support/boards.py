@@ -3,13 +3,25 @@
 from dataclasses import replace
 
 import pytest
-from evaluation_doubles import FakeHarness
+from evaluation_doubles import FakeHarness, stage, write_config
 
 from vlmslim.cost.budget import Solution
+from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.rows import Cost, Row
 from vlmslim.leaderboard.scores import Score
+
+#: label -> right answers of four to the tasks count and text
+RIGHT = {
+    "none": (4, 2),
+    "random-64": (2, 2),
+    "divprune-64": (3, 2),
+    "fastv-64": (2, 1),
+    "random-16": (1, 1),
+    "divprune-16": (1, 2),
+    "fastv-16": (2, 0),
+}
 
 
 class Costly(FakeHarness):
@@ -50,3 +62,24 @@ def interrupted(config, place: tuple[str, str]) -> Leaderboard:
     with pytest.raises(KeyboardInterrupt):
         run(config, harness=FakeHarness(fail_at=place, failure=KeyboardInterrupt()))
     return Leaderboard.read(config.output)
+
+
+class Staged(FakeHarness):
+    """Records what each stage did: divprune always acts, and drop_visual as often as it is told, in either task."""
+
+    def __init__(self, acted):
+        super().__init__()
+        self.acted = acted
+
+    def evaluate(self, variant, task):
+        cell = super().evaluate(variant, task)
+        before = stage("none", keeps_all=True) if variant.unpatched else stage("divprune", 350)
+        stages = [before | {"layers": [], "prompts": 350}]
+        if variant.label == "both":
+            stages.append(stage("drop_visual", self.acted[task], (6,), decides=True, prompts=350))
+        return replace(cell, receipt=cell.receipt | {"stages": stages})
+
+
+def staged(folder, **acted) -> Leaderboard:
+    both = {"label": "both", "stages": [{"method": "divprune", "keep": 64}, {"method": "drop_visual"}]}
+    return run(load_config(write_config(folder, methods=[both], budgets=[64])), harness=Staged(acted))

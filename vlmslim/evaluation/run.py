@@ -22,7 +22,7 @@ from vlmslim.io import provenance
 from vlmslim.io.code import outside_files
 from vlmslim.io.messages import one_line
 from vlmslim.leaderboard.board import Leaderboard, preview
-from vlmslim.leaderboard.render import write_all
+from vlmslim.leaderboard.report import write_all
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.tables import NOTHING, kept_text
 from vlmslim.loading import check_device

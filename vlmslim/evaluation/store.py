@@ -6,6 +6,9 @@ cells/LABEL/TASK.jsonl       the samples of the cell, one question per line
 solutions.json               how budgets that are costs were solved
 timing.json                  prefill and decode times of all methods, measured together
 leaderboard.{md,csv,json,html}
+report/                      the leaderboard as a page; `vlmslim.leaderboard.report` lists its files
+frames/{rows,cells,samples,pairs}.parquet
+submission.json              the run as `vlmslim submit` wrote it
 """
 
 import hashlib
@@ -27,7 +30,10 @@ RESULTS = (
     "run.json",
     "solutions.json",
     "timing.json",
+    "submission.json",
     *(f"leaderboard.{end}" for end in ("md", "csv", "json", "html")),
+    *(f"report/{name}" for name in ("index.html", "report.css", "report.js", "plotly.min.js")),
+    *(f"frames/{name}.parquet" for name in ("rows", "cells", "samples", "pairs")),
 )
 
 
@@ -173,11 +179,12 @@ class Store:
             if _unsealed(path) is not None:
                 path.unlink()
                 path.with_suffix(".jsonl").unlink(missing_ok=True)
-        for folder in (*self.directory.glob("cells/*"), self.directory / "cells"):
+        for path in (*(self.directory / name for name in RESULTS), *self.directory.glob("report/data/*.js")):
+            path.unlink(missing_ok=True)
+        emptied = ("cells", "report/data", "report", "frames")
+        for folder in (*self.directory.glob("cells/*"), *(self.directory / name for name in emptied)):
             with suppress(OSError):  # something else is in it
                 folder.rmdir()
-        for name in RESULTS:
-            (self.directory / name).unlink(missing_ok=True)
 
     def save_solutions(self, record: dict) -> None:
         """Write how budgets that are costs were solved."""

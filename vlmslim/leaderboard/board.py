@@ -1,8 +1,10 @@
 """The leaderboard, read from an output directory at any time; the same data gives the same bytes."""
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,11 +12,15 @@ from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.store import Store, digest, reading
 from vlmslim.leaderboard.comparison import Comparison, Stability, compare
+from vlmslim.leaderboard.questions import Questions
 from vlmslim.leaderboard.rows import Row
 from vlmslim.leaderboard.samples import read_task, source_of
 from vlmslim.leaderboard.scores import Estimate, metric_of, score_of
 from vlmslim.leaderboard.significance import pareto_front
-from vlmslim.leaderboard.task_groups import GROUPS, group_of
+from vlmslim.leaderboard.task_groups import group_of, known_first
+
+if TYPE_CHECKING:
+    from vlmslim.leaderboard.frames import Frames
 
 UNPATCHED = "none"  # label of the row without a method
 
@@ -30,6 +36,7 @@ class Leaderboard:
     comparison : intervals, paired tests and flips, question by question
     groups     : task -> its group
     tokens     : task -> visual tokens of an image before compression
+    directory  : what was read; None for a leaderboard that was put together by hand
     """
 
     rows: list[Row]
@@ -39,6 +46,7 @@ class Leaderboard:
     comparison: Comparison = field(default_factory=Comparison)
     groups: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
+    directory: Path | None = None
 
     @classmethod
     def read(cls, directory: Path | str) -> "Leaderboard":
@@ -84,7 +92,8 @@ class Leaderboard:
             f"{label} / {task}" for label, task in grid if (label, task) not in cells and store.is_damaged(label, task)
         ]
         tokens = {task: _visual_tokens([cell for (_, name), cell in cells.items() if name == task]) for task in tasks}
-        board = cls(rows, tasks, metrics, _facts(run, cells, timing, damaged), groups=groups, tokens=tokens)
+        facts = _facts(run, cells, timing, damaged)
+        board = cls(rows, tasks, metrics, facts, groups=groups, tokens=tokens, directory=Path(directory))
         budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
         board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
         board._add_comparison()
@@ -97,6 +106,34 @@ class Leaderboard:
         for row in self.rows:
             groups.setdefault((row.label == UNPATCHED, row.budget_name), []).append(row)
         return list(groups.values())
+
+    def questions(self) -> Iterator[Questions]:
+        """Read the questions of each task, with the answers of all rows, one task at a time.
+
+        Raises:
+            ConfigError: the leaderboard was not read from a directory, or the cells there have changed since.
+        """
+        if self.directory is None:
+            raise ConfigError("this leaderboard has no samples, because it was not read from the directory of a run")
+        store = Store(self.directory)
+        with reading(self.directory):
+            for task in self.tasks:
+                labels = [row.label for row in self.rows if task in row.scores]
+                cells = [store.cell(label, task) for label in labels]
+                if (first := cells[0]) is None or None in cells:
+                    raise ConfigError(f"the samples of {task} in {self.directory} have changed; read them again")
+                samples = {label: store.samples(label, task) for label in labels}
+                yield Questions.of(task, samples, self.metrics[task][0], source_of(first, task))
+
+    def to_frames(self) -> "Frames":
+        """Return pandas data frames: rows, cells, samples and pairs.
+
+        Raises:
+            ConfigError: as `questions`.
+        """
+        from vlmslim.leaderboard.frames import to_frames  # pandas takes a second to load
+
+        return to_frames(self)
 
     def medals(self, task: str | None) -> dict[str, int]:
         """Mark the best rows of each budget by the score of a task, or by the average (None).
@@ -169,7 +206,7 @@ class Leaderboard:
                 members = {task for task in self.tasks if self.groups[task] == group}
                 if (row.label, group) in comparison.groups and members <= means:
                     row.groups[group] = Estimate(mean.value, *comparison.groups[row.label, group])
-            row.stability = _mean_stability([comparison.stability.get((row.label, task)) for task in self.tasks])
+            row.stability = mean_stability([comparison.stability.get((row.label, task)) for task in self.tasks])
 
 
 def preview(store: Store, label: str) -> Row:
@@ -268,7 +305,7 @@ def add_ratios(rows: list[Row], tasks: list[str], metrics: dict, groups: dict[st
             ratios = {t: _ratio(row.scores[t].value, base.scores[t].value, metrics[t][1]) for t in tasks}
             known = {task: ratio for task, ratio in ratios.items() if ratio is not None}
             row.relative = Estimate(statistics.fmean(known.values())) if known else None
-            for group in sorted(dict.fromkeys(groups[task] for task in known), key=_known_first):
+            for group in sorted(dict.fromkeys(groups[task] for task in known), key=known_first):
                 row.groups[group] = Estimate(statistics.fmean(r for task, r in known.items() if groups[task] == group))
 
 
@@ -279,11 +316,7 @@ def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
     return ours / theirs if higher_is_better else 2 - ours / theirs
 
 
-def _known_first(group: str) -> tuple[int, str]:
-    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
-
-
-def _mean_stability(tasks: list[Stability | None]) -> Stability | None:
+def mean_stability(tasks: list[Stability | None]) -> Stability | None:
     """Average over the tasks; None if a task is missing."""
     known = [one for one in tasks if one is not None]
     if not known or len(known) < len(tasks):

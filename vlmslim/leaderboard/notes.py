@@ -15,7 +15,7 @@ def notes(board: Leaderboard) -> list[str]:
     """Write all notes, one paragraph each, as plain text."""
     return [
         _scores(board),
-        _protocol(board),
+        protocol(board),
         *_tests(board),
         *_groups(board),
         *_solved(board),
@@ -52,7 +52,7 @@ _ASPECTS = {
 }
 
 
-def _protocol(board: Leaderboard) -> str:
+def protocol(board: Leaderboard) -> str:
     """Say what moves numbers besides the methods: pictures, prompts, questions, batches and arithmetic."""
     facts, told = board.facts, board.facts["protocol"]
     if told is None:

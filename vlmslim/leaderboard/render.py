@@ -1,13 +1,12 @@
-"""The leaderboard as Markdown, CSV, JSON or HTML."""
+"""The leaderboard as Markdown, CSV or JSON."""
 
 import csv
 import io
 import json
 import re
 from dataclasses import asdict, fields
-from pathlib import Path
 
-from vlmslim.io.files import markdown_table, write_atomically
+from vlmslim.io.files import markdown_table
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
 from vlmslim.leaderboard.comparison import Stability
 from vlmslim.leaderboard.notes import notes
@@ -15,7 +14,7 @@ from vlmslim.leaderboard.published import Line, Published
 from vlmslim.leaderboard.rows import PROVENANCE, Cost, Row, Times
 from vlmslim.leaderboard.tables import Table, tables
 
-FORMATS = ("md", "csv", "json", "html")
+FORMATS = ("md", "csv", "json")
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four in full width
 
 
@@ -32,16 +31,10 @@ def render(board: Leaderboard, format: str, published: Published | None = None) 
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
-    return {"md": _markdown, "csv": _csv, "json": _json, "html": _html}[format](board, published)
+    return {"md": _markdown, "csv": _csv, "json": _json}[format](board, published)
 
 
-def write_all(board: Leaderboard, directory: Path) -> None:
-    """Write the leaderboard in every format."""
-    for format in FORMATS:
-        write_atomically(Path(directory) / f"leaderboard.{format}", render(board, format))
-
-
-def _with_published(board: Leaderboard, published: Published | None) -> tuple[list[Table], list[str]]:
+def with_published(board: Leaderboard, published: Published | None) -> tuple[list[Table], list[str]]:
     """Collect all tables and notes."""
     built, remarks = tables(board), notes(board)
     if published is not None:
@@ -54,8 +47,8 @@ def _with_published(board: Leaderboard, published: Published | None) -> tuple[li
 
 
 def _markdown(board: Leaderboard, published: Published | None) -> str:
-    built, remarks = _with_published(board, published)
-    parts = [f"# {_escaped(board.facts['model'])}", *map(_titled, built), *map(_paragraph, remarks)]
+    built, remarks = with_published(board, published)
+    parts = [f"# {escaped(board.facts['model'])}", *map(_titled, built), *map(_paragraph, remarks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,10 +58,10 @@ def _titled(table: Table) -> str:
     cells = []
     for column in table.columns:
         medals = [column.medals.get(row.label, 0) for row in table.rows]
-        texts = zip(medals, map(_escaped, column.texts), strict=True)
+        texts = zip(medals, map(escaped, column.texts), strict=True)
         cells.append([marks.get(medal, "{}").format(text) for medal, text in texts])
-    names = [_escaped(column.name) for column in table.columns]
-    return f"## {_escaped(table.title)}\n\n" + markdown_table(names, zip(*cells, strict=True))
+    names = [escaped(column.name) for column in table.columns]
+    return f"## {escaped(table.title)}\n\n" + markdown_table(names, zip(*cells, strict=True))
 
 
 #: Marks of Markdown in a line: emphasis, code, cells, tags, links, bare addresses and entities.
@@ -77,14 +70,14 @@ _MARKS = re.compile(
 )
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape what Markdown would read as a mark: names of labels, tasks and models may hold anything."""
     return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def _paragraph(text: str) -> str:
     """Escape a text that stands by itself, so that it begins no list and no heading."""
-    return re.sub(r"^(\d{0,9})(?=[-+>#=\[.)])", r"\1\\", _escaped(text))
+    return re.sub(r"^(\d{0,9})(?=[-+>#=\[.)])", r"\1\\", escaped(text))
 
 
 # ---------------------------------------------------------------------- CSV and JSON
@@ -93,7 +86,7 @@ def _paragraph(text: str) -> str:
 def _csv(board: Leaderboard, published: Published | None) -> str:
     """Write one line per row of the leaderboard, in full precision; or one line per published number."""
     if published is not None:
-        return _lines([asdict(line) for line in published.lines], [f.name for f in fields(Line)])
+        return csv_lines([asdict(line) for line in published.lines], [f.name for f in fields(Line)])
     lines = []
     for row in board.rows:
         line: dict[str, object] = {"label": row.label, "budget": row.budget_name, "stages": json.dumps(row.stages)}
@@ -109,14 +102,14 @@ def _csv(board: Leaderboard, published: Published | None) -> str:
         line["activity"] = json.dumps([asdict(stage) for stage in row.activity])
         line["solved"] = None if row.solved is None else row.solved.text()
         lines.append(line | {name: row.provenance.get(name) for name in PROVENANCE})
-    return _lines(lines, list(lines[0]))
+    return csv_lines(lines, list(lines[0]))
 
 
 def _groups(board: Leaderboard) -> set[str]:
     return set(board.groups.values())
 
 
-def _lines(lines: list[dict], header: list[str]) -> str:
+def csv_lines(lines: list[dict], header: list[str]) -> str:
     """Write CSV: every cell of the header and of the lines, so that a spreadsheet runs none of them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -131,8 +124,16 @@ def _harmless(value: object) -> object:
 
 
 def _json(board: Leaderboard, published: Published | None) -> str:
+    data = record(board)
+    if published is not None:
+        data["published"] = asdict(published)
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def record(board: Leaderboard) -> dict:
+    """Collect everything that a leaderboard holds, ready for JSON."""
     comparison = board.comparison
-    data = {
+    return {
         "facts": board.facts,
         "tasks": {
             task: {"metric": name, "higher_is_better": up, "group": board.groups.get(task)}
@@ -158,9 +159,6 @@ def _json(board: Leaderboard, published: Published | None) -> str:
             {"label": label, "task": task, **asdict(one)} for (label, task), one in comparison.stability.items()
         ],
     }
-    if published is not None:
-        data["published"] = asdict(published)
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def _numbers(row: Row) -> dict[str, object]:
@@ -175,37 +173,3 @@ def _numbers(row: Row) -> dict[str, object]:
     for part, kind in ((row.stability, Stability), (row.cost, Cost), (row.times, Times)):
         numbers |= {f.name: getattr(part, f.name, None) for f in fields(kind)}
     return numbers | {name: getattr(row.solved, name, None) for name in ("spent", "spent_low", "spent_high")}
-
-
-# ---------------------------------------------------------------------- HTML
-
-
-def _html(board: Leaderboard, published: Published | None) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("vlmslim.leaderboard"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    built, remarks = _with_published(board, published)
-    template = environment.get_template("leaderboard.html")
-    return template.render(board=board, tables=built, notes=remarks, points=_points(board)) + "\n"
-
-
-def _points(board: Leaderboard) -> list[dict]:
-    """Place the rows in the picture of average against FLOPs, as shares of its width and height."""
-    placed = [
-        (row, row.work_ratio, row.relative.value)
-        for row in board.rows
-        if row.relative is not None and row.work_ratio is not None
-    ]
-    top = max([1.0, *(average for _, _, average in placed)])
-    return [
-        {
-            "label": row.label,
-            "x": round(flops, 4),
-            "y": round(1 - average / top, 4),
-            "text": f"{row.label}: {average:.1%} of unpatched at {flops:.1%} of the FLOPs",
-            "front": "FLOPs" in row.pareto,
-        }
-        for row, flops, average in sorted(placed, key=lambda point: point[1])
-    ]

@@ -98,7 +98,7 @@ def read_task(
         task,
         {label: [answer_text(own[i]) for i in covered] for label, own in samples.items()},
         np.array(known, dtype=float),
-        _pictures([samples[first][i] for i in covered], source or task),
+        pictures_of([samples[first][i] for i in covered], source or task),
         1 if higher_is_better else -1,
     )
 
@@ -112,18 +112,26 @@ def question_score(sample: dict, metric: str) -> float | None:
 
 
 def answer_text(sample: dict) -> str:
-    """Return the answer as text that can be compared.
+    """Return the answer as text that can be compared: `given_answer` without case and extra spaces."""
+    return " ".join(given_answer(sample).casefold().split())
 
-    Generated text loses case and extra spaces. Where lmms-eval chose an option by log-likelihood, the answer is the
-    option with the lowest loss.
+
+def given_answer(sample: dict) -> str:
+    """Return the answer as it was given.
+
+    Where lmms-eval chose an option by log-likelihood, the answer is the option with the lowest loss.
     """
     given = sample.get("filtered_resps", sample.get("resps"))
     given = given if isinstance(given, list) else [given]
     losses = [r[0] for r in given if isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[0], int | float)]
     if losses and len(losses) == len(given):
         return f"option {losses.index(min(losses))}" if len(losses) > 1 else f"option {given[0][1]}"
-    text = given[0] if len(given) == 1 else given
-    return " ".join((text if isinstance(text, str) else json.dumps(text)).casefold().split())
+    return as_text(given[0] if len(given) == 1 else given)
+
+
+def as_text(value: object) -> str:
+    """Return text as it is, and anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def source_of(cell: dict, task: str) -> str:
@@ -135,7 +143,7 @@ def source_of(cell: dict, task: str) -> str:
     return str(Path(files).parent) if isinstance(files, str) else config.get("dataset_path") or task
 
 
-def _pictures(samples: list[dict], source: str) -> list[str]:
+def pictures_of(samples: list[dict], source: str) -> list[str]:
     """Name the picture of each question; where the data set does not say, each question has its own picture."""
     docs = [sample.get("doc") or {} for sample in samples]
     key = next((key for key in _PICTURE_KEYS if docs and all(doc.get(key) not in (None, "") for doc in docs)), None)

@@ -21,11 +21,13 @@ class Column:
 
     texts  : one text per row
     medals : label -> 1 for the best row, 2 for a row that is not significantly worse
+    task   : whose questions stand behind the texts; None where they are not of one task
     """
 
     name: str
     texts: list[str]
     medals: dict[str, int] = field(default_factory=dict)
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def score_columns(board: Leaderboard) -> list[Column]:
     for task in board.tasks:
         scale = board.scale(task)
         texts = [score_text(row.scores.get(task), scale) for row in board.rows]
-        columns.append(Column(task, texts, board.medals(task)))
+        columns.append(Column(task, texts, board.medals(task), task))
     relative = [with_interval(row.relative) for row in board.rows]
     rank = [NOTHING if row.rank is None else str(row.rank) for row in board.rows]
     return [*columns, Column("average, % of unpatched", relative, board.medals(None)), Column("rank", rank)]
@@ -108,7 +110,8 @@ def against_unpatched(board: Leaderboard) -> Table | None:
     columns = name_columns(rows)
     for task in board.tasks:
         pairs = [board.comparison.pair(row.label, UNPATCHED, task) for row in rows]
-        columns.append(Column(task, [difference_text(pair, board.question_scale(task)) for pair in pairs]))
+        texts = [difference_text(pair, board.question_scale(task)) for pair in pairs]
+        columns.append(Column(task, texts, task=task))
     average = [board.comparison.pair(row.label, UNPATCHED, None) for row in rows]
 
     def per_cent(name: str, share: Callable[[Stability], float | None]) -> Column:

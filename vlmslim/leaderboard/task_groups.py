@@ -29,3 +29,8 @@ def group_of(task: str) -> str:
     parts = task.lower().split("_")
     beginnings = ("_".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((_GROUP_OF[name] for name in beginnings if name in _GROUP_OF), GENERAL)
+
+
+def known_first(group: str) -> tuple[int, str]:
+    """Sort the groups of `GROUPS` in their order, and then others by name."""
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
