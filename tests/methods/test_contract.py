@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from checks import check_changes_nothing, kept_of
+from checks import check_changes_nothing, check_count, kept_of
 from clip_fixtures import Words
 from contract import contract_methods
 from doubles import options_of, registered
@@ -184,28 +184,15 @@ COUNTED = [
 ]
 
 
-@torch.no_grad()
-def check_count(model, method):
-    """Compare `count` with what is sent of pictures of several sizes."""
-    sent = []
-    with vlmslim.patch(model, method) as slim:
-        stage = slim.stages[0].method
-        compress = stage.compress_images
-        stage.compress_images = lambda images: sent.extend(zip(images, found := compress(images), strict=True)) or found
-        model(**batch(model, [*LONG_ROWS, *SEVERAL]))
-        counts = [(stage.count(len(image.features), image.tiles, image.size), len(kept)) for image, kept in sent]
-    assert sent
-    assert all(known in (None, kept) for known, kept in counts), counts
-
-
 @over(contract_methods())
 def test_servers_know_the_count_beforehand(name, family, subject):
     model, method = subject(name, family, *([0.3] if name == "tokenflex" else []))
     if method.stages()[0].acts_before_llm:
-        check_count(model, method)
+        check_count(model, method, batch(model, [*LONG_ROWS, *SEVERAL]))
 
 
 @pytest.mark.parametrize(("name", "options"), COUNTED)
 @pytest.mark.parametrize("family", ["llava", "next"])
 def test_servers_know_the_count_beforehand_whatever_the_options(name, options, family, subject):
-    check_count(*subject(name, family, **options))
+    model, method = subject(name, family, **options)
+    check_count(model, method, batch(model, [*LONG_ROWS, *SEVERAL]))

@@ -38,3 +38,17 @@ def kept_of(model, row: list, cls, **options) -> tuple[dict, Tensor, list, dict]
     with vlmslim.patch(model, method) as slim:
         logits = model(**inputs).logits[0]
     return inputs, logits, seen, slim.receipt.summary()
+
+
+@torch.no_grad()
+def check_count(model, method, inputs: dict) -> None:
+    """Compare `count` with what is sent of the pictures of a batch."""
+    sent = []
+    with vlmslim.patch(model, [method]) as slim:
+        stage = slim.stages[0].method
+        compress = stage.compress_images
+        stage.compress_images = lambda images: sent.extend(zip(images, found := compress(images), strict=True)) or found
+        model(**inputs)
+        counts = [(stage.count(len(image.features), image.tiles, image.size), len(kept)) for image, kept in sent]
+    assert sent
+    assert all(known in (None, kept) for known, kept in counts), counts
