@@ -106,6 +106,14 @@ class ItemFormat(StrEnum):
     json = "json"
 
 
+class Scale(StrEnum):
+    """What the averages of a leaderboard are measured on."""
+
+    unpatched = "unpatched"
+    vision_retained = "vision-retained"
+    hard = "hard"
+
+
 _Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
 _Attention = Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")]
 _METHOD_HELP = "As fastv:layer=3:keep=64, or path/to/file.py:Class:keep=64; repeat it for several."
@@ -223,6 +231,9 @@ def run(
 def leaderboard(
     directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run, finished or not.")],
     format: Annotated[Format, typer.Option("--format", "-f", help="How to write it.")] = Format.md,
+    scale: Annotated[
+        Scale, typer.Option(help="Of the average that is tested and ranked: by it rows are marked, too.")
+    ] = Scale.unpatched,
     published: Annotated[
         bool, typer.Option("--published", help="Show published numbers of the same model, task, method and budget.")
     ] = False,
@@ -248,7 +259,7 @@ def leaderboard(
     if output is not None and format not in (Format.html, Format.parquet):
         _fail(f"--output is for html and parquet; {format} goes to standard output, so write > {output}")
     try:
-        board = Leaderboard.read(directory)
+        board = Leaderboard.read(directory, scale.value)
         if format is Format.parquet:
             for path in board.to_frames().write(output or directory / "frames"):
                 typer.echo(path)

@@ -15,7 +15,8 @@ from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
 from vlmslim.options import check_options, fits, shown
 
-Keep: TypeAlias = int | float  # a count, or a share of an image's visual tokens
+#: A count, a share of an image's visual tokens, or {"auto": count or share, "average": rank}: more to complex images.
+Keep: TypeAlias = int | float | dict[str, int | float]
 
 
 # --- options that many methods have -----------------------------------------------------------------------------------
@@ -25,8 +26,11 @@ def check_keep(keep: Keep, name: str = "keep") -> None:
     """Refuse a budget that means nothing.
 
     Raises:
-        ValueError: `keep` is neither a count (int >= 1) nor a share (float in (0, 1]).
+        ValueError: `keep` is no count (int >= 1), no share (float in (0, 1]), and neither of these for each image.
     """
+    if isinstance(keep, dict):
+        _check_auto(keep, name)
+        keep = keep["auto"]
     if not fits(keep, Keep):
         raise ValueError(f"{name}={shown(keep)}: give a count (64) or a share (0.11) of the visual tokens to keep")
     if isinstance(keep, int) and keep < 1:
@@ -35,15 +39,34 @@ def check_keep(keep: Keep, name: str = "keep") -> None:
         raise ValueError(f"{name}={keep}: a share lies in (0, 1]; for a count of tokens write an integer")
 
 
+def _check_auto(keep: dict, name: str) -> None:
+    """Refuse a budget for each image that does not say its mean and the effective rank of an average image."""
+    if not set(keep) <= {"auto", "average"} or isinstance(keep.get("auto"), dict | None):
+        raise ValueError(
+            f"{name}={shown(keep)}: give each image its own budget by {name}={{'auto': 64, 'average': 31.5}}, the mean "
+            "and the effective rank of an average image"
+        )
+    average = keep.get("average")
+    if average is None:
+        raise ValueError(
+            f"{name}={shown(keep)} does not say the effective rank of an average image: vlmslim.cost.budget.solve("
+            f"model, method, prompts, auto={keep['auto']}) finds it, as vlmslim run does for the budget {{auto: ...}}"
+        )
+    if not fits(average, float) or not average > 0:
+        raise ValueError(f"{name}={shown(keep)}: the effective rank of an average image is a positive number")
+
+
 def resolve_keep(keep: Keep, n: int) -> int:
     """Turn a budget into a number of tokens of an image that has `n`.
 
     A share is rounded half to even on the double product, as Python's `round` does, and never below one.
 
     Raises:
-        ValueError: the budget is malformed, or larger than the image.
+        ValueError: the budget is malformed, or larger than the image, or each image has its own.
     """
     check_keep(keep)
+    if isinstance(keep, dict):
+        raise ValueError(f"keep={keep} depends on the image, and here only its size is known; give a count or a share")
     if isinstance(keep, float):
         return max(1, round(keep * n))
     if keep > n:

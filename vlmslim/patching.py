@@ -24,6 +24,7 @@ from vlmslim.engine.families import (
     tower,
 )
 from vlmslim.engine.hooks import Hooks
+from vlmslim.engine.own_budgets import check_own_budget
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
 from vlmslim.registry import build, is_method_name, name_of
@@ -198,6 +199,7 @@ def set_up(methods: Sequence[Compressor], model: Any) -> list[Compressor]:
         check_tower(model.model)
     for part in parts:
         _check_cls(part, model)
+        check_own_budget(name_of(part), part)
         if part.needs_patches:
             check_patches(model.model, name_of(part))
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,57 @@ def test_a_fraction_meets_the_budget_on_average_over_sizes():
         for x in inputs:
             model(**x)
     assert slim.receipt.summary()["kept"] == pytest.approx(20, rel=0.02)
+
+
+def test_a_budget_of_time_is_solved_with_the_clock_of_the_machine():
+    """The clock runs by hand here: a third of the time is fixed, the rest grows with the tokens."""
+    model, clock = tiny("llava"), []
+
+    def time(stages):
+        (stage,) = stages
+        clock.append(stage["keep"])
+        return 0.34 + 0.66 * stage["keep"] / 16 * (1 + 0.01 * (-1) ** len(clock))  # and is never the same twice
+
+    solver = Solver(model, prompts(model), time=time)
+    solved = solver.solve("divprune", ttft_ratio=0.67)
+    assert (solved.value, solved.target) == (8, {"ttft_ratio": 0.67}) and len(clock) <= 12
+    assert solved.achieved == pytest.approx(0.67, rel=0.05)
+    with pytest.raises(BudgetError, match="cannot cost ttft_ratio=0.3 to within 5%: the nearest is keep=1 with 0.38"):
+        solver.solve("divprune", ttft_ratio=0.3)
+
+
+def test_the_time_of_a_method_is_measured_over_the_unpatched_models(monkeypatch):
+    model = tiny("llava")
+
+    def timed(model, attach, prompts, new_tokens, repeats):
+        seconds = {}
+        for name, attached in attach.items():
+            with attached() as slim:
+                seconds[name] = [SimpleNamespace(ttft_ms=20.0 if slim is None else 5.0, decode_ms=1.0)] * len(prompts)
+        return seconds
+
+    monkeypatch.setattr("vlmslim.cost.budget.measure_together", timed)
+    solved = Solver(model, prompts(model)).solve("uniform", ttft_ratio=0.25)
+    assert solved.achieved == 0.25
+
+
+@pytest.mark.parametrize("mean", [8, 0.4])
+@pytest.mark.parametrize("family", ["llava", "next"])
+def test_budgets_of_each_images_own_meet_their_mean(family, mean):
+    model = tiny(family)
+    inputs = prompts(model)
+    solved = solve(model, "random", inputs, auto=mean)
+    assert solved.target == {"auto": mean} and solved.option == "keep" and json.dumps(solved.record())
+    with vlmslim.patch(model, list(solved.stages)) as slim:
+        kept, whole = [], []
+        for x in inputs:
+            model(**x)
+            if "pixel_values" in x:
+                images = [image for row in slim.receipt.last.images for image in row]
+                kept += [image.kept for image in images]
+                whole += [image.tokens for image in images]
+    wanted = mean if isinstance(mean, int) else sum(round(mean * n) for n in whole) / len(whole)
+    assert sum(kept) / len(kept) == pytest.approx(wanted, rel=0.02, abs=0.5)
 
 
 def test_videos():
@@ -231,7 +283,7 @@ def test_a_cost_that_cannot_be_met_is_refused_with_the_nearest(method, target, m
 @pytest.mark.parametrize(
     "method, options, message",
     [
-        ("divprune", {}, "a budget is one of equivalent_tokens=64 and flops_ratio=0.15"),
+        ("divprune", {}, "a budget is one of equivalent_tokens=64, flops_ratio=0.15, ttft_ratio=0.5 and auto=64"),
         ("divprune", {"equivalent_tokens": 4, "flops_ratio": 0.5}, "a budget is one of"),
         ("divprune", {"equivalent_tokens": 0}, "equivalent_tokens=0: give a positive number"),
         ("divprune", {"equivalent_tokens": float("nan")}, "give a positive number"),

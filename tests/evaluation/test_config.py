@@ -37,9 +37,9 @@ def test_methods_are_crossed_with_budgets(load):
     assert labels(load()) == ["none", "random-64", "random-0.1", "divprune-64", "divprune-0.1"]
 
 
-def test_random_and_uniform_are_in_unless_told_otherwise(load):
+def test_the_baselines_are_in_unless_told_otherwise(load):
     config = {name: value for name, value in GOOD.items() if name != "baselines"}
-    rows = ["random-64", "random-0.1", "uniform-64", "uniform-0.1"]
+    rows = ["random-64", "random-0.1", "uniform-64", "uniform-0.1", "blind", "downsample-64", "downsample-0.1"]
     assert labels(load(yaml.safe_dump(config))) == ["none", *rows, "divprune-64", "divprune-0.1"]
     assert labels(load({"baselines": False})) == ["none", "divprune-64", "divprune-0.1"]
     assert labels(load({"baselines": []})) == ["none", "divprune-64", "divprune-0.1"]
@@ -211,7 +211,10 @@ def laughs(depth):
         ({"baselines": ["rndom"]}, "unknown method 'rndom'. Did you mean 'random'?"),
         ({"limit": 0}, "limit"),
         ({"budgets": [{"equivalent_token": 3}]}, "budgets.0: unknown key 'equivalent_token'. Did you mean"),
-        ({"budgets": [{}]}, "budgets.0: give one of {equivalent_tokens: 64} and {flops_ratio: 0.15}"),
+        (
+            {"budgets": [{}]},
+            "budgets.0: give one of {equivalent_tokens: 64}, {flops_ratio: 0.15}, {ttft_ratio: 0.5} and {auto",
+        ),
         ({"budgets": [{"equivalent_tokens": 3, "flops_ratio": 0.1}]}, "budgets.0: give one of"),
         ({"budgets": [{"equivalent_tokens": 0}]}, "budgets.0.equivalent_tokens: Input should be greater than 0"),
         ({"budgets": [{"flops_ratio": 1.5}]}, "budgets.0.flops_ratio: Input should be less than or equal to 1"),

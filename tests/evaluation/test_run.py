@@ -81,6 +81,21 @@ def test_rows_and_tasks_that_cannot_be_opened_are_all_named_before_the_first_cel
     assert {label for label, _ in harness.evaluated} == {"divprune-64", "divprune-16"}
 
 
+def test_a_default_baseline_that_is_not_defined_is_left_out_with_its_reason(tmp_path):
+    class Listening(Display):
+        def message(self, text):
+            said.append(text)
+
+    said, path, harness = [], write_config(tmp_path, budgets=[16], baselines=["random", "downsample"]), FakeHarness()
+    harness.undefined = {"downsample": "it cannot shrink them"}
+    named = run(load_config(path), harness=harness, display=Listening())
+    assert "downsample-16" in [row.label for row in named.rows] and not any("without" in text for text in said)
+    path.write_text(path.read_text().replace("baselines:\n- random\n- downsample\n", ""))
+    board = run(load_config(path, output=tmp_path / "default"), harness=harness, display=Listening())
+    assert [row.label for row in board.rows] == ["none", "blind", "random-16", "uniform-16", "divprune-16"]
+    assert "without the baseline downsample: it cannot shrink them" in said
+
+
 def test_times_name_the_machine_that_took_them(config):
     run(config(), harness=FakeHarness())
     store = Store(config().output)

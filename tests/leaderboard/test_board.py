@@ -13,7 +13,8 @@ from vlmslim.cost.flops import prefill_flops
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
-from vlmslim.leaderboard.board import Leaderboard, add_fronts, add_ratios
+from vlmslim.leaderboard.board import Leaderboard, add_ratios
+from vlmslim.leaderboard.costs import add_fronts
 from vlmslim.leaderboard.render import FORMATS, render
 from vlmslim.leaderboard.rows import Row, StageActivity
 from vlmslim.leaderboard.scores import Estimate, Score, metric_of, score_of, stderr_of_mean
@@ -175,12 +176,12 @@ def test_loyalty_and_flips(decided):
 def test_the_pareto_front_spans_budgets():
     values = {"none": (1.0, 144), "a-64": (0.9, 64), "b-64": (0.8, 64), "a-16": (0.95, 16)}
     rows = [
-        Row(label, None, relative=Estimate(average), cost=costs(equivalent=tokens), work_ratio=tokens / 144)
+        Row(label, None, relative=Estimate(average), cost=costs(requested=tokens, equivalent=tokens), work_ratio=tokens)
         for label, (average, tokens) in values.items()
     ]
     add_fronts(rows)
     assert {row.label: row.pareto for row in rows if row.pareto} == dict.fromkeys(
-        ("none", "a-16"), ["FLOPs", "equivalent tokens"]
+        ("none", "a-16"), ["nominal tokens", "equivalent tokens", "FLOPs"]
     )
 
 

@@ -88,6 +88,7 @@ class FakeHarness:
         self.evaluated, self.timed, self.loads = [], [], 0
         self.refused = {}  # by label or task, what is raised when it is opened
         self.tokens = None  # visual tokens of every image, where the checkpoint tells
+        self.undefined = {}  # by method, why the checkpoint cannot have it
 
     def __call__(self, config, make_bar):
         self.tasks = SimpleNamespace(leaves=config.tasks, definition=lambda task: dict(self.definition))
@@ -95,7 +96,13 @@ class FakeHarness:
 
     def describe_checkpoint(self):
         known = {} if self.tokens is None else {"visual_tokens": self.tokens}
-        return {"identity": self.identity, "shape": asdict(SHAPE), "tower_flops": 1e6, **known}
+        return {
+            "identity": self.identity,
+            "shape": asdict(SHAPE),
+            "tower_flops": 1e6,
+            **known,
+            "undefined": self.undefined,
+        }
 
     def load(self):
         self.loads += 1

@@ -10,7 +10,7 @@ An example:
 
 A budget is the `keep` of each method, or a cost that is the same for all; then each method's own option is solved on
 the model (`vlmslim.cost.budget`). The unpatched model (`none`) is in every comparison and runs first, then the
-baselines.
+baselines. A default baseline that is not defined for the checkpoint is left out.
 """
 
 import re
@@ -36,7 +36,7 @@ class RunConfig(Strict):
     methods: Annotated[list[MethodConfig], Field(min_length=1)]
     budgets: list[Budget] = []
     budget_prompts: Count = 16
-    baselines: list[str] | Literal[False] = ["random", "uniform"]  # methods are worth little that do not beat these
+    baselines: list[str] | Literal[False] = ["random", "uniform", "blind", "downsample"]  # a good method beats them
     batch_size: Count = 1
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0  # NumPy takes no others
     limit: Count | None = None

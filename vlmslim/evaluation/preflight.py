@@ -20,8 +20,8 @@ def describe_checkpoint(model: ModelConfig) -> dict:
     """Return what is known of a checkpoint before it is loaded.
 
     Returns:
-        Its `identity`, the `shape` of its decoder, the FLOPs of its vision tower for one crop, and the visual tokens of
-        an image, None if those depend on the size of the image.
+        Its `identity`, the `shape` of its decoder, the FLOPs of its vision tower for one crop, the visual tokens of an
+        image, None if those depend on the size of the image, and the baselines that it cannot have, with the reason.
 
     Raises:
         ConfigError: there is no such checkpoint, or it takes no pictures.
@@ -43,7 +43,11 @@ def describe_checkpoint(model: ModelConfig) -> dict:
         "tower_flops": tower_flops(loaded) if known else None,
     }
     identity = provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None)
-    return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded)}
+    family = FAMILIES[loaded.model_type]
+    shrinks = known and family.units in ("crops", "anyres") and family.merge == 1
+    why = f"it shrinks pictures for a tower of single patches and one size, which {family.name} does not have"
+    undefined = {} if shrinks else {"downsample": why}
+    return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded), "undefined": undefined}
 
 
 def visual_tokens(config: Any) -> int | None:

@@ -74,7 +74,6 @@ class _Run:
         self.variants = config.variants()
         self.harness = harness(config, display.bar)
         self.tasks = [task.task for task in self.harness.tasks.leaves]
-        self.inputs = Inputs(self.variants, self.harness.tasks)
         with _refusing("model.device"):
             check_device(config.model.device)
         self.record: dict[str, Any] = {
@@ -85,6 +84,8 @@ class _Run:
             "hardware": provenance.hardware(config.model.device),
         }
         checkpoint = self.harness.describe_checkpoint()
+        self._leave_out(checkpoint.pop("undefined", {}))
+        self.inputs = Inputs(self.variants, self.harness.tasks)
         self.shape = DecoderShape(**checkpoint["shape"])
         self.shared = config.shared() | {"checkpoint": checkpoint["identity"], "versions": self.record["versions"]}
         self.described = {
@@ -100,6 +101,20 @@ class _Run:
         self._check_counts(checkpoint.get("visual_tokens"))
         self._solutions: dict[str, dict] = {}
         self._loaded = False
+
+    def _leave_out(self, undefined: dict[str, str]) -> None:
+        """Leave out default baselines that this checkpoint cannot have, with the reason; named ones stay.
+
+        Args:
+            undefined: name of a method -> why.
+        """
+        if "baselines" in self.config.model_fields_set:
+            return
+        for name, why in undefined.items():
+            kept = [v for v in self.variants if not (v.baseline and v.stages[0]["method"] == name)]
+            if len(kept) < len(self.variants):
+                self.display.message(f"without the baseline {name}: {why}")
+            self.variants = kept
 
     def complete(self) -> Leaderboard:
         """Solve budgets, evaluate and time what is missing, and write the leaderboard."""
@@ -333,10 +348,18 @@ class _Run:
             record["budget"] = variant.solved | {"spent": self._spent(variant, task, cell.receipt)}
         self.store.save_cell(variant.label, task, record, cell.samples)
 
-    def _spent(self, variant: Variant, task: str, receipt: dict) -> float:
-        """Return what a task really cost, and tell the user if that is not what the sample prompts cost."""
+    def _spent(self, variant: Variant, task: str, receipt: dict) -> float | None:
+        """Return what a task really cost, and tell the user if that is not what the sample prompts cost.
+
+        None for a cost that is a time, which all rows are measured for together.
+        """
         ((currency, target),) = variant.cost.items()
-        cost = cost_of(receipt, self.shape)[currency]
+        if currency == "ttft_ratio":
+            return None
+        if currency == "auto":
+            cost = receipt["kept"] / (receipt["visual_tokens"] if isinstance(target, float) else 1)
+        else:
+            cost = cost_of(receipt, self.shape)[currency]
         if abs(cost - target) > TOLERANCE * target:
             self.display.message(f"{variant.label} costs {cost:.4g} on {task}: its questions differ from the sample's")
         return cost

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from vlmslim.compressor import check_keep
 from vlmslim.io.messages import did_you_mean
 from vlmslim.originals.templates import conversation
 
@@ -82,19 +83,30 @@ class TaskConfig(Strict):
 
 
 class Cost(Strict):
-    """A budget that costs every method the same; `vlmslim.cost.budget` says what the two currencies count."""
+    """A budget that is solved for each method; `vlmslim.cost.budget` says what each of them counts.
+
+    The first three cost every method the same. `auto` gives each image its own budget, with this mean.
+    """
 
     equivalent_tokens: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
     flops_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    ttft_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    auto: Keep | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.equivalent_tokens is None) == (self.flops_ratio is None):
-            raise ValueError("give one of {equivalent_tokens: 64} and {flops_ratio: 0.15}")
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(
+                "give one of {equivalent_tokens: 64}, {flops_ratio: 0.15}, {ttft_ratio: 0.5} and {auto: 64}"
+            )
+        if self.auto is not None:
+            check_keep(self.auto, "auto")
         return self
 
     def target(self) -> dict[str, int | float]:
-        """Return the currency and its number, ready for JSON; whole numbers are integers."""
+        """Return the currency and its number, ready for JSON; whole numbers are integers, but not shares of tokens."""
+        if self.auto is not None:
+            return {"auto": self.auto}
         return {k: int(v) if v == int(v) else v for k, v in self.model_dump(exclude_none=True).items()}
 
 

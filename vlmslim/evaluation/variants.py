@@ -24,6 +24,7 @@ class Variant:
     budget : groups the rows: a `keep`, or a cost such as {"equivalent_tokens": 64}; None if there is none
     solved : how a cost was solved, as `Solution.record()` says it. Until then one option is missing in `stages`
     classes : of the methods, and of the stages that they are made of
+    baseline : whether the row is there because of `baselines`
     """
 
     label: str
@@ -31,6 +32,7 @@ class Variant:
     budget: int | float | dict | None = field(default=None, hash=False)
     solved: dict | None = field(default=None, hash=False)
     classes: frozenset[type] = field(default=frozenset(), repr=False)
+    baseline: bool = field(default=False, compare=False, repr=False)
 
     @property
     def unpatched(self) -> bool:
@@ -72,15 +74,28 @@ def expand(config: "RunConfig") -> list[Variant]:
         )
     (unpatched,) = _rows(MethodConfig(method="none"), config)
     baselines = [
-        row
+        replace(row, baseline=True)
         for name in (config.baselines or [] if budgets else [])
-        for row in _rows(MethodConfig.model_validate({"method": name, "budgets": budgets}), config)
+        for row in _rows(_baseline(name, budgets), config)
     ]
     given = {row.content for row in listed}
     rows = [unpatched, *(row for row in baselines if row.content not in given)]
     rows += [row for row in listed if row.content != unpatched.content]
     check_file_names("methods", [row.label for row in rows])
     return rows
+
+
+def _baseline(name: str, budgets: Sequence[Any]) -> MethodConfig:
+    """Make the entry of a baseline: at every budget, or once if it has none.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    try:
+        own = {"budgets": budgets} if "keep" in options_of(name) else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return MethodConfig.model_validate({"method": name} | own)
 
 
 def _rows(entry: MethodConfig, config: "RunConfig") -> list[Variant]:

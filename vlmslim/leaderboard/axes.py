@@ -34,6 +34,7 @@ def cost_axes(board: Leaderboard) -> list[Axis]:
     axes = [
         _cost("prefill FLOPs with the method, x of unpatched", [row.work_ratio for row in board.rows]),
         _cost("equivalent tokens", [cost.equivalent if cost else None for cost in costs]),
+        _cost("nominal tokens", [cost.nominal if cost else None for cost in costs]),
         _cost("visual tokens kept", [cost.kept if cost else None for cost in costs]),
         _cost("time to first token, ms", [time.ttft_ms if time else None for time in times]),
         _cost("time per later token, ms", [time.decode_ms if time else None for time in times]),
@@ -45,6 +46,8 @@ def cost_axes(board: Leaderboard) -> list[Axis]:
 def quality_axes(board: Leaderboard) -> list[Axis]:
     """Return the averages and scores that the leaderboard knows: all tasks, their groups, each task."""
     axes = [Axis("average, % of unpatched", [_scaled(row.relative, 100) for row in board.rows])]
+    axes.append(Axis("vision-retained, %", [_scaled(row.vision, 100) for row in board.rows]))
+    axes.append(Axis("hard subset, % of unpatched", [_scaled(row.hard, 100) for row in board.rows]))
     groups = sorted({group for row in board.rows for group in row.groups}, key=known_first)
     for group in groups if len(groups) > 1 else []:
         axes.append(Axis(f"{group}, % of unpatched", [_scaled(row.groups.get(group), 100) for row in board.rows]))

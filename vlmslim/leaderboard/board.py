@@ -6,30 +6,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.store import Store, digest, reading
+from vlmslim.leaderboard.averages import SCALES, References, contributes
 from vlmslim.leaderboard.comparison import Comparison, Stability, compare
+from vlmslim.leaderboard.costs import add_fronts
 from vlmslim.leaderboard.questions import Questions
-from vlmslim.leaderboard.rows import Row
+from vlmslim.leaderboard.rows import UNPATCHED, Row
 from vlmslim.leaderboard.samples import read_task, source_of
 from vlmslim.leaderboard.scores import Estimate, metric_of, score_of
-from vlmslim.leaderboard.significance import pareto_front
 from vlmslim.leaderboard.task_groups import group_of, known_first
 
 if TYPE_CHECKING:
     from vlmslim.leaderboard.frames import Frames
-
-UNPATCHED = "none"  # label of the row without a method
 
 Cells = dict[tuple[str, str], dict]  # (label, task) -> the record of a finished cell
 
 
 @dataclass
 class Leaderboard:
-    """Rows grouped by budget: the unpatched model first, then the budgets from the largest to the smallest.
+    """Rows grouped by budget: the unpatched and the blind model first, then the budgets from the largest on.
 
     metrics    : task -> (metric, whether higher is better)
     facts      : what the numbers depend on: model, seed, limit, versions, hardware, ...
@@ -37,6 +34,8 @@ class Leaderboard:
     groups     : task -> its group
     tokens     : task -> visual tokens of an image before compression
     directory  : what was read; None for a leaderboard that was put together by hand
+    ranked_by  : one of `SCALES`: of the average that decides ranks, marks, tests and the Pareto front
+    vision_tasks : tasks that make up the vision-retained score
     """
 
     rows: list[Row]
@@ -47,20 +46,28 @@ class Leaderboard:
     groups: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
     directory: Path | None = None
+    ranked_by: str = "unpatched"
+    vision_tasks: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, directory: Path | str) -> "Leaderboard":
+    def read(cls, directory: Path | str, scale: str = "unpatched") -> "Leaderboard":
         """Read what `vlmslim run` has written so far.
+
+        Args:
+            directory: the output directory of the run.
+            scale: one of `SCALES`: of the average that decides ranks, marks, tests and the Pareto front.
 
         Raises:
             ConfigError: the directory holds no run, cells that cannot be compared with each other, or records of
-                another form than `vlmslim run` writes.
+                another form than `vlmslim run` writes; or the run has no row that the scale refers to.
         """
+        if scale not in SCALES:
+            raise ConfigError(f"scale={scale!r}: use one of {', '.join(SCALES)}")
         with reading(directory):
-            return cls._read(directory)
+            return cls._read(directory, scale)
 
     @classmethod
-    def _read(cls, directory: Path | str) -> "Leaderboard":
+    def _read(cls, directory: Path | str, scale: str) -> "Leaderboard":
         store, run = open_run(directory)
         config = run["config"]
         grid = [(row["label"], task["task"]) for row in config["rows"] for task in config["tasks"]]
@@ -93,18 +100,51 @@ class Leaderboard:
         ]
         tokens = {task: _visual_tokens([cell for (_, name), cell in cells.items() if name == task]) for task in tasks}
         facts = _facts(run, cells, timing, damaged)
-        board = cls(rows, tasks, metrics, facts, groups=groups, tokens=tokens, directory=Path(directory))
-        budgets = [[row.label for row in group if row.label != UNPATCHED] for group in board.budgets()]
-        board.comparison = compare(answers, [budget for budget in budgets if budget], UNPATCHED, groups)
-        board._add_comparison()
-        add_fronts(rows)
+        board = cls(
+            rows, tasks, metrics, facts, groups=groups, tokens=tokens, directory=Path(directory), ranked_by=scale
+        )
+        budgets = [rows for group in board.budgets() if (rows := [row for row in group if row.label != UNPATCHED])]
+        labels = [[row.label for row in budget] for budget in budgets]
+        references = board._references(budgets)
+        board.comparison = compare(answers, labels, UNPATCHED, groups, references, scale)
+        board._add_comparison(references)
+        board._check_scale()
+        add_fronts(rows, board.average)
         return board
 
+    def _references(self, budgets: list[list[Row]]) -> References:
+        """Find the rows that the scales refer to, and the tasks to which pictures contribute enough."""
+        base, blind = self._complete(UNPATCHED), next((row for row in self.rows if row.is_only("blind")), None)
+        shrunk = [next((row.label for row in budget if row.is_only("downsample")), None) for budget in budgets]
+        if blind is None or base is None or self._complete(blind.label) is None:
+            return References(shrunk=tuple(shrunk))
+        contributing = [
+            task
+            for task in self.tasks
+            if contributes(base.scores[task].value, blind.scores[task].value, self.metrics[task][1])
+        ]
+        return References(blind.label, tuple(shrunk), tuple(contributing))
+
+    def _complete(self, label: str) -> Row | None:
+        """Return a row if it has the scores of all tasks."""
+        row = next((row for row in self.rows if row.label == label), None)
+        return row if row is not None and row.scores.keys() == set(self.tasks) else None
+
+    def _check_scale(self) -> None:
+        """Refuse a scale that nothing refers to, in words that say what is missing."""
+        needed = {"vision-retained": ("blind", ", and a task to which the picture adds"), "hard": ("downsample", "")}
+        if self.ranked_by in needed and not any(self.average(row) for row in self.rows):
+            name, more = needed[self.ranked_by]
+            raise ConfigError(
+                f"scale={self.ranked_by!r} needs finished rows of none and {name}{more}; add {name} to 'baselines' and "
+                "call vlmslim run again, or use the scale 'unpatched'"
+            )
+
     def budgets(self) -> list[list[Row]]:
-        """Return the rows of each budget, in order; the unpatched model comes first, by itself."""
-        groups: dict[tuple[bool, str], list[Row]] = {}
+        """Return the rows of each budget, in order; the unpatched and the blind model come first, by themselves."""
+        groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((row.label == UNPATCHED, row.budget_name), []).append(row)
+            groups.setdefault(row.block, []).append(row)
         return list(groups.values())
 
     def questions(self) -> Iterator[Questions]:
@@ -163,10 +203,14 @@ class Leaderboard:
         """Return the number that decides the medals: for the average, the tested one if it is not the shown one."""
         if task is not None:
             return row.scores[task].value if task in row.scores else None
-        pair = self.comparison.pair(row.label, UNPATCHED, None)
-        if row.relative is None:
+        pair, average = self.comparison.pair(row.label, UNPATCHED, None), self.average(row)
+        if average is None:
             return None
-        return row.relative.value if pair is None or not self.not_question_means else pair.difference
+        return average.value if pair is None or not self.not_question_means else pair.difference
+
+    def average(self, row: Row) -> Estimate | None:
+        """Return the average of a row on the board's scale; None where it is not known."""
+        return {"unpatched": row.relative, "vision-retained": row.vision, "hard": row.hard}[self.ranked_by]
 
     @property
     def not_question_means(self) -> list[str]:
@@ -189,9 +233,11 @@ class Leaderboard:
         means = [self.comparison.means.get((row.label, task)) for row in self.rows]
         return 100 if all(mean is None or mean <= 1 for mean in means) else 1
 
-    def _add_comparison(self) -> None:
-        """Complete the rows with what the single questions say: intervals, ranks, loyalty and flips."""
+    def _add_comparison(self, references: References) -> None:
+        """Complete the rows with what the single questions say: intervals, ranks, other scales, loyalty and flips."""
         comparison, means = self.comparison, set(self.tasks) - set(self.not_question_means)
+        self.vision_tasks = [task for task in references.contributing if task not in comparison.uncertain]
+        base, blind = self._complete(UNPATCHED), self._complete(references.blind or "")
         for row in self.rows:
             own_means = [
                 t for t, score in row.scores.items() if score.is_close_to(comparison.means.get((row.label, t)))
@@ -199,13 +245,18 @@ class Leaderboard:
             for task in own_means:
                 low, high = comparison.intervals.get((row.label, task), (None, None))
                 row.scores[task] = replace(row.scores[task], low=low, high=high)
-            row.rank = comparison.ranks.get(row.label)
+            row.rank = None if row.is_only("blind") else comparison.ranks.get(row.label)
             if row.relative is not None and row.label in comparison.relative and own_means == self.tasks:
                 row.relative = Estimate(row.relative.value, *comparison.relative[row.label])
             for group, mean in row.groups.items():
                 members = {task for task in self.tasks if self.groups[task] == group}
                 if (row.label, group) in comparison.groups and members <= means:
                     row.groups[group] = Estimate(mean.value, *comparison.groups[row.label, group])
+            if base is not None and blind is not None and self.vision_tasks and self._complete(row.label):
+                shares = [_share(*(r.scores[task].value for r in (row, base, blind))) for task in self.vision_tasks]
+                ends = comparison.vision.get(row.label, ()) if means >= set(self.vision_tasks) else ()
+                row.vision = Estimate(statistics.fmean(shares), *ends)
+            row.hard = comparison.hard.get(row.label)
             row.stability = mean_stability([comparison.stability.get((row.label, task)) for task in self.tasks])
 
 
@@ -285,7 +336,9 @@ def _rows(config: dict, cells: Cells, timing: dict) -> list[Row]:
 
 
 def _group_order(row: Row) -> tuple:
-    """Sort the unpatched model first, then rows without a budget, counts from the largest, shares, and costs."""
+    """Sort the unpatched and the blind model first, then rows without a budget, counts, shares, and costs."""
+    if row.is_only("blind"):
+        return (0, 1)
     if isinstance(row.budget, dict):
         return (4, *((name, -value) for name, value in row.budget.items()))
     kind = 1 if row.budget is None else 3 if isinstance(row.budget, float) else 2
@@ -316,6 +369,11 @@ def _ratio(ours: float, theirs: float, higher_is_better: bool) -> float | None:
     return ours / theirs if higher_is_better else 2 - ours / theirs
 
 
+def _share(score: float, unpatched: float, blind: float) -> float:
+    """Return which share of what the picture adds to a score is left."""
+    return (score - blind) / (unpatched - blind)
+
+
 def mean_stability(tasks: list[Stability | None]) -> Stability | None:
     """Average over the tasks; None if a task is missing."""
     known = [one for one in tasks if one is not None]
@@ -329,19 +387,6 @@ def mean_stability(tasks: list[Stability | None]) -> Stability | None:
         statistics.fmean(lost) if flips_known else None,
         statistics.fmean(won) if flips_known else None,
     )
-
-
-def add_fronts(rows: list[Row]) -> None:
-    """Mark the rows that no other row beats, at any budget. FLOPs are those of the method too."""
-    flops = [(row, row.work_ratio) for row in rows]
-    equivalent = [(row, row.cost and row.cost.equivalent) for row in rows]
-    for name, costs in (("FLOPs", flops), ("equivalent tokens", equivalent)):
-        placed = [(row, cost, row.relative.value) for row, cost in costs if cost is not None and row.relative]
-        if placed:
-            cost, value = np.array([(cost, value) for _, cost, value in placed]).T
-            for (row, *_), on_front in zip(placed, pareto_front(cost, value), strict=True):
-                if on_front:
-                    row.pareto.append(name)
 
 
 def _visual_tokens(cells: list[dict]) -> float:

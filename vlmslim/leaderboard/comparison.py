@@ -8,9 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.sparse.csgraph import connected_components
 
+from vlmslim.leaderboard.averages import (
+    Average,
+    Pictures,
+    References,
+    hard_part,
+    surely_contributes,
+    swapped,
+)
 from vlmslim.leaderboard.samples import ScoredTask, UnscoredTask
+from vlmslim.leaderboard.scores import Estimate
 from vlmslim.leaderboard.significance import (
     covariances,
     effective_size,
@@ -18,9 +26,7 @@ from vlmslim.leaderboard.significance import (
     holm,
     mcnemar,
     ranks,
-    resolution,
     sums_by_unit,
-    swap_test,
     units_of,
     wilson,
 )
@@ -100,6 +106,10 @@ class Comparison:
     ranks     : label -> 1 + the number of rows of its budget with a significantly better average
     untested  : tasks without scores of single questions
     averaged  : tasks whose question scores make up the average that is tested and ranked
+    vision    : label -> 95 % interval of the vision-retained score
+    uncertain : tasks to which the picture contributes enough, but not for sure
+    hard      : label -> score on the hard questions of its budget, relative to the unpatched model's
+    hard_questions : label of the row `downsample` of a budget -> task -> how many of its questions are hard
     """
 
     means: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -111,6 +121,10 @@ class Comparison:
     ranks: dict[str, int] = field(default_factory=dict)
     untested: list[str] = field(default_factory=list)
     averaged: list[str] = field(default_factory=list)
+    vision: dict[str, Ends] = field(default_factory=dict)
+    uncertain: list[str] = field(default_factory=list)
+    hard: dict[str, Estimate] = field(default_factory=dict)
+    hard_questions: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def pair(self, first: str, second: str, task: str | None) -> Pair | None:
         """Return `first` minus `second`, whichever way round it was computed; None if it was not."""
@@ -121,7 +135,12 @@ class Comparison:
 
 
 def compare(
-    tasks: list[ScoredTask | UnscoredTask], budgets: list[list[str]], base: str, groups: dict[str, str]
+    tasks: list[ScoredTask | UnscoredTask],
+    budgets: list[list[str]],
+    base: str,
+    groups: dict[str, str],
+    references: References | None = None,
+    scale: str = "unpatched",
 ) -> Comparison:
     """Compare all rows of each budget with each other and with the unpatched model.
 
@@ -130,7 +149,10 @@ def compare(
         budgets: labels of the rows of each budget, without the unpatched model.
         base: label of the unpatched model.
         groups: task -> its group.
+        references: rows that scales refer to.
+        scale: one of `SCALES`: of the average that is tested and ranked.
     """
+    references = references or References()
     result = Comparison(untested=[task.task for task in tasks if isinstance(task, UnscoredTask)])
     for task in tasks:
         if base in task.labels:
@@ -138,7 +160,7 @@ def compare(
     scored = [task for task in tasks if isinstance(task, ScoredTask)]
     if not scored:
         return result
-    pictures, swaps = _Pictures(scored), _swaps(budgets)
+    pictures, swaps = Pictures(scored), _swaps(budgets)
     columns = []
     for task in scored:
         means, influence = task.scores.mean(1), pictures.influence(task)
@@ -153,66 +175,68 @@ def compare(
     complete = [label for label in tasks[0].labels if all(label in task.labels for task in tasks)]
     # A task on which the unpatched model scores 0 says nothing about scores relative to that model.
     averaged = [task for task in scored if base in complete and task.row(base).any()]
+    averages: dict[str, Average] = {}
     if averaged:
-        ratios = {task.task: _ratio(task, pictures.influence(task), complete, base) for task in averaged}
+        average = averages["unpatched"] = Average(averaged, complete, base)
+        result.averaged = [task.task for task in averaged]
+        result.relative = _intervals(complete, *average.estimate())
+        for group in dict.fromkeys(groups[name] for name in result.averaged):
+            known = average.estimate([name for name in result.averaged if groups[name] == group])
+            result.groups |= {(label, group): ends for label, ends in _intervals(complete, *known).items()}
+        if (vision := _vision(result, averaged, complete, base, references)) is not None:
+            averages["vision-retained"] = vision
 
-        def average(names: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            """Average the ratios of some tasks: their values, covariances and degrees of freedom."""
-            values, influence = (np.mean([ratios[name][i] for name in names], axis=0) for i in (0, 1))
-            own = pictures.of(*(task for task in averaged if task.task in names))
-            return values, *covariances(influence[:, own], pictures.strata[own])
-
-        values, covariance, freedom = average(list(ratios))
-        result.averaged, result.relative = list(ratios), _intervals(complete, values, covariance, freedom)
-        for group in dict.fromkeys(groups[task] for task in ratios):
-            known = _intervals(complete, *average([task for task in ratios if groups[task] == group]))
-            result.groups |= {(label, group): interval for label, interval in known.items()}
-        tested = _average(averaged, pictures, complete, base, swaps)
-        columns.append(_Column(None, complete, *tested, covariance, freedom))
-
-    for budget in budgets:
-        for column in columns:
-            result.pairs |= {(p.first, p.second, p.task): p for p in column.pairs([*budget, base])}
-        rows = [label for label in budget if label in complete] if averaged else []
+    shared = _Column.average(averages[scale], swaps) if scale in averages else None
+    for i, budget in enumerate(budgets):
+        labels = [label for label in budget if label in complete]
+        hard = _hard(result, averaged, labels, base, references.shrunk[i] if references.shrunk else None)
+        column = shared if hard is None or scale != "hard" else _Column.average(hard, swaps)
+        for one in columns if column is None else [*columns, column]:
+            result.pairs |= {(p.first, p.second, p.task): p for p in one.pairs([*budget, base])}
+        rows = [] if column is None else [label for label in budget if label in column.labels]
         better = [[_beats(result.pair(one, other, None)) for other in rows] for one in rows]
         if rows:  # in an unfinished run, a budget may have no row with all tasks yet
             result.ranks |= dict(zip(rows, map(int, ranks(np.array(better))), strict=True))
     return result
 
 
-class _Pictures:
-    """The pictures of all tasks, numbered: a test swaps whole pictures, and intervals rest on whole pictures.
+def _vision(
+    result: Comparison, tasks: list[ScoredTask], labels: list[str], base: str, references: References
+) -> Average | None:
+    """Make the average above the blind model, and note its intervals; None without a task to which pictures matter."""
+    if references.blind not in labels:
+        return None
+    assert references.blind is not None
+    known = [task for task in tasks if task.task in references.contributing]
+    sure = [task for task in known if surely_contributes(task, base, references.blind)]
+    result.uncertain = [task.task for task in known if all(task is not one for one in sure)]
+    if not sure:
+        return None
+    average = Average(sure, labels, base, references.blind)
+    result.vision = _intervals(labels, *average.estimate())
+    return average
 
-    count   : number of pictures
-    numbers : task -> number of each question's picture
-    strata  : (pictures,) tasks that share pictures form one stratum. Finer strata, of the pictures that occur in
-              exactly the same tasks, would hold one or two pictures each, which tell too little
+
+def _hard(
+    result: Comparison, tasks: list[ScoredTask], labels: list[str], base: str, shrunk: str | None
+) -> Average | None:
+    """Make the average on the questions of a budget that its row `downsample` gets wrong, and note what it says.
+
+    A task without such questions, or on which the unpatched model gets none of them right, is left out.
     """
-
-    def __init__(self, tasks: list[ScoredTask]):
-        numbers = units_of([name for task in tasks for name in task.pictures])
-        ends = np.cumsum([len(task.pictures) for task in tasks])[:-1]
-        self.count = int(numbers.max()) + 1
-        self.numbers = {task.task: own for task, own in zip(tasks, np.split(numbers, ends), strict=True)}
-        within = np.stack([self.of(task) for task in tasks])
-        self.strata = connected_components(within.astype(int) @ within.T.astype(int))[1][within.argmax(0)]
-
-    def of(self, *tasks: ScoredTask) -> np.ndarray:
-        """Find the pictures that any of the tasks asks about, (pictures,)."""
-        return np.any([self.sizes(task) > 0 for task in tasks], axis=0)
-
-    def sizes(self, task: ScoredTask) -> np.ndarray:
-        """Count the task's questions about each picture, (pictures,)."""
-        return np.bincount(self.numbers[task.task], minlength=self.count)
-
-    def sums(self, task: ScoredTask) -> np.ndarray:
-        """Add up the task's scores of each picture, (rows, pictures)."""
-        return sums_by_unit(task.scores, self.numbers[task.task], self.count)
-
-    def influence(self, task: ScoredTask) -> np.ndarray:
-        """Compute how far each picture moves the task's mean scores, (rows, pictures)."""
-        mean = task.scores.mean(1, keepdims=True)
-        return (self.sums(task) - mean * self.sizes(task)) / task.scores.shape[1]
+    if shrunk is None or shrunk not in labels:
+        return None
+    parts = [part for task in tasks if (part := hard_part(task, shrunk)) is not None]
+    result.hard_questions[shrunk] = {part.task: part.scores.shape[1] for part in parts}
+    parts = [part for part in parts if part.row(base).any()]
+    if not parts:
+        return None
+    average = Average(parts, [*labels, base], base)
+    values, spread, freedom = average.estimate()
+    ends = _intervals(average.labels, values, spread, freedom)
+    for label, value in zip(labels, values, strict=False):
+        result.hard[label] = Estimate(_nine_digits(value), *ends.get(label, ()))
+    return average
 
 
 @dataclass(frozen=True)
@@ -237,6 +261,12 @@ class _Column:
     freedom: np.ndarray
     sign: int = 1
 
+    @classmethod
+    def average(cls, average: Average, swaps: int) -> "_Column":
+        """Test an average over tasks."""
+        _, spread, freedom = average.estimate()
+        return cls(None, average.labels, *average.tested(swaps), spread, freedom)
+
     def pairs(self, labels: list[str]) -> Iterator[Pair]:
         """Compare all of the given rows that the column has, and correct the p values for the number of pairs."""
         at = [self.labels.index(label) for label in labels if label in self.labels]
@@ -260,42 +290,6 @@ class _Column:
                 high=None if ends is None else ends[1],
                 at_limit=bool(self.at_limit[i, j]),
             )
-
-
-def _average(
-    tasks: list[ScoredTask], pictures: _Pictures, labels: list[str], base: str, swaps: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compare rows by their average, as a sum of question scores with a weight for each task.
-
-    Task weights come from the unpatched model's scores, so that the sum is the average relative to that model. Where a
-    row is tested against the unpatched model itself, the weights come from the scores of both rows. The null hypothesis
-    says that the two rows are exchangeable, and weights from only one of them would bias the test.
-
-    Returns:
-        (rows,) the averages; (rows, rows) p values, and whether each is the smallest that random swaps can give.
-    """
-    sums = {task.task: pictures.sums(task)[[task.labels.index(label) for label in labels]] for task in tasks}
-    at = labels.index(base)
-
-    def weighted(rows: list[int], scale: list[int]) -> np.ndarray:
-        parts = [t.sign * sums[t.task][rows] / abs(sums[t.task][scale].sum(1).mean()) / len(tasks) for t in tasks]
-        return np.sum(parts, axis=0)
-
-    everything = weighted(list(range(len(labels))), [at])
-    p, at_limit = _swapped(everything[:, everything.any(0)], swaps)
-    for i in range(len(labels)):
-        if i != at:
-            both = weighted([i, at], [i, at])
-            own, limited = _swapped(both[:, both.any(0)], swaps)
-            p[i, at] = p[at, i] = own[0, 1]
-            at_limit[i, at] = at_limit[at, i] = limited[0, 1]
-    return everything.sum(1), p, at_limit
-
-
-def _swapped(sums: np.ndarray, swaps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Test all pairs by swaps: p values, and whether each is the smallest that random swaps can give."""
-    p = swap_test(sums, swaps)
-    return p, p < 1.5 * resolution(sums.shape[1], swaps)
 
 
 def _beats(pair: Pair | None) -> bool:
@@ -327,7 +321,7 @@ def _p_values(task: ScoredTask, swaps: int) -> tuple[np.ndarray, np.ndarray]:
     if task.right_or_wrong and units.max() + 1 == len(units):
         p = mcnemar(task.scores)
         return p, np.zeros(p.shape, dtype=bool)
-    return _swapped(sums_by_unit(task.scores, units), swaps)
+    return swapped(sums_by_unit(task.scores, units), swaps)
 
 
 def _score_intervals(task: ScoredTask, spread: tuple[np.ndarray, np.ndarray]) -> list[Ends | None]:
@@ -342,20 +336,6 @@ def _score_intervals(task: ScoredTask, spread: tuple[np.ndarray, np.ndarray]) ->
     size = effective_size(task.scores, units)
     lows, highs = wilson(means, size, clusters if clusters < len(units) else None)
     return [_rounded(low, high) for low, high in zip(lows, highs, strict=True)]
-
-
-def _ratio(task: ScoredTask, influence: np.ndarray, labels: list[str], base: str) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the mean scores of rows by the unpatched model's.
-
-    Returns:
-        (rows,) the ratios, 2 minus the ratio where lower is better; and (rows, pictures), how far each picture moves
-        them, to first order.
-    """
-    rows, at = [task.labels.index(label) for label in labels], task.labels.index(base)
-    means = task.scores.mean(1)
-    ratio = means[rows] / means[at]
-    moved = (influence[rows] - ratio[:, None] * influence[at]) / means[at]
-    return (ratio, moved) if task.sign > 0 else (2 - ratio, -moved)
 
 
 def _intervals(labels: list[str], values: np.ndarray, spread: np.ndarray, freedom: np.ndarray) -> dict[str, Ends]:

@@ -6,9 +6,16 @@ from dataclasses import asdict
 from vlmslim.evaluation.effect import acted_on
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.comparison import LEVEL, SWAPS
+from vlmslim.leaderboard.costs import front_changes, order_changes, spans
 from vlmslim.leaderboard.tables import IDLE, STAR
 
-BASELINES = ("random", "uniform")
+#: Baselines, and what is known by them.
+BASELINES = {
+    "random": "A useful method beats it.",
+    "uniform": "A useful method beats it.",
+    "blind": "Without it nothing tells how much of a score the picture adds (vision-retained).",
+    "downsample": "A useful method beats it, above all on the questions that it gets wrong (hard subset).",
+}
 
 
 def notes(board: Leaderboard) -> list[str]:
@@ -17,10 +24,13 @@ def notes(board: Leaderboard) -> list[str]:
         _scores(board),
         protocol(board),
         *_tests(board),
+        *_vision(board),
+        *_hard(board),
         *_groups(board),
         *_solved(board),
         *_activity(board),
         _costs(board),
+        *_equal_cost(board),
         *_times(board),
         *_baselines(board),
         _origin(board),
@@ -37,10 +47,17 @@ def _scores(board: Leaderboard) -> str:
     return (
         f"Metric: {metrics}, in per cent for {which}, on {asked} of each task. The number after ± is half of the 95 % "
         "confidence interval; brackets hold both ends of an interval that is not symmetric. Within a budget, the best "
-        "value is bold, and a value that is not significantly worse is italic. The rank follows the average: it is 1 + "
-        "the number of methods that are significantly better. Two methods with different ranks need not differ "
-        "significantly."
+        "value is bold, and a value that is not significantly worse is italic. The rank follows "
+        f"{_RANKED_BY[board.ranked_by]}: it is 1 + the number of methods that are significantly better. Two methods "
+        "with different ranks need not differ significantly."
     )
+
+
+_RANKED_BY = {
+    "unpatched": "the average",
+    "vision-retained": "the vision-retained score, as do the differences of averages and the Pareto front",
+    "hard": "the hard subset, as do the differences of averages and the Pareto front",
+}
 
 
 #: What the parts of a protocol do, for a reader who does not know their names.
@@ -109,6 +126,38 @@ def _tests(board: Leaderboard) -> list[str]:
     return lines
 
 
+def _vision(board: Leaderboard) -> list[str]:
+    """Say what the vision-retained score is made of, and which tasks it leaves out."""
+    if not any(row.vision for row in board.rows):
+        return []
+    left_out = [task for task in board.tasks if task not in board.vision_tasks]
+    why = (
+        f"Left out, because the picture adds too little to them: {', '.join(left_out)}."
+        if left_out
+        else "No task is left out."
+    )
+    return [
+        "Vision-retained is (score - blind) / (unpatched - blind), averaged over the tasks to which the picture adds a "
+        f"tenth of the score or more, beyond doubt: {', '.join(board.vision_tasks)}. {why}"
+    ]
+
+
+def _hard(board: Leaderboard) -> list[str]:
+    """Say how large the hard subsets are."""
+    told = []
+    asked = {task: max(r.scores[task].questions for r in board.rows if task in r.scores) for task in board.tasks}
+    for row in board.rows:
+        if (sizes := board.comparison.hard_questions.get(row.label)) is not None:
+            each = ", ".join(f"{task} {count}" for task, count in sizes.items())
+            told.append(f"{sum(sizes.values())} of {sum(asked[task] for task in sizes)} at {row.budget_name} ({each})")
+    if not told:
+        return []
+    return [
+        "The hard subset holds the questions that downsample, the shrunk picture, gets wrong at the same budget (a "
+        f"score below one half): {'; '.join(told)}. Its score is relative to the unpatched model's on these questions."
+    ]
+
+
 def _groups(board: Leaderboard) -> list[str]:
     present = dict.fromkeys(board.groups.values())
     members = [f"{name}: {', '.join(t for t in board.tasks if board.groups[t] == name)}" for name in present]
@@ -145,15 +194,28 @@ def _costs(board: Leaderboard) -> str:
         "The vision tower comes on top" if tower is None else f"The vision tower adds {tower / 1e9:.2f} GFLOPs per crop"
     )
     return (
-        f"An image has {facts['visual_tokens']:.1f} visual tokens before compression. Tokens kept: visual tokens of an "
-        "image that enter the language model (fewest–most, where images differ) → that are left in its last layer. "
+        f"An image has {facts['visual_tokens']:.1f} visual tokens before compression. Nominal tokens, as papers count "
+        "them: those that the budget asks for, else those that enter the language model. Tokens kept: visual tokens of "
+        "an image that enter the language model (fewest–most, where images differ) → that are left in its last layer. "
         "Equivalent tokens: visual tokens of a prompt, averaged over the decoder layers. Prefill FLOPs count the "
         "language model alone, with multiply-add = 2, three MLP matrices and full attention. "
         f"{tower}. The method's FLOPs are those of its own matrix products, "
         "with the parts of the model that it calls, such as the projector, counted on the first prompts of each task. "
-        "A row is on the Pareto front if no row, at any budget, has a better average for at most as many FLOPs of "
-        "language model and method, or equivalent tokens."
+        "A row is on the Pareto front of a cost if no row, at any budget, has a better average for at most that cost: "
+        "nominal tokens, equivalent tokens, FLOPs of language model and method, or TTFT."
     )
+
+
+def _equal_cost(board: Leaderboard) -> list[str]:
+    """Say where rows of equal nominal budget cost differently, and where the order depends on what is counted."""
+    told = [(group[0].budget_name, spans(group)) for group in board.budgets() if len(group) > 1]
+    lines = [f"Rows at {budget} cost differently: {text}." for budget, text in told if text]
+    if changes := front_changes(board.rows):
+        lines.append(f"The Pareto front depends on the cost: {'; '.join(changes)}.")
+    swaps = [f"{a} is ahead of {b} at {here}, and behind it at {there}" for a, b, here, there in order_changes(board)]
+    if swaps:
+        lines.append(f"The order of methods depends on the cost: {'; '.join(swaps)}.")
+    return [" ".join(lines)] if lines else []
 
 
 def _times(board: Leaderboard) -> list[str]:
@@ -173,7 +235,7 @@ def _times(board: Leaderboard) -> list[str]:
 def _baselines(board: Leaderboard) -> list[str]:
     used = {stage["method"] for row in board.rows for stage in row.stages}
     missing = [name for name in BASELINES if name not in used]
-    return [f"Missing baseline: {name}. A useful method beats it." for name in missing]
+    return [f"Missing baseline: {name}. {BASELINES[name]}" for name in missing]
 
 
 def _origin(board: Leaderboard) -> str:

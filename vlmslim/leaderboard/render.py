@@ -135,6 +135,9 @@ def record(board: Leaderboard) -> dict:
     comparison = board.comparison
     return {
         "facts": board.facts,
+        "scale": board.ranked_by,
+        "vision_tasks": board.vision_tasks,
+        "hard_questions": comparison.hard_questions,
         "tasks": {
             task: {"metric": name, "higher_is_better": up, "group": board.groups.get(task)}
             for task, (name, up) in board.metrics.items()
@@ -167,9 +170,11 @@ def _numbers(row: Row) -> dict[str, object]:
         "rank": row.rank,
         "flops_ratio": row.flops_ratio,
         "work_ratio": row.work_ratio,
+        "nominal": None if row.cost is None else row.cost.nominal,
     }
-    for key, name in (("relative", "value"), ("relative_low", "low"), ("relative_high", "high")):
-        numbers[key] = getattr(row.relative, name, None)
+    for scale in ("relative", "vision", "hard"):
+        for end, name in (("", "value"), ("_low", "low"), ("_high", "high")):
+            numbers[scale + end] = getattr(getattr(row, scale), name, None)
     for part, kind in ((row.stability, Stability), (row.cost, Cost), (row.times, Times)):
         numbers |= {f.name: getattr(part, f.name, None) for f in fields(kind)}
     return numbers | {name: getattr(row.solved, name, None) for name in ("spent", "spent_low", "spent_high")}

@@ -8,6 +8,8 @@ from vlmslim.evaluation.store import timing_key
 from vlmslim.leaderboard.comparison import Stability
 from vlmslim.leaderboard.scores import Estimate, Score
 
+UNPATCHED = "none"  # label of the row without a method
+
 #: What cells record about their origin. Only trained methods have weights, only files of other authors versions.
 PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "method_versions", "hardware", "weights")
 
@@ -39,6 +41,11 @@ class Cost:
     selection_ms: float | None
     positions: str
     method_flops: float | None = None
+
+    @property
+    def nominal(self) -> float:
+        """Visual tokens per image as papers count them: those that the budget asks for, else those that enter."""
+        return self.kept if self.requested is None else self.requested
 
     @property
     def work(self) -> float:
@@ -127,26 +134,32 @@ class Solved:
     """A budget that is a cost, such as {"equivalent_tokens": 64}.
 
     solution : the option that was solved on sample prompts, as `Solution.record()` writes it
-    spent, spent_low, spent_high : the cost of the tasks: mean, lowest and highest
+    spent, spent_low, spent_high : the cost of the tasks: mean, lowest and highest. A time is measured on prompts of all
+                                   tasks together; None where the row was not timed
     """
 
     solution: dict
-    spent: float
-    spent_low: float
-    spent_high: float
+    spent: float | None
+    spent_low: float | None
+    spent_high: float | None
 
     @classmethod
-    def read(cls, budgets: list[dict]) -> "Solved | None":
+    def read(cls, budgets: list[dict], ttft_ratio: float | None) -> "Solved | None":
         """Read the records of a row's cells; None if there are none."""
         if not budgets:
             return None
-        spent = [budget["spent"] for budget in budgets]
         solution = {name: value for name, value in budgets[0].items() if name != "spent"}
+        spent = [budget["spent"] for budget in budgets]
+        if "ttft_ratio" in solution["target"]:
+            return cls(solution, ttft_ratio, ttft_ratio, ttft_ratio)
         return cls(solution, statistics.fmean(spent), min(spent), max(spent))
 
     def text(self, digits: str = "") -> str:
-        """Write the option as a user writes it: keep=11."""
-        return f"{self.solution['option']}={self.solution['value']:{digits}}"
+        """Write the option as a user writes it: keep=11, or average=31.5 of budgets that each image has for itself."""
+        option, value = self.solution["option"], self.solution["value"]
+        if isinstance(value, dict):
+            option, value = "average", value["average"]
+        return f"{option}={value:{digits}}"
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,8 @@ class Row:
     scores     : task -> score; a task that is not finished is missing
     relative   : mean over the tasks of the score relative to the unpatched model's; None until every task is finished
     groups     : group of tasks -> the same mean over its tasks
+    vision     : the same mean of the score above the blind model's; None without that row
+    hard       : the same mean over the questions that the row `downsample` of this budget gets wrong
     rank       : by `relative` within the budget; rows share a rank where no difference is significant
     stability  : loyalty, lost and won answers, averaged over the tasks
     cost       : None until a cell is finished
@@ -196,6 +211,8 @@ class Row:
     scores: dict[str, Score] = field(default_factory=dict)
     relative: Estimate | None = None
     groups: dict[str, Estimate] = field(default_factory=dict)
+    vision: Estimate | None = None
+    hard: Estimate | None = None
     rank: int | None = None
     stability: Stability | None = None
     cost: Cost | None = None
@@ -215,6 +232,16 @@ class Row:
             return ", ".join(f"{name}={value}" for name, value in self.budget.items())
         return str(self.budget)
 
+    @property
+    def block(self) -> str:
+        """The budget, whose rows are compared with each other; the unpatched and the blind model stand alone."""
+        alone = self.label == UNPATCHED or self.is_only("blind")
+        return f"{self.label} alone" if alone else self.budget_name
+
+    def is_only(self, method: str) -> bool:
+        """Tell whether the row is a method by itself."""
+        return [stage["method"] for stage in self.stages] == [method]
+
     @classmethod
     def read(cls, entry: dict, cells: list[dict], shape: DecoderShape, timing: dict) -> "Row":
         """Read a row without its scores.
@@ -228,6 +255,8 @@ class Row:
         receipts = [cell["receipt"] for cell in cells]
         label, stages = entry["label"], cells[0]["stages"] if cells else entry["stages"]
         timed = timing and cells and timing_key(label, cells[0]) in timing["settings"]["rows"]
+        times = Times.read(timing["times"][label]) if timed else None
+        solved = [cell["budget"] for cell in cells if "budget" in cell]
         return cls(
             label,
             entry["budget"],
@@ -235,8 +264,8 @@ class Row:
             _provenance(cells),
             cost=Cost.read(cells, shape),
             activity=StageActivity.read(receipts),
-            times=Times.read(timing["times"][label]) if timed else None,
-            solved=Solved.read([cell["budget"] for cell in cells if "budget" in cell]),
+            times=times,
+            solved=Solved.read(solved, None if times is None else times.ttft_ratio),
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
 from vlmslim.leaderboard.comparison import Pair, Stability
+from vlmslim.leaderboard.costs import fronts
 from vlmslim.leaderboard.rows import Cost, Row, Solved, Times
 from vlmslim.leaderboard.scores import Estimate, Score
 from vlmslim.leaderboard.task_groups import GROUPS
@@ -40,9 +41,9 @@ class Table:
 
     def blocks(self) -> list[list[int]]:
         """Return the numbers of the lines, one list for each budget."""
-        blocks: dict[tuple[bool, str], list[int]] = {}
+        blocks: dict[str, list[int]] = {}
         for number, row in enumerate(self.rows):
-            blocks.setdefault((row.label == UNPATCHED, row.budget_name), []).append(number)
+            blocks.setdefault(row.block, []).append(number)
         return list(blocks.values())
 
 
@@ -60,14 +61,21 @@ def tables(board: Leaderboard) -> list[Table]:
 
 def score_columns(board: Leaderboard) -> list[Column]:
     """Build the columns of scores, of the average relative to the unpatched model's, and of the rank."""
-    columns = name_columns(board.rows)
+    columns = [*name_columns(board.rows), positions_column(board.rows)]
     for task in board.tasks:
         scale = board.scale(task)
         texts = [score_text(row.scores.get(task), scale) for row in board.rows]
         columns.append(Column(task, texts, board.medals(task), task))
-    relative = [with_interval(row.relative) for row in board.rows]
-    rank = [NOTHING if row.rank is None else str(row.rank) for row in board.rows]
-    return [*columns, Column("average, % of unpatched", relative, board.medals(None)), Column("rank", rank)]
+    averages = {
+        "unpatched": ("average, % of unpatched", [row.relative for row in board.rows]),
+        "vision-retained": ("vision-retained, %", [row.vision for row in board.rows]),
+        "hard": ("hard subset, % of unpatched", [row.hard for row in board.rows]),
+    }
+    for kind, (name, values) in averages.items():
+        if kind == "unpatched" or any(values):
+            medals = board.medals(None) if kind == board.ranked_by else {}
+            columns.append(Column(name, list(map(with_interval, values)), medals))
+    return [*columns, Column("rank", [NOTHING if row.rank is None else str(row.rank) for row in board.rows])]
 
 
 def cost_columns(board: Leaderboard) -> list[Column]:
@@ -88,7 +96,7 @@ def cost_columns(board: Leaderboard) -> list[Column]:
     return [
         *name_columns(rows),
         *_solved_columns(rows),
-        cost("tokens requested", lambda cost: number(cost.requested, 1, 1)),
+        cost("nominal tokens", lambda cost: number(cost.nominal, 1, 1)),
         cost("tokens kept", kept_text),
         cost("equivalent tokens", lambda cost: number(cost.equivalent, 1, 1)),
         Column(f"prefill {flops_name}", prefill),
@@ -97,8 +105,14 @@ def cost_columns(board: Leaderboard) -> list[Column]:
         times("decode ms/token", lambda times: _with_ratio(times.decode_ms, times.decode_ratio, 2)),
         cost("selection ms", lambda cost: number(cost.selection_ms, 1, 2)),
         cost(f"KV cache {size_name}", lambda cost: number(cost.kv_bytes / size, 1, 1)),
-        Column("Pareto front", ["both" if len(r.pareto) == 2 else ", ".join(r.pareto) or NOTHING for r in rows]),
+        Column("Pareto front", _front_texts(rows)),
     ]
+
+
+def _front_texts(rows: list[Row]) -> list[str]:
+    """Name the costs by which each row is on the Pareto front."""
+    every = fronts(rows)
+    return ["all" if len(every) > 1 and row.pareto == every else ", ".join(row.pareto) or NOTHING for row in rows]
 
 
 def against_unpatched(board: Leaderboard) -> Table | None:
@@ -156,6 +170,12 @@ def between_methods(board: Leaderboard) -> list[Table]:
 def name_columns(rows: list[Row]) -> list[Column]:
     """Build the two columns that identify a row."""
     return [Column("method", list(map(_name, rows))), Column("budget", [row.budget_name for row in rows])]
+
+
+def positions_column(rows: list[Row]) -> Column:
+    """Build the column of the rotary positions that the language model saw; nothing where nothing was dropped."""
+    known = [NOTHING if row.cost is None or row.label == UNPATCHED else row.cost.positions for row in rows]
+    return Column("positions", known)
 
 
 def _name(row: Row) -> str:
@@ -234,8 +254,9 @@ def kept_text(cost: Cost) -> str:
 
 
 def _spent(solved: Solved) -> str:
-    """Write what the tasks cost; a share of the FLOPs is below one and needs more digits."""
-    digits = 3 if "flops_ratio" in solved.solution["target"] else 1
+    """Write what the tasks cost; a share is at most one and needs more digits."""
+    (wanted,) = solved.solution["target"].values()
+    digits = 3 if wanted <= 1 else 1
     return _with_range(*(number(value, 1, digits) for value in (solved.spent, solved.spent_low, solved.spent_high)))
 
 

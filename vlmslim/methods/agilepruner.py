@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
+from vlmslim.ops.effective_rank import effective_rank
 from vlmslim.ops.greedy import Rows, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
 
@@ -29,8 +30,6 @@ class AgilePruner(ScoredSelection):
     implementations; singular values are those of centred projected tokens of a crop or frame.
 
     keep      : visual tokens to keep per image, a count or a share
-    adapt     : let the budget of an image grow with its effective rank: `keep` x erank / average, between half and
-                twice of `keep`. Ours, not the paper's; the mean stays at `keep` only if `average` fits the data
     average   : effective rank of an average image; 90 for the projected tokens of LLaVA-1.5
     slope     : growth of the distance with the place
     limit     : the largest distance that is struck out
@@ -42,7 +41,6 @@ class AgilePruner(ScoredSelection):
     """
 
     keep: Keep = 0.111
-    adapt: bool = False
     average: float = 90.0
     slope: float = 0.01
     limit: float = 0.25
@@ -60,18 +58,6 @@ class AgilePruner(ScoredSelection):
         for name in ("slope", "limit", "threshold"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name}={value}: a cosine distance is not negative")
-
-    def requested(self, n: int) -> int | None:
-        """Return the budget, or None if images decide."""
-        return None if self.adapt else super().requested(n)
-
-    def budget(self, image: ImageTokens) -> int:
-        """Return the budget of an image, by its effective rank with `adapt`."""
-        n, k = len(image.features), super().budget(image)
-        if not self.adapt or k == n:
-            return k
-        patches = image.features[image.grid[:, 0] >= 0]
-        return adapted(k, n, effective_rank(patches[None]).item(), self.average)
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return features and attention."""
@@ -99,22 +85,6 @@ class _Walk:
 
     def add(self, pick: Tensor) -> None:
         self.struck = self.struck | (self.distance_to(pick) < self.reach.gather(1, pick[:, None]))
-
-
-@full_precision
-def effective_rank(x: Tensor) -> Tensor:
-    """Compute the effective rank of the tokens of each image, without their mean: (b, n, d) -> (b,)."""
-    x = x - x.mean(1, keepdim=True)
-    x = x if x.shape[1] < x.shape[2] else x.transpose(1, 2)  # the smaller product has the same spectrum
-    gram = torch.stack([own @ own.T for own in x.double()])
-    value = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    part = value / value.sum(1, keepdim=True).clamp(min=1e-300)
-    return torch.special.entr(part).sum(1).exp().float()
-
-
-def adapted(k: int, n: int, rank: float, average: float) -> int:
-    """Return the budget of an image of n tokens with a given effective rank, if k is that of an average image."""
-    return min(max(round(k * rank / average), max(1, k // 2)), min(n, 2 * k))
 
 
 @full_precision

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressor, Keep, LayerInput, check_choices, check_keep, check_layer, resolve_keep
+from vlmslim.compressor import Compressor, LayerInput, check_choices, check_keep, check_layer, resolve_keep
 from vlmslim.engine.families import final_norm
 from vlmslim.ops.ranking import full_precision
 
@@ -37,7 +37,7 @@ class DART(Compressor):
 
     budget_options: ClassVar = ("keep", "layer")
 
-    keep: Keep
+    keep: int | float
     mode: str = "corrected"
     layer: int | float = 2
     pivots: Sequence[int] = (4, 4)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vlmslim.compressor import (
     Compressor,
-    Keep,
     LayerInput,
     check_choices,
     check_keep,
@@ -37,7 +36,7 @@ class Schedule(Compressor):
     budget_options: ClassVar = ()
 
     layer: Sequence[int | float] = (0.25, 0.5, 0.75)
-    counts: Sequence[Keep] = (0.5, 0.25, 0.125)
+    counts: Sequence[int | float] = (0.5, 0.25, 0.125)
     by: str = "attention"
     seed: int = 0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, check_choices, check_keep, resolve_keep
 from vlmslim.engine.families import has_cls
 from vlmslim.saving.trained import load_part
 
@@ -102,7 +102,7 @@ class TokenFlex(Compressor):
     probabilities : how often each of `counts` is drawn
     """
 
-    keep: Keep = 256
+    keep: int | float = 256
     weights: str = ""
     pool: str = "resize"
     expansion: int = 3

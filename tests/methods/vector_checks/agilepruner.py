@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.agilepruner import adapted, effective_rank, walk
+from vlmslim.methods.agilepruner import walk
+from vlmslim.ops.effective_rank import adapted, effective_rank
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
