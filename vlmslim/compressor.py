@@ -122,7 +122,8 @@ class Compressed:
                take; None then means the first k. Slots decide which rotary position a token keeps under
                `positions="original"`
     into     : for methods that merge, a function that returns (n,), the one of the k tokens into which each of the
-               image's n went, -1 for none. Only pictures call it. Without it each token is the one at `index`
+               image's n went, -1 for none. Without it each token is the one at `index`. Pictures call it, and models
+               that add features of their tower after decoder layers (DeepStack), which are then averaged alike
     """
 
     features: Tensor | None
@@ -217,29 +218,29 @@ class ImageTokens:
         return self.patches[0] or int(self.tower.shape[1] ** 0.5)
 
     @classmethod
-    def joined(cls, views: "list[ImageTokens]") -> "ImageTokens":
-        """Make one picture of its views, tiles first and the thumbnail last. The thumbnail becomes crop 0."""
+    def joined(cls, views: "list[ImageTokens]", thumbnail: int = -1) -> "ImageTokens":
+        """Make one picture of its views. The thumbnail, the last view (-1) or the first one (0), becomes crop 0."""
+        to_front = -thumbnail
 
         def make_grid() -> Tensor:
-            crops = [*range(1, len(views)), 0]
+            crops = [(i + to_front) % len(views) for i in range(len(views))]
             return torch.cat([v.grid + v.grid.new_tensor([i, 0, 0]) for i, v in zip(crops, views, strict=True)])
 
-        def all_of(name: str) -> Tensor:
-            return torch.cat([getattr(view, name) for view in views])
+        def crops_of(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts).roll(to_front, 0)
 
         def heads(layer: int, part: int) -> Tensor:
-            return torch.cat([view.recorded_heads[layer][part] for view in views]).roll(1, 0)
+            return crops_of([view.recorded_heads[layer][part] for view in views])
 
-        tower, pixels = all_of("tower").roll(1, 0), all_of("pixels").roll(1, 0)  # crop 0 is the thumbnail
         layers = {
-            i: (layer, torch.cat([view.recorded_layers[i][1] for view in views]).roll(1, 0))
+            i: (layer, crops_of([view.recorded_layers[i][1] for view in views]))
             for i, (layer, _) in views[0].recorded_layers.items()
         }
         return replace(
             views[0],
-            features=all_of("features"),
-            tower=tower,
-            pixels=pixels,
+            features=torch.cat([view.features for view in views]),
+            tower=crops_of([view.tower for view in views]),
+            pixels=crops_of([view.pixels for view in views]),
             make_grid=make_grid,
             recorded_layers=layers,
             recorded_heads={i: (heads(i, 0), heads(i, 1)) for i in views[0].recorded_heads},

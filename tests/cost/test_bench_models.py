@@ -9,6 +9,7 @@ from doubles import Rule
 from snapshots import changes, model_state
 from tiny import BACKENDS, FAMILIES, lengths, tiny
 from transformers import AutoModelForImageTextToText
+from zoo import ZOO, build
 
 import vlmslim
 from vlmslim.cost.bench.ideal import ideal
@@ -16,6 +17,8 @@ from vlmslim.cost.bench.prompt import SyntheticPrompt
 from vlmslim.cost.bench.shapes import SHAPES, random_model, shape_config
 from vlmslim.cost.timing import time_generation
 from vlmslim.engine.families import kv_cache
+
+FEW = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
 
 
 @dataclass
@@ -86,8 +89,36 @@ def test_prompts_have_the_size_they_say(family):
         SyntheticPrompt.make(model, text_tokens=1)
 
 
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+@torch.inference_mode()
+def test_prompts_and_the_ideal_of_other_families(name):
+    """Every image of the prompt is one picture for vlmslim; the ideal has the lengths asked for and leaves no trace."""
+    model = build(name)
+    prompt = SyntheticPrompt.make(model, batch=2, images=2, text_tokens=9, image_size=(64, 48))
+    n, options = prompt.tokens, dict(do_sample=False, return_dict_in_generate=True)
+    with vlmslim.patch(model, "none") as slim:
+        model(**prompt.inputs())
+        assert slim.receipt.summary()["visual_tokens_range"] == [n, n] and slim.receipt.images == 4
+    model.generate(**prompt.inputs(), max_new_tokens=2, **options)  # the first generation leaves a trace in the model
+    before, visual = model_state(model), [n, n, n // 2 + 1, n // 2]
+    with ideal(model, prompt, visual) as inputs:
+        bound = model.generate(**inputs, max_new_tokens=4, **options)
+    left = [change for change in changes(before, model_state(model)) if not change.endswith("rope_deltas")]
+    assert left == [], "the offset of positions is upstream's, of the latest forward"
+    assert lengths(kv_cache(bound)) == [v + prompt.text_tokens + 3 for v in visual]
+
+
 #: Parameters of the public checkpoints, in billions.
-PARAMETERS = {"llava-1.5-7b": 7.063, "llava-1.5-13b": 13.351, "llava-next-7b": 7.567, "llava-onevision-7b": 8.030}
+PARAMETERS = {
+    "llava-1.5-7b": 7.063,
+    "llava-1.5-13b": 13.351,
+    "llava-next-7b": 7.567,
+    "llava-onevision-7b": 8.030,
+    "qwen2.5-vl-7b": 8.292,
+    "qwen3-vl-8b": 8.767,
+    "internvl3-8b": 7.944,
+    "smolvlm-256m": 0.256,
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from doubles import Everything
 from snapshots import changes, model_state
 from tiny import BACKENDS, FAMILIES, tiny
+from zoo import ZOO, build
 
 import vlmslim
 from vlmslim.cost.bench.prompt import SyntheticPrompt
@@ -25,6 +27,7 @@ from vlmslim.cost.flops import (
 )
 from vlmslim.cost.memory import cache_bytes
 from vlmslim.cost.parts import count_flops
+from vlmslim.cost.vision import TowerShape
 from vlmslim.engine.families import kv_cache
 
 VICUNA_7B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000)
@@ -147,6 +150,44 @@ def test_the_ledger_against_a_flop_counter(family, backend, patch):
     by_hand = {"unpatched": 0, "before": 2 * n * n * d, "inside": 2 * (d * d + 2 * d * 16 + size * d)}
     if patch in by_hand:
         assert counted["method"] == 2 * by_hand[patch]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_ledger_of_other_families_against_a_flop_counter(name):
+    """Windowed and packed towers, patch mergers, features added later, sliding windows; and the bytes of the cache."""
+    model = build(name)
+    prompt = SyntheticPrompt.make(model, text_tokens=TEXT, image_size=(64, 48))
+    length = prompt.visual_tokens + prompt.text_tokens
+    counted = count_flops(model, prompt.inputs())
+    ledger = Ledger.of(model.config, length, crops=prompt.crops, grid=prompt.grid)
+    for part in ("tower", "projector", "language_model", "lm_head"):
+        assert getattr(ledger, part) == pytest.approx(counted[part], rel=0.01), part
+    assert counted["rest"] == 0
+    with torch.inference_mode():
+        cache = kv_cache(model(**prompt.inputs(), use_cache=True))
+    shape = DecoderShape.from_config(model.config)
+    assert cache_bytes(cache) == kv_bytes(shape, length, model.dtype.itemsize)
+
+
+def test_windows_of_a_tower_cut_what_patches_see():
+    """Qwen2.5-VL: a picture of 3 x 2 windows, of which the last column is half as wide."""
+    shape = TowerShape.from_config(shape_config("qwen2.5-vl-7b"))
+    assert (shape.layers, shape.windows, shape.window) == (32, 28, 8)
+    inside = 2 * (3 * 64**2) - 3 * 64**2 + 3 * 32**2
+    assert shape.pairs((1, 24, 12)) == 28 * inside + 4 * (24 * 12) ** 2
+
+
+def test_sliding_windows_of_a_decoder():
+    """They shorten the cache, and what a causal mask counts; kernels do the rest of the work all the same."""
+    full = DecoderShape(layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, mlp=16, vocab=10)
+    slides = replace(full, windows=(4, 0))
+    assert kv_bytes(slides, 10, 1) == 2 * 4 * (3 + 10) and kv_bytes(slides, 3, 1) == kv_bytes(full, 3, 1)
+    assert prefill_flops(slides, 10) == prefill_flops(full, 10)
+    pairs = sum(min(i + 1, 4) for i in range(10)) + sum(i + 1 for i in range(10))
+    by_hand = prefill_flops(full, 10, convention="causal") - 2 * 2 * (2 * 55 - pairs) * 8
+    assert prefill_flops(slides, 10, convention="causal") == by_hand
+    with pytest.raises(ValueError, match=r"any size: give grid=\(frames, rows, columns\)"):
+        tower_flops(shape_config("qwen3-vl-8b"))
 
 
 def test_counting_leaves_a_method_as_it_was():

@@ -10,19 +10,17 @@ from doubles import Both, Halve, Rule, Strided, StridedOriginal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshots import changes, model_state
-from zoo import FILM, QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, renumbered, visual, words
+from zoo import QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, film, renumbered, visual, words
 
 import vlmslim
 from vlmslim.compressor import Compressor
-from vlmslim.cost.bench.prompt import SyntheticPrompt
-from vlmslim.doctor import examine
 from vlmslim.engine.families import FAMILIES, KV_CACHE, encoder_layers, kv_cache
 from vlmslim.engine.layout import closed_up
 from vlmslim.ops.attention import received_attention
 from vlmslim.registry import options_of
 
 IN_FULL = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
-VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next_video")
+VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_next_video")
 
 
 def families(names=ZOO):
@@ -106,7 +104,7 @@ def test_tokens_kept_before_the_language_model(name, method):
 @pytest.mark.parametrize("method", [Strided(), StridedOriginal()], ids=str)
 @torch.no_grad()
 def test_tokens_kept_of_videos(name, method):
-    for row in FILM:
+    for row in film(name):
         check_kept_by_hand(name, row, method)
 
 
@@ -268,11 +266,12 @@ def test_a_batch_equals_its_rows(name, method, padding):
 @torch.no_grad()
 def test_a_batch_of_videos_equals_its_rows(name):
     model = build(name)
-    inputs = batch(name, model, FILM)
+    rows = film(name)
+    inputs = batch(name, model, rows)
     for method in METHODS:
         with patched(model, method):
             together = model(**inputs).logits
-            for i, row in enumerate(FILM):
+            for i, row in enumerate(rows):
                 close(together[i][inputs["attention_mask"][i].bool()], model(**one(name, model, row)).logits[0])
 
 
@@ -333,15 +332,6 @@ def test_an_unsupported_model_is_told_the_nearest_one():
     near = type("Qwen2_6_VLForConditionalGeneration", (Qwen2ForCausalLM,), {})(text.config)
     with pytest.raises(TypeError, match="the nearest supported class is Qwen2_5_VLForConditionalGeneration"):
         vlmslim.patch(near, "none")
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "smolvlm"])
-def test_what_only_llava_has_is_refused_by_name(name):
-    model = build(name)
-    with pytest.raises(ValueError, match="bench makes up prompts for families of square pictures"):
-        SyntheticPrompt.make(model)
-    with pytest.raises(TypeError, match="the doctor cannot examine"):
-        examine(model, None)
 
 
 # --- positions of several numbers -------------------------------------------------------------------------------------

@@ -333,6 +333,17 @@ def _show_tiles(prompt: _Prompt, pic: Pic) -> None:
     prompt.text(END)
 
 
+def _show_parted(prompt: _Prompt, pic: Pic) -> None:
+    """Tiles with a token between them."""
+    coarse = _pixels(pic.seed + 7, _tiles(pic), 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    prompt.add("pixel_values", _pixels(pic.seed, _tiles(pic), 3, 32, 32) + coarse)
+    prompt.text(START)
+    for i in range(_tiles(pic)):
+        prompt.text(*[INDICATORS[i]] * (i > 0))
+        prompt.placeholders(4)
+    prompt.text(END)
+
+
 def _show_mosaic(prompt: _Prompt, pic: Pic) -> None:
     prompt.lists["samples"][-1].append(_pixels(pic.seed, _tiles(pic), 3, 32, 32))
     for i in range(_tiles(pic) - 1):
@@ -376,6 +387,7 @@ def _show_view(prompt: _Prompt, pic: Pic) -> None:
 
 
 _SHOW = dict.fromkeys(QWEN, _show_packed) | dict.fromkeys(MOSAIC, _show_mosaic)
+_SHOW |= dict.fromkeys(("aya_vision", "cohere2_vision", "ovis2"), _show_parted)
 _SHOW |= {"internvl": _show_tiles, "llava_next_video": _show_anyres, "mistral3": _show_pixtral}
 
 
@@ -424,6 +436,12 @@ FILM = [
     [BOS, Pic(6, 32, 32, frames=2), *words(3, 4), Pic(0, 32, 48), *words(4, 3)],
     [BOS, *words(5, 3), Pic(8, 32, 48, frames=3), *words(6, 6)],
 ]
+
+
+def film(name: str) -> list[list]:
+    """Rows with videos, and with pictures beside them where a family can tell them apart."""
+    both = name != "glm4v"  # its frames have the placeholder of pictures
+    return [[x for x in row if both or not isinstance(x, Pic) or x.frames] for row in FILM]
 
 
 def visual(inputs: dict, row: int = 0) -> Tensor:

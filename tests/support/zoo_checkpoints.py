@@ -1,4 +1,7 @@
-"""Tiny random checkpoints of families beyond LLaVA, with real processors, for what goes through lmms-eval."""
+"""Tiny random checkpoints of families beyond LLaVA, with real processors, for what needs prompts and pictures.
+
+SmolVLM is left out: its prompts look like Idefics3's, and its processor needs one more package.
+"""
 
 from pathlib import Path
 
@@ -11,10 +14,15 @@ from vlmslim import bundled
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | upper + ': ' }}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
+    "{% elif part['type'] == 'video' %}{{ 'VIDEO' }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SQUARE = {"height": 32, "width": 32}
+
+
+def _template(image: str, video: str = "") -> str:
+    return TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
 
 
 def _tokenizer(image: str, *more: str, **named: str) -> hf.PreTrainedTokenizerFast:
@@ -30,24 +38,41 @@ def _tokenizer(image: str, *more: str, **named: str) -> hf.PreTrainedTokenizerFa
     return tokenizer
 
 
-def _qwen2_5_vl():
+def _qwen(processor: type, videos: type) -> hf.ProcessorMixin:
     tokenizer = _tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
-    return hf.Qwen2_5_VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(**sizes, min_pixels=64 * 64, max_pixels=64 * 96),
-        video_processor=hf.Qwen2VLVideoProcessor(**sizes),
+    span = "<|vision_start|><|{}_pad|><|vision_end|>"
+    return processor(
+        image_processor=hf.Qwen2VLImageProcessor(**sizes, size=dict(shortest_edge=64 * 64, longest_edge=64 * 96)),
+        video_processor=videos(**sizes, size=dict(shortest_edge=2 * 32 * 32, longest_edge=2 * 64 * 96)),
         tokenizer=tokenizer,
-        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=_template(span.format("image"), span.format("video")),
     )
 
 
-def _idefics3():  # SmolVLM's prompts look alike; its processor needs one more package
+def _glm4v():
+    tokenizer = _tokenizer(
+        "<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>"
+    )
+    sizes = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
+    return hf.Glm4vProcessor(
+        image_processor=hf.Glm4vImageProcessor(**sizes, size=dict(shortest_edge=64 * 64, longest_edge=64 * 96 * 2)),
+        video_processor=hf.Glm4vVideoProcessor(**sizes, size=dict(shortest_edge=32 * 32, longest_edge=8 * 64 * 96)),
+        tokenizer=tokenizer,
+        chat_template=_template(
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+        ),
+    )
+
+
+def _idefics3():
     tokenizer = _tokenizer("<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>")
     places = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
     tokenizer.add_tokens(["<end_of_utterance>", *places], special_tokens=True)
     images = hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    template = TEMPLATE.replace("IMAGE", "<image>")
-    return hf.Idefics3Processor(image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=template)
+    return hf.Idefics3Processor(
+        image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=_template("<image>")
+    )
 
 
 def _internvl():
@@ -63,7 +88,7 @@ def _internvl():
         tokenizer=tokenizer,
         video_processor=hf.InternVLVideoProcessor(size=SQUARE),
         image_seq_length=4,
-        chat_template=TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\\n"),
+        chat_template=_template("<IMG_CONTEXT>\\n"),
     )
 
 
@@ -73,18 +98,113 @@ def _gemma3():
         image_processor=hf.Gemma3ImageProcessor(size=SQUARE),
         tokenizer=tokenizer,
         image_seq_length=4,
-        chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
+        chat_template=_template("<start_of_image>"),
     )
 
 
-PROCESSORS = {"qwen2_5_vl": _qwen2_5_vl, "idefics3": _idefics3, "internvl": _internvl, "gemma3": _gemma3}
+def _llava_next_video():
+    square = dict(size={"shortest_edge": 32}, crop_size=SQUARE)
+    return hf.LlavaNextVideoProcessor(
+        image_processor=hf.LlavaNextImageProcessor(image_grid_pinpoints=zoo._PINPOINTS, **square),
+        video_processor=hf.LlavaNextVideoVideoProcessor(**square),
+        tokenizer=_tokenizer("<image>", "<video>"),
+        patch_size=8,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=_template("<image>\n", "<video>\n"),
+    )
+
+
+def _vipllava():
+    return hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+        tokenizer=_tokenizer("<image>"),
+        patch_size=8,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=_template("<image>\n"),
+    )
+
+
+def _mistral3():
+    return hf.PixtralProcessor(
+        image_processor=hf.PixtralImageProcessor(patch_size=8, size={"longest_edge": 64}),
+        tokenizer=_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        patch_size=8,
+        spatial_merge_size=2,
+        chat_template=_template("[IMG]"),
+    )
+
+
+def _aya_vision():
+    places = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", "<image>"]
+    places += [f"TILE_{i}" for i in range(1, 10)]
+    return hf.AyaVisionProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=4),
+        tokenizer=_tokenizer("<|IMG_PATCH|>", *places),
+        patch_size=8,
+        downsample_factor=2,
+        img_size=32,
+        chat_template=_template("<image>"),
+    )
+
+
+def _cohere2_vision():
+    tokenizer = _tokenizer(
+        "<|IMG_PATCH|>",
+        boi_token="<|START_OF_IMG|>",
+        eoi_token="<|END_OF_IMG|>",
+        img_line_break_token="<|IMG_LINE_BREAK|>",
+    )
+    return hf.Cohere2VisionProcessor(
+        image_processor=hf.Cohere2VisionImageProcessor(size=SQUARE, patch_size=2, max_patches=4),
+        tokenizer=tokenizer,
+        chat_template=_template("<|IMG_PATCH|>"),
+    )
+
+
+def _ovis2():
+    return hf.Ovis2Processor(
+        image_processor=hf.Ovis2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=4),
+        tokenizer=_tokenizer("<image>", "<IMG_ATOM>"),
+        image_seq_length=4,
+        chat_template=_template("<image>"),
+    )
+
+
+PROCESSORS = {
+    "qwen2_vl": lambda: _qwen(hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen2_5_vl": lambda: _qwen(hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+    "qwen3_vl": lambda: _qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+    "glm4v": _glm4v,
+    "idefics3": _idefics3,
+    "internvl": _internvl,
+    "gemma3": _gemma3,
+    "vipllava": _vipllava,
+    "llava_next_video": _llava_next_video,
+    "mistral3": _mistral3,
+    "aya_vision": _aya_vision,
+    "cohere2_vision": _cohere2_vision,
+    "ovis2": _ovis2,
+}
+_QWEN = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 #: Which of the zoo's tokens are which of the tokenizer's.
 TOKENS = {
-    "qwen2_5_vl": {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "glm4v": {
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
     },
     "idefics3": {"image_token_id": "<image>"},
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
@@ -93,6 +213,12 @@ TOKENS = {
         "boi_token_index": "<start_of_image>",
         "eoi_token_index": "<end_of_image>",
     },
+    "vipllava": {"image_token_id": "<image>"},
+    "llava_next_video": {"image_token_id": "<image>", "video_token_id": "<video>"},
+    "mistral3": {"image_token_id": "[IMG]"},
+    "aya_vision": {"image_token_id": "<|IMG_PATCH|>"},
+    "cohere2_vision": {"image_token_id": "<|IMG_PATCH|>"},
+    "ovis2": {"image_token_id": "<IMG_ATOM>"},
 }
 
 

@@ -5,14 +5,16 @@ width `k` (KV heads x head size) and MLP width `m`, does
 
     n (2 d q + 2 d k)  projections        2 n^2 q  attention        3 n d m  MLP        (multiply-adds)
 
-and one multiply-add is two FLOPs. Attention counts in full, without a factor of one half for the causal mask, because
-most kernels do the work. Norms, softmax and activations do not count, as in FLOP counters. `CONVENTIONS` has the other
-ways of counting that papers use, so that their numbers can be reproduced.
+and one multiply-add is two FLOPs. Attention counts in full, without a factor of one half for the causal mask and
+without sliding windows, because most kernels do the work. Norms, softmax and activations do not count, as in FLOP
+counters. `CONVENTIONS` has the other ways of counting that papers use, so that their numbers can be reproduced.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vlmslim.cost.vision import Grid, crop_tokens, projector_multiply_adds, tower_multiply_adds
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Convention:
 
     per_multiply_add : FLOPs of one multiply-add, 1 or 2
     mlp_matrices     : matrices that count in the language model's gated MLP, which has three
-    causal           : attention counts the n (n + 1) / 2 pairs under a causal mask, instead of n^2
+    causal           : attention counts the n (n + 1) / 2 pairs under a causal mask, instead of n^2, and in a layer
+                       with a sliding window only the pairs inside it
     elementwise      : norms, softmax, residual additions and activations count, too
     """
 
@@ -49,7 +52,11 @@ def _convention(name: str) -> Convention:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a language model that decide its cost."""
+    """The sizes of a language model that decide its cost.
+
+    windows : of each layer, the tokens that a sliding window lets a token see, itself included, 0 for all of them;
+              empty if no layer slides
+    """
 
     layers: int
     hidden: int
@@ -58,6 +65,7 @@ class DecoderShape:
     head_dim: int
     mlp: int
     vocab: int
+    windows: Sequence[int] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "DecoderShape":
@@ -72,6 +80,7 @@ class DecoderShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             mlp=config.intermediate_size,
             vocab=config.vocab_size,
+            windows=_windows(config),
         )
 
     def per_layer(self, tokens: float | Sequence[float]) -> list[float]:
@@ -92,7 +101,8 @@ def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Conventi
     d, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     lengths = shape.per_layer(tokens)
     total = sum(lengths)
-    pairs = sum(n * (n + 1) / 2 if how.causal else n * n for n in lengths)
+    windows = shape.windows or [0] * shape.layers
+    pairs = sum(_causal_pairs(n, w) if how.causal else n * n for n, w in zip(lengths, windows, strict=True))
     unit = how.per_multiply_add
     return {
         "projections": unit * total * (2 * d * q + 2 * d * k),
@@ -101,6 +111,18 @@ def _decoder(shape: DecoderShape, tokens: float | Sequence[float], how: Conventi
         # as LLM-Viewer counts: two norms of 7 per element, 2 residual sums, 2 per activation; 5 per softmax element
         "elementwise": (18 * d * total + 5 * shape.heads * pairs) if how.elementwise else 0,
     }
+
+
+def _windows(config: Any) -> tuple[int, ...]:
+    types = getattr(config, "layer_types", None) or ()
+    windows = tuple(config.sliding_window if kind == "sliding_attention" else 0 for kind in types)
+    return windows if any(windows) else ()
+
+
+def _causal_pairs(n: float, window: int) -> float:
+    """Count the pairs of n tokens under a causal mask, each of which sees itself and what a window shows before it."""
+    seen = min(n, window or n)
+    return seen * (seen + 1) / 2 + (n - seen) * seen
 
 
 def prefill_flops(
@@ -126,49 +148,43 @@ def _lm_head(shape: DecoderShape, positions: int, how: Convention) -> float:
     return how.per_multiply_add * positions * shape.hidden * shape.vocab
 
 
-def tower_flops(config: Any, *, crops: int = 1, convention: str = "flops") -> float:
-    """Count the FLOPs of a CLIP or SigLIP vision tower for `crops` crops: all layers and the patch embedding.
+def tower_flops(config: Any, *, crops: int = 1, grid: Grid | None = None, convention: str = "flops") -> float:
+    """Count the FLOPs of a vision tower for `crops` crops: all layers and the patch embedding.
 
-    All layers count, and the pooling head of a SigLIP that has one, because transformers runs them even if the
-    projector reads an earlier layer. Under every convention the MLP has two matrices and attention no causal mask.
+    Under every convention attention has no causal mask, and all matrices of an MLP count. `vlmslim.cost.vision` has
+    the details.
+
+    Args:
+        config: of a model, or of its tower.
+        crops: crops, or images, as they enter the tower.
+        grid: frames, rows and columns of patches of an image, for a tower that takes any size.
+        convention: a key of `CONVENTIONS`.
+
+    Raises:
+        ValueError: unknown convention, or no grid for a tower that takes any size.
     """
-    config = getattr(config, "vision_config", config)
-    siglip = "siglip" in config.model_type
-    d, m = config.hidden_size, config.intermediate_size
-    patches = (config.image_size // config.patch_size) ** 2
-    n = patches if siglip else patches + 1  # CLIP puts a CLS token in front
-    embedding = patches * d * config.num_channels * config.patch_size**2
-    layers = config.num_hidden_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-    pooling = 0
-    if siglip and getattr(config, "vision_use_head", True):  # one query attends to all patches
-        pooling = 2 * d * d + 2 * n * d * d + 2 * n * d + 2 * d * m
-    return _convention(convention).per_multiply_add * crops * (embedding + layers + pooling)
+    return _convention(convention).per_multiply_add * crops * tower_multiply_adds(config, grid)
 
 
 def projector_flops(config: Any, visual_tokens: float, *, convention: str = "flops") -> float:
-    """Count the FLOPs of a LLaVA's two-layer MLP projector for `visual_tokens` tokens (before compression)."""
-    levels = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(levels, int) else len(levels))
-    d = config.text_config.hidden_size
-    return _convention(convention).per_multiply_add * visual_tokens * (width * d + d * d)
-
-
-def crop_tokens(config: Any) -> int:
-    """Count the tokens that one crop brings to the projector."""
-    vision = config.vision_config
-    cls = "siglip" not in vision.model_type and config.vision_feature_select_strategy == "full"
-    return (vision.image_size // vision.patch_size) ** 2 + cls
+    """Count the FLOPs of a model's projector for `visual_tokens` tokens (before compression)."""
+    return _convention(convention).per_multiply_add * visual_tokens * projector_multiply_adds(config)
 
 
 def kv_bytes(shape: DecoderShape, tokens: float | Sequence[float], bytes_per_number: int = 2) -> float:
     """Count the bytes of one prompt's KV cache: keys and values of the tokens that each layer caches, without padding.
+
+    A layer with a sliding window of w tokens keeps the last w - 1, because the next token brings its own.
 
     Args:
         shape: sizes of the language model.
         tokens: text and visual tokens in each layer's cache, one number per layer, or one for all of them.
         bytes_per_number: 2 for float16 and bfloat16, 4 for float32 (`dtype.itemsize`).
     """
-    return 2 * shape.kv_heads * shape.head_dim * bytes_per_number * sum(shape.per_layer(tokens))
+    lengths = shape.per_layer(tokens)
+    if shape.windows:
+        lengths = [min(n, w - 1) if w else n for n, w in zip(lengths, shape.windows, strict=True)]
+    return 2 * shape.kv_heads * shape.head_dim * bytes_per_number * sum(lengths)
 
 
 def equivalent_tokens(per_layer: Sequence[float]) -> float:
@@ -203,16 +219,18 @@ class Ledger:
         tokens: float | Sequence[float],
         *,
         crops: int = 1,
+        grid: Grid | None = None,
         method: float = 0.0,
         convention: str = "flops",
         lm_head_positions: int = 1,
     ) -> "Ledger":
-        """Count one prompt of a LLaVA.
+        """Count one prompt.
 
         Args:
-            config: the config of the LLaVA.
+            config: the config of the model.
             tokens: text and visual tokens that each decoder layer processes, one number per layer, or one for all.
             crops: crops (or frames) of all images of the prompt, as they enter the tower.
+            grid: frames, rows and columns of patches of an image, for a tower that takes any size.
             method: FLOPs of the method, two per multiply-add.
             convention: a key of `CONVENTIONS`.
             lm_head_positions: positions that go through the LM head.
@@ -223,8 +241,8 @@ class Ledger:
         how, shape = _convention(convention), DecoderShape.from_config(config)
         return cls(
             convention=convention,
-            tower=tower_flops(config, crops=crops, convention=convention),
-            projector=projector_flops(config, crops * crop_tokens(config), convention=convention),
+            tower=tower_flops(config, crops=crops, grid=grid, convention=convention),
+            projector=projector_flops(config, crops * crop_tokens(config, grid), convention=convention),
             method=method * how.per_multiply_add / 2,
             lm_head=_lm_head(shape, lm_head_positions, how),
             **_decoder(shape, tokens, how),

@@ -9,7 +9,7 @@ import torch
 from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from vlmslim.engine.families import language_model, projector, tower
+from vlmslim.engine.families import encoder, language_model, projector
 
 PARTS = ("tower", "projector", "method", "language_model", "lm_head", "rest")
 
@@ -22,7 +22,7 @@ def count_flops(model: Any, inputs: Mapping) -> dict[str, int]:
     as the projector. The engine's work with the answers of a method (gathering tokens, masks) is the language model's.
 
     Args:
-        model: a LLaVA, patched or not.
+        model: patched or not.
         inputs: inputs of one forward; a batch is counted as a whole.
     """
     with flop_counter() as counter, _FlopsByPart(model, counter.get_total_flops) as parts:
@@ -55,7 +55,7 @@ class _FlopsByPart:
     def __enter__(self) -> "_FlopsByPart":
         core = self.model.model
         modules = {
-            "tower": tower(core),
+            "tower": encoder(core),
             "projector": projector(core),
             "language_model": language_model(core),
             "lm_head": self.model.lm_head,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -15,29 +14,13 @@ from vlmslim.doctor.checks import CHECKS, FACTOR, NotApplicable, Subject
 from vlmslim.doctor.prompts import LONG, Prompts, why_no_video
 from vlmslim.doctor.report import Finding, Report
 from vlmslim.doctor.runs import UnpatchedRun, clone_sharing_weights
-from vlmslim.engine.families import FAMILIES, family_of
+from vlmslim.engine.families import family_of
 from vlmslim.patching import Method, Slim, check_unpatched, patch
 from vlmslim.registry import BrokenMethod, build, is_method_name, label, method_names, options_of, parse_method
 
 SHARE = 0.25  # of the visual tokens, which a method keeps if nobody says otherwise
 #: How a method says that it does not go with a checkpoint, or that something which it needs is missing.
 _REFUSALS = ValueError, ImportError, OSError
-
-
-def check_examinable(model: Any) -> None:
-    """Refuse a family whose language model the doctor cannot compute by hand.
-
-    Raises:
-        TypeError: positions of several numbers, masks by layer type, or pictures of any size.
-    """
-    family = family_of(model)
-    square = isinstance(getattr(model.config.vision_config, "image_size", None), int)
-    if family.units not in ("crops", "anyres") or family.masks_by_type or not square:
-        known = [f.model_type for f in FAMILIES.values() if f.units in ("crops", "anyres") and not f.masks_by_type]
-        raise TypeError(
-            f"the doctor cannot examine {family.name} yet, whose positions, masks or pictures it does not compute by "
-            f"hand; it examines {', '.join(known)}. vlmslim's own tests compare this family with its unpatched model"
-        )
 
 
 def examine(
@@ -51,7 +34,7 @@ def examine(
     """Run every check on every method.
 
     Args:
-        model: an unpatched LLaVA in evaluation mode, on any device and in any dtype. It is left as it was, if the
+        model: an unpatched model in evaluation mode, on any device and in any dtype. It is left as it was, if the
             methods leave it so.
         processor: its processor.
         methods: each is anything that `vlmslim.patch` takes. By default all registered methods at the budget `keep`;
@@ -64,14 +47,13 @@ def examine(
         The findings.
 
     Raises:
-        TypeError: the doctor does not know the family's prompts and masks.
         TypeError, ValueError, RuntimeError: `vlmslim.patch` refuses the model or a method that was asked for. Another
             error in a method's `setup` is a finding.
         ValueError: `keep` means nothing, or a method is asked for more tokens than a picture of the prompts has.
         ValueError: the model is in training mode, answers with numbers that are not finite, or its tokenizer has no
             padding token.
     """
-    check_examinable(model)
+    family_of(model)  # refuses what is no supported family
     check_unpatched(model)
     if model.training:
         raise ValueError("the model is in training mode, in which dropout makes two runs differ; call model.eval()")

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmslim.engine.families import family_of
+from vlmslim.engine.families import family_of, images_of_prompts, merge
 
 
 @dataclass(frozen=True)
 class Turn:
     """What the user says in one turn.
 
-    pictures : (width, height) of each, in sides of the vision tower's image
+    pictures : (width, height) of each, in units of `picture_side`
     frames   : of a video; 0 for none
     """
 
@@ -63,7 +63,17 @@ def why_no_video(model: PreTrainedModel, processor: ProcessorMixin) -> str | Non
         return f"{type(model).__name__} takes no videos"
     if getattr(processor, "video_processor", None) is None:
         return f"{type(processor).__name__} was loaded without a video processor"
+    if family_of(model).video_token == "image_token_id":
+        return f"{type(model).__name__} takes no batch with pictures and videos, because both have one placeholder"
     return None
+
+
+def picture_side(model: Any) -> int:
+    """Return the pixels of a picture's side: those that the tower sees, or 8 tokens' worth if it sees any size."""
+    vision = model.config.vision_config
+    if family_of(model).units == "packed":
+        return 8 * vision.patch_size * merge(model.model)
+    return vision.image_size if isinstance(vision.image_size, int) else max(vision.image_size)
 
 
 class Prompts:
@@ -89,7 +99,7 @@ class Prompts:
         self.model, self.processor, self.videos = model, processor, videos
         last = (VIDEO,) if videos else ()
         self.batch, self.pictured = (0, 1, 2, *last), (0, 1, *last)
-        side = model.config.vision_config.image_size
+        side = picture_side(model)
         self._pictures: list[list[Image.Image]] = []
         self._videos: list[list[np.ndarray]] = []
         self._texts: list[str] = []
@@ -136,9 +146,11 @@ class Prompts:
         return torch.isin(ids, ids.new_tensor(media))
 
     def _encode(self, rows: tuple[int, ...], side: str) -> dict[str, Tensor]:
-        images = [self._pictures[i] for i in rows if self._pictures[i]]
+        images = images_of_prompts(self.processor, [self._pictures[i] for i in rows])
         videos = [video for i in rows for video in self._videos[i]]
-        media = {name: found for name, found in (("images", images), ("videos", videos)) if found}
+        media: dict[str, Any] = {name: x for name, x in (("images", images), ("videos", videos)) if x}
+        if videos:
+            media["do_sample_frames"] = False
         text = [self._texts[i] for i in rows]
         encoded = self.processor(text=text, **media, padding=True, padding_side=side, return_tensors="pt")
         return dict(encoded.to(self.model.device, self.model.dtype))

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, Retained
 from vlmslim.doctor.prompts import LONG, Prompts
-from vlmslim.engine.families import language_model
+from vlmslim.engine.families import family_of, language_model, layer_type, rotary
 from vlmslim.patching import Slim
 
 
@@ -28,12 +28,14 @@ class Sent:
     features : (k, d) the tokens that the method sends to the language model
     index    : (k,) their slots among the image's n, ascending; None means the first k
     crops    : crops of the image, or frames of the video
+    into     : `Compressed.into`, called
     """
 
     before: Tensor
     features: Tensor
     index: Tensor | None
     crops: int
+    into: Tensor | None = None
 
     @property
     def copies(self) -> int:
@@ -54,11 +56,12 @@ class Sent:
     def of(cls, image: ImageTokens, before: Tensor, result: Compressed) -> "Sent":
         """Copy what a method returned for an image whose features were `before` (n, d)."""
         crops, index = len(image.tower), result.index
+        into = None if result.into is None else result.into()
         if index is None:
-            return cls(before, result.vectors(image).detach().clone(), None, crops)
+            return cls(before, result.vectors(image).detach().clone(), None, crops, into)
         if result.features is None:
             return cls(before, before[index], index.sort().values, crops)
-        return cls(before, result.features.detach().clone(), index.clone(), crops)
+        return cls(before, result.features.detach().clone(), index.clone(), crops, into)
 
 
 @dataclass
@@ -148,31 +151,61 @@ def noted(slim: Slim | None) -> Iterator[Notes]:
 class _Entered(Exception):
     """Ends a forward at the entrance of the language model, whose layers need not run."""
 
-    def __init__(self, embeds: Tensor):
-        self.embeds = embeds
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What enters the language model of a prompt of L tokens, and what the model adds to it later.
+
+    embeds   : (L, d)
+    visual   : (L,) bool, True at visual tokens
+    position : (axes, L) rotary positions, which have one number or several
+    added    : of decoder layers 0, 1, ..., (L, d) what the model adds after the layer (DeepStack); 0 at text
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    position: Tensor
+    added: list[Tensor]
+
+    @classmethod
+    def of(cls, visual: Tensor, arguments: dict[str, Any]) -> "Prompt":
+        """Read the arguments of a language model's forward."""
+        embeds, position = arguments["inputs_embeds"][0].clone(), arguments.get("position_ids")
+        if position is None:
+            position = torch.arange(len(embeds), device=embeds.device)[None]
+        position = position[:, 0] if position.ndim == 3 else position[:1]
+        added = []
+        for features in arguments.get("deepstack_visual_embeds") or []:
+            everywhere = torch.zeros_like(embeds)
+            everywhere[arguments["visual_pos_masks"][0]] = features.to(embeds)
+            added.append(everywhere)
+        return cls(embeds, visual, position, added)
 
 
 class Reference:
     """An unpatched model that the doctor computes by hand.
 
-    embeds : by row of the prompts, (L, d), the embeddings that enter its language model
+    prompts : by row
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Prompts):
         self.model: Any = model
-        self.prompts = prompts
-        self.embeds = {row: self._embeds(row) for row in (*prompts.pictured, LONG)}
+        self.by_type = family_of(model).masks_by_type
+        self.prompts = {row: self._prompt(prompts, row) for row in (*prompts.pictured, LONG)}
 
     @torch.no_grad()
-    def _embeds(self, row: int) -> Tensor:
+    def _prompt(self, prompts: Prompts, row: int) -> Prompt:
         def stop(lm: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _Entered(kwargs["inputs_embeds"][0].clone())
+            raise _Entered(kwargs)
 
         hook = language_model(self.model.model).register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.prompts.inputs((row,)), use_cache=False)
+            self.model(**prompts.inputs((row,)), use_cache=False)
         except _Entered as entered:
-            return entered.embeds
+            return Prompt.of(prompts.visual(row), entered.arguments)
         finally:
             hook.remove()
         raise RuntimeError("the language model was not called")
@@ -201,52 +234,127 @@ class Reference:
         Raises:
             ValueError: the engine showed the method other tokens than there are.
         """
-        lm, length, steps = language_model(self.model.model), len(self.embeds[row]), answer.shape[1]
-        embeds, image = self._entrance(row, notes)
-        origin = torch.cat([(image >= 0).nonzero()[:, 0], torch.arange(length, length + steps, device=image.device)])
-        position = torch.arange(len(origin), device=origin.device) if renumbered else origin
+        prompt, lm, steps = self.prompts[row], language_model(self.model.model), answer.shape[1]
+        length = len(prompt.embeds)
+        embeds, image, added = _entrance(prompt, notes)
+        position, end = prompt.position, prompt.position.max() + 1
+        if renumbered:
+            position, fall = close_gaps(position, image >= 0, prompt.visual)
+            end = end - fall
+        steps_on = torch.arange(steps, device=image.device)
+        origin = torch.cat([(image >= 0).nonzero()[:, 0], length + steps_on])
+        position = torch.cat([position, (end + steps_on).expand(len(position), -1)], dim=1)[:, origin]
         image = torch.cat([image, image.new_zeros(steps)])[origin]
         x = torch.cat([embeds, lm.embed_tokens(answer[0])])[origin][None]
-        mask, rope = create_causal_mask(lm.config, x, None, None), lm.rotary_emb(x, position_ids=position[None])
+        blocks = self._blocks(prompt.visual, steps)
+        made: dict[str, tuple[Any, Any]] = {}  # masks and rotations, by the type of the layer
         for i, layer in enumerate(lm.layers):
             if i in notes.kept:
                 stay = _stay(i, notes, origin[:-steps], image[:-steps])
                 stay = torch.cat([stay, stay.new_ones(steps)])
                 if i in notes.states:
-                    made = torch.cat([notes.states[i].to(x), x[:, -steps:]], dim=1)
-                    x = torch.where(image[:, None] > 0, made, x)
+                    states = torch.cat([notes.states[i].to(x), x[:, -steps:]], dim=1)
+                    x = torch.where(image[:, None] > 0, states, x)
                 if i in closing:
-                    position = position - (~stay).cumsum(0)
-                x, position, origin, image = x[:, stay], position[stay], origin[stay], image[stay]
-                mask = create_causal_mask(lm.config, x, None, None)
-                rope = lm.rotary_emb(x, position_ids=position[None])
+                    position, _ = close_gaps(position, stay, image > 0)
+                x, position, origin, image = x[:, stay], position[:, stay], origin[stay], image[stay]
+                made = {}
+            if (kind := layer_type(lm, i)) not in made:
+                at = position if len(position) == 1 else position[:, None]
+                made[kind] = _mask(lm, kind, x, None if blocks is None else blocks[origin]), rotary(lm, i, x, at)
+            mask, rope = made[kind]
             out = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None)
             x = out[0] if isinstance(out, tuple) else out
+            if i < len(added):
+                x = x + nn.functional.pad(added[i], (0, 0, 0, steps))[origin]
         places = torch.arange(int(origin[0]), length + steps, device=origin.device)
         source = torch.searchsorted(origin, places, right=True) - 1
         return places, self.model.lm_head(lm.norm(x))[0, source].float()
 
-    def _entrance(self, row: int, notes: Notes) -> tuple[Tensor, Tensor]:
-        """Put the tokens that the method sent into the prompt's embeddings (L, d).
+    def _blocks(self, visual: Tensor, steps: int) -> Tensor | None:
+        """Return (L + T,) a number for each run of visual tokens, which see each other both ways, and -1 at text.
 
-        Also returns (L,): -1 at dropped tokens, 0 at text, i at the tokens of the i-th image.
+        None if all tokens see only what is before them.
         """
-        embeds, visual = self.embeds[row].clone(), self.prompts.visual(row)
-        image = visual.long()
-        if not notes.sent:
-            return embeds, image
-        columns = visual.nonzero()[:, 0]
-        sizes = [len(sent.before) for sent in notes.sent]
-        if len(columns) != sum(sizes):
-            raise ValueError(
-                f"the engine showed the method {sum(sizes)} visual tokens, but the prompt has {len(columns)}"
-            )
-        for i, (sent, own) in enumerate(zip(notes.sent, columns.split(sizes), strict=True), start=1):
-            slots = own[: len(sent)] if sent.index is None else own[sent.index.to(own.device)]
-            image[own] = -1
-            image[slots] = i
-            embeds[slots] = sent.features.to(embeds)
-        return embeds, image
+        if not self.by_type:
+            return None
+        begins = visual & ~nn.functional.pad(visual, (1, 0))[:-1]
+        return nn.functional.pad((begins.cumsum(0) - 1).where(visual, -1), (0, steps), value=-1)
+
+
+def _entrance(prompt: Prompt, notes: Notes) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Put the tokens that the method sent into the prompt's embeddings (L, d).
+
+    Returns:
+        The embeddings (L, d); (L,) -1 at dropped tokens, 0 at text, i at the tokens of the i-th image; and
+        `Prompt.added`, of the tokens that the method sent.
+    """
+    embeds, image, added = prompt.embeds.clone(), prompt.visual.long(), [x.clone() for x in prompt.added]
+    if not notes.sent:
+        return embeds, image, added
+    columns = prompt.visual.nonzero()[:, 0]
+    sizes = [len(sent.before) for sent in notes.sent]
+    if len(columns) != sum(sizes):
+        raise ValueError(f"the engine showed the method {sum(sizes)} visual tokens, but the prompt has {len(columns)}")
+    for i, (sent, own) in enumerate(zip(notes.sent, columns.split(sizes), strict=True), start=1):
+        slots = own[: len(sent)] if sent.index is None else own[sent.index.to(own.device)]
+        image[own] = -1
+        image[slots] = i
+        embeds[slots] = sent.features.to(embeds)
+        if sent.into is not None:
+            groups = [(sent.into == j).to(own.device) for j in range(len(sent))]
+            for x in added:
+                x[slots] = torch.stack([x[own[group]].sum(0) / max(1, int(group.sum())) for group in groups])
+    return embeds, image, added
+
+
+def close_gaps(position: Tensor, keep: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Close the gaps that dropped tokens leave in rotary positions, run by run of visual tokens and axis by axis.
+
+    A coordinate that no kept token of the run has vanishes. What follows the run moves down by what the run lost in
+    height or in width, whichever is longer. Where positions have one number, this counts the kept tokens.
+
+    Args:
+        position: (axes, L).
+        keep: (L,) True at tokens that stay.
+        visual: (L,) True at visual tokens.
+
+    Returns:
+        The positions (axes, L), and how far what follows the prompt moves down.
+    """
+    closed, fall, start = position.clone(), position.new_zeros(()), 0
+    for is_visual, size in zip(*(x.tolist() for x in visual.unique_consecutive(return_counts=True)), strict=True):
+        run = slice(start, start + size)
+        closed[:, run] -= fall
+        start += size
+        if not is_visual:
+            continue
+        old, stays = position[:, run], keep[run]
+        for axis, own in zip(closed, old, strict=True):
+            values = own.unique()
+            step = values.diff(append=values[-1:] + 1)
+            vanished = step.where(~torch.isin(values, own[stays]), 0)
+            axis[run] -= (vanished.cumsum(0) - vanished)[torch.searchsorted(values, own.contiguous())]
+        last = closed[-2:, run][:, stays].max() if stays.any() else old[-2:].min() - fall - 1
+        fall = old[-2:].max() - last
+    return closed, fall
+
+
+def _mask(lm: Any, kind: str, x: Tensor, blocks: Tensor | None) -> Any:
+    """Make the attention mask of tokens x (1, S, d) in decoder layers of a type, in the form their back end takes.
+
+    In a layer of the type "sliding_attention" a token sees a window of tokens. `blocks` (S,) are `Reference._blocks`.
+    """
+    slides = kind == "sliding_attention"
+    if blocks is None and not slides:
+        return create_causal_mask(lm.config, x, None, None)
+    i = torch.arange(x.shape[1], device=x.device)
+    sees = i[:, None] >= i
+    if blocks is not None:
+        sees |= (blocks[:, None] == blocks) & (blocks >= 0)
+    if slides:
+        sees &= i[:, None] - i < lm.config.sliding_window
+    return torch.zeros_like(sees, dtype=x.dtype).masked_fill(~sees, torch.finfo(x.dtype).min)[None, None]
 
 
 def _stay(layer: int, notes: Notes, origin: Tensor, image: Tensor) -> Tensor:

@@ -42,8 +42,11 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(model: Any, inputs: dict[str, Tensor]) -> Generated:
-    """Generate `STEPS` tokens, whatever the checkpoint's generation settings say."""
+    """Generate `STEPS` tokens of text, whatever the checkpoint's generation settings say."""
+    pictures = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    pictures += getattr(model.config, "visual_indicator_token_ids", None) or []  # Ovis2 replaces their embeddings
     greedy: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
+    greedy["suppress_tokens"] = [token for token in pictures if token is not None]
     greedy |= dict(min_new_tokens=STEPS, max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True)
     out = model.generate(**inputs, **greedy)
     cache: Any = kv_cache(out)
@@ -65,14 +68,36 @@ def decode(model: Any, inputs: dict[str, Tensor], answer: Tensor, stride: int = 
         Logits (B, L + T, V), and the cache.
     """
     out = model(**inputs, use_cache=True)
-    logits, mask = [out.logits], inputs["attention_mask"]
+    logits, mask, ahead = [out.logits], inputs["attention_mask"], _ahead(model, inputs)
     for tokens in answer.split(stride, dim=1):
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        out = model(input_ids=tokens, attention_mask=mask, **{KV_CACHE: kv_cache(out)}, use_cache=True)
+        more: dict[str, Any] = {KV_CACHE: kv_cache(out)}
+        if ahead is not None:
+            more["position_ids"] = (mask.cumsum(1) - 1)[None, :, -tokens.shape[1] :] + ahead
+        out = model(input_ids=tokens, attention_mask=mask, **more, use_cache=True)
         logits.append(out.logits)
     cache = kv_cache(out)
     assert cache is not None
     return torch.cat(logits, dim=1).float(), cache
+
+
+def _ahead(model: Any, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Return how far the rotary positions after prompts are ahead of the tokens counted, (B, 1), after their prefill.
+
+    Models whose positions have several numbers keep it on themselves, and only `generate` reads it there rightly. None
+    for other models.
+    """
+    if not hasattr(model.model, "rope_deltas"):
+        return None
+    pictured = any(name.endswith("grid_thw") for name in inputs)
+    return model.model.rope_deltas if pictured else inputs["input_ids"].new_zeros(len(inputs["input_ids"]), 1)
+
+
+def continued(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
+    """Append the tokens of an answer (B, T), which are text, to prompts (B, L)."""
+    ones, zeros = torch.ones_like(answer), torch.zeros_like(answer)
+    after = {"input_ids": answer, "attention_mask": ones, "token_type_ids": zeros, "mm_token_type_ids": zeros}
+    return inputs | {name: torch.cat([inputs[name], x], dim=1) for name, x in after.items() if name in inputs}
 
 
 def likelihood(logits: Tensor, answer: Tensor) -> Tensor:
@@ -169,9 +194,7 @@ class ModelRun:
     @torch.no_grad()
     def recomputed(self) -> tuple[Tensor, float]:
         """Logits (B, T + 1, V) around the answer in one forward without a cache, and the model's own loss."""
-        inputs = self.prompts.inputs()
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], self.answer], dim=1)
-        inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, STEPS), value=1)
+        inputs = continued(self.prompts.inputs(), self.answer)
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -STEPS:] = self.answer
         out = self.model(**inputs, labels=labels, use_cache=False)

@@ -12,7 +12,7 @@ from transformers import Cache
 
 from vlmslim.compressor import Compressed, ImageTokens
 from vlmslim.engine.answers import check_indices
-from vlmslim.engine.families import FAMILIES, placeholders
+from vlmslim.engine.families import FAMILIES, Family, placeholders
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.layout import Layout, Segment, to_device
 from vlmslim.engine.own_budgets import compress
@@ -44,7 +44,7 @@ class Entrance:
     """
 
     def __init__(self, core: Any, stages: tuple[Stage, ...]):
-        self.core, self.joins = core, FAMILIES[core.config.model_type].joins
+        self.core, self.family = core, FAMILIES[core.config.model_type]
         self.stage = next((stage for stage in stages if stage.acts_before_llm), None)
         self.asked = self.stage or stages[-1]  # the stage whose budget the receipt shows for each image
         self.any_acts = any(stage.acts_before_llm or stage.layers for stage in stages)
@@ -54,7 +54,7 @@ class Entrance:
         tokens = call.runs[0].tokens
         layout = tokens.layout = Layout.of_text(tokens.mask, tokens.position)
         ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
-        placed, is_text = locate(self.core, call, layout.mask, ids, self.joins)
+        placed, is_text = locate(self.core, call, layout.mask, ids, self.family)
         call.text = is_text.sum(1).tolist()
         call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)
         end = embeds.shape[1] - call.guess
@@ -111,18 +111,13 @@ class Entrance:
         method, device = self.stage.method, embeds.device
         indices = _indices_to_host(results)
         check_indices(method, [image.tokens for image in placed], indices)
-        if call.added and any(
-            i is None and len(x) < len(p.columns) for i, x, p in zip(indices, results, placed, strict=True)
-        ):
-            raise ValueError(
-                f"{method} does not say which tokens it kept, and this model adds features of its tower to visual "
-                "tokens after several layers; use a method that picks tokens, such as divprune"
-            )
         keep, rows, columns, vectors = is_text.copy(), [], [], []
         for image, result, index in zip(placed, results, indices, strict=True):
             slots = np.arange(len(result)) if index is None else np.sort(index)
             taken = image.columns[slots]
             keep[image.row, taken] = True
+            if call.number is not None and result.features is not None:
+                call.merge_added(image.row, image.columns, taken, method, result)
             if result.features is not None or (slots != index).any():  # the prompt does not contain them so
                 rows.append(np.full(len(result), image.row))
                 columns.append(taken)
@@ -152,7 +147,7 @@ def locate(
     call: Call,
     mask: np.ndarray,
     ids: np.ndarray | None,
-    joins: Callable[[np.ndarray], bool] | None = None,
+    family: Family,
 ) -> tuple[list[Placed], np.ndarray]:
     """Find the images in the prompts.
 
@@ -164,7 +159,7 @@ def locate(
         call: the forward.
         mask: (B, L) False at padding.
         ids: (B, L) of the tokens; None if the caller gave embeddings.
-        joins: tells from the ids between two views whether they belong to one picture; None if views never do.
+        family: tells which views belong to one picture.
 
     Returns:
         The images by row and position in the prompt, and (B, L) bool, the text tokens.
@@ -199,13 +194,13 @@ def locate(
                 first = number
     for row, columns in hidden:
         is_text[row, columns] = mask[row, columns]
-    if joins is not None and ids is not None:
-        placed = _joined(placed, ids, joins)
+    if family.joins is not None and ids is not None:
+        placed = _joined(placed, ids, family.joins, family.thumbnail)
     placed.sort(key=lambda image: (image.row, image.columns[0]))
     return placed, is_text
 
 
-def _joined(placed: list[Placed], ids: np.ndarray, joins: Callable[[np.ndarray], bool]) -> list[Placed]:
+def _joined(placed: list[Placed], ids: np.ndarray, joins: Callable[[np.ndarray], bool], thumbnail: int) -> list[Placed]:
     """Make one picture of the views that belong to one, as the tokens between them tell."""
     groups: list[list[Placed]] = []
     for image in placed:
@@ -217,7 +212,11 @@ def _joined(placed: list[Placed], ids: np.ndarray, joins: Callable[[np.ndarray],
                 continue
         groups.append([image])
     return [
-        Placed(group[0].row, np.concatenate([x.columns for x in group]), ImageTokens.joined([x.tokens for x in group]))
+        Placed(
+            group[0].row,
+            np.concatenate([x.columns for x in group]),
+            ImageTokens.joined([x.tokens for x in group], thumbnail),
+        )
         if len(group) > 1
         else group[0]
         for group in groups

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, Gemma3Processor, Idefics3Processor, SmolVLMProcessor
 from transformers.masking_utils import (
     blockwise_overlay,
     create_causal_mask,
@@ -43,11 +43,13 @@ class Family:
                      thumbnail and tiles, unpadded and joined by newline tokens. "packed": images of any size, one after
                      the other. "samples": each entry holds all views of one prompt
     video          : takes `pixel_values_videos`
+    video_token    : the field of the configuration that holds the placeholder of videos
     language_model : from the core model, as are `tower` and `projector`
     layers         : the encoder layers, from the tower
     grid           : of packed images, the argument that holds (frames,) rows and columns
     merge          : patches along each side of a token, a number or a path from the configuration
     joins          : tells from the ids between two views whether they belong to one picture; None if views never do
+    thumbnail      : which of a picture's views shows the whole picture, 0 for the first one and -1 for the last one
     masks_by_type  : the core model makes the attention masks, one for each type of decoder layer
     slides         : decoder layers may use sliding windows
     """
@@ -56,6 +58,7 @@ class Family:
     name: str
     units: str = "crops"
     video: bool = False
+    video_token: str = "video_token_id"
     language_model: str = "language_model"
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
@@ -63,6 +66,7 @@ class Family:
     grid: str = ""
     merge: str | int = 1
     joins: Callable[[np.ndarray], bool] | None = None
+    thumbnail: int = -1
     masks_by_type: bool = False
     slides: bool = False
 
@@ -75,6 +79,14 @@ class Family:
 def touching(between: np.ndarray) -> bool:
     """Tell whether two views belong to one picture, where nothing stands between its views."""
     return len(between) == 0
+
+
+def one_apart(between: np.ndarray) -> bool:
+    """Tell whether two views belong to one picture, where a single token, such as `<IMG_COL>`, parts its views.
+
+    Between two pictures there are at least the end of one and the beginning of the other.
+    """
+    return len(between) == 1
 
 
 def same_mosaic(between: np.ndarray) -> bool:
@@ -115,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_vl", "Qwen2VLForConditionalGeneration", video=True, **_QWEN),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", video=True, **_QWEN),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", video=True, **_QWEN),
-        Family("glm4v", "Glm4vForConditionalGeneration", **_QWEN),
+        Family("glm4v", "Glm4vForConditionalGeneration", video=True, video_token="image_token_id", **_QWEN),
         Family("internvl", "InternVLForConditionalGeneration", layers="encoder.layer", merge=2, joins=touching),
         Family("smolvlm", "SmolVLMForConditionalGeneration", **_IDEFICS),
         Family("idefics3", "Idefics3ForConditionalGeneration", **_IDEFICS),
@@ -128,15 +140,28 @@ FAMILIES: dict[str, Family] = {
             grid="image_sizes",
             merge="spatial_merge_size",
         ),
-        Family("aya_vision", "AyaVisionForConditionalGeneration", merge="downsample_factor", slides=True),
-        Family("cohere2_vision", "Cohere2VisionForConditionalGeneration", merge="downsample_factor", slides=True),
+        Family(
+            "aya_vision",
+            "AyaVisionForConditionalGeneration",
+            merge="downsample_factor",
+            joins=one_apart,
+            slides=True,
+        ),
+        Family(
+            "cohere2_vision",
+            "Cohere2VisionForConditionalGeneration",
+            merge="downsample_factor",
+            joins=one_apart,
+            slides=True,
+        ),
         Family(
             "ovis2",
             "Ovis2ForConditionalGeneration",
             tower="vision_tower.transformer",
             projector="visual_embeddings_table",
             merge="vision_config.hidden_stride",
-            joins=touching,
+            joins=one_apart,
+            thumbnail=0,
         ),
     )
 }
@@ -187,6 +212,11 @@ def final_norm(core: Any) -> Any:
 def tower(core: Any) -> Any:
     """Return the vision tower."""
     return attrgetter(_family(core).tower)(core)
+
+
+def encoder(core: Any) -> Any:
+    """Return the module that holds the vision tower and what stands between it and the projector."""
+    return getattr(core, _family(core).tower.partition(".")[0])
 
 
 def projector(core: Any) -> Any:
@@ -428,7 +458,8 @@ def cached_keys(cache: Cache | None, layer: int, hidden: Tensor, before: int = 0
 
 def placeholders(core: Any, kind: str, input_ids: np.ndarray | None, embeds: Tensor | None) -> np.ndarray:
     """Find the placeholders of the prompt's images (kind "image") or videos (kind "video"): (B, L) bool."""
-    token = getattr(core.config, f"{kind}_token_id", None)
+    name = _family(core).video_token if kind == "video" and input_ids is not None else f"{kind}_token_id"
+    token = getattr(core.config, name, None)
     if input_ids is not None:
         return np.equal(input_ids, -1 if token is None else token)
     assert embeds is not None  # transformers demands one of the two
@@ -436,6 +467,17 @@ def placeholders(core: Any, kind: str, input_ids: np.ndarray | None, embeds: Ten
         return np.zeros(embeds.shape[:2], dtype=bool)
     table = core.get_input_embeddings()
     return (embeds == table(torch.tensor(token, device=embeds.device))).all(-1).cpu().numpy()
+
+
+def images_of_prompts(processor: Any, images: Sequence[list]) -> list[list]:
+    """Return the images of a batch of prompts as a processor takes them; an empty list for a batch without images.
+
+    They are nested by prompt, because LLaVA-OneVision tiles an image only if it is the only one of its prompt. Some
+    processors count the prompts, and take an empty list for one without images; the others take no empty list.
+    """
+    shown = [of_prompt for of_prompt in images if of_prompt]
+    counts_prompts = isinstance(processor, Idefics3Processor | SmolVLMProcessor | Gemma3Processor)
+    return list(images) if shown and counts_prompts else shown
 
 
 def with_newlines(core: Any, videos: Sequence[Tensor], frames: int) -> list[Tensor]:

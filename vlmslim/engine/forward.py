@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from vlmslim.compressor import ImageTokens
+from vlmslim.compressor import Compressed, Compressor, ImageTokens
 from vlmslim.cost.timer import Timer
 from vlmslim.engine.attention import LayerAttention, Rotary
 from vlmslim.engine.encoder import Encoded
@@ -219,6 +219,36 @@ class Call:
             ]
         else:
             self.runs = [Run(0, tokens, cached=mask[:, : self.seen] if self.seen else None)]
+
+    def merge_added(
+        self, row: int, columns: np.ndarray, taken: np.ndarray, method: Compressor, result: Compressed
+    ) -> None:
+        """Let what the model adds after decoder layers (DeepStack) follow the tokens that a method merged.
+
+        Args:
+            row: of the batch.
+            columns: (n,) the image's tokens in it.
+            taken: (k,) the places that the method's tokens take.
+            method: that merged.
+            result: its answer.
+
+        Raises:
+            ValueError: the method says neither how it merged nor which slots its tokens take.
+        """
+        assert self.number is not None
+        if result.into is not None:
+            own, device = torch.from_numpy(self.number[row, columns]), self.added[0].device
+            self.number[row, taken] = len(self.added[0]) + np.arange(len(taken))
+            # a product repeats on a GPU, a scatter does not
+            joins = (result.into().to(device) == torch.arange(len(taken), device=device)[:, None]).float()
+            mean = joins / joins.sum(1, keepdim=True).clamp(min=1)
+            self.added = [torch.cat([x, (mean @ x[own.to(device)].float()).to(x)]) for x in self.added]
+        elif result.index is None and len(taken) < len(columns):
+            raise ValueError(
+                f"{method} says neither which tokens it kept nor how it merged them, and this model adds features of "
+                "its tower to visual tokens after several layers; return Compressed(features, index, into), or use a "
+                "method that picks tokens, such as divprune"
+            )
 
     def run(self, layer: int) -> Run:
         """Return the run that a decoder layer belongs to."""

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 
+from vlmslim.engine.families import images_of_prompts
+
 #: `{"role": ..., "content": [...]}` with parts `{"type": "text", "text": ...}` and
 #: `{"type": "image" | "video", "url": picture, frames or path}`; a text alone may stand for the content.
 Message: TypeAlias = dict[str, Any]
@@ -99,10 +101,11 @@ class Prompter:
     def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
         """Return the model inputs of a batch, padded on the left."""
         texts = [prompt.text for prompt in prompts]
-        # Nested by prompt, because LLaVA-OneVision tiles an image only if it is the only one of its prompt.
-        images = [prompt.media["image"] for prompt in prompts if prompt.media["image"]]
+        images = images_of_prompts(self.processor, [prompt.media["image"] for prompt in prompts])
         videos = [video for prompt in prompts for video in prompt.media["video"]]
-        media = {name: found for name, found in (("images", images), ("videos", videos)) if found}
+        media: dict[str, Any] = {name: found for name, found in (("images", images), ("videos", videos)) if found}
+        if videos:
+            media["do_sample_frames"] = False  # `read_frames` has chosen them
         return self.processor(text=texts, **media, padding=True, return_tensors="pt", **self._special(texts[0]))
 
     def continued(self, prompt: Prompt, answer: str) -> tuple[Prompt, list[int], list[int]]:

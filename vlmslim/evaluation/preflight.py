@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vlmslim.cost.flops import DecoderShape, tower_flops
+from vlmslim.cost.vision import TowerShape, crop_tokens
 from vlmslim.engine.families import FAMILIES
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import ModelConfig
@@ -12,8 +13,6 @@ from vlmslim.io import provenance
 from vlmslim.io.messages import one_line
 from vlmslim.loading import check_checkpoint, load_config, located
 from vlmslim.registry import build
-
-CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # of vision towers that cut a picture into a grid
 
 
 def describe_checkpoint(model: ModelConfig) -> dict:
@@ -37,14 +36,14 @@ def describe_checkpoint(model: ModelConfig) -> dict:
         raise ConfigError(
             f"model.pretrained: {model.pretrained} is a {loaded.model_type}; vlmslim supports {', '.join(FAMILIES)}"
         )
-    known = loaded.vision_config.model_type in CLS_TOKENS  # other towers see pictures of any size
+    square = TowerShape.from_config(loaded).grid is not None  # other towers see pictures of any size
     described = {
         "shape": asdict(DecoderShape.from_config(loaded)),
-        "tower_flops": tower_flops(loaded) if known else None,
+        "tower_flops": tower_flops(loaded) if square else None,
     }
     identity = provenance.fingerprint(name) or getattr(loaded, "_commit_hash", None)
     family = FAMILIES[loaded.model_type]
-    shrinks = known and family.units in ("crops", "anyres") and family.merge == 1
+    shrinks = square and family.units in ("crops", "anyres") and family.merge == 1
     why = f"it shrinks pictures for a tower of single patches and one size, which {family.name} does not have"
     undefined = {} if shrinks else {"downsample": why}
     return {"identity": identity, **described, "visual_tokens": visual_tokens(loaded), "undefined": undefined}
@@ -52,13 +51,7 @@ def describe_checkpoint(model: ModelConfig) -> dict:
 
 def visual_tokens(config: Any) -> int | None:
     """Return the visual tokens of every image by the configuration of a checkpoint; None if the image's size counts."""
-    tower = getattr(config, "vision_config", None)
-    kind = getattr(tower, "model_type", None)
-    if tower is None or kind not in CLS_TOKENS or getattr(config, "model_type", None) != "llava":
-        return None
-    patches = (tower.image_size // tower.patch_size) ** 2
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return patches + CLS_TOKENS[kind] - dropped
+    return crop_tokens(config) if config.model_type in ("llava", "vipllava", "gemma3") else None
 
 
 def check_counts(stages: Sequence[dict], tokens: int) -> None:

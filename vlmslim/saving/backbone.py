@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim import bundled
-from vlmslim.engine.families import encoder_layers, language_model
+from vlmslim.cost.vision import TowerShape
+from vlmslim.engine.families import encoder_layers, language_model, projector
+from vlmslim.ops.attention import tower_norm
 
 SAMPLES = 8  # values of each tensor in a signature
 #: Largest relative distance between the samples of two copies of one training. Measured on the tiny LLaVA: 0.002 after
@@ -68,13 +70,14 @@ def check(part: str, base: dict[str, Any], model: Any) -> None:
 
 def shape_of(model: Any) -> dict[str, Any]:
     """Return what a trained part depends on in a checkpoint: its family, and the sizes of tower and language model."""
-    core, text, vision = model.model, model.config.get_text_config(), model.config.vision_config
+    core, text = model.model, model.config.get_text_config()
+    tower = TowerShape.from_config(model.config)
     return {
         "model_type": model.config.model_type,
-        "tower_width": vision.hidden_size,
+        "tower_width": tower.hidden,
         "tower_layers": len(encoder_layers(core)),
-        "tower_grid": vision.image_size // vision.patch_size,
-        "tower_feature_layer": model.config.vision_feature_layer,
+        "tower_grid": None if tower.grid is None else tower.grid[1],  # None: pictures of any size
+        "tower_feature_layer": getattr(model.config, "vision_feature_layer", None),
         "hidden_size": text.hidden_size,
         "layers": len(language_model(core).layers),
         "heads": text.num_attention_heads,
@@ -84,7 +87,7 @@ def shape_of(model: Any) -> dict[str, Any]:
 
 
 def signature(model: Any) -> dict[str, list[float]]:
-    """Return a few values of a few weights: of the embedding, the projector, and a norm of the tower.
+    """Return a few values of a few weights: of the embedding, the projector's first layer, and a norm of the tower.
 
     Quantisation leaves most of these weights as they are. A weight that cannot be read is left out: one that is packed,
     sharded, or on the meta device without a copy to load.
@@ -92,8 +95,8 @@ def signature(model: Any) -> dict[str, list[float]]:
     core = model.model
     owners = {
         "embed_tokens": language_model(core).embed_tokens,
-        "projector": getattr(core.multi_modal_projector, "linear_1", None),
-        "tower_norm": getattr(encoder_layers(core)[0], "layer_norm1", None),
+        "projector": next((m for m in projector(core).modules() if isinstance(m, nn.Linear | nn.Embedding)), None),
+        "tower_norm": tower_norm(encoder_layers(core)[0]),
     }
     samples = {}
     for name, owner in owners.items():

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import vlmslim
 from vlmslim import loading
-from vlmslim.engine.families import language_model
+from vlmslim.engine.families import language_model, projector
 from vlmslim.io.files import atomically
 from vlmslim.training.config import command_line, override, read_config
 from vlmslim.training.conversations import IGNORED, Collator, Conversations, Items
@@ -167,7 +167,7 @@ class Tuned(nn.Module):
         loss = F.cross_entropy(logits, targets)
         # Zero, but with a gradient for every trained parameter, because DDP waits for all of them: a batch without
         # pictures needs no projector, and a method may have a projector of its own.
-        optional = (*self.trained.parameters(), *core.multi_modal_projector.parameters())
+        optional = (*self.trained.parameters(), *projector(core).parameters())
         loss = loss + sum(p.sum() * 0.0 for p in optional if p.requires_grad)
         return Answers(loss, logits, targets, answer.nonzero()[:, 0])
 
@@ -411,7 +411,7 @@ def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:
     model = tuned.model
     model.requires_grad_(False)
     if settings.train_decoder:
-        for part in (language_model(model.model), model.model.multi_modal_projector, model.lm_head):
+        for part in (language_model(model.model), projector(model.model), model.lm_head):
             part.float().requires_grad_(True)
     slim.trained.float().requires_grad_(True)
     if settings.gradient_checkpointing:

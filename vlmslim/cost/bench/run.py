@@ -196,7 +196,7 @@ class _Scenario:
             peak = peak_memory(model, inputs, self.work.new_tokens)
         tokens = [count + prompt.text_tokens for count in visual]
         crops = prompt.images * prompt.crops
-        ledger = Ledger.of(model.config, tokens, crops=crops, method=counted["method"] / prompt.batch)
+        ledger = Ledger.of(model.config, tokens, crops=crops, grid=prompt.grid, method=counted["method"] / prompt.batch)
         return {
             "visual_tokens_per_layer": visual,
             "equivalent_tokens": equivalent_tokens(visual),

@@ -8,14 +8,18 @@ from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    InternVLConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
     MistralConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen3VLConfig,
     SiglipVisionConfig,
+    SmolVLMConfig,
 )
 
 
@@ -81,6 +85,118 @@ def _llava_next_7b() -> LlavaNextConfig:
     )
 
 
+def _qwen2_5_vl_7b() -> Qwen2_5_VLConfig:
+    text = dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=128000,
+        rms_norm_eps=1e-6,
+        use_sliding_window=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )
+    vision = dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=3584,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    )
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def _qwen3_vl_8b() -> Qwen3VLConfig:
+    text = dict(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=262144,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+    )
+    vision = dict(
+        depth=27,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        patch_size=16,
+        out_hidden_size=4096,
+        num_position_embeddings=2304,
+        deepstack_visual_indexes=[8, 16, 24],
+    )
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def _internvl3_8b() -> InternVLConfig:
+    text = Qwen2Config(
+        vocab_size=151674,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    vision = dict(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=[448, 448],
+        patch_size=[14, 14],
+        attention_bias=True,
+    )
+    return InternVLConfig(
+        text_config=text.to_dict(), vision_config=vision, image_token_id=151667, tie_word_embeddings=False
+    )
+
+
+def _smolvlm_256m() -> SmolVLMConfig:
+    text = LlamaConfig(
+        vocab_size=49280,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
+    vision = dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=512,
+        patch_size=16,
+    )
+    return SmolVLMConfig(
+        text_config=text.to_dict(),
+        vision_config=vision,
+        scale_factor=4,
+        image_token_id=49190,
+        tie_word_embeddings=False,
+    )
+
+
 def _llava_onevision_7b() -> LlavaOnevisionConfig:
     text = Qwen2Config(
         vocab_size=152000,
@@ -101,6 +217,10 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava-1.5-13b": lambda: _llava_15(_vicuna(5120, 13824, 40, 40)),
     "llava-next-7b": _llava_next_7b,  # llava-v1.6-mistral-7b
     "llava-onevision-7b": _llava_onevision_7b,
+    "qwen2.5-vl-7b": _qwen2_5_vl_7b,
+    "qwen3-vl-8b": _qwen3_vl_8b,
+    "internvl3-8b": _internvl3_8b,
+    "smolvlm-256m": _smolvlm_256m,
 }
 
 
