@@ -1,6 +1,7 @@
 """The command `vlmslim`. Each command imports what it needs when it runs, so that help is instant."""
 
 import errno
+import gc
 import os
 import shlex
 import signal
@@ -162,6 +163,12 @@ def _console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
+def _spare_modules() -> None:
+    """Keep modules out of garbage collection: lmms-eval collects twice a cell, which takes half a second otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
 def _require_extra() -> None:
     """Refuse a command that needs the extra `eval`, if the extra is not installed."""
     try:
@@ -208,6 +215,7 @@ def run(
             return
         Store(settings.output).prepare()
         log_to(settings.output / "run.log")
+        _spare_modules()
         try:
             with RichDisplay() as display:
                 board = run(settings, fresh=fresh, display=display)
@@ -221,6 +229,7 @@ def run(
         typer.echo(render(board, "md"), nl=False)
         where = shlex.quote(str(settings.output))
         typer.echo(f"What a row really kept: vlmslim receipt {where} LABEL", err=True)
+        typer.echo(f"Do the same answers come out again? vlmslim verify {where}", err=True)
         if log is not None:
             send(board, log.value, settings.output.name)
     except (ConfigError, OSError) as error:
@@ -335,6 +344,34 @@ def submit(
     except (ConfigError, OSError) as error:
         _fail(error)
     typer.echo(f"{file}: {len(content['cells'])} cells, sha256 {content['sha256']}")
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run, finished or not.")],
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each cell that are asked again.")] = 16,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: half of the run's, or 2.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which questions are asked.")] = 0,
+) -> None:
+    """Ask a sample of a run's questions again, in other batches. Exit status 1: something changed that should not."""
+    _require_extra()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.evaluation.progress import RichDisplay, log_to
+    from vlmslim.evaluation.verify import verify
+    from vlmslim.leaderboard.board import Leaderboard
+    from vlmslim.leaderboard.report import write_all
+
+    log_to(None)
+    _spare_modules()
+    try:
+        with RichDisplay() as display:
+            found = verify(directory, questions=questions, batch_size=batch_size, seed=seed, display=display)
+        write_all(Leaderboard.read(directory), directory)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+    typer.echo(found.text(), nl=False)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()

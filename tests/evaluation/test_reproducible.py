@@ -66,7 +66,7 @@ def test_an_edited_method_is_refused_and_a_remark_is_not(tmp_path):
     first = command_line(path)
     assert first.returncode == 0 and "| norm-16" in first.stdout, first.stderr
     assert first.stdout == (tmp_path / "out" / "leaderboard.md").read_text()  # warnings go elsewhere
-    assert "drop_visual: stage 1 (drop_visual, before layer 7) acted on 0 of 2 prompts" in first.stderr
+    assert "stage 1 (drop_visual, before layer 7) acted on 0 of 2 prompts" in first.stderr
     write(norm, NORM.replace("More follows.", "Much more follows."))
     again = command_line(path)
     assert again.returncode == 0 and "3 of 3 cells are finished" in again.stderr

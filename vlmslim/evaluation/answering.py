@@ -20,16 +20,18 @@ from vlmslim.evaluation.generation import cut_at, generation_options
 from vlmslim.evaluation.queries import Query, Score, naming
 
 
-def batches_of(queries: Sequence[Query], size: int) -> list[list[int]]:
+def batches_of(queries: Sequence[Query], size: int, shortest_first: bool = False) -> list[list[int]]:
     """Sort queries into batches of at most `size` prompts, as indices. Queries of one prompt stay together.
 
-    The longest go first, so that too large a batch fails at once.
+    The longest go first, so that too large a batch fails at once, unless `shortest_first` asks for other batches.
     """
     prompts = defaultdict(list)
     for i, query in enumerate(queries):
         prompts[i if query.prompt is None else query.prompt].append(i)
     groups = defaultdict(list)
-    for members in sorted(prompts.values(), key=lambda members: -max(queries[i].length for i in members)):
+    lengths = {first: max(queries[i].length for i in members) for first, members in prompts.items()}
+    for first in sorted(prompts, key=lambda first: -lengths[first], reverse=shortest_first):
+        members = prompts[first]
         groups[json.dumps(queries[members[0]].options, sort_keys=True, default=str)].append(members)
     return [
         [i for members in group[start : start + size] for i in members]

@@ -107,6 +107,18 @@ def load_config(path: Path | str, **overrides: Any) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def validated(data: dict[str, Any]) -> RunConfig:
+    """Check a configuration that no file holds.
+
+    Raises:
+        ConfigError: it does not follow the schema; names the key.
+    """
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(map(_describe, error.errors())))) from error
+
+
 def _describe(error: ErrorDetails) -> str:
     """Say in one line which key is wrong and why."""
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "float") and "[" not in str(part))

@@ -91,6 +91,21 @@ class Asked:
     hash: str
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Some questions of a task, and how they are asked.
+
+    first, count   : the block of questions; a count of None means all that follow
+    batch_size     : by default the comparison's
+    shortest_first : ask the shortest prompts first, so that other prompts share a batch
+    """
+
+    first: int = 0
+    count: int | None = None
+    batch_size: int | None = None
+    shortest_first: bool = False
+
+
 class Harness:
     """A checkpoint and the tasks of a comparison. The checkpoint is loaded when it is first needed.
 
@@ -107,6 +122,7 @@ class Harness:
         self._first_prompts: dict[str, list[Any]] = {}
         self._latest: tuple[str, Asked | None] | None = None
         self._patches: dict[Variant, Slim] = {}
+        self._shuffled: dict[str, Any] = {}
         self.tasks = Tasks(config)
 
     def describe_checkpoint(self) -> dict:
@@ -151,12 +167,13 @@ class Harness:
             count = min(count, self.config.limit * len(self.tasks.leaves))
         return Solver(self.model, self._prompts(count))
 
-    def _lm(self, variant: Variant) -> VlmSlim:
+    def _lm(self, variant: Variant, batch_size: int | None = None) -> VlmSlim:
         """Make the lmms-eval model of one method. lmms-eval discards it after use, but the checkpoint stays."""
         model, processor = self._checkpoint
         passed_on = {"max_frames_num", "system_prompt"}
         options = {name: value for name, value in self.config.model.arguments().items() if name in passed_on}
-        lm = VlmSlim(model, list(variant.stages), self.config.batch_size, processor=processor, **options)
+        batch_size = batch_size or self.config.batch_size
+        lm = VlmSlim(model, list(variant.stages), batch_size, processor=processor, **options)
         if self._make_bar is not None:
             lm.make_bar = self._make_bar
         return lm
@@ -241,19 +258,34 @@ class Harness:
         graded, samples = self._evaluated(Replay(answers.kind, results, answers.hash), variant, task)
         return Cell(graded, samples, answers.receipt.summary(), answers.protocol, answers.method_flops, answers.seconds)
 
-    def _evaluated(self, lm: lmms, variant: Variant, task: str) -> tuple[dict, list[dict]]:
+    def ask(self, variant: Variant, task: str, sample: Sample) -> Cell:
+        """Evaluate a method on a sample of a task's questions, by itself and through lmms-eval alone."""
+        lm = self._lm(variant, sample.batch_size)
+        lm.shortest_first = sample.shortest_first
+        try:
+            graded, samples = self._evaluated(lm, variant, task, sample)
+        finally:
+            if hasattr(lm, "model"):  # the evaluation failed half-way: take the patch off
+                lm.clean()
+        return Cell(graded, samples, lm.receipt, lm.protocol)
+
+    def _evaluated(
+        self, lm: lmms, variant: Variant, task: str, sample: Sample | None = None
+    ) -> tuple[dict, list[dict]]:
         """Let lmms-eval evaluate a model; return its results and the samples."""
         from lmms_eval.evaluator import simple_evaluate
 
         config = self.config
+        sample = sample or Sample(count=config.limit)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         with output_to(config.output / "lmms_eval.log"):
             results = simple_evaluate(
                 model=lm,
-                tasks=[task],
+                tasks=[self._shuffled.get(task, task)],
                 task_manager=self.tasks.manager,
-                batch_size=config.batch_size,
-                limit=config.limit,
+                batch_size=sample.batch_size or config.batch_size,
+                limit=sample.count,
+                offset=sample.first,
                 log_samples=True,
                 cli_args=Namespace(
                     output_path=str(config.output / "cells" / variant.label),  # some tasks write submission files
@@ -331,6 +363,35 @@ class Harness:
                     counts[label].append(count_flops(self.model, inputs)["method"])
         shared.forget()
         return {label: statistics.fmean(own or [0]) for label, own in counts.items()}
+
+    def flops(self, variant: Variant, task: str) -> dict[str, float]:
+        """Count the FLOPs of a prefill by part (`vlmslim.cost.parts`), averaged over the task's first prompts."""
+        if task not in self._first_prompts:
+            self._first_prompts = {task: self._prompts(COUNTED_PROMPTS, [task])}
+        with vlmslim.patch(self.model, list(variant.stages)):
+            counts = [count_flops(self.model, inputs) for inputs in self._first_prompts[task]]
+        return {part: statistics.fmean(count[part] for count in counts) for part in counts[0]}
+
+    def shuffle(self) -> dict[str, int]:
+        """Put the questions of each task into a random order from now on, those within the limit only.
+
+        Returns:
+            How many questions each task has then.
+        """
+        from lmms_eval.tasks import get_task_dict
+
+        counts = {}
+        for number, leaf in enumerate(self.tasks.leaves):
+            with output_to(self.config.output / "lmms_eval.log"):
+                (task,) = get_task_dict([leaf.task], self.tasks.manager, "simple").values()
+            split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+            total = len(task.eval_docs)
+            counts[leaf.task] = count = min(self.config.limit or total, total)
+            order = np.random.default_rng([self.config.seed, number]).permutation(count)
+            for data in {id(data): data for data in (task.dataset, task.dataset_no_image)}.values():  # may be one
+                data[split] = data[split].select(order)
+            self._shuffled[leaf.task] = task
+        return counts
 
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget, on the first questions of the tasks, taken in turn.

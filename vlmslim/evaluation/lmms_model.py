@@ -65,6 +65,7 @@ class VlmSlim(lmms):
     """
 
     is_simple = True  # lmms-eval reads here which protocol to use
+    shortest_first = False  # ask the longest prompts first, so that too large a batch fails at once
     model: Any  # a model of transformers, which does not declare `generate`
 
     def __init__(
@@ -216,7 +217,7 @@ class VlmSlim(lmms):
         self._batches_begun += 1
         results: dict[int, GenerationResult] = {}
         with self.make_bar(total=len(queries), desc="vlmslim") as bar:
-            for batch in batches_of(queries, self.batch_size):
+            for batch in batches_of(queries, self.batch_size, self.shortest_first):
                 members = [queries[i] for i in batch]
                 with naming_all(members), torch.inference_mode():
                     done = self.answerer.answer(self.answerer.read(members))

@@ -92,6 +92,7 @@ class RichDisplay(Display):
         )
         self._grid = self._progress.add_task("cells", total=None, visible=False)
         self._width = 0
+        self._has_head = False
 
     def __enter__(self) -> "RichDisplay":
         self._progress.start()
@@ -105,13 +106,11 @@ class RichDisplay(Display):
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, total: int, done: int, width: int) -> None:
-        """Show the grid, and the head of the table of finished rows."""
+        """Show the grid."""
         self._progress.update(self._grid, total=total, completed=done, visible=True)
         self._width = max(width, len("method"))
         if done:
             self.message(f"resuming: {done} of {total} cells are finished")
-        if done < total:
-            self.message(RowLine.head(self._width))
 
     def start_cell(self, label: str, task: str) -> None:
         """Name the cell at work."""
@@ -123,6 +122,9 @@ class RichDisplay(Display):
 
     def finish_row(self, line: RowLine) -> None:
         """Add a line to the table of finished rows."""
+        if not self._has_head:
+            self.message(RowLine.head(self._width))
+            self._has_head = True
         self.message(line.text(self._width))
 
     def bar(self, total: int = 0, desc: str = "") -> "_RichBar":

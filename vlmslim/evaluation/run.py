@@ -93,6 +93,7 @@ class _Run:
             "checkpoint": checkpoint,
             "limit": config.limit,
             "seed": config.seed,
+            "include_path": [str(folder.resolve()) for folder in config.include_path],
             "tasks": [task.model_dump() for task in self.harness.tasks.leaves],
             "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
         }

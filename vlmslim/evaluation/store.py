@@ -4,6 +4,7 @@ run.json                     the configuration, and what every cell shares
 cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of how they were made
 cells/LABEL/TASK.jsonl       the samples of the cell, one question per line
 solutions.json               how budgets that are costs were solved
+verification.json            what `vlmslim verify` found
 timing.json                  prefill and decode times of all methods, measured together
 leaderboard.{md,csv,json,html}
 report/                      the leaderboard as a page; `vlmslim.leaderboard.report` lists its files
@@ -31,6 +32,7 @@ RESULTS = (
     "solutions.json",
     "timing.json",
     "submission.json",
+    "verification.json",
     *(f"leaderboard.{end}" for end in ("md", "csv", "json", "html")),
     *(f"report/{name}" for name in ("index.html", "report.css", "report.js", "plotly.min.js")),
     *(f"frames/{name}.parquet" for name in ("rows", "cells", "samples", "pairs")),
@@ -161,10 +163,10 @@ class Store:
             return digest(shared)  # an earlier run failed before its first cell: there is nothing to mix with
         if before is None:
             raise ConfigError(f"{self.directory} holds cells but no readable run.json; use another --output or --fresh")
-        if differences := _differences(before["shared"], json.loads(json.dumps(shared))):
+        if lines := differences(before["shared"], json.loads(json.dumps(shared))):
             raise ConfigError(
                 f"{self.directory} holds results of another run, and numbers must not be mixed:\n"
-                + "\n".join(f"  {line}" for line in differences)
+                + "\n".join(f"  {line}" for line in lines)
                 + "\nUse another --output directory, restore the configuration, or start over with --fresh"
             )
         return digest(shared)
@@ -238,14 +240,25 @@ class Store:
         """The record that `save_timing` wrote; None if there is none, or if the file is not whole."""
         return _unsealed(self.directory / "timing.json")
 
+    # ------------------------------------------------------------------ verification
 
-def _differences(before: dict, now: dict, where: str = "") -> list[str]:
+    def save_verification(self, record: dict) -> None:
+        """Write what came out when a sample of the run's questions was asked again."""
+        write_atomically(self.directory / "verification.json", _sealed(record))
+
+    @property
+    def verification(self) -> dict | None:
+        """The record that `save_verification` wrote; None if there is none, or if the file is not whole."""
+        return _unsealed(self.directory / "verification.json")
+
+
+def differences(before: dict, now: dict, where: str = "") -> list[str]:
     """Write one line for each key, also of nested dictionaries, that has two values."""
     lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{where}{key}.")
+            lines += differences(old, new, f"{where}{key}.")
         elif old != new:
             lines.append(f"{where}{key}: {old!r} there, {new!r} now")
     return lines

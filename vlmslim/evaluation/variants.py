@@ -8,7 +8,7 @@ from vlmslim.cost.budget import free_option
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import Budget, Cost, MethodConfig
 from vlmslim.evaluation.store import check_file_names
-from vlmslim.registry import label, method, options_of
+from vlmslim.registry import build, label, options_of
 from vlmslim.saving.folder import read
 
 if TYPE_CHECKING:
@@ -125,15 +125,25 @@ def _row(entry: MethodConfig, budget: Budget | None, of_several: bool, config: "
     name = entry.label or label(stages)
     if of_several if entry.label else isinstance(budget, Cost):
         name += f"-{_text(amount)}"
-    classes: set[type] = set()
-    for place, stage in enumerate(stages):
+    for stage in stages:
         _add_defaults(stage, config)
-        options = {name: value for name, value in stage.items() if name != "method"}
-        if free is not None and free[0] == place:
-            options[free[1]] = 1  # any value: it is checked again once the cost is solved
-        whole = method(stage["method"], **options)
+    complete = [dict(stage) for stage in stages]
+    if free is not None:
+        complete[free[0]][free[1]] = 1  # any value: it is checked again once the cost is solved
+    return Variant(name, tuple(stages), amount, classes=classes_of(complete))
+
+
+def classes_of(stages: Sequence[dict]) -> frozenset[type]:
+    """Return the classes of the methods of stages, and of the stages that they are made of.
+
+    Raises:
+        ValueError: a method or an option does not exist or is out of range.
+    """
+    classes: set[type] = set()
+    for stage in stages:
+        whole = build(stage)
         classes.update(map(type, [whole, *whole.stages()]))
-    return Variant(name, tuple(stages), amount, classes=frozenset(classes))
+    return frozenset(classes)
 
 
 def _budgets(entry: MethodConfig, shared: Sequence[Budget]) -> Sequence[Budget | None]:

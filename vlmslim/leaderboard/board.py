@@ -98,8 +98,8 @@ class Leaderboard:
         damaged = [
             f"{label} / {task}" for label, task in grid if (label, task) not in cells and store.is_damaged(label, task)
         ]
+        facts = _facts(run, cells, timing, damaged) | {"verified": _verified(store.verification, run, cells)}
         tokens = {task: _visual_tokens([cell for (_, name), cell in cells.items() if name == task]) for task in tasks}
-        facts = _facts(run, cells, timing, damaged)
         board = cls(
             rows, tasks, metrics, facts, groups=groups, tokens=tokens, directory=Path(directory), ranked_by=scale
         )
@@ -387,6 +387,18 @@ def mean_stability(tasks: list[Stability | None]) -> Stability | None:
         statistics.fmean(lost) if flips_known else None,
         statistics.fmean(won) if flips_known else None,
     )
+
+
+def _verified(record: dict | None, run: dict, cells: Cells) -> str | None:
+    """Return what `vlmslim verify` found about these cells; None if it never saw them."""
+    if record is None or record["config_hash"] != digest(run["shared"]):
+        return None
+    now = {f"{label}/{task}": cell["samples_sha256"] for (label, task), cell in cells.items()}
+    seen = sum(record["cells"].get(name) == seal for name, seal in now.items())
+    if not seen:
+        return None
+    since = "" if seen == len(now) else f"; {len(now) - seen} of {len(now)} cells were made since"
+    return f"{'reproduced' if record['passed'] else 'not reproduced'}: {record['summary']}{since}"
 
 
 def _visual_tokens(cells: list[dict]) -> float:

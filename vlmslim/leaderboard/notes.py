@@ -34,6 +34,7 @@ def notes(board: Leaderboard) -> list[str]:
         *_times(board),
         *_baselines(board),
         _origin(board),
+        _verified(board),
     ]
 
 
@@ -248,6 +249,14 @@ def _origin(board: Leaderboard) -> str:
         f"{facts['model']}{checkpoint}; seed {facts['seed']}; {versions}; {'; '.join(facts['hardware'])}; "
         f"{'; '.join(facts['backends'])}; commit {commits}{own}; config {configs}; cells {facts['cells']}."
     )
+
+
+def _verified(board: Leaderboard) -> str:
+    """Say whether a sample of the questions was asked again, and what came out."""
+    found = board.facts["verified"]
+    if found is None:
+        return "Not verified yet. vlmslim verify RUN asks a sample of the questions again, in other batches."
+    return f"Verified, {found}."
 
 
 def _short(hash: str) -> str:
