@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import ByHand, by_hand
-from doubles import Both, BothOriginal, First, Halve, Rule, Stairs, name_of
+from doubles import BothClosed, BothOriginal, First, Halve, Rule, Stairs, name_of
 from tiny import (
     BOS,
     DEPTH,
@@ -33,11 +33,6 @@ class HalveClosed(Halve):
 
 @dataclass
 class StairsClosed(Stairs):
-    layer_positions = "renumbered"
-
-
-@dataclass
-class BothClosed(Both):
     layer_positions = "renumbered"
 
 

@@ -154,6 +154,13 @@ class BothOriginal(Both):
 
 
 @dataclass
+class BothClosed(Both):
+    """The same, and later layers count positions anew."""
+
+    layer_positions: ClassVar = "renumbered"
+
+
+@dataclass
 class PairMean(Compressor):
     """Merges: the mean of each pair of neighbours."""
 

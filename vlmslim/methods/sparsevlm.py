@@ -147,6 +147,7 @@ class SparseVLM(Compressor):
         for row, _, raters, *_ in images:
             asked[row, raters] = True
         parts = list(attention_rows(tokens.attention, asked, heads=True))
+        tokens.score = scores = torch.zeros_like(keep, dtype=torch.float32)
         for row, place, raters, image, n in images:
             paid = torch.cat(
                 [x[row][:, torch.isin(at[row], raters) & asked[row, at[row]]][..., place] for at, x in parts], 1
@@ -156,7 +157,9 @@ class SparseVLM(Compressor):
                 if self.version != "2.0"
                 else (self.gravity(tokens, row, raters, place), max(1, round(self.heads * paid.shape[0])))
             )
-            order = guided_score(paid, gravity, heads).argsort(descending=True, stable=True)
+            score = guided_score(paid, gravity, heads)
+            scores[row, place] = score.to(scores)
+            order = score.argsort(descending=True, stable=True)
             k = min(self.staying(tokens, paid, n), len(place) - (self.mode == "released"))
             if k >= len(place):
                 continue
