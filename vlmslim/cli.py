@@ -552,18 +552,23 @@ def methods(
     ] = None,
 ) -> None:
     """List the compression methods, or print the description and the options of one."""
-    from dataclasses import MISSING
+    from dataclasses import MISSING, is_dataclass
     from inspect import getdoc
 
     from rich.table import Table
     from rich.text import Text
 
+    from vlmslim.compressor import Compressor
     from vlmslim.registry import listings, method_class, options_of
 
     if name is not None:
         with _mistakes_in_one_line():
             cls = method_class(name)
-        typer.echo(f"{getdoc(sys.modules[cls.__module__]) or cls.__name__}\n\n{getdoc(cls)}\n\noptions:")
+        typer.echo(f"{getdoc(sys.modules[cls.__module__]) or cls.__name__}\n\n{getdoc(cls)}\n")
+        for base in cls.__mro__[1:]:  # options that methods share
+            if base is not Compressor and is_dataclass(base):
+                typer.echo(f"{base.__name__}: {(getdoc(base) or '').partition('Attributes:')[0].strip()}\n")
+        typer.echo("options:")
         for option, default in options_of(cls).items():
             typer.echo(f"  {option}" + ("  (must be given)" if default is MISSING else f" = {default!r}"))
         return

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
+from vlmslim.ops.rectification import merge_rest
 from vlmslim.options import check_options, fits, shown
 
 #: A count, a share of an image's visual tokens, or {"auto": count or share, "average": rank}: more to complex images.
@@ -618,7 +620,78 @@ class Compressor:
 
 
 @dataclass
-class ScoreAndKeep(Compressor):
+class Selector(Compressor):
+    """Base of the methods that keep some of an image's own tokens before the language model. Override `compress`.
+
+    A method that batches over images overrides `select_images` in place of `compress_images`.
+
+    keep      : visual tokens to keep per image, a count or a share
+    positions : "renumbered" or "original" rotary positions
+    rectify   : select half of the budget; the other half are means, at the lower medians of their places. Of the
+                patches that are not selected, as many are anchors as there are means, and each patch joins the anchor
+                of largest cosine ("Improving Visual Token Reduction via Rectifying Distortions", arXiv 2606.01711; at
+                64 tokens of LLaVA-1.5 the paper gains 2 to 4 points on four selectors). Needs positions="original"
+    """
+
+    keep: Keep
+    positions: str = field(default="renumbered", kw_only=True)
+    rectify: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.rectify and self.positions != "original":
+            raise ValueError(
+                "rectify=True puts merged tokens at the places of what they stand for; use positions='original' with it"
+            )
+
+    def budget(self, image: ImageTokens) -> int:
+        """Return how many tokens of an image to keep."""
+        return resolve_keep(self.keep, len(image.features))
+
+    def at_budget(self, k: int) -> Self:
+        """Return the same method, set up as it is, that selects k tokens of every image and merges none."""
+        other = copy(self)
+        other.keep, other.rectify = k, False
+        return other
+
+    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Select tokens of the images of one forward; by default they go one by one to `compress`."""
+        return [self.compress(image) for image in images]
+
+    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+        """Select tokens; with `rectify` half of the budget, and merge the others."""
+        if not self.rectify:
+            return self.select_images(images)
+        counts = [self.budget(image) for image in images]
+        halves = [k if k == len(x.features) else max(1, k // 2) for k, x in zip(counts, images, strict=True)]
+        found: dict[int, Compressed] = {}
+        for half in set(halves):
+            own = [i for i, k in enumerate(halves) if k == half]
+            found |= zip(own, self.at_budget(half).select_images([images[i] for i in own]), strict=True)
+        return [_rectified(image, found[i], k) for i, (image, k) in enumerate(zip(images, counts, strict=True))]
+
+
+def _rectified(image: ImageTokens, chosen: Compressed, k: int) -> Compressed:
+    """Fill the budget k of an image with means of what was not chosen; with newlines once all patches take part."""
+    x, index, n = image.features, chosen.index, len(image.features)
+    if chosen.features is not None or index is None:
+        raise ValueError("rectify=True merges what was not selected, and this method makes tokens itself")
+    if len(index) >= k:
+        return chosen
+    free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, index, False)
+    patch = image.grid[:, 0] >= 0
+    slots = patch.nonzero()[:, 0]
+    kept = (~free & patch)[slots].nonzero()[:, 0]
+    made = min(k - len(index), len(slots) - len(kept))
+    others = index[~patch[index]]
+    spare = (free & ~patch).nonzero()[: k - len(index) - made, 0]
+    features, place, _ = merge_rest(x[slots], kept, len(kept) + made)
+    slot, order = torch.cat([slots[place], others, spare]).sort()
+    return Compressed(torch.cat([features.to(x), x[others], x[spare]])[order], slot)
+
+
+@dataclass
+class ScoreAndKeep(Selector):
     """Base of the methods that score the tokens of an image and keep the best before the language model.
 
         @dataclass
@@ -626,17 +699,10 @@ class ScoreAndKeep(Compressor):
             def score(self, image):
                 return image.features.norm(dim=-1)
 
-    Newline tokens of anyres images and videos are scored like any other token.
-
-    keep      : visual tokens to keep per image, a count or a share
-    positions : "renumbered" or "original" rotary positions
+    Newline tokens of anyres images and videos are scored like any other token. Options are those of `Selector`.
     """
 
     keep: Keep = 0.25
-    positions: str = "renumbered"
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
 
     def score(self, image: ImageTokens) -> Tensor:
         """Return one number for each token of an image, (n,). Higher is better."""
@@ -652,4 +718,4 @@ class ScoreAndKeep(Compressor):
             )
         image.score = score
         order = score.argsort(descending=True, stable=True)
-        return image.pick(order[: resolve_keep(self.keep, n)].sort().values)
+        return image.pick(order[: self.budget(image)].sort().values)

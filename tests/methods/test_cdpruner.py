@@ -138,7 +138,7 @@ def test_centring_is_a_mean_and_a_weight():
         assert weight[i].min() == 0 and weight[i].max() > 0.99
     assert standardised(x)[1].sub(0.5).abs().max() < 0.5
     a, b = (
-        CDPruner(keep=4, relevance="none", centring=flag).search(4, (), x, torch.ones(2, 9)) for flag in (0 > 1, True)
+        CDPruner(keep=4, relevance="none", centre=flag).search(4, (), x, torch.ones(2, 9)) for flag in (0 > 1, True)
     )
     assert not torch.equal(a, b)
 

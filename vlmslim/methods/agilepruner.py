@@ -48,7 +48,6 @@ class AgilePruner(ScoredSelection):
     pool: str = "view"
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -65,7 +64,7 @@ class AgilePruner(ScoredSelection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Walk by attention."""
-        x, attention = read
+        x, attention = self.compared(read[0])[0], read[1]
         if self.threshold is not None:
             fixed = torch.full((len(x),), self.threshold, device=x.device)
             return walk(x, attention, k, torch.full_like(fixed, float("inf")), fixed)

@@ -13,7 +13,6 @@ from vlmslim.engine.families import has_cls
 from vlmslim.methods._clip import default_clip, load_clip
 from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
-from vlmslim.ops.centring import centred
 from vlmslim.ops.greedy import Determinant, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
 
@@ -42,7 +41,6 @@ class CDPruner(Selection):
                  "none" (diversity alone). "auto" is "clip" on a tower with CLS, else "llm"
     sign       : of the cosine, "minus" or "plus"; "auto" is "minus" for "clip" (as released) and "plus" for "llm"
     theta      : None multiplies with relevance r (as released); in [0, 1), with exp(r x theta / (2 - 2 theta))
-    centring   : subtract the mean token before cosines, and weigh by distinctiveness ("Centering before Pruning")
     clip       : the CLIP of the vision tower: hub id, folder, or an open_clip name, as for `recoverable`. None: the
                  tiny CLIP for bundled checkpoints, OpenAI's L/14 at 336 pixels for the tower of LLaVA-1.5
     tokenizer  : the language model's, to read the prompt: hub id, folder, or an object with `decode`. None: that of
@@ -59,12 +57,10 @@ class CDPruner(Selection):
     relevance: str = "auto"
     sign: str = "auto"
     theta: float | None = None
-    centring: bool = False
     clip: str | None = None
     tokenizer: Any = field(default=None, repr=False)
     turn: str | None = None
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         self.reads_prompt = self.relevance != "none"
@@ -125,10 +121,8 @@ class CDPruner(Selection):
         if self.theta is not None:
             steepness = self.theta / (2 - 2 * self.theta)
             relevance = ((relevance - relevance.amax(1, keepdim=True)) * steepness).exp()  # a factor changes no pick
-        if self.centring:
-            features, weight = centred(features)
-            relevance = relevance * weight
-        return conditional_diversity(features, relevance, k)
+        features, weight = self.compared(features)
+        return conditional_diversity(features, relevance if weight is None else relevance * weight, k)
 
 
 @full_precision

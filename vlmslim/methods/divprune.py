@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Keep, check_choices, check_keep
+from vlmslim.compressor import Keep, check_choices
 from vlmslim.methods._selection import Pool, Selection
-from vlmslim.ops.greedy import Rows, farthest_greedy, similarity_matrix
+from vlmslim.ops.greedy import Farthest, Rows, greedy, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 
@@ -34,10 +34,9 @@ class DivPrune(Selection):
     keep: Keep = 0.098
     order: str = "raster"
     newline: str = "pool"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         check_choices(self, order=("raster", "selection"), newline=("pool", "drop", "rows"))
         if self.order == "selection" and self.positions == "original":
             raise ValueError(
@@ -46,11 +45,12 @@ class DivPrune(Selection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the farthest points."""
-        return farthest_points(read[0], k)
+        x, weight = self.compared(read[0])
+        return farthest_points(x, k, weight)
 
 
 @full_precision
-def farthest_points(x: Tensor, k: int) -> Tensor:
+def farthest_points(x: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Select tokens greedily by the largest smallest cosine distance.
 
     The first pick is the token farthest from its nearest neighbour. Each next pick is the token farthest from the
@@ -59,6 +59,7 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     Args:
         x: (..., n, d) tokens.
         k: number of picks, 1 <= k <= n.
+        weight: (..., n) of the distance, from the second pick on; None for 1.
 
     Returns:
         (..., k) indices in the order of selection; the first j of them are the selection for k = j.
@@ -67,4 +68,6 @@ def farthest_points(x: Tensor, k: int) -> Tensor:
     closeness = similarity_matrix(unit.reshape(-1, *x.shape[-2:])).sub_(1)  # minus the distance
     closeness.diagonal(dim1=1, dim2=2).fill_(-float("inf"))  # a token is not its own neighbour
     first = closeness.amax(2).argmin(1)
-    return farthest_greedy(Rows(closeness), first, k, torch.maximum).view(*x.shape[:-2], k)
+    closeness.diagonal(dim1=1, dim2=2).fill_(0)
+    weight = None if weight is None else weight.reshape(len(first), -1)
+    return greedy(Farthest(Rows(closeness), torch.maximum, weight), k, first).view(*x.shape[:-2], k)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector, check_choices
 from vlmslim.engine.families import family_of, has_cls
 from vlmslim.ops.attention import cls_attention, cls_logits
 from vlmslim.ops.newlines import NEWLINES, fill_budget
@@ -15,7 +15,7 @@ from vlmslim.ops.ranking import full_precision, rank_within_groups
 
 
 @dataclass
-class GlobalCom2(Compressor):
+class GlobalCom2(Selector):
     """Let the thumbnail decide how many tokens each anyres crop keeps, and help to decide which.
 
     Every patch is scored by the CLS logits of the tower's last layer. The larger the part of the thumbnail's score
@@ -52,10 +52,9 @@ class GlobalCom2(Compressor):
     score: str = "auto"
     temperature: float = 10.0
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         check_choices(
             self,
             mode=("corrected", "released"),
@@ -64,7 +63,7 @@ class GlobalCom2(Compressor):
         )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: give a positive number; the paper uses 10")
-        if self.mode == "released" and self.positions == "original":
+        if self.mode == "released" and self.positions == "original":  # which rectify needs, too
             raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
 
     def setup(self, model: Any) -> None:
@@ -91,7 +90,7 @@ class GlobalCom2(Compressor):
     def compress(self, image: ImageTokens) -> Compressed:
         """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""
         n, device = len(image.features), image.features.device
-        k = resolve_keep(self.keep, n)
+        k = self.budget(image)
         grid = image.grid.cpu()
         tiled = bool((grid[:, 0] > 0).any())  # unpadding leaves nothing of the mosaic of a very narrow strip
         if k == n or self.mode == "released" and (image.video or not tiled):

@@ -41,6 +41,7 @@ class HiPrune(Selection):
     """
 
     pool = "view"
+    compares = False
 
     keep: Keep = 0.111
     mode: str = "corrected"
@@ -48,7 +49,6 @@ class HiPrune(Selection):
     middle: int | float = 0.375
     neighbours: str | None = None
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from vlmslim.compressor import Compressed, ImageTokens, Keep, check_choices, resolve_keep
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.ranking import full_precision, rank_within_groups
-from vlmslim.ops.rectification import merge_rest
 
 
 @dataclass
@@ -35,11 +34,6 @@ class HoloV(ScoredSelection):
     score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
     positions : "renumbered" (as released) or "original" rotary positions
-    rectify   : select half of the budget, and merge the other tokens into as many anchors as the other half counts,
-                at the lower medians of their places ("Improving Visual Token Reduction via Rectifying Distortions",
-                arXiv 2606.01711, commit 9b27e68). Needs positions="original". The paper also lets a merged key count
-                for all of its tokens in attention (equation 4), which the engine does not do; in its ablation, merging
-                and positions alone lose what that bias gains
     """
 
     keep: Keep = 0.111
@@ -48,14 +42,12 @@ class HoloV(ScoredSelection):
     within: str = "attention"
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "renumbered"
-    rectify: bool = False
 
     def __post_init__(self) -> None:
         check_selection(self)
-        if self.rectify and (self.mode, self.positions) != ("corrected", "original"):
-            raise ValueError("rectify=True places merged tokens: use mode='corrected' and positions='original' with it")
         check_choices(self, within=("attention", "holistic"))
+        if self.centre and self.within == "attention":
+            raise ValueError("centre=True changes cosines, and within='attention' takes none; use within='holistic'")
         if self.chunks < 1:
             raise ValueError(f"chunks={self.chunks}: cut into at least one chunk; the paper uses 16")
 
@@ -63,11 +55,9 @@ class HoloV(ScoredSelection):
         """Return features and attention."""
         return image.features, self.scores(image)
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images of a forward."""
-        if self.mode == "released":
-            return [self._released(image) for image in images]
-        return [self._rectified(image) for image in images] if self.rectify else super().compress_images(images)
+        return super().select_images(images) if self.mode == "corrected" else [self._released(x) for x in images]
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Fill each chunk's quota with its best tokens."""
@@ -75,20 +65,12 @@ class HoloV(ScoredSelection):
         for x, attention in zip(*read, strict=True):
             chunk = chunks_of(len(x), self.chunks, x.device)
             quota = quotas(chunk_means(attention, chunk), chunk.bincount().tolist(), k)
-            rank = attention if self.within == "attention" else holistic_score(x, attention, chunk)[0]
+            rank = attention
+            if self.within == "holistic":
+                rank = holistic_score(self.compared(x[None])[0][0], attention, chunk)[0]
             kept = rank_within_groups(rank[None], chunk[None])[0] < torch.tensor(quota, device=x.device)[chunk]
             orders.append(torch.where(kept, rank, -torch.inf).argsort(descending=True, stable=True)[:k])
         return torch.stack(orders)
-
-    def _rectified(self, image: ImageTokens) -> Compressed:
-        slots = (image.grid[:, 0] >= 0).nonzero()[:, 0]
-        k = resolve_keep(self.keep, len(image.features))
-        if k >= len(slots) or k == 1:  # nothing to merge, or nothing but one token
-            return super().compress_images([image])[0]
-        x, score = image.features[slots], self.scores(image)[slots]
-        kept = self.search(k // 2, (), x[None], score[None])[0].sort().values
-        features, place, _ = merge_rest(x, kept, k)
-        return Compressed(features.to(x), slots[place])
 
     def _released(self, image: ImageTokens) -> Compressed:
         n, features = len(image.features), image.features

@@ -1,7 +1,7 @@
 """MMR: maximal marginal relevance (SIGIR 1998) over CLS attention: the selector of IDPruner (2026), no scorer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class MMR(ScoredSelection):
     at_once: int = 1
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "original"
+    positions: str = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -56,7 +56,7 @@ class MMR(ScoredSelection):
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search all tokens of an image together."""
         features, importance = read
-        return marginal_relevance(features, importance, k, self.weight, self.at_once)
+        return marginal_relevance(self.compared(features)[0], importance, k, self.weight, self.at_once)
 
 
 @full_precision

@@ -62,7 +62,6 @@ class MMTok(Selection):
     tokenizer: Any = field(default=None, repr=False)
     turn: str | None = None
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         self.reads_prompt = True
@@ -95,7 +94,7 @@ class MMTok(Selection):
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the best coverage."""
         x, to_words = read
-        return cover(x, to_words, k, self.word_temperature, self.temperature, self.alpha)
+        return cover(self.compared(x)[0], to_words, k, self.word_temperature, self.temperature, self.alpha)
 
 
 def keywords(text: str) -> str:

@@ -48,13 +48,13 @@ class PruneSID(ScoredSelection):
     """
 
     pool = "view"
+    compares = False  # its threshold is a multiple of the mean cosine, which centring takes away
 
     keep: Keep = 0.111
     mode: str = "corrected"
     score: str = "auto"
     seed: int = 0
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self, score=("auto", "cls", "loading"))
@@ -92,9 +92,9 @@ class PruneSID(ScoredSelection):
             orders.append(order[score[order].argsort(descending=True, stable=True)])
         return torch.stack(orders)
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images of a forward."""
-        return super().compress_images(images) if self.mode == "corrected" else [self._released(x) for x in images]
+        return super().select_images(images) if self.mode == "corrected" else [self._released(x) for x in images]
 
     def _released(self, image: ImageTokens) -> Compressed:
         n = len(image.features)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector
 
 
 @dataclass
-class Random(Compressor):
+class Random(Selector):
     """Keep a uniformly random subset of each image's tokens, in reading order.
 
     The draw depends on the seed and on the image's pixels. So an image keeps the same tokens in any batch and in any
@@ -21,13 +21,9 @@ class Random(Compressor):
 
     keep: Keep
     seed: int = 0
-    positions: str = "renumbered"
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Draw k of n tokens."""
         n = len(image.features)
-        index = torch.randperm(n, generator=image.generator(self.seed))[: resolve_keep(self.keep, n)]
+        index = torch.randperm(n, generator=image.generator(self.seed))[: self.budget(image)]
         return image.pick(index.sort().values.to(image.features.device))

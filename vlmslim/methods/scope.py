@@ -44,7 +44,6 @@ class SCOPE(ScoredSelection):
     pool: str = "view"
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -59,7 +58,7 @@ class SCOPE(ScoredSelection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search by saliency and coverage."""
-        return salient_coverage(read[0], read[1], k, self.alpha, self.combine)
+        return salient_coverage(self.compared(read[0])[0], read[1], k, self.alpha, self.combine)
 
 
 @full_precision

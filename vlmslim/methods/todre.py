@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices, check_keep
+from vlmslim.compressor import Compressor, ImageTokens, Keep, check_choices
 from vlmslim.engine.families import has_cls, tower
 from vlmslim.methods._selection import Pool, Selection
 from vlmslim.methods.drop_visual import DropVisual
@@ -49,10 +49,9 @@ class Diversify(Selection):
     cls_layer: int = -1
     newline: str = "rows"
     seed: int = 0
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         check_choices(
             self,
             objective=("max_sum", "k_center"),
@@ -74,7 +73,7 @@ class Diversify(Selection):
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Start from each image's pivot."""
         pivots = [self._pivot(pool.image, pool.slots) for pool in pools]
-        return diverse(read[0], k, torch.stack(pivots), self.objective)
+        return diverse(self.compared(read[0])[0], k, torch.stack(pivots), self.objective)
 
     def _pivot(self, image: ImageTokens, slots: Tensor) -> Tensor:
         """Find where in the candidates (m,) the search starts: a scalar."""

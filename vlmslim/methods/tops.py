@@ -37,7 +37,6 @@ class TOPSEntrance(ScoredSelection):
     normalise: str = "mean"
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -49,7 +48,7 @@ class TOPSEntrance(ScoredSelection):
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search all tokens of an image together."""
-        return preserve(read[0], read[1], k, self.alpha, self.coverage, self.normalise)
+        return preserve(self.compared(read[0])[0], read[1], k, self.alpha, self.coverage, self.normalise)
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector
 from vlmslim.ops.cells import cell_members, even_cells
 
 
 @dataclass
-class Uniform(Compressor):
+class Uniform(Selector):
     """Cut the image into k cells of near-equal size, and keep the token in the middle of each.
 
     The thumbnail, the mosaic of tiles and every frame of a video get their share of the budget. Newline tokens are
@@ -18,13 +18,9 @@ class Uniform(Compressor):
     """
 
     keep: Keep
-    positions: str = "renumbered"
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Pick the middle token of every cell."""
-        member, size = cell_members(even_cells(image.mosaic.cpu(), resolve_keep(self.keep, len(image.features))))
+        member, size = cell_members(even_cells(image.mosaic.cpu(), self.budget(image)))
         middle = member[size.cumsum(0) - size + size // 2]
         return image.pick(middle.sort().values.to(image.features.device))

@@ -42,12 +42,12 @@ class VisionZip(ScoredSelection):
 
     pool = "view"
     newline = "drop"
+    merges = True
 
     keep: Keep = 0.111
     mode: str = "corrected"
     contextual: float = 10 / 64
     score: str = "auto"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -71,7 +71,7 @@ class VisionZip(ScoredSelection):
         keys = image.at_tokens(image.qk(self.score_layer)[1].float().mean(1)[:, int(self.cls) :])
         return image.tower_tokens if self.before_projector else image.features, keys, self.scores(image)
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images one by one."""
         return [self.compress(image) for image in images]
 
@@ -86,7 +86,16 @@ class VisionZip(ScoredSelection):
         parts = []
         for pool in pools:
             x, keys, attention = pool.read
-            parts.append(zipped(x, keys, attention, pool.k, round(pool.k * self.contextual), int(released)))
+            parts.append(
+                zipped(
+                    x,
+                    self.compared(keys[None])[0][0],
+                    attention,
+                    pool.k,
+                    round(pool.k * self.contextual),
+                    int(released),
+                )
+            )
         if released:
             return Compressed(self._project(released_sequence(image, pools, parts), image))
         features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)

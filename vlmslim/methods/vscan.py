@@ -23,6 +23,8 @@ class VScanEntrance(ScoredSelection):
     """
 
     pool = "view"
+    compares = False
+    merges = True
 
     keep: Keep = 1 / 6
     mode: str = "corrected"
@@ -32,7 +34,6 @@ class VScanEntrance(ScoredSelection):
     merge: bool = True
     score: str = "auto"
     newline: str = "rows"
-    positions: str = "renumbered"
 
     def __post_init__(self) -> None:
         check_selection(self)
@@ -67,12 +68,12 @@ class VScanEntrance(ScoredSelection):
             orders.append(interleave([local, others]))
         return torch.stack(orders)
 
-    def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
+    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Choose, and merge into what was chosen."""
         if self.mode == "released":
             return [self._released(image) for image in images]
         return [
-            self._merged(image, result) for image, result in zip(images, super().compress_images(images), strict=True)
+            self._merged(image, result) for image, result in zip(images, super().select_images(images), strict=True)
         ]
 
     def _merged(self, image: ImageTokens, chosen: Compressed) -> Compressed:
