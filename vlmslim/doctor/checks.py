@@ -159,10 +159,9 @@ def positions(subject: Subject) -> Outcome:
     """Check that the rotary positions of an answer go on by one from the last token of the prompt, in every layer."""
     strayed, note = 0, ""
     for run in (subject.together, *subject.alone.values()):
-        last = run.positions[0][0]
         for step, noted in enumerate(run.positions):
-            for found in noted:
-                stray = int((found - last - step).abs().max())
+            for found in noted:  # layers after drops that close gaps count from another place than those before
+                stray = min(int((found - last - step).abs().max()) for last in run.positions[0])
                 if stray > strayed:
                     strayed, note = stray, f"token {step} of an answer stands {stray} positions away from its place"
     return Outcome(strayed, 0, "positions", note)
