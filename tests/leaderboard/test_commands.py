@@ -15,6 +15,7 @@ from vlmslim.evaluation import harness
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
+from vlmslim.leaderboard.notes import BASELINES
 from vlmslim.leaderboard.submission import read_submission
 from vlmslim.leaderboard.trackers import PROJECT
 
@@ -31,7 +32,7 @@ class Stating(FakeHarness):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    config = load_config(write_config(tmp_path_factory.mktemp("run"), baselines=["random", "uniform"]))
+    config = load_config(write_config(tmp_path_factory.mktemp("run"), baselines=list(BASELINES)))
     run(config, harness=Stating())
     return config.output
 
@@ -45,7 +46,7 @@ def test_the_page_and_the_frames_are_written_where_they_are_asked_for(output, tm
     assert shown.stdout.splitlines() == [
         str(tmp_path / f"frames/{n}.parquet") for n in ("rows", "cells", "samples", "pairs")
     ]
-    assert len(pd.read_parquet(tmp_path / "frames/rows.parquet")) == 7
+    assert len(pd.read_parquet(tmp_path / "frames/rows.parquet")) == 10
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_submission_holds_hashes_and_receipts(output, tmp_path):
     shown = call("submit", output, "-o", tmp_path / "mine.json")
     assert shown.exit_code == 0, shown.stderr
     content = read_submission(tmp_path / "mine.json")
-    assert content["sha256"] in shown.stdout and len(content["cells"]) == 14
+    assert content["sha256"] in shown.stdout and len(content["cells"]) == 20
     cell = next(one for one in content["cells"] if (one["label"], one["task"]) == ("divprune-64", "text"))
     stored = json.loads((output / "cells/divprune-64/text.json").read_text())
     assert (cell["sha256"], cell["samples_sha256"]) == (stored["seal"], stored["samples_sha256"])
@@ -112,7 +113,7 @@ def test_everything_that_keeps_a_run_off_the_board_is_said_at_once(tmp_path):
         "divprune-16 / text not finished or damaged: call vlmslim run again",
         "it asked only the first 2 questions of each task: run it without 'limit'",
         "none / count, none / text, random-64 / count and 6 more do not state their protocol",
-        "it has no row of uniform: add them to 'baselines'",
+        "it has no row of uniform and blind and downsample: add them to 'baselines'",
     ):
         assert said in " ".join(shown.stderr.split())
 
@@ -120,10 +121,10 @@ def test_everything_that_keeps_a_run_off_the_board_is_said_at_once(tmp_path):
 def test_lines_stand_in_one_table_if_they_answered_the_same(output, tmp_path):
     folder = tmp_path / "submissions"
     call("submit", output, "-o", folder / "first.json")
-    other = load_config(write_config(tmp_path, baselines=["random", "uniform"], methods=["fastv"]))
+    other = load_config(write_config(tmp_path, baselines=list(BASELINES), methods=["fastv"]))
     run(other, harness=Stating())
     call("submit", other.output, "-o", folder / "second.json")
-    longer = load_config(write_config(tmp_path, baselines=["random", "uniform"], output=str(tmp_path / "longer")))
+    longer = load_config(write_config(tmp_path, baselines=list(BASELINES), output=str(tmp_path / "longer")))
     run(longer, harness=Stating(questions=8))
     call("submit", longer.output, "-o", folder / "third.json")
     text = render_submissions.render(folder)

@@ -52,7 +52,7 @@ def test_parquet_files_hold_the_frames(frames, tmp_path):
 
 
 def test_an_unfinished_run_has_frames(tmp_path):
-    frames = interrupted(load_config(write_config(tmp_path)), ("none", "text")).to_frames()
+    frames = interrupted(load_config(write_config(tmp_path)), ("random-64", "count")).to_frames()
     assert len(frames.cells) == 1 and len(frames.samples) == 4
     assert frames.pairs.empty and "p_adjusted" in frames.pairs
 

@@ -116,6 +116,6 @@ def test_what_cannot_be_compared_is_refused(first, tmp_path, changes, behaviour,
 def test_unfinished_runs_are_compared_as_far_as_they_go(tmp_path):
     config = load_config(write_config(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        run(config, harness=FakeHarness(fail_at=("random-64", "count"), failure=KeyboardInterrupt()))
+        run(config, harness=FakeHarness(fail_at=("random-64", "text"), failure=KeyboardInterrupt()))
     other = finished(tmp_path / "b", {}, {"tasks": ["text"]}, questions=4)
     assert [one.label for one in compare_runs(config.output, other).differences] == ["none"]
