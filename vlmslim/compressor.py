@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlmslim.ops.attention import DecoderAttention, tower_qk, weighted_logits
+from vlmslim.ops.effective_rank import adapted, effective_rank
 from vlmslim.ops.ranking import rank_within_groups
 from vlmslim.ops.rectification import merge_rest
 from vlmslim.options import check_options, fits, shown
@@ -247,6 +248,16 @@ class ImageTokens:
             recorded_layers=layers,
             recorded_heads={i: (heads(i, 0), heads(i, 1)) for i in views[0].recorded_heads},
         )
+
+    @cached_property
+    def effective_rank(self) -> float:
+        """How complex the image is: the effective rank of its features, the mean over its crops or frames.
+
+        Newlines do not count.
+        """
+        crop = self.grid[:, 0]
+        ranks = [effective_rank(self.features[crop == i][None]) for i in crop[crop >= 0].unique()]
+        return float(sum(ranks) / len(ranks))
 
     @property
     def fingerprint(self) -> int:
@@ -598,6 +609,25 @@ class Compressor:
     def compress_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images of one forward. Override to batch across images; by default they go one by one."""
         return [self.compress(image) for image in images]
+
+    def ask(self, images: list[ImageTokens]) -> object:
+        """Return what `compress_images` returns, each image at its own budget if `keep` says so; for the engine."""
+        if not isinstance(keep := getattr(self, "keep", None), dict):
+            return self.compress_images(images)
+        groups: dict[int, list[int]] = {}
+        for i, image in enumerate(images):
+            n = len(image.features)
+            budget = adapted(resolve_keep(keep["auto"], n), n, image.effective_rank, keep["average"])
+            groups.setdefault(budget, []).append(i)
+        results: dict[int, Compressed] = {}
+        for budget, members in groups.items():
+            own = copy(self)  # with all that `setup` found
+            own.keep = budget  # type: ignore[attr-defined]
+            answer = own.compress_images([images[i] for i in members])
+            if not isinstance(answer, list | tuple) or len(answer) != len(members):
+                return answer  # the engine says what is wrong with it
+            results |= zip(members, answer, strict=True)
+        return [results[i] for i in range(len(images))]
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Return the k <= n tokens that an image sends to the language model."""

@@ -10,6 +10,7 @@ from strategies import noise
 from tiny import BOS, Clip, Picture, batch, tiny, words
 
 import vlmslim
+from vlmslim.cost.parts import count_flops
 from vlmslim.methods.divprune import DivPrune
 from vlmslim.ops.effective_rank import adapted, effective_rank, solve_average
 
@@ -69,6 +70,8 @@ def test_every_image_is_compressed_as_by_its_own_count(family):
     assert slim.receipt.summary()["requested"] is None
     assert slim.receipt.summary()["kept_range"] == [min(counts), max(counts)]
     first = batch(model, ROWS[:1], padding="none")
+    with vlmslim.patch(model, "divprune", keep={"auto": 0.4, "average": 6.0}):
+        assert count_flops(model, first)["method"] > 0  # it is asked as any other method
     for name, options in METHODS.items():
         with vlmslim.patch(model, name, keep={"auto": 0.4, "average": 6.0}, **options):
             own = model(**first).logits

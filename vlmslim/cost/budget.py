@@ -36,7 +36,6 @@ from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_
 from vlmslim.cost.flops import DecoderShape, equivalent_tokens, prefill_flops
 from vlmslim.cost.timing import measure_together, summarise
 from vlmslim.engine.families import family_of
-from vlmslim.engine.own_budgets import rank_of
 from vlmslim.ops.effective_rank import adapted, solve_average
 from vlmslim.patching import patch
 from vlmslim.registry import Spec, build, method_class, options_of
@@ -279,7 +278,7 @@ class _Ranks(Compressor):
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Keep everything."""
-        self.found.append((len(image.features), rank_of(image)))
+        self.found.append((len(image.features), image.effective_rank))
         return image.pick(torch.arange(len(image.features), device=image.features.device))
 
 

@@ -67,7 +67,7 @@ class _FlopsByPart:
             ]
         slim = getattr(self.model, "_vlmslim", None)
         for stage in slim.stages if slim else ():
-            for name in ("compress_images", "retain"):
+            for name in ("ask", "retain"):
                 setattr(stage.method, name, self._counted(getattr(stage.method, name)))
                 self.undo.append(partial(delattr, stage.method, name))
         self.mark = self.total()

@@ -88,8 +88,8 @@ class Notes:
         kept = self.image[layer] * self.kept[layer]
         return [row.bincount(minlength=1 + n)[1:].tolist() for row, n in zip(kept, images, strict=True)]
 
-    def compress_images(self, ask: Callable) -> Callable:
-        """Wrap a stage's `compress_images`."""
+    def ask(self, ask: Callable) -> Callable:
+        """Wrap a stage's `ask`."""
 
         def asked(images: list[ImageTokens]) -> list[Compressed]:
             before = [image.features.detach().clone() for image in images]  # a method may edit them
@@ -138,7 +138,7 @@ def noted(slim: Slim | None) -> Iterator[Notes]:
 
     for stage in () if slim is None else slim.stages:
         if stage.acts_before_llm:
-            wrap(stage.method, "compress_images")
+            wrap(stage.method, "ask")
         if stage.layers:
             wrap(stage.method, "retain", "soft_retain")
     try:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from vlmslim.compressor import Compressed, ImageTokens
-from vlmslim.engine.answers import check_indices
+from vlmslim.engine.answers import check_compressed, check_indices
 from vlmslim.engine.families import FAMILIES, Family, placeholders
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.layout import Layout, Segment, to_device
-from vlmslim.engine.own_budgets import compress
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Image
@@ -75,7 +74,8 @@ class Entrance:
     @staticmethod
     def _ask(stage: Stage, call: Call, images: list[ImageTokens]) -> list[Compressed]:
         with call.timed(images[0].features.device):
-            return compress(stage.method, images)
+            answer = stage.method.ask(images)
+        return check_compressed(stage.method, images, answer)
 
     def _note(self, call: Call, layout: Layout, placed: list[Placed], results: list[Compressed] | None) -> None:
         """Write down which image each visual token belongs to, and how many tokens of each image enter."""

@@ -250,7 +250,7 @@ class _Verify:
         lines = [line for line in compared.lines if line.label == UNPATCHED and not line.protocol]
         for line in lines:
             yield (
-                f"unpatched on {line.task}: {line.ours:.2f} here, {line.theirs:g} in {line.arxiv}, {line.table}: "
+                f"unpatched on {line.task}: {line.ours:.2f} here, {line.theirs:g} in {line.paper}, {line.table}: "
                 f"{line.difference:+.2f}"
             )
         if not lines:

@@ -7,7 +7,7 @@ it too, with a mark, and says how it differs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.yaml_files import read_yaml
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
 from vlmslim.leaderboard.rows import Row
-from vlmslim.leaderboard.tables import Column, Table, name_columns, number, score_text
+from vlmslim.leaderboard.tables import Column, Table, name_columns, number, score_text, with_interval
 
 DIRECTORY = Path(__file__).parent / "papers"
 DIFFERS = "≠"  # marks a row of ours with other options than the paper's
@@ -53,6 +53,7 @@ class PublishedRow(_Strict):
     keep   : visual tokens kept per image, as in vlmslim
     fraction, equivalent_tokens : a budget that is not vlmslim's `keep`
     tflops, prefill_ms : as printed; the table's `convention` says how they are counted
+    average : over the paper's tasks, in per cent of the unpatched model, as printed
     scores : one per column
     """
 
@@ -64,6 +65,7 @@ class PublishedRow(_Strict):
     equivalent_tokens: Annotated[float, Field(gt=0)] | None = None
     tflops: float | None = None
     prefill_ms: float | None = None
+    average: float | None = None
     note: str | None = None
     scores: list[float | None]
 
@@ -78,9 +80,11 @@ class PublishedTable(_Strict):
     prompts       : whose pictures and prompts the model saw: those of LLaVA's authors ("original"), as in all papers
                     here that name their code, or those of HF's conversions ("hf")
     convention    : how budgets and costs are counted
+    known         : what is known of choices that move numbers: tasks, OCR hints, POPE, MME, layer, order, ...
+    positions     : rotary positions of what methods before the language model keep; most releases renumber
     ran_with      : method -> the options that it ran with there, where these are not our defaults; several if they give
                     the same result
-    columns       : names of the paper's `benchmarks`
+    columns       : names of the paper's `benchmarks`; none where only averages are known
     """
 
     table: str
@@ -91,6 +95,8 @@ class PublishedTable(_Strict):
     protocol: str
     prompts: Literal["original", "hf"] = "original"
     convention: str
+    known: dict[str, str | int] = {}
+    positions: Literal["renumbered", "original"] = "renumbered"
     ran_with: dict[str, list[dict]] = {}
     columns: list[str]
     rows: list[PublishedRow]
@@ -112,14 +118,29 @@ class PublishedTable(_Strict):
 
 
 class Paper(_Strict):
-    """The tables of one paper; `read` says how the numbers were read."""
+    """The tables of one paper; `read` says how the numbers were read.
+
+    short : what the method or the study is called, where the title does not begin with it
+    arxiv : its number; None where it is not known
+    """
 
     title: str
-    arxiv: Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
+    short: str | None = None
+    arxiv: Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")] | None = None
     venue: str | None = None
     read: str
     benchmarks: dict[str, Benchmark]
     tables: list[PublishedTable]
+
+    @property
+    def name(self) -> str:
+        """Its short name."""
+        return self.short or self.title.partition(":")[0]
+
+    @property
+    def cited(self) -> str:
+        """Its number on arXiv, or else its short name."""
+        return self.arxiv or self.name
 
     @model_validator(mode="after")
     def _known_columns(self) -> "Paper":
@@ -128,6 +149,75 @@ class Paper(_Strict):
             odd = ", ".join(sorted(used ^ self.benchmarks.keys()))
             raise ValueError(f"'benchmarks' and the columns of the tables must be the same, but differ in {odd}")
         return self
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one table says about a method at a budget.
+
+    average : in per cent of the unpatched model, over the paper's own tasks
+    known   : what is known of the table's choices
+    """
+
+    paper: str
+    table: str
+    average: float
+    known: dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What papers report for one method at one budget on one model, the lowest first."""
+
+    name: str
+    keep: int | float
+    reports: list[Report]
+
+    @property
+    def low(self) -> float:
+        """The lowest average."""
+        return self.reports[0].average
+
+    @property
+    def high(self) -> float:
+        """The highest average."""
+        return self.reports[-1].average
+
+    def listed(self) -> str:
+        """Write the averages with their papers."""
+        return ", ".join(f"{report.paper} {report.average:.1f}" for report in self.reports)
+
+    def differences(self) -> list[str]:
+        """Return the choices that are not known to be the same in all papers."""
+        names = dict.fromkeys(name for report in self.reports for name in report.known)
+        return [name for name in names if len({str(report.known.get(name)) for report in self.reports}) > 1]
+
+    def text(self) -> str:
+        """Say how far the papers lie apart, and what is known of the reasons."""
+        told = f"{len(self.reports)} tables: {self.low:.1f} to {self.high:.1f} % of unpatched."
+        for name in self.differences():
+            said = [f"{r.paper}: {r.known[name]}" for r in self.reports if name in r.known]
+            told += f" {name[0].upper()}{name[1:]} ({'; '.join(dict.fromkeys(said))})."
+        return told
+
+
+def spreads_of(papers: "list[Paper]", model: str) -> dict[tuple[str, int | float | None], Spread]:
+    """Collect the averages that papers report on a checkpoint.
+
+    Returns:
+        (method, keep) -> its spread. A method that vlmslim does not have goes by its name in the papers.
+    """
+    found: dict[tuple[str, int | float | None], Spread] = {}
+    for paper in papers:
+        for table in (table for table in paper.tables if model in table.checkpoints):
+            for row in table.rows:
+                if row.average is not None and row.keep is not None:
+                    key = (row.method or row.name, row.keep)
+                    spread = found.setdefault(key, Spread(row.name, row.keep, []))
+                    spread.reports.append(Report(paper.name, table.table, row.average, table.known))
+    for spread in found.values():
+        spread.reports.sort(key=lambda report: (report.average, report.paper))
+    return found
 
 
 def load_papers(directory: Path | str = DIRECTORY) -> list[Paper]:
@@ -159,6 +249,7 @@ def load_papers(directory: Path | str = DIRECTORY) -> list[Paper]:
 class Line:
     """A published number and ours, in the paper's unit.
 
+    paper      : its number on arXiv, or its short name
     *_relative : relative to the unpatched model of the same table, and of our run
     differs    : the options of our row that are not the paper's; empty if all are
     protocol   : both protocols where ours is not the paper's; empty if it is
@@ -173,7 +264,7 @@ class Line:
     unit: str
     theirs_relative: float | None
     ours_relative: float | None
-    arxiv: str
+    paper: str
     table: str
     source: str
     differs: str = ""
@@ -182,10 +273,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Published:
-    """The cells that can be compared, with notes on conventions or on why nothing can be compared."""
+    """The cells that can be compared, with notes on conventions or on why nothing can be compared.
+
+    spreads : label of one of our rows -> what papers report for its method and budget
+    """
 
     lines: list[Line]
     notes: list[str]
+    spreads: dict[str, Spread] = field(default_factory=dict)
 
     @classmethod
     def compare(cls, board: Leaderboard, papers: list[Paper]) -> "Published":
@@ -199,8 +294,10 @@ class Published:
             known = sorted({name for paper in papers for table in paper.tables for name in table.checkpoints})
             return cls([], [f"No published table is about {model}; there are tables about {', '.join(known)}."])
         lines, notes = [], []
+        ours = spreads_of(papers, model)
+        spreads = {row.label: ours[key] for row in board.rows if (key := _same_row(row)) in ours}
         for paper, table in tables:
-            where = f"{paper.arxiv}, {table.table} ({table.source})"
+            where = f"{paper.cited}, {table.table} ({table.source})"
             notes += [f"{where} {mismatch}" for mismatch in _mismatches(board, paper, table)]
             if found := [line for row in table.rows for line in _lines(board, paper, table, row)]:
                 lines += found
@@ -215,12 +312,35 @@ class Published:
                 f"{OTHER_PROTOCOL} marks a row of ours that saw other pictures or prompts than the paper's. Give the "
                 "model 'protocol: original' in the configuration, and run into another directory, to see the paper's."
             )
+        for label, spread in spreads.items():
+            if len(spread.reports) > 1:
+                notes.append(f"{label} in {spread.text()}")
         if not lines:
             notes.append(
                 f"No published cell about {model} has a task, metric, method and budget of this run. "
                 f"{_available(tables)}"
             )
-        return cls(lines, notes)
+        return cls(lines, notes, spreads)
+
+    def tables(self, board: Leaderboard) -> list[Table]:
+        """Build the tables that have content."""
+        return [table for table in (self.averages(board), self.table(board)) if table is not None]
+
+    def averages(self, board: Leaderboard) -> Table | None:
+        """Build the table of our averages beside those of all papers that have the row; None if there are none."""
+        rows = [row for row in board.rows if row.label in self.spreads]
+        if not rows:
+            return None
+        spreads = [self.spreads[row.label] for row in rows]
+        columns = [
+            *name_columns(rows),
+            Column("here, % of unpatched", [with_interval(row.relative) for row in rows]),
+            Column("lowest published", [f"{spread.low:.1f}" for spread in spreads]),
+            Column("highest published", [f"{spread.high:.1f}" for spread in spreads]),
+            Column("spread", [f"{spread.high - spread.low:.1f}" for spread in spreads]),
+            Column("papers", [spread.listed() for spread in spreads]),
+        ]
+        return Table("Averages that papers report", rows, columns)
 
     def table(self, board: Leaderboard) -> Table | None:
         """Build the table of the compared cells; None if there are none."""
@@ -242,7 +362,7 @@ class Published:
             Column("difference", [f"{line.difference:+.{_digits(line)}f}" for line in self.lines]),
             Column("published, % of unpatched", [number(line.theirs_relative, 100, 1) for line in self.lines]),
             Column("here, % of unpatched", [number(line.ours_relative, 100, 1) for line in self.lines]),
-            Column("source", [f"{line.arxiv}, {line.table} ({line.source})" for line in self.lines]),
+            Column("source", [f"{line.paper}, {line.table} ({line.source})" for line in self.lines]),
         ]
         if any(line.differs for line in self.lines):
             columns.insert(2, Column("options", [line.differs or "the paper's" for line in self.lines]))
@@ -316,9 +436,9 @@ def _lines_of(
             unit=benchmark.unit,
             theirs_relative=theirs / reference if reference else None,
             ours_relative=row.scores[task].value / unpatched if unpatched else None,
-            arxiv=paper.arxiv,
-            table=table.table,
             source=table.source,
+            paper=paper.cited,
+            table=table.table,
             differs=differs,
             protocol=_other_protocol(board, table),
         )
@@ -332,6 +452,16 @@ def _other_protocol(board: Leaderboard, table: PublishedTable) -> str:
 
 
 def _difference(row: Row, published: PublishedRow, table: PublishedTable, board: Leaderboard) -> str | None:
+    """Say in which options and positions one of our rows differs from a published row; None if they do not compare."""
+    options = _different_options(row, published, table, board)
+    if options is None or row.label == UNPATCHED or row.cost is None or not row.activity or row.activity[0].layers:
+        return options
+    here, there = row.cost.positions, table.positions
+    positions = "" if here == there else f"positions: {here} here, {there} there"
+    return "; ".join(filter(None, [options, positions]))
+
+
+def _different_options(row: Row, published: PublishedRow, table: PublishedTable, board: Leaderboard) -> str | None:
     """Say in which options one of our rows differs from a published row.
 
     Returns:
@@ -375,9 +505,16 @@ def _is_same_budget(row: Row, published: PublishedRow, tokens: float) -> bool:
     return requested is not None and abs(requested - (theirs * tokens if isinstance(theirs, float) else theirs)) < 0.5
 
 
+def _same_row(row: Row) -> tuple[str, int | float | None]:
+    """Return the method and the budget by which papers' averages are found, whatever options they ran with."""
+    if len(row.stages) != 1 or isinstance(row.budget, dict):
+        return "", None
+    return str(row.stages[0]["method"]), row.stages[0].get("keep")
+
+
 def _options(stage: dict) -> dict:
-    """Return the options of a stage other than its budget and its seed."""
-    return {name: value for name, value in stage.items() if name not in ("method", "keep", "seed")}
+    """Return the options of a stage other than its budget, its seed, and its positions, which the receipt tells."""
+    return {name: value for name, value in stage.items() if name not in ("method", "keep", "seed", "positions")}
 
 
 def _defaults(method: str) -> dict:

@@ -38,8 +38,7 @@ def with_published(board: Leaderboard, published: Published | None) -> tuple[lis
     """Collect all tables and notes."""
     built, remarks = tables(board), notes(board)
     if published is not None:
-        table = published.table(board)
-        built, remarks = built + ([] if table is None else [table]), published.notes + remarks
+        built, remarks = built + published.tables(board), published.notes + remarks
     return built, remarks
 
 
