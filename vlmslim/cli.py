@@ -323,6 +323,34 @@ def compare(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run.")],
+    samples: Annotated[
+        int, typer.Option(min=1, help="Flipped questions whose tokens are recorded, of all tasks together.")
+    ] = 50,
+    device: Annotated[str | None, typer.Option(help="Default: the run's.")] = None,
+    single: Annotated[bool, typer.Option("--single", help="One HTML file, leaderboard.html, not a folder.")] = False,
+) -> None:
+    """Record which tokens each row kept of flipped questions, with the checkpoint at hand, and write the report."""
+    _require_extra()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; progress is shown by rich
+    _quiet_transformers()
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.evaluation.progress import RichDisplay, log_to
+    from vlmslim.evaluation.recording import add_pictures
+    from vlmslim.leaderboard.report import write_folder, write_single
+
+    try:
+        log_to(None)
+        with RichDisplay() as display:
+            board = add_pictures(directory, samples, device=device, display=display)
+        folder = directory / "report"
+        typer.echo(write_single(board, directory / "leaderboard.html") if single else write_folder(board, folder))
+    except (ConfigError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
 def submit(
     directory: Annotated[Path, typer.Argument(help="Output directory of a finished vlmslim run.")],
     output: Annotated[

@@ -21,7 +21,16 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from vlmslim.evaluation.errors import ConfigError
-from vlmslim.evaluation.schema import Budget, Count, MethodConfig, ModelConfig, Strict, TaskConfig, TimingConfig
+from vlmslim.evaluation.schema import (
+    Budget,
+    Count,
+    MethodConfig,
+    ModelConfig,
+    ReportConfig,
+    Strict,
+    TaskConfig,
+    TimingConfig,
+)
 from vlmslim.evaluation.variants import Variant, expand
 from vlmslim.io.messages import did_you_mean
 from vlmslim.io.yaml_files import read_yaml
@@ -43,6 +52,7 @@ class RunConfig(Strict):
     output: Path
     include_path: list[Path] = []
     timing: TimingConfig | None = TimingConfig()
+    report: ReportConfig = ReportConfig()
 
     @field_validator("baselines", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ import random
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.lmms_model import VlmSlim
 from vlmslim.evaluation.progress import Bar, Display, MakeBar, output_to
 from vlmslim.evaluation.queries import Query, naming_all, query_of
+from vlmslim.evaluation.recording import images_of, row_of
 from vlmslim.evaluation.replay import Replay, requests_hash
 from vlmslim.evaluation.schema import TimingConfig
 from vlmslim.evaluation.tasks import Tasks
@@ -392,6 +393,41 @@ class Harness:
                 data[split] = data[split].select(order)
             self._shuffled[leaf.task] = task
         return counts
+
+    def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        """Ask questions of a task again under each method, alone, and yield where their visual tokens went.
+
+        Args:
+            variants: the rows.
+            task: of the questions.
+            questions: their numbers, lmms-eval's `doc_id`. Those without a picture are left out.
+
+        Yields:
+            A question, and its `images` and `rows` as `vlmslim.evaluation.recording` writes them.
+        """
+        asked = self._asked(task)
+        if asked is None:  # a dialogue of several rounds: its later prompts depend on answers
+            return
+        first = {query.where: query for query in reversed(asked.queries)}
+        slims: dict[str, Slim] = {}
+        for variant in variants:
+            slims[variant.label] = vlmslim.patch(self.model, list(variant.stages), record="tokens")
+            slims[variant.label].remove()
+        answerer, processor = self._answerer[0], self._checkpoint[1]
+        for question in questions:
+            batch = answerer.read([first[f"{task} document {question}"]])
+            images: list[dict] = []
+            rows = {}
+            for label, slim in slims.items():
+                slim.reset_receipt()
+                with slim.attach(), torch.inference_mode():
+                    flops = count_flops(self.model, batch.inputs)
+                last = slim.receipt.last
+                if last is not None and last.traces and last.traces[0]:
+                    images = images or images_of(last.traces[0], processor)
+                    rows[label] = row_of(last, flops)
+            if rows:
+                yield question, {"images": images, "rows": rows}
 
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget, on the first questions of the tasks, taken in turn.

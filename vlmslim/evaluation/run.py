@@ -16,6 +16,7 @@ from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
 from vlmslim.evaluation.progress import Display, RowLine
+from vlmslim.evaluation.recording import record_flips
 from vlmslim.evaluation.store import Store, digest, reading, timing_key
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io import provenance
@@ -96,6 +97,7 @@ class _Run:
             "include_path": [str(folder.resolve()) for folder in config.include_path],
             "tasks": [task.model_dump() for task in self.harness.tasks.leaves],
             "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
+            "include_path": [str(path.resolve()) for path in config.include_path],
         }
         with reading(store.directory):
             self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
@@ -144,6 +146,9 @@ class _Run:
         self._sum_up(rows)
         self._time()
         board = Leaderboard.read(self.store.directory)
+        if self.config.report.samples:
+            samples = self.config.report.samples
+            record_flips(board, self.store, self.variants, samples, self.harness, self.display)
         write_all(board, self.store.directory)
         return board
 

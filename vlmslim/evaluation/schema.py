@@ -179,3 +179,12 @@ class TimingConfig(Strict):
     prompts: Count = 4
     repeats: Count = 5
     new_tokens: Annotated[Count, Field(ge=2)] = 16
+
+
+class ReportConfig(Strict):
+    """What the report shows besides scores.
+
+    samples : flipped questions whose visual tokens are recorded under every row, of all tasks together
+    """
+
+    samples: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0

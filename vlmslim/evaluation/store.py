@@ -5,6 +5,7 @@ cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of
 cells/LABEL/TASK.jsonl       the samples of the cell, one question per line
 solutions.json               how budgets that are costs were solved
 verification.json            what `vlmslim verify` found
+tokens/TASK/QUESTION.json    where the visual tokens of a question went, under every row
 timing.json                  prefill and decode times of all methods, measured together
 leaderboard.{md,csv,json,html}
 report/                      the leaderboard as a page; `vlmslim.leaderboard.report` lists its files
@@ -12,6 +13,7 @@ frames/{rows,cells,samples,pairs}.parquet
 submission.json              the run as `vlmslim submit` wrote it
 """
 
+import glob
 import hashlib
 import json
 import unicodedata
@@ -181,10 +183,14 @@ class Store:
             if _unsealed(path) is not None:
                 path.unlink()
                 path.with_suffix(".jsonl").unlink(missing_ok=True)
+        for path in self.directory.glob("tokens/*/*.json"):
+            if _unsealed(path) is not None:
+                path.unlink()
         for path in (*(self.directory / name for name in RESULTS), *self.directory.glob("report/data/*.js")):
             path.unlink(missing_ok=True)
-        emptied = ("cells", "report/data", "report", "frames")
-        for folder in (*self.directory.glob("cells/*"), *(self.directory / name for name in emptied)):
+        emptied = ("cells", "tokens", "report/data", "report", "frames")
+        folders = [path for name in ("cells", "tokens") for path in self.directory.glob(f"{name}/*")]
+        for folder in (*folders, *(self.directory / name for name in emptied)):
             with suppress(OSError):  # something else is in it
                 folder.rmdir()
 
@@ -228,6 +234,30 @@ class Store:
         """Read the samples of a finished cell, in the order of the task's questions."""
         text = self._path(label, task).with_suffix(".jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def samples_hash(self, label: str, task: str) -> str | None:
+        """Return the hash of the samples of a cell; None where there is no cell that is whole."""
+        cell = self.cell(label, task)
+        return None if cell is None else cell["samples_sha256"]
+
+    # ------------------------------------------------------------------ tokens
+
+    def _tokens_path(self, task: str, question: int) -> Path:
+        return self.directory / "tokens" / file_name(task) / f"{question}.json"
+
+    def save_tokens(self, task: str, question: int, record: dict) -> None:
+        """Write where the tokens of one question went."""
+        write_atomically(self._tokens_path(task, question), _sealed({**record, "task": task, "question": question}))
+
+    def tokens(self, task: str, question: int) -> dict | None:
+        """Read what `save_tokens` wrote; None if there is nothing, or if it is not whole."""
+        record = _unsealed(self._tokens_path(task, question))
+        return record if record is not None and record.get("task") == task else None
+
+    def questions_with_tokens(self, task: str) -> list[int]:
+        """List the questions of a task whose tokens were recorded."""
+        paths = self.directory.glob(f"tokens/{glob.escape(file_name(task))}/*.json")
+        return sorted(int(path.stem) for path in paths if path.stem.isdecimal())
 
     # ------------------------------------------------------------------ timings
 

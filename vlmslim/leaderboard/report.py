@@ -9,11 +9,13 @@ report/data/*.js           rows and axes; the questions of each task; each quest
 import json
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.evaluation.store import Store
 from vlmslim.io.files import write_atomically
 from vlmslim.leaderboard.axes import Axis, cost_axes, front, quality_axes
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
@@ -133,10 +135,20 @@ def _budgets(board: Leaderboard) -> list[str]:
 
 def _parts(board: Leaderboard) -> Iterator[tuple[str, dict]]:
     """Yield the data of the page, part by part, ready for JSON."""
-    asked = [] if board.directory is None else board.questions()
     yield "board", _board(board)
-    for number, questions in enumerate(asked):
-        yield f"questions-{number}", _questions(board, questions)
+    if board.directory is None:
+        return
+    store = Store(board.directory)
+    for number, questions in enumerate(board.questions()):
+        hashes = {label: store.samples_hash(label, questions.task) for label in questions.answers}
+        drawn = []
+        for question in store.questions_with_tokens(questions.task):
+            recorded = store.tokens(questions.task, question)
+            if recorded is not None and question in questions.ids:
+                position = questions.ids.index(question)
+                yield f"tokens-{number}-{position}", _tokens(board, recorded, hashes)
+                drawn.append(position)
+        yield f"questions-{number}", _questions(board, questions, drawn)
 
 
 def _board(board: Leaderboard) -> dict:
@@ -174,7 +186,7 @@ def _task(board: Leaderboard, task: str) -> dict:
     return {"name": task, "metric": metric, "sign": 1 if higher_is_better else -1}
 
 
-def _questions(board: Leaderboard, questions: Questions) -> dict:
+def _questions(board: Leaderboard, questions: Questions, drawn: list[int]) -> dict:
     """Arrange the questions of a task. Rows often give the same answer, so each answer stands there once."""
     options = [list(dict.fromkeys(given)) for given in zip(*questions.answers.values(), strict=True)]
     place = [{text: i for i, text in enumerate(texts)} for texts in options]
@@ -191,5 +203,46 @@ def _questions(board: Leaderboard, questions: Questions) -> dict:
         ],
         "scores": [questions.scores.get(row.label) for row in board.rows],
         "half": max([1.0, *scores]) / 2,
-        "drawn": [],
+        "drawn": drawn,
     }
+
+
+def _tokens(board: Leaderboard, recorded: dict, hashes: dict[str, str | None]) -> dict:
+    """Arrange what was recorded of a question; a row that was evaluated again since has nothing to show."""
+
+    def row(label: str) -> dict | None:
+        own = recorded["rows"].get(label)
+        if own is None or recorded["samples_sha256"].get(label) != hashes.get(label, ""):
+            return None
+        return {"images": own["images"], "receipt": _receipt(own["prefill"]), "ledger": _ledger(own["flops"])}
+
+    return {"images": recorded["images"], "rows": [row(one.label) for one in board.rows]}
+
+
+def _receipt(prefill: dict) -> list[tuple[str, str]]:
+    """Tell what a prefill of one prompt did, as pairs of a name and a value."""
+    images, visual = prefill["images"][0], [rows[0] for rows in prefill["visual"]]
+    requested = [str(image["requested"]) for image in images if image["requested"] is not None]
+    runs = [(layers[0], layers[-1], count) for count, layers in _runs(visual)]
+    told = [
+        ("visual tokens", ", ".join(str(image["tokens"]) for image in images)),
+        ("requested", ", ".join(requested)),
+        ("sent to the language model", ", ".join(str(image["kept"]) for image in images)),
+        ("in decoder layers", "; ".join(f"{first} to {last}: {count}" for first, last, count in runs)),
+        ("text tokens", str(prefill["text"][0])),
+        ("KV cache, tokens over all layers", str(sum(prefill["kv"])) if prefill["kv"] else ""),
+    ]
+    return [(name, value) for name, value in told if value]
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, list[int]]]:
+    """Group consecutive equal numbers: each with its places."""
+    grouped = groupby(range(len(numbers)), key=numbers.__getitem__)
+    return [(number, list(places)) for number, places in grouped]
+
+
+def _ledger(flops: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Write the FLOPs of a prefill by part, in billions and as shares."""
+    total = sum(flops.values())
+    parts = {part.replace("_", " "): value for part, value in flops.items() if value} | {"total": total}
+    return [(part, f"{value / 1e9:.3f}", f"{value / total:.1%}") for part, value in parts.items()]

@@ -235,7 +235,7 @@ async function open(position) {
   const questions = await part(`questions-${t}`);
   state.question = position;
   remember();
-  const drawn = questions.drawn.includes(position) ? await part(`pictures-${t}-${position}`) : null;
+  const drawn = questions.drawn.includes(position) ? await part(`tokens-${t}-${position}`) : null;
   $("question-title").textContent = `${task.name}, question ${questions.ids[position]}: ${said(outcome(task, questions, position, row, against))}`;
   $("asked").textContent = questions.prompts[position];
   $("target").replaceChildren(...pairs([["expected", questions.targets[position]], ["picture", questions.pictures[position]]]));
