@@ -38,7 +38,7 @@ def test_one_line_for_each_answer(frames):
     sums = frames.samples.groupby(["label", "task"]).score.sum()
     assert {label: (sums[label, "count"], sums[label, "text"]) for label in RIGHT} == RIGHT
     first = frames.samples.iloc[0]
-    assert (first.prompt, first.target, first.answer, first.picture) == ("count 0?", "yes", "yes", "count question 0")
+    assert (first.prompt, first.target, first.answer, first.picture) == ("count 0?", "yes", "yes", "question 0")
 
 
 def test_one_line_for_each_pair(board, frames):

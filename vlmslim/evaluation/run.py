@@ -97,7 +97,6 @@ class _Run:
             "include_path": [str(folder.resolve()) for folder in config.include_path],
             "tasks": [task.model_dump() for task in self.harness.tasks.leaves],
             "rows": [{"label": v.label, "stages": list(v.stages), "budget": v.budget} for v in self.variants],
-            "include_path": [str(path.resolve()) for path in config.include_path],
         }
         with reading(store.directory):
             self.hash = digest(self.shared) if fresh else store.check_run(self.shared)

@@ -160,10 +160,10 @@ class Leaderboard:
             for task in self.tasks:
                 labels = [row.label for row in self.rows if task in row.scores]
                 cells = [store.cell(label, task) for label in labels]
-                if (first := cells[0]) is None or None in cells:
+                if None in cells:
                     raise ConfigError(f"the samples of {task} in {self.directory} have changed; read them again")
                 samples = {label: store.samples(label, task) for label in labels}
-                yield Questions.of(task, samples, self.metrics[task][0], source_of(first, task))
+                yield Questions.of(task, samples, self.metrics[task][0])
 
     def to_frames(self) -> "Frames":
         """Return pandas data frames: rows, cells, samples and pairs.

@@ -13,7 +13,7 @@ class Questions:
     ids      : numbers of the questions in the task's data, lmms-eval's `doc_id`
     prompts  : the text that was asked, without the tokens of pictures
     targets  : the expected answers
-    pictures : name of each question's picture; questions about one picture share the name
+    pictures : name of each question's picture; questions of the task about one picture share the name
     answers  : label -> the row's answers, as given
     scores   : label -> the row's scores; None where lmms-eval logs no score of the question
     """
@@ -27,14 +27,13 @@ class Questions:
     scores: dict[str, list[float | None]]
 
     @classmethod
-    def of(cls, task: str, samples: dict[str, list[dict]], metric: str, source: str = "") -> "Questions":
+    def of(cls, task: str, samples: dict[str, list[dict]], metric: str) -> "Questions":
         """Read the questions of a task.
 
         Args:
             task: its name.
             samples: label of a row -> its samples, the same questions in the same order for every row.
             metric: the metric whose scores are wanted.
-            source: the data set of the pictures.
         """
         first = next(iter(samples.values()))
         return cls(
@@ -42,7 +41,7 @@ class Questions:
             [sample["doc_id"] for sample in first],
             [_prompt(sample.get("arguments", ())) for sample in first],
             [as_text(sample.get("target")) for sample in first],
-            pictures_of(first, source or task),
+            [name.strip() for name in pictures_of(first, "")],  # the source may be a path on somebody's machine
             {label: [given_answer(sample) for sample in own] for label, own in samples.items()},
             {label: [question_score(sample, metric) for sample in own] for label, own in samples.items()},
         )

@@ -19,11 +19,13 @@ from vlmslim.evaluation.store import Store
 from vlmslim.io.files import write_atomically
 from vlmslim.leaderboard.axes import Axis, cost_axes, front, quality_axes
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard
-from vlmslim.leaderboard.notes import BASELINES, protocol
+from vlmslim.leaderboard.notes import protocol
 from vlmslim.leaderboard.published import Published
 from vlmslim.leaderboard.questions import Questions
 from vlmslim.leaderboard.render import FORMATS, render, with_published
 from vlmslim.leaderboard.tables import Column, Table
+
+BASELINES = ("random", "uniform", "pool", "downsample", "blind")  # drawn as open circles
 
 _TEMPLATES = files("vlmslim.leaderboard") / "templates"
 

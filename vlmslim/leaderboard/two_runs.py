@@ -106,7 +106,7 @@ def compare_runs(first: Path | str, second: Path | str) -> TwoRuns:
         _corrected(differences),
         _conditions(a, b, labels),
         {task: a.scale(task) for task in tasks},
-        [Questions.of(task, samples[task], a.metrics[task][0], sources[task]) for task in tasks],
+        [Questions.of(task, samples[task], a.metrics[task][0]) for task in tasks],
     )
 
 

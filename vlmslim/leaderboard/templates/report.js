@@ -284,6 +284,7 @@ function destinations(cut, count) {
 /** Draw an image with its tokens, and the controls that choose the decoder layer and the scores. */
 function picture(image, record, label) {
   const rects = image.rects, svg = make("svg", { viewBox: `0 0 ${image.width} ${image.height}`, role: "img" });
+  svg.style.maxWidth = `calc(55vh * ${image.width / image.height})`; // so that answer, picture and controls fit a screen
   const overlay = make("g");
   svg.append(make("image", { href: image.src, width: image.width, height: image.height }), overlay);
   const layer = make("input", { type: "range", min: 0, max: record.depth - 1, value: record.depth - 1, "aria-label": `decoder layer, ${label}` });
