@@ -97,8 +97,10 @@ class SparseVLM(Compressor):
                 raise ValueError("version='1.0' decides by rank how many tokens stay: give scale and bias, not keep")
         else:
             self.counts = tuple(COUNTS[self.version] if self.counts is None else self.counts)
-            for count in (*self.counts, *(() if self.keep is None else (self.keep,))):
-                check_keep(count)
+            if self.keep is not None:
+                check_keep(self.keep)
+            for count in self.counts:
+                check_keep(count, "counts")
             if len(self.counts) != len(self.layer) or not self.layer:
                 raise ValueError(f"layer={self.layer} and counts={self.counts}: give one count for each layer")
         if not 0 < self.heads <= 1:
