@@ -45,7 +45,7 @@ class Leaderboard:
     comparison: Comparison = field(default_factory=Comparison)
     groups: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
-    directory: Path | None = None
+    directory: Path | None = field(default=None, compare=False)
     ranked_by: str = "unpatched"
     vision_tasks: list[str] = field(default_factory=list)
 
