@@ -557,6 +557,32 @@ def show(
 
 
 @app.command()
+def demo(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A path, a hub id, or bundled/NAME.")
+    ] = "bundled/tiny-llava",
+    host: Annotated[str, typer.Option(help="Address to listen on. The default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Default: that of the checkpoint.")] = "auto",
+    device: _Device = None,
+    attention: _Attention = "sdpa",
+) -> None:
+    """Ask about pictures in a browser: answers, kept tokens and costs of two methods beside the unpatched model."""
+    _quiet_transformers()
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading"), _mistakes_in_one_line():
+        from vlmslim.demo.page import serve
+        from vlmslim.loading import default_device, load
+
+        model, processor = load(checkpoint, dtype=dtype, device=device or default_device(), attention=attention)
+    with _mistakes_in_one_line():
+        serve(model, processor, checkpoint, host=host, port=port)
+
+
+@app.command()
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A folder or a hub id, in the format of LLaVA's authors.")
