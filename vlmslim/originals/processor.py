@@ -15,6 +15,7 @@ from transformers.image_utils import (
 from transformers.tokenization_utils_base import AddedToken
 
 from vlmslim.io import hub
+from vlmslim.io.messages import one_line
 from vlmslim.originals.checkpoint import TOWERS, Original
 from vlmslim.originals.templates import conversation, conversation_of
 
@@ -26,13 +27,33 @@ def tokenizer_of(original: Original) -> Any:
 
     The authors' code cuts a prompt at its pictures and reads each part as a text of its own. So a tokenizer of
     SentencePiece's kind, which marks the beginning of a text, marks the beginning of each part.
+
+    Raises:
+        ImportError: the tokenizer is a file of SentencePiece, and what reads it is not installed.
     """
     how = {"revision": original.revision or "main", "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(original.checkpoint, **how, **hub.how_to_load(original.checkpoint))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(original.checkpoint, **how, **hub.how_to_load(original.checkpoint))
+    except (ImportError, ValueError) as error:
+        if (why := why_no_sentencepiece()) is None:
+            raise
+        raise ImportError(
+            f"its tokenizer could not be read; if it is a tokenizer.model of SentencePiece, that is because {why}: "
+            "pip install 'vlmslim[originals]'"
+        ) from error
     names = [IMAGE, VIDEO] if original.kind is LlavaOnevisionConfig else [IMAGE]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     mark_parts(tokenizer)
     return tokenizer
+
+
+def why_no_sentencepiece() -> str | None:
+    """Return the reason why transformers cannot read a tokenizer.model of SentencePiece; None if it can."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # noqa: F401
+    except Exception as error:  # a protobuf that is too old is an error of protobuf's own kind
+        return one_line(error)
+    return None
 
 
 def mark_parts(tokenizer: Any) -> None:
@@ -41,8 +62,9 @@ def mark_parts(tokenizer: Any) -> None:
 
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     before = getattr(backend, "pre_tokenizer", None)
-    if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme == "first":
-        before.prepend_scheme = "always"
+    marks = before[0] if isinstance(before, pre_tokenizers.Sequence) else before  # a tokenizer.model makes a sequence
+    if isinstance(marks, pre_tokenizers.Metaspace) and marks.prepend_scheme == "first":
+        marks.prepend_scheme = "always"
         backend.pre_tokenizer = before
 
 
