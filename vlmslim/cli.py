@@ -375,6 +375,59 @@ def submit(
 
 
 @app.command()
+def advise(
+    checkpoint: Annotated[str, typer.Argument(help="A path, a hub id, or bundled/NAME.")],
+    tasks: Annotated[str, typer.Option(help="lmms-eval tasks or groups, comma-separated.")],
+    target: Annotated[
+        str | None, typer.Option(help='The score to reach at the least cost, such as "98% of unpatched".')
+    ] = None,
+    ttft: Annotated[
+        float | None, typer.Option(help="Most TTFT, as a share of the unpatched model's; the best score is searched.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help=f"{_METHOD_HELP} Default: six of different kinds.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep per image, counts or shares. Default: 0.5,0.25,0.11.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each task on the full board.")] = 100,
+    share: Annotated[float, typer.Option(help="Most answers, as a share of the full board's.")] = 0.25,
+    error: Annotated[float, typer.Option(help="Most probable error of the rows that are dropped.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the order of the questions.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, else the checkpoint's own.")] = None,
+    device: _Device = None,
+) -> None:
+    """Find the method and the budget for a goal, by a race on a part of the questions."""
+    _require_extra()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from vlmslim.cost.bench.arguments import parse_numbers
+    from vlmslim.evaluation import advise as advisor
+    from vlmslim.evaluation.errors import ConfigError
+    from vlmslim.evaluation.progress import RichDisplay, log_to
+    from vlmslim.registry import parse_method
+
+    log_to(None)
+    _spare_modules()
+    model = {"pretrained": checkpoint} | {k: v for k, v in {"dtype": dtype, "device": device}.items() if v is not None}
+    try:
+        with RichDisplay() as display:
+            advice = advisor.advise(
+                model,
+                [name.strip() for name in tasks.split(",")],
+                advisor.parse_goal(target, ttft),
+                methods=None if method is None else [parse_method(text) for text in method],
+                budgets=advisor.BUDGETS if budgets is None else parse_numbers(budgets),
+                settings=advisor.Settings(limit, share, error, batch_size, seed),
+                display=display,
+            )
+    except (ConfigError, OSError, ValueError) as problem:
+        _fail(problem)
+    typer.echo(advice.text(), nl=False)
+    raise typer.Exit(1 if advice.chosen is None else 0)
+
+
+@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="Output directory of vlmslim run, finished or not.")],
     questions: Annotated[int, typer.Option(min=1, help="Questions of each cell that are asked again.")] = 16,
