@@ -21,7 +21,7 @@ def captions(page) -> list[str]:
 
 
 def wait_for(page, text: str) -> None:
-    page.get_by_text(text).first.wait_for(timeout=60_000)
+    page.get_by_text(text).first.wait_for(timeout=120_000)
 
 
 def choose(page, label: str, option: str) -> None:

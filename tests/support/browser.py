@@ -27,6 +27,7 @@ def page(chromium) -> Iterator:
     """A new page that sees no other site. An error on its console fails the test."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.route(lambda url: not _local(url), lambda route: route.abort())
+    context.set_default_timeout(120_000)  # milliseconds: machines of a test may be busy
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
