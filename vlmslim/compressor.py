@@ -127,11 +127,14 @@ class Compressed:
     into     : for methods that merge, a function that returns (n,), the one of the k tokens into which each of the
                image's n went, -1 for none. Without it each token is the one at `index`. Pictures call it, and models
                that add features of their tower after decoder layers (DeepStack), which are then averaged alike
+    size     : (k,) how many of the image's tokens each one stands for: in every decoder layer, attention to it counts
+               as if its key were there so often (its logarithm is added to the logits). None if each stands for one
     """
 
     features: Tensor | None
     index: Tensor | None = None
     into: Callable[[], Tensor] | None = None
+    size: Tensor | None = None
 
     def __len__(self) -> int:
         tokens = self.index if self.features is None else self.features
@@ -365,6 +368,7 @@ class LayerInput:
     coming   : finds out with what `layer` itself is about to attend, when a method asks for it
     in_cache : (B, kv heads, P + S, head_dim) rotated keys of the layer before; None if the KV cache does not have them
     cached   : (B, P)    False at padding, of tokens that the KV cache held before this forward; None if it was empty
+    size     : (B, P + S) how many tokens each key stands for in attention; None if each stands for one
     blocks   : (B, S)    tokens of one block see each other both ways, -1 for none; None if all see only what is before
     score    : (B, S)    by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
     """
@@ -383,6 +387,7 @@ class LayerInput:
     coming: Callable[[], Attends] | None = None
     in_cache: Tensor | None = None
     cached: Tensor | None = None
+    size: Tensor | None = None
     blocks: Tensor | None = None
     score: Tensor | None = None
 
@@ -404,6 +409,7 @@ class LayerInput:
             previous=None if self.previous is None else self.previous.first(end),
             coming=None if coming is None else lambda: coming().first(end),
             in_cache=None if self.in_cache is None else self.in_cache[:, :, : held + end],
+            size=None if self.size is None else self.size[:, : held + end],
             blocks=None if self.blocks is None else self.blocks[:, :end],
         )
 
@@ -474,6 +480,8 @@ class LayerInput:
     ) -> Tensor:
         rows = rows.to(attention.mask.device)
         logits = attention.logits(rows, end)
+        if self.size is not None:
+            logits = logits + self.size.to(logits.device)[:, None, None, : logits.shape[-1]].log()
         if self.weight is not None:
             logits = weighted_logits(logits, self.weight[:, :end].to(logits.device), rows)
         return attention.softmax(logits, temperature).to(self.hidden.device)
@@ -659,8 +667,11 @@ class Selector(Compressor):
     positions : "renumbered" or "original" rotary positions
     rectify   : select half of the budget; the other half are means, at the lower medians of their places. Of the
                 patches that are not selected, as many are anchors as there are means, and each patch joins the anchor
-                of largest cosine ("Improving Visual Token Reduction via Rectifying Distortions", arXiv 2606.01711; at
-                64 tokens of LLaVA-1.5 the paper gains 2 to 4 points on four selectors). Needs positions="original"
+                of largest cosine. A mean counts in attention for all its patches: the logarithm of their number is
+                added to its logits ("Improving Visual Token Reduction via Rectifying Distortions", arXiv 2606.01711;
+                at 64 tokens of LLaVA-1.5 the paper gains 2 to 4 points on four selectors). Needs positions="original",
+                and eager or sdpa attention. The paper's second term, by the distance of query and key, is left out:
+                the release adds it to the prefill alone, so that decoding differs from recomputing
     """
 
     keep: Keep
@@ -715,9 +726,18 @@ def _rectified(image: ImageTokens, chosen: Compressed, k: int) -> Compressed:
     made = min(k - len(index), len(slots) - len(kept))
     others = index[~patch[index]]
     spare = (free & ~patch).nonzero()[: k - len(index) - made, 0]
-    features, place, _ = merge_rest(x[slots], kept, len(kept) + made)
+    features, place, size, joined = merge_rest(x[slots], kept, len(kept) + made)
     slot, order = torch.cat([slots[place], others, spare]).sort()
-    return Compressed(torch.cat([features.to(x), x[others], x[spare]])[order], slot)
+    size = torch.cat([size, torch.ones_like(others), torch.ones_like(spare)])[order]
+    sent = torch.cat([features.to(x), x[others], x[spare]])[order]
+
+    def into() -> Tensor:
+        where = torch.full((n,), -1, device=x.device)
+        where[torch.cat([others, spare])] = torch.arange(len(features), k, device=x.device)
+        where[slots] = joined
+        return torch.where(where < 0, -1, order.argsort()[where.clamp(min=0)])
+
+    return Compressed(sent, slot, into, size)
 
 
 @dataclass

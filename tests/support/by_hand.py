@@ -9,6 +9,7 @@ class ByHand:
     """One row through the layers of an unpatched eager model.
 
     x, position, origin : (S, d), (S,) and (S,) of the tokens that are there
+    size                : (S,) how many tokens each key stands for
     maps                : of each layer, what its tokens pay, (heads, S, S)
     """
 
@@ -18,6 +19,7 @@ class ByHand:
         more = self.lm.embed_tokens(torch.tensor([*generated], dtype=torch.long))
         self.x = torch.cat([merged_embeddings(self.model, self.inputs)[0], more])
         self.position = self.origin = torch.arange(len(self.x))
+        self.size = torch.ones(len(self.x))
         ids = self.inputs["input_ids"][0]
         self.text, self.images = int(((ids != IMAGE) & (ids != VIDEO)).sum()), visual(self.inputs)
 
@@ -30,10 +32,12 @@ class ByHand:
             self.images[i] = self.images[i][~lost]
         position = self.position - gone.cumsum(0) if closed else self.position
         self.x, self.position, self.origin = self.x[~gone], position[~gone], self.origin[~gone]
+        self.size = self.size[~gone]
 
     def run(self, layer: int) -> None:
         size = len(self.x)
         mask = torch.full((size, size), torch.finfo(torch.float32).min).triu(1)[None, None]
+        mask = mask + self.size.log()
         rope = self.lm.rotary_emb(self.x[None], self.position[None])
         hook = self.lm.layers[layer].self_attn.register_forward_hook(lambda m, a, out: self.maps.append(out[1][0]))
         self.x = self.lm.layers[layer](self.x[None], attention_mask=mask, position_embeddings=rope)[0]

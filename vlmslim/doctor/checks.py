@@ -6,6 +6,7 @@ The first line of a check's docstring is its claim. `docs/trust.md` names the re
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -201,6 +202,8 @@ def attention(subject: Subject) -> Outcome:
         raise NotApplicable("the unpatched model makes full maps itself; load it with a fused back end (sdpa) to see")
     made = shapes(subject.model, inputs) - plain
     maps = _maps(made, {length, *subject.slim.receipt.last.sequence})
+    if any(sent.size is not None for sent in subject.together.notes.sent):
+        maps = [shape for shape in maps if prod(shape[:-2]) > 1]  # merged tokens count by a mask, which is no map
     notes = [f"made {', '.join(map(str, maps[:3]))}"] if maps else []
     backend = subject.model.config.get_text_config()._attn_implementation
     if backend != subject.unpatched.backend:

@@ -29,6 +29,7 @@ class Sent:
     index    : (k,) their slots among the image's n, ascending; None means the first k
     crops    : crops of the image, or frames of the video
     into     : `Compressed.into`, called
+    size     : (k,) how many tokens each one stands for in attention; None if one each
     """
 
     before: Tensor
@@ -36,6 +37,7 @@ class Sent:
     index: Tensor | None
     crops: int
     into: Tensor | None = None
+    size: Tensor | None = None
 
     @property
     def copies(self) -> int:
@@ -61,7 +63,7 @@ class Sent:
             return cls(before, result.vectors(image).detach().clone(), None, crops, into)
         if result.features is None:
             return cls(before, before[index], index.sort().values, crops)
-        return cls(before, result.features.detach().clone(), index.clone(), crops, into)
+        return cls(before, result.features.detach().clone(), index.clone(), crops, into, result.size)
 
 
 @dataclass
@@ -246,7 +248,7 @@ class Reference:
         position = torch.cat([position, (end + steps_on).expand(len(position), -1)], dim=1)[:, origin]
         image = torch.cat([image, image.new_zeros(steps)])[origin]
         x = torch.cat([embeds, lm.embed_tokens(answer[0])])[origin][None]
-        blocks = self._blocks(prompt.visual, steps)
+        blocks, size = self._blocks(prompt.visual, steps), _sizes(prompt, notes, steps)
         made: dict[str, tuple[Any, Any]] = {}  # masks and rotations, by the type of the layer
         for i, layer in enumerate(lm.layers):
             if i in notes.kept:
@@ -261,7 +263,9 @@ class Reference:
                 made = {}
             if (kind := layer_type(lm, i)) not in made:
                 at = position if len(position) == 1 else position[:, None]
-                made[kind] = _mask(lm, kind, x, None if blocks is None else blocks[origin]), rotary(lm, i, x, at)
+                own = None if blocks is None else blocks[origin]
+                mask = _mask(lm, kind, x, own, None if size is None else size[origin])
+                made[kind] = mask, rotary(lm, i, x, at)
             mask, rope = made[kind]
             out = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None)
             x = out[0] if isinstance(out, tuple) else out
@@ -340,13 +344,25 @@ def close_gaps(position: Tensor, keep: Tensor, visual: Tensor) -> tuple[Tensor, 
     return closed, fall
 
 
-def _mask(lm: Any, kind: str, x: Tensor, blocks: Tensor | None) -> Any:
+def _sizes(prompt: Prompt, notes: Notes, steps: int) -> Tensor | None:
+    """Return (L + T,) how many tokens each one stands for in attention; None if all stand for one."""
+    if all(sent.size is None for sent in notes.sent):
+        return None
+    size, columns = torch.ones(len(prompt.embeds) + steps), prompt.visual.nonzero()[:, 0].cpu()
+    for sent, own in zip(notes.sent, columns.split([len(sent.before) for sent in notes.sent]), strict=True):
+        if sent.size is not None and sent.index is not None:
+            size[own[sent.index.cpu()]] = sent.size.cpu().float()
+    return size.to(prompt.embeds.device)
+
+
+def _mask(lm: Any, kind: str, x: Tensor, blocks: Tensor | None, size: Tensor | None) -> Any:
     """Make the attention mask of tokens x (1, S, d) in decoder layers of a type, in the form their back end takes.
 
     In a layer of the type "sliding_attention" a token sees a window of tokens. `blocks` (S,) are `Reference._blocks`.
+    A key that stands for `size` (S,) tokens counts so often.
     """
     slides = kind == "sliding_attention"
-    if blocks is None and not slides:
+    if blocks is None and size is None and not slides:
         return create_causal_mask(lm.config, x, None, None)
     i = torch.arange(x.shape[1], device=x.device)
     sees = i[:, None] >= i
@@ -354,7 +370,8 @@ def _mask(lm: Any, kind: str, x: Tensor, blocks: Tensor | None) -> Any:
         sees |= (blocks[:, None] == blocks) & (blocks >= 0)
     if slides:
         sees &= i[:, None] - i < lm.config.sliding_window
-    return torch.zeros_like(sees, dtype=x.dtype).masked_fill(~sees, torch.finfo(x.dtype).min)[None, None]
+    counts = torch.zeros_like(sees, dtype=x.dtype) if size is None else size.log().to(x.dtype).expand_as(sees)
+    return counts.masked_fill(~sees, torch.finfo(x.dtype).min)[None, None]
 
 
 def _stay(layer: int, notes: Notes, origin: Tensor, image: Tensor) -> Tensor:

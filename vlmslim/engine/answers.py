@@ -61,6 +61,12 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
                 f"{name} features of shape {tuple(features.shape)}: give (k, {width}), because the language model "
                 f"reads tokens of {width} numbers"
             )
+        size = result.size
+        if size is not None and (index is None or not isinstance(size, Tensor) or size.shape != index.shape):
+            raise ValueError(
+                f"{name} {_described(size)} for sizes: give one number to each token, and say which slots they take: "
+                "Compressed(features, index, size)"
+            )
         if index is not None and len(index) != len(features):
             raise ValueError(
                 f"{name} {len(features)} tokens with an index of {len(index)}: give one slot to each token"

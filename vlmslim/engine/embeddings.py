@@ -63,6 +63,10 @@ def _take(hooks: "Hooks", lm: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     if call is None or not call.encoded:
         raise ValueError("there is no image in these inputs, so nothing to compress: give pixel_values")
+    if call.runs[0].size is not None:
+        raise ValueError(
+            "rectify=True counts merged tokens in every decoder layer, which embeddings cannot carry; leave out rectify"
+        )
     tokens = call.runs[0].tokens
     found |= {"inputs_embeds": kwargs["inputs_embeds"], "attention_mask": tokens.mask, "position_ids": tokens.position}
     hooks.receipt.saw_prefill(call.prefill(hooks.stages, None, hooks.depth))

@@ -132,6 +132,12 @@ class Entrance:
             if renumber:
                 (shift,) = to_device(device, selection.shift)
                 call.shift = shift if call.shift is None else call.shift + shift
+        if any(result.size is not None for result in results):
+            sizes = np.ones(is_text.shape, dtype=np.float32)
+            for image, result, index in zip(placed, results, indices, strict=True):
+                if result.size is not None:
+                    sizes[image.row, image.columns[index]] = result.size.cpu().numpy()
+            call.resize(sizes)
         if vectors:
             row, column = np.concatenate(rows), np.concatenate(columns)
             if selection is None:

@@ -18,7 +18,7 @@ from vlmslim.engine.packed import Packed
 from vlmslim.engine.plan import Plan
 from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.stages import Stage
-from vlmslim.ops.attention import weighted_causal_mask
+from vlmslim.ops.attention import visible, weighted_causal_mask
 from vlmslim.pictures.trace import Trace
 from vlmslim.receipt import Image, Prefill, StagePass
 
@@ -34,6 +34,7 @@ class Run:
     weight : (B, S) how strongly each token may be attended to, while a method trains; None if all count in full
     lower  : (B, 1) how much further than in `Call.shift` positions after this forward move down here, because a drop
              between layers closed its gaps; None if they do not
+    size   : (B, P + S) how many tokens each key stands for in attention; None if each stands for one
     """
 
     first: int
@@ -42,6 +43,7 @@ class Run:
     cached: Tensor | None = None
     weight: Tensor | None = None
     lower: Tensor | None = None
+    size: Tensor | None = None
     _attention_masks: dict[str, Any] = field(default_factory=dict, init=False)  # tensors, None, or flex attention's
     _rotary: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -64,10 +66,12 @@ class Run:
         """
         kind = layer_type(lm, layer)
         if kind not in self._attention_masks:
+            own = None if blocks is None else self.tokens.of_callers(blocks, fill=-1)
             if self.weight is not None:
                 mask = self._weighted_mask(lm, hidden, cache)
+            elif self.size is not None:
+                mask = self._sized_mask(lm, kind, hidden, own)
             else:
-                own = None if blocks is None else self.tokens.of_callers(blocks, fill=-1)
                 mask = causal_mask(lm, layer, hidden, self.mask.to(hidden.device), cache, own)
             self._attention_masks[kind] = mask
         mask = self._attention_masks[kind]
@@ -87,6 +91,23 @@ class Run:
                 "back: pass use_cache=False, or call .eval() on the trained part to drop them"
             )
         return weighted_causal_mask(self.tokens.mask, self.weight, hidden.dtype)
+
+    def _sized_mask(self, lm: Any, kind: str, hidden: Tensor, blocks: Tensor | None) -> Tensor:
+        """Make a mask (B, 1, S, P + S) that adds the logarithm of each key's size."""
+        assert self.size is not None
+        backend = lm.config._attn_implementation
+        if backend not in ("eager", "sdpa"):
+            raise ValueError(
+                f"{backend} attention takes no sizes of keys, which rectify=True needs; "
+                "call model.set_attn_implementation('sdpa')"
+            )
+        mask, size = self.mask.to(hidden.device), self.size.to(hidden.device)
+        held = mask.shape[1] - hidden.shape[1]
+        rows = torch.arange(held, mask.shape[1], device=hidden.device).expand(len(mask), -1)
+        window = lm.config.sliding_window if kind == "sliding_attention" else None
+        blocks = None if blocks is None else torch.nn.functional.pad(blocks.to(mask.device), (held, 0), value=-1)
+        hidden_keys = ~visible(mask, rows, window, blocks)[:, None]
+        return size.log()[:, None, None].to(hidden.dtype).masked_fill(hidden_keys, torch.finfo(hidden.dtype).min)
 
     def rotary(self, lm: Any, layer: int, hidden: Tensor) -> Rotary:
         """Return cosine and sine of the rotary positions of a layer. Layers of one type share them."""
@@ -214,8 +235,8 @@ class Call:
             decoded = mask[:, past.length : self.seen]
             held = [(first, torch.cat([mask.to(device), decoded], dim=1)) for first, mask in past.masks]
             self.runs = [
-                Run(first, tokens.lowered(lower), cached=mask, lower=lower)
-                for (first, mask), lower in zip(held, past.lower, strict=True)
+                Run(first, tokens.lowered(lower), cached=mask, lower=lower, size=wider(size, total - past.length))
+                for (first, mask), lower, size in zip(held, past.lower, past.sizes, strict=True)
             ]
         else:
             self.runs = [Run(0, tokens, cached=mask[:, : self.seen] if self.seen else None)]
@@ -250,6 +271,16 @@ class Call:
                 "method that picks tokens, such as divprune"
             )
 
+    def resize(self, sizes: np.ndarray) -> None:
+        """Note how many tokens each of the caller's stands for, (B, L), in every run of layers."""
+        for run in self.runs:
+            own = run.tokens.of_callers(sizes, fill=1.0)
+            held = 0 if run.cached is None else run.cached.shape[1]
+            if run.size is None:
+                run.size = torch.nn.functional.pad(own, (held, 0), value=1.0)
+            else:
+                run.size = torch.cat([run.size[:, :held].to(own), own], dim=1)
+
     def run(self, layer: int) -> Run:
         """Return the run that a decoder layer belongs to."""
         return next(run for run in reversed(self.runs) if run.first <= layer)
@@ -281,8 +312,8 @@ class Call:
         shift = self.shift
         if shift is None:
             shift = self.runs[0].tokens.position.new_zeros(len(self.text), 1)
-        lower = [run.lower for run in self.runs]
-        return Plan(self.seen + self.length, shift, masks, lower, padded, self.tail, self.delta)
+        lower, sizes = [run.lower for run in self.runs], [run.size for run in self.runs]
+        return Plan(self.seen + self.length, shift, masks, lower, sizes, padded, self.tail, self.delta)
 
     def prefill(self, stages: tuple[Stage, ...], cache: Cache | None, depth: int) -> Prefill:
         """Return the record of this forward for the receipt."""
@@ -317,6 +348,11 @@ class Call:
             asked = [stage.method.requested(n) for n in sizes]
             passes.append(StagePass(before, now, sum(n > 0 for n in lost), asked == sizes, None in asked))
         return passes
+
+
+def wider(size: Tensor | None, more: int) -> Tensor | None:
+    """Add the sizes of so many tokens that stand for themselves to sizes (B, P)."""
+    return None if size is None else torch.nn.functional.pad(size, (0, more), value=1.0)
 
 
 def padding_of(mask: Any, batch: int, total: int) -> Tensor:

@@ -240,6 +240,8 @@ class Hooks:
             call.number = np.where(visual, visual.cumsum().reshape(visual.shape) - 1, -1)
         if call.encoded:
             embeds = self.entrance.compress(call, embeds)
+        if any(run.size is not None for run in call.runs):
+            self._hook_layers(0)
         changed["inputs_embeds"] = embeds
         if call.altered or call.packed is not None:
             first = call.runs[0]
@@ -355,7 +357,9 @@ class Hooks:
         if i in self.at_layer and call.encoded:
             hidden = self._drop(i, call, hidden, cache, kwargs)
         run, first = call.run(i), call.runs[0]
-        if run is not first:
+        if run.size is not None:
+            kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache, call.blocks)
+        elif run is not first:
             without_padding = not (run.tokens.padded or call.past and call.past.padded)
             if run.weight is not None or kwargs.get("attention_mask") is not None or not without_padding:
                 kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache, call.blocks)
@@ -422,6 +426,7 @@ class Hooks:
             coming=coming,
             in_cache=keys,
             cached=run.cached,
+            size=run.size,
             blocks=None if call.blocks is None else run.tokens.of_callers(call.blocks, fill=-1),
         ).without_last(call.guess)
         with call.timed(hidden.device):
@@ -435,6 +440,10 @@ class Hooks:
         call.previous = None
         renumber = stage.method.layer_positions == "renumbered"
         if weight is not None:
+            if run.size is not None:
+                raise ValueError(
+                    f"{stage.method} hides tokens in training, and rectify=True counts merged ones; leave out rectify"
+                )
             if renumber:
                 raise ValueError(
                     f"{stage.method} hides tokens in training instead of dropping them, so there are no gaps to close; "
@@ -456,11 +465,12 @@ class Hooks:
         visual = [count - text for count, text in zip(selection.counts.tolist(), call.text, strict=True)]
         (index,) = to_device(device, selection.index)
         weight = None if run.weight is None else run.weight.gather(1, index)
+        size = None if run.size is None else torch.cat([run.size[:, :held], run.size[:, held:].gather(1, index)], 1)
         lower = run.lower
         if renumber:
             (closed,) = to_device(device, selection.shift)
             lower = closed if lower is None else lower + closed
-        call.runs.append(Run(i, Segment.of(selection.layout, device), visual, run.cached, weight, lower))
+        call.runs.append(Run(i, Segment.of(selection.layout, device), visual, run.cached, weight, lower, size))
         call.visits.append(Visit(stage, run.visual, visual))
         return gather_rows(hidden, index.to(hidden.device))
 

@@ -185,7 +185,7 @@ class Segment:
         """Whether the rotary positions have gaps where tokens were dropped."""
         return self.layout is not None and self.layout.gapped
 
-    def of_callers(self, values: np.ndarray, fill: int) -> Tensor:
+    def of_callers(self, values: np.ndarray, fill: float) -> Tensor:
         """Take from `values` (B, L), one for each of the caller's tokens, those of the tokens here; `fill` at padding.
 
         Returns:

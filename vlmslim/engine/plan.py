@@ -23,6 +23,7 @@ class Plan:
     shift  : (B, 1) how far the rotary positions of later tokens move down
     masks  : for each run of decoder layers, its first layer and (B, P), False at cached padding
     lower  : for each run of decoder layers, (B, 1) how much further positions move down there; None if they do not
+    sizes  : for each run of decoder layers, (B, P) how many tokens each cached key stands for; None if one each
     padded : whether some mask is not all True
     tail   : tokens at the end of the sequence, in every row, of which none was dropped
     delta  : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted; None with one number
@@ -32,6 +33,7 @@ class Plan:
     shift: Tensor
     masks: list[tuple[int, Tensor]]
     lower: list[Tensor | None]
+    sizes: list[Tensor | None]
     padded: bool
     tail: int = 0
     delta: Tensor | None = None
@@ -57,7 +59,9 @@ class Plan:
             )
         if cropped > 0:
             masks = [(first, mask[:, :-cropped]) for first, mask in plan.masks]
-            plan = cache.plan = replace(plan, length=plan.length - cropped, masks=masks, tail=plan.tail - cropped)
+            sizes = [None if size is None else size[:, :-cropped] for size in plan.sizes]
+            length, tail = plan.length - cropped, plan.tail - cropped
+            plan = cache.plan = replace(plan, length=length, masks=masks, sizes=sizes, tail=tail)
         return plan
 
     @property
@@ -84,9 +88,9 @@ class Plan:
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> "Plan":
         masks = [(first, change(mask)) for first, mask in self.masks]
-        lower = [None if x is None else change(x) for x in self.lower]
+        lower, sizes = ([None if x is None else change(x) for x in each] for each in (self.lower, self.sizes))
         delta = None if self.delta is None else change(self.delta)
-        return replace(self, shift=change(self.shift), masks=masks, lower=lower, delta=delta)
+        return replace(self, shift=change(self.shift), masks=masks, lower=lower, sizes=sizes, delta=delta)
 
 
 class CompressedCache(Cache):

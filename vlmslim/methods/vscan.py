@@ -80,7 +80,15 @@ class VScanEntrance(ScoredSelection):
         index, x = chosen.index, image.features
         if index is None or not self.merge or len(index) == len(x):
             return chosen
-        return Compressed(merged(x, index, image.grid[:, 0].to(x.device))[0].to(x), index)
+        features, near = merged(x, index, image.grid[:, 0].to(x.device))
+
+        def into() -> Tensor:
+            where = torch.full((len(x),), -1, device=x.device)
+            where[index] = torch.arange(len(index), device=x.device)
+            where[where < 0] = near
+            return where
+
+        return Compressed(features.to(x), index, into)
 
     def _released(self, image: ImageTokens) -> Compressed:
         """Choose and merge among all patches of every view; then unpad, and keep every newline."""

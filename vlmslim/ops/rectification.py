@@ -33,7 +33,7 @@ def anchor_scores(x: Tensor, superior: str = "released") -> Tensor:
 
 
 @full_precision
-def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> tuple[Tensor, Tensor, Tensor]:
+def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add merged tokens to a selection: each token that was not selected joins the anchor of largest cosine.
 
     Args:
@@ -43,8 +43,8 @@ def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> t
         superior: see `anchor_scores`.
 
     Returns:
-        (k, d) kept tokens and means, (k,) their places, ascending, and (k,) how many tokens each stands for. A mean
-        stands at the lower median of the places of its tokens.
+        (k, d) kept tokens and means, (k,) their places, ascending, (k,) how many tokens each stands for, and (n,) which
+        of the k each token went into. A mean stands at the lower median of the places of its tokens.
     """
     free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, kept, False).nonzero()[:, 0]
     unit = F.normalize(x[free], dim=-1)
@@ -57,7 +57,10 @@ def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> t
     median = free[order[size.cumsum(0) - size + (size - 1) // 2]]
     place, rank = torch.cat([kept, median]).sort()
     features = torch.cat([x[kept], joins @ x[free] / size[:, None]])
-    return features[rank], place, torch.cat([torch.ones_like(kept), size])[rank]
+    where = rank.argsort()
+    into = where.new_empty(len(x))
+    into[kept], into[free] = where[: len(kept)], where[len(kept) + group]
+    return features[rank], place, torch.cat([torch.ones_like(kept), size])[rank], into
 
 
 def distance_decay(distance: Tensor, frequencies: Tensor) -> Tensor:

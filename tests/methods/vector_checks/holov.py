@@ -28,7 +28,8 @@ def check_rectification(arrays: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(score.numpy(), arrays[f"{prefix}score"], rtol=1e-3, atol=1e-4)
         if min(arrays[f"{prefix}anchor_margin"], arrays[f"{prefix}assign_margin"]) < 1e-5:
             continue  # a token hangs between two anchors
-        features, place, size = merge_rest(x, kept, k, superior)
+        features, place, size, into = merge_rest(x, kept, k, superior)
+        assert into.bincount().tolist() == size.tolist()
         assert place.tolist() == arrays[f"{prefix}position"].tolist()
         assert size.tolist() == arrays[f"{prefix}size"].tolist()
         np.testing.assert_allclose(features.numpy(), arrays[f"{prefix}features"], rtol=1e-5, atol=1e-5)
