@@ -75,7 +75,7 @@ def test_frames_of_a_video():
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_family(name):
     model = zoo.build(name)
-    rows = zoo.FILM if FAMILIES[name].video else zoo.SEVERAL
+    rows = zoo.film(name) if FAMILIES[name].video else zoo.SEVERAL
     check_drawn(model, dark(zoo.batch(name, model, rows)), Both())
 
 

@@ -55,7 +55,7 @@ def test_methods_before_the_language_model_promise_what_they_keep(name, family):
         ({"method": "mmtok", "keep": 5}, "reads the question"),
         ({"method": "downsample", "keep": 4}, "encodes a second picture"),
         ({"method": "tokencorr"}, "decides itself"),
-        ({"method": "agilepruner", "keep": 5, "adapt": True}, "decides itself"),
+        ({"method": "agilepruner", "keep": {"auto": 5, "average": 8.0}}, "decides itself"),
         ({"method": "divprune", "keep": 17}, "16 visual tokens"),
         ({"method": "divprune", "kep": 5}, "Did you mean 'keep'"),
         ({"method": "divprun"}, "Did you mean 'divprune'"),
