@@ -1,6 +1,7 @@
 """Every family beyond LLaVA, against its unpatched model: kept tokens fed by hand, or keys hidden by hand."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import method_table
 import numpy as np
@@ -14,7 +15,7 @@ from zoo import QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, film, re
 
 import vlmslim
 from vlmslim.compressor import Compressor
-from vlmslim.engine.families import FAMILIES, KV_CACHE, encoder_layers, kv_cache
+from vlmslim.engine.families import FAMILIES, KV_CACHE, Family, encoder_layers, kv_cache
 from vlmslim.engine.layout import closed_up
 from vlmslim.ops.attention import received_attention
 from vlmslim.registry import options_of
@@ -323,6 +324,14 @@ def test_every_method_runs_or_is_refused_when_the_model_is_patched(name):
         if method_table.verdict(model, method) == "yes" and not {"clip", "tokenizer"} & {*options_of(method)}:
             with vlmslim.patch(model, method, **method_table.options(method)):
                 assert model(**inputs).logits.isfinite().all()
+
+
+def test_the_page_shows_a_row_that_works():
+    """docs/models.md tells how to add a family, by one that was added so; all tests above run for it."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    shown = page.split("<!-- the row of an example -->")[1].split("```")[1].removeprefix("python")
+    row = eval(shown, {"Family": Family})
+    assert row == FAMILIES[row.model_type] and row.model_type in ZOO
 
 
 def test_an_unsupported_model_is_told_the_nearest_one():

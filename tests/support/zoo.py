@@ -140,6 +140,15 @@ def _vipllava():
     )
 
 
+def _deepseek_vl():
+    return hf.DeepseekVLConfig(
+        vision_config=_vision(hf.SiglipVisionConfig),
+        text_config=_text(hf.LlamaConfig),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
 def _llava_next_video():
     return hf.LlavaNextVideoConfig(
         vision_config=_vision(projection_dim=16),
@@ -226,6 +235,7 @@ ZOO: dict[str, tuple[Callable, str]] = {
     "smolvlm": (lambda: _mosaic(hf.SmolVLMConfig, SmolVLMVisionConfig), "SmolVLMForConditionalGeneration"),
     "idefics3": (lambda: _mosaic(hf.Idefics3Config, Idefics3VisionConfig), "Idefics3ForConditionalGeneration"),
     "vipllava": (_vipllava, "VipLlavaForConditionalGeneration"),
+    "deepseek_vl": (_deepseek_vl, "DeepseekVLForConditionalGeneration"),
     "llava_next_video": (_llava_next_video, "LlavaNextVideoForConditionalGeneration"),
     "gemma3": (_gemma3, "Gemma3ForConditionalGeneration"),
     "mistral3": (_mistral3, "Mistral3ForConditionalGeneration"),

@@ -126,6 +126,15 @@ def _vipllava():
     )
 
 
+def _deepseek_vl():
+    return hf.DeepseekVLProcessor(
+        image_processor=hf.DeepseekVLImageProcessor(size=SQUARE, min_size=4),
+        tokenizer=_tokenizer("<image>"),
+        num_image_tokens=16,
+        chat_template=_template("<image>"),
+    )
+
+
 def _mistral3():
     return hf.PixtralProcessor(
         image_processor=hf.PixtralImageProcessor(patch_size=8, size={"longest_edge": 64}),
@@ -181,6 +190,7 @@ PROCESSORS = {
     "internvl": _internvl,
     "gemma3": _gemma3,
     "vipllava": _vipllava,
+    "deepseek_vl": _deepseek_vl,
     "llava_next_video": _llava_next_video,
     "mistral3": _mistral3,
     "aya_vision": _aya_vision,
@@ -214,6 +224,7 @@ TOKENS = {
         "eoi_token_index": "<end_of_image>",
     },
     "vipllava": {"image_token_id": "<image>"},
+    "deepseek_vl": {"image_token_id": "<image>"},
     "llava_next_video": {"image_token_id": "<image>", "video_token_id": "<video>"},
     "mistral3": {"image_token_id": "[IMG]"},
     "aya_vision": {"image_token_id": "<|IMG_PATCH|>"},

@@ -199,7 +199,8 @@ def _text(config: Any) -> int:
 
 def _levels(config: Any) -> int:
     """Count the tower layers of which the projector reads the features side by side."""
-    levels: Any = getattr(config, "vision_feature_layer", None) or config.vision_feature_layers
+    names = ("vision_feature_layer", "vision_feature_layers")  # VipLlava's, before transformers 5.25
+    levels = next((x for name in names if (x := getattr(config, name, None)) is not None), -1)
     return 1 if isinstance(levels, int) else len(levels)
 
 

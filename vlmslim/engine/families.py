@@ -124,6 +124,7 @@ FAMILIES: dict[str, Family] = {
         Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", "anyres", video=True),
         Family("llava_next_video", "LlavaNextVideoForConditionalGeneration", "anyres", video=True),
         Family("vipllava", "VipLlavaForConditionalGeneration"),
+        Family("deepseek_vl", "DeepseekVLForConditionalGeneration", tower="vision_model", projector="aligner"),
         Family("qwen2_vl", "Qwen2VLForConditionalGeneration", video=True, **_QWEN),
         Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", video=True, **_QWEN),
         Family("qwen3_vl", "Qwen3VLForConditionalGeneration", video=True, **_QWEN),
@@ -334,6 +335,16 @@ def projects_patches(core: Any) -> bool:
     """Tell whether visual tokens are single patches of the tower, which the projector maps one by one."""
     family = _family(core)
     return family.units in ("crops", "anyres") and family.merge == 1
+
+
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """Return which hidden states of the tower the projector reads side by side; none where it reads the tower's output.
+
+    Hidden state i is the output of layer i - 1, and -1 is that of the last layer.
+    """
+    names = ("vision_feature_layer", "vision_feature_layers")  # VipLlava's, before transformers 5.25
+    given = next((x for name in names if (x := getattr(config, name, None)) is not None), ())
+    return (given,) if isinstance(given, int) else tuple(given)
 
 
 def encoder_layers(core: Any) -> nn.ModuleList:

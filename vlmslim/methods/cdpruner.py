@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
-from vlmslim.engine.families import has_cls
+from vlmslim.engine.families import has_cls, tower
 from vlmslim.methods._clip import default_clip, load_clip
 from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
@@ -83,7 +83,7 @@ class CDPruner(Selection):
             if not has_cls(model.model):
                 raise ValueError("relevance='clip' needs a CLIP tower, and this tower has no CLS; use relevance='llm'")
             self.clip_text = load_clip(self.clip or default_clip(model))
-            self.clip_text.check_tower(model.model.vision_tower)
+            self.clip_text.check_tower(tower(model.model))
         if self.relevance != "none":
             self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
             self.embedding = model.get_input_embeddings()

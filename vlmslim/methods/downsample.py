@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
-from vlmslim.engine.families import check_patches, has_cls, tower
+from vlmslim.engine.families import check_patches, feature_layers, has_cls, tower
 from vlmslim.ops.budgets import share_out
 
 
@@ -47,8 +47,7 @@ class DownSample(Compressor):
                 f"DownSample shrinks pictures, and {type(self.tower).__name__} takes pictures of one size only: "
                 "vlmslim cannot recompute it for another; use another method"
             )
-        layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
-        self.feature_layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        self.feature_layers = feature_layers(config)
         full = getattr(config, "vision_feature_select_strategy", "default") == "full"
         self.skip = int(has_cls(model.model) and not full)
         self.patch = config.vision_config.patch_size
@@ -88,7 +87,9 @@ class DownSample(Compressor):
         size = (rows * self.patch, columns * self.patch)
         small = F.interpolate(part.float(), size, mode="bicubic", antialias=True).to(image.pixels)
         output = self.tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
-        features = torch.cat([output.hidden_states[layer] for layer in self.feature_layers], dim=-1)
+        features = output.last_hidden_state
+        if self.feature_layers:
+            features = torch.cat([output.hidden_states[layer] for layer in self.feature_layers], dim=-1)
         features = features[:, -(rows * columns) :] if self.skip else features
         kept = torch.arange(k, device=features.device) * features.shape[1] // k
         return image.project(features[:, kept])[0]

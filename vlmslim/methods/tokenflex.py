@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, check_choices, check_keep, resolve_keep
-from vlmslim.engine.families import has_cls
+from vlmslim.engine.families import has_cls, projector
 from vlmslim.saving.trained import load_part
 
 
@@ -128,7 +128,8 @@ class TokenFlex(Compressor):
 
     def setup(self, model: Any) -> None:
         """Make the projector and load its weights."""
-        config, own = model.config, model.model.multi_modal_projector
+        config = model.config
+        own = [layer for layer in projector(model.model).children() if hasattr(layer, "in_features")]
         grid = config.vision_config.image_size // config.vision_config.patch_size
         with_cls = getattr(config, "vision_feature_select_strategy", "") == "full" and has_cls(model.model)
         self.patches = grid**2 + with_cls  # of a crop, as the projector sees it
@@ -137,7 +138,7 @@ class TokenFlex(Compressor):
         self.projector: nn.Module | None = None  # the model's own
         if self.weights != "pool":
             with torch.device("meta"):
-                self.projector = Projector(own.linear_1.in_features, own.linear_2.out_features, self.expansion)
+                self.projector = Projector(own[0].in_features, own[-1].out_features, self.expansion)
             load_part(self, self.projector, model)
 
     def trained(self) -> nn.Module | None:

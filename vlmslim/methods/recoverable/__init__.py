@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.engine.families import tower
 from vlmslim.methods._clip import default_clip, load_clip
 from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt
 from vlmslim.methods.recoverable.lof import count_outliers
@@ -172,7 +173,7 @@ class Recoverable(Compressor):
                 "language model as one more visual token; use another method with it"
             )
         self.clip_text = load_clip(self.clip or default_clip(model))
-        self.clip_text.check_tower(model.model.vision_tower)
+        self.clip_text.check_tower(tower(model.model))
         if self.pad_length is not None and self.pad_length > self.clip_text.context:
             raise ValueError(
                 f"pad_length={self.pad_length}: this CLIP reads {self.clip_text.context} tokens; use at most these"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.engine.families import encoder_layers, has_cls
+from vlmslim.engine.families import encoder_layers, feature_layers, has_cls
 from vlmslim.ops.attention import cls_attention, received_attention
 from vlmslim.ops.newlines import NEWLINES, fill_budget, row_end_newline
 from vlmslim.ops.ranking import full_precision
@@ -143,9 +143,7 @@ class TokenCorr(Compressor):
         """Find the tower's layers."""
         deep = self.deep
         if deep is None:
-            names = ("vision_feature_layer", "vision_feature_layers")  # VipLlava's before transformers 5.24
-            used = next(getattr(model.config, name) for name in names if hasattr(model.config, name))
-            used = used if isinstance(used, int) else used[-1]
+            used = (feature_layers(model.config) or (-1,))[-1]
             deep = used if used < 0 else max(0, used - 1)  # hidden state i is the output of layer i - 1
         depth = len(encoder_layers(model.model))
         self.low_layer, self.deep_layer = _tower_layer(self.low, depth), _tower_layer(deep, depth)
