@@ -17,14 +17,14 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-VIEW = {"width": 1200, "height": 1000}
+VIEW = {"width": 1200, "height": 1100}
 
 
 def save(page: Page, name: str) -> None:
     """Save what the page shows, with few colours, because a picture in a repository should be small."""
     file = ROOT / "assets" / f"{name}.png"
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(128).save(file, optimize=True)
+    picture.quantize(256).save(file, optimize=True)
     print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1000:.0f} kB")
 
 
