@@ -189,6 +189,10 @@ def run(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away the results in the output directory.")] = False,
     log: Annotated[Tracker | None, typer.Option(help="Send the tables and figures to a tracker at the end.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Ray workers: a number, auto (one for each GPU), or ray://HEAD:10001. Default: no Ray."),
+    ] = None,
 ) -> None:
     """Evaluate methods on tasks, resuming where an earlier call stopped, and print the leaderboard."""
     _require_extra()
@@ -213,12 +217,16 @@ def run(
             paths = export_cells(settings, export)
             typer.echo(f"{len(paths)} files in {export}; evaluate one with\n  python -m lmms_eval --config {paths[0]}")
             return
+        if workers is not None:
+            from vlmslim.evaluation.workers import check_workers
+
+            workers = check_workers(workers)
         Store(settings.output).prepare()
         log_to(settings.output / "run.log")
         _spare_modules()
         try:
             with RichDisplay() as display:
-                board = run(settings, fresh=fresh, display=display)
+                board = run(settings, fresh=fresh, display=display, workers=workers)
         except ConfigError:
             raise
         except CellError as error:

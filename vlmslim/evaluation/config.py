@@ -27,6 +27,7 @@ from vlmslim.evaluation.schema import (
     MethodConfig,
     ModelConfig,
     ReportConfig,
+    ResourcesConfig,
     Strict,
     TaskConfig,
     TimingConfig,
@@ -53,6 +54,7 @@ class RunConfig(Strict):
     include_path: list[Path] = []
     timing: TimingConfig | None = TimingConfig()
     report: ReportConfig = ReportConfig()
+    resources: ResourcesConfig = ResourcesConfig()
 
     @field_validator("baselines", mode="before")
     @classmethod

@@ -5,9 +5,9 @@ import random
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,6 +39,9 @@ REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 UNPATCHED = Variant("none", ({"method": "none"},))
 
+#: Task -> the methods whose cells are missing.
+Todo = Mapping[str, Sequence[Variant]]
+
 COUNTED_PROMPTS = 2  # of a task, on which the FLOPs of a method are counted
 
 
@@ -69,7 +72,7 @@ class Answers:
     receipt : of these answers alone
     whole   : the finished cell, where lmms-eval had to ask on and on; then there are no results
     failure : why there are none
-    Others  : as in `Cell`
+    protocol, method_flops, seconds : as in `Cell`
     """
 
     kind: str = ""
@@ -81,6 +84,25 @@ class Answers:
     seconds: float = 0.0
     whole: Cell | None = None
     failure: Exception | None = None
+
+    @classmethod
+    def merged(cls, parts: "Sequence[Answers]") -> "Answers":
+        """Put the parts of a task together, in their order.
+
+        Raises:
+            RuntimeError: the parts answer different questions.
+        """
+        first = next((part for part in parts if part.failure is not None), parts[0])
+        if len(parts) == 1 or first.failure is not None:
+            return first
+        if len({part.hash for part in parts}) > 1:
+            raise RuntimeError("the task asks other questions on another machine; give all machines the same data")
+        return replace(
+            first,
+            results={number: result for part in parts for number, result in part.results.items()},
+            receipt=Receipt.pooled([part.receipt for part in parts if part.receipt is not None]),
+            seconds=sum(part.seconds for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -203,26 +225,53 @@ class Harness:
         answers = self.answer([variant], task)[variant.label]
         return self.cell(variant, task, answers)
 
-    def answer(self, variants: Sequence[Variant], task: str) -> dict[str, "Answers"]:
+    def check_split(self, todo: Todo) -> None:
+        """Check how the missing cells are split; one process splits nothing."""
+
+    def close(self) -> None:
+        """Let go of what `load` started."""
+
+    def answer_all(
+        self, todo: Todo, begin: Callable[[str, str], object]
+    ) -> Iterator[tuple[str, "dict[str, Answers] | Exception"]]:
+        """Answer whole tasks, one after the other; yield each with the answers of its methods, or with what failed.
+
+        `begin` is called with what is at work, and where.
+        """
+        for task, variants in todo.items():
+            begin(variants[0].label if len(variants) == 1 else f"{len(variants)} methods", task)
+            try:
+                yield task, self.answer(variants, task)
+            except Exception as error:
+                yield task, error
+
+    def answer(self, variants: Sequence[Variant], task: str, part: int = 0, parts: int = 1) -> "dict[str, Answers]":
         """Answer the requests of a task under each method. The methods take turns on each batch, which is encoded once.
 
         What they share are the pictures, their preprocessing, the vision tower and the projector, of one batch at a
         time. A method that fails sits out the rest, and its answers carry the failure.
+
+        Args:
+            variants: the methods.
+            task: by its name.
+            part: of the task, from 0. Parts are made of whole batches of the task, so that they change no answer.
+            parts: that the task has; see `batches`.
         """
-        asked = self._asked(task)
+        asked = self.asked(task)
         if asked is None:
             return {variant.label: self._answer_alone(variant, task) for variant in variants}
-        flops = self._method_flops(variants, task)
+        flops = self._method_flops(variants, task) if part == 0 else dict.fromkeys(v.label for v in variants)
         slims = {variant.label: self._removed_patch(variant) for variant in variants}
         shared = shared_encoding(slims.values())
         answerer, protocol = self._answerer
         answers = {
-            label: Answers(asked.kind, asked.hash, protocol=protocol, method_flops=flops[label]) for label in slims
+            label: Answers(asked.kind, asked.hash, protocol=protocol, method_flops=flops[label] or 0.0)
+            for label in slims
         }
-        batches = batches_of(asked.queries, self.config.batch_size)
+        batches = list(enumerate(batches_of(asked.queries, self.config.batch_size)))[part::parts]
         started, own = time.perf_counter(), 0.0
-        with self._bar(len(variants) * len(asked.queries)) as bar, torch.inference_mode():
-            for number, batch in enumerate(batches):
+        with self._bar(len(variants) * sum(len(own) for _, own in batches)) as bar, torch.inference_mode():
+            for number, batch in batches:
                 queries = [asked.queries[i] for i in batch]
                 with naming_all(queries):
                     read = answerer.read(queries)
@@ -243,6 +292,11 @@ class Harness:
         for label, slim in slims.items():
             answers[label].receipt, answers[label].seconds = copy.copy(slim.receipt), answers[label].seconds + common
         return answers
+
+    def batches(self, task: str) -> int | None:
+        """Count the batches of a task, the most parts that it can have; None if its questions depend on answers."""
+        asked = self.asked(task)
+        return None if asked is None else len(batches_of(asked.queries, self.config.batch_size))
 
     def cell(self, variant: Variant, task: str, answers: "Answers") -> Cell:
         """Grade the answers of a method to a task, with the settings that lmms-eval's command line would use.
@@ -317,7 +371,7 @@ class Harness:
         answers.seconds = time.perf_counter() - started
         return answers
 
-    def _asked(self, task: str) -> "Asked | None":
+    def asked(self, task: str) -> "Asked | None":
         """Return the requests of a task as lmms-eval makes them; None if they depend on answers."""
         if self._latest is None or self._latest[0] != task:
             self._latest = task, self._requests(task)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -29,7 +30,7 @@ from vlmslim.leaderboard.tables import NOTHING, kept_text
 from vlmslim.loading import check_device
 
 if TYPE_CHECKING:
-    from vlmslim.evaluation.harness import Cell
+    from vlmslim.evaluation.harness import Answers, Cell
 
 
 def run(
@@ -38,6 +39,7 @@ def run(
     fresh: bool = False,
     display: Display | None = None,
     harness: Callable[..., Any] | None = None,
+    workers: str | int | None = None,
 ) -> Leaderboard:
     """Run what is not finished yet of a comparison, and write its leaderboard.
 
@@ -46,6 +48,8 @@ def run(
         fresh: delete the results in the output directory, as soon as nothing can be refused any more.
         display: shows progress.
         harness: makes what evaluates cells, from the comparison and `Display.bar`; by default `Harness`.
+        workers: Ray actors that answer, each with the checkpoint: a number, "auto", or the address of a head node; by
+            default this process answers.
 
     Raises:
         ConfigError: the output directory belongs to another comparison, or to a run that is still going on, or cannot
@@ -62,7 +66,11 @@ def run(
     store.prepare()
     try:
         with FileLock(store.directory / ".lock", timeout=0):
-            return _Run(config, store, display, harness or _default_harness(), fresh).complete()
+            made = _Run(config, store, display, harness or _default_harness(workers), fresh)
+            try:
+                return made.complete()
+            finally:
+                made.harness.close()
     except Timeout as error:
         raise ConfigError(f"another run is writing to {store.directory}; wait, or use another --output") from error
 
@@ -130,18 +138,14 @@ class _Run:
                 for task in self.tasks
                 if not self._is_finished(variant, stored[variant.label, task])
             ]
-        self._open(todo)
+        rows = list(dict.fromkeys(variant for variant, _ in todo))
+        by_task = {task: [variant for variant in rows if (variant, task) in todo] for task in self.tasks}
+        missing = {task: variants for task, variants in by_task.items() if variants}
+        self._open(missing)
         self._begin()
         total = len(self.variants) * len(self.tasks)
         self.display.start(total, total - len(todo), max(len(variant.label) for variant in self.variants))
-        rows = list(dict.fromkeys(variant for variant, _ in todo))
-        missing = [task for task in self.tasks if any(of == task for _, of in todo)]
-        for task in missing:
-            self._evaluate([variant for variant in rows if (variant, task) in todo], task)
-            if task == missing[0] != missing[-1]:
-                self.display.message(f"a first look, at {task} alone:")
-                self._sum_up(rows)
-                self.display.message("all tasks:")
+        self._evaluate(missing, rows)
         self._sum_up(rows)
         self._time()
         board = Leaderboard.read(self.store.directory)
@@ -159,7 +163,7 @@ class _Run:
                 self.harness.load()
             self._loaded = True
 
-    def _open(self, todo: list[tuple[Variant, str]]) -> None:
+    def _open(self, todo: dict[str, list[Variant]]) -> None:
         """Open what the unfinished cells will read, because an error should not come after hours of other cells.
 
         Raises:
@@ -169,18 +173,19 @@ class _Run:
             return
         self._load()
         failures = []
-        for variant in dict.fromkeys(variant for variant, _ in todo):
+        for variant in dict.fromkeys(variant for variants in todo.values() for variant in variants):
             try:
                 self.harness.check_method(variant)
             except Exception as error:
                 failures.append(f"{variant.label}: {_said(error)}")
-        for task in dict.fromkeys(task for _, task in todo):
+        for task in todo:
             try:
                 self.harness.check_task(task)
             except Exception as error:
                 failures.append(f"tasks: {task} cannot be opened: {_said(error)}")
         if failures:
             raise ConfigError("\n".join(failures))
+        self.harness.check_split(todo)
 
     def _begin(self) -> None:
         """Write the plan. What was refused up to here has changed nothing, also where old results are to go."""
@@ -304,34 +309,38 @@ class _Run:
             )
         )
 
-    def _evaluate(self, variants: list[Variant], task: str) -> None:
-        """Evaluate methods on a task together, and save a cell for each.
+    def _evaluate(self, todo: dict[str, list[Variant]], rows: list[Variant]) -> None:
+        """Evaluate methods on tasks, and save a cell for each. A cell that fails does not stop the others.
 
         Raises:
-            CellError: a cell failed, after the others were saved.
+            CellError: cells failed.
         """
-        self._load()
-        methods = variants[0].label if len(variants) == 1 else f"{len(variants)} methods"
-        self.display.start_cell(methods, task)
+        failed: list[CellError] = []
+        answered = self.harness.answer_all(todo, self.display.start_cell) if todo else ()
+        for number, (task, answers) in enumerate(answered, 1):
+            if isinstance(answers, Exception):
+                failed.append(_failure(task, answers))
+            else:
+                failed += [error for variant in todo[task] if (error := self._grade(variant, task, answers))]
+            if number == 1 < len(todo) and not failed:
+                self.display.message(f"a first look, at {task} alone:")
+                self._sum_up(rows)
+                self.display.message("all tasks:")
+        if failed:
+            more = f" ({len(failed) - 1} more cells failed)" if len(failed) > 1 else ""
+            raise CellError(f"{failed[0]}{more}") from failed[0].__cause__
+
+    def _grade(self, variant: Variant, task: str, answers: "dict[str, Answers]") -> CellError | None:
+        """Save the cell of a method that has answered a task; return what failed instead."""
         try:
-            answers = self.harness.answer(variants, task)
+            cell = self.harness.cell(variant, task, answers[variant.label])
+            check_effect(cell.receipt)
         except Exception as error:
-            raise CellError(f"{task} failed: {type(error).__name__}: {error}") from error
-        failed: CellError | None = None
-        for variant in variants:
-            try:
-                cell = self.harness.cell(variant, task, answers[variant.label])
-                check_effect(cell.receipt)
-            except Exception as error:
-                what = CellError(f"{variant.label} on {task} failed: {type(error).__name__}: {error}")
-                what.__cause__ = error
-                failed = failed or what
-                continue
-            self.inputs.check_unchanged(variant, task)
-            self._save(variant, task, cell)
-            self.display.finish_cell()
-        if failed is not None:
-            raise failed
+            return _failure(f"{variant.label} on {task}", error)
+        self.inputs.check_unchanged(variant, task)
+        self._save(variant, task, cell)
+        self.display.finish_cell()
+        return None
 
     def _save(self, variant: Variant, task: str, cell: "Cell") -> None:
         """Save a finished cell."""
@@ -393,7 +402,18 @@ class _Run:
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
 
 
-def _default_harness() -> Callable[..., Any]:
+def _failure(what: str, error: Exception) -> CellError:
+    """Say what failed, and keep the reason."""
+    failure = CellError(f"{what} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _default_harness(workers: str | int | None) -> Callable[..., Any]:
+    if workers is not None:
+        from vlmslim.evaluation.workers import RayHarness
+
+        return partial(RayHarness, workers=workers)
     from vlmslim.evaluation.harness import Harness  # it loads lmms-eval, which takes seconds
 
     return Harness

@@ -188,3 +188,14 @@ class ReportConfig(Strict):
     """
 
     samples: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
+
+
+class ResourcesConfig(Strict):
+    """What each worker of `vlmslim run --workers` gets, and how work is split.
+
+    gpus_per_worker : several for a model with `device_map: auto`; by default 1 where there are GPUs
+    shard : most prompts of a task that one worker answers at a time
+    """
+
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    shard: Count | None = None

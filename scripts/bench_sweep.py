@@ -1,0 +1,125 @@
+"""Measure what the methods of a run cost together, in unpatched runs, with and without what they share.
+
+    python scripts/bench_sweep.py bundled/tiny-llava bundled/tiny-llava-next
+
+An unpatched run shares nothing: it encodes its pictures, and prefills a multiple-choice question once for each choice.
+All numbers are processor time of one process, so a busy machine changes them little. The table after it is a model of
+larger checkpoints from the FLOPs of their parts; decoding and the methods themselves are not in it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vlmslim.cost.bench.shapes import SHAPES
+from vlmslim.cost.flops import Ledger, crop_tokens
+from vlmslim.evaluation.config import RunConfig
+from vlmslim.evaluation.harness import Harness
+from vlmslim.evaluation.progress import log_to
+from vlmslim.evaluation.variants import Variant
+
+KEEP = 0.25
+METHODS = [
+    *("random", "uniform", "pool", "fastv", "divprune", "todre", "mmr", "scope", "holov", "vispruner", "visionzip"),
+    *("hiprune", "prunesid", "mmtok", "agilepruner", "tops", "globalcom2"),
+    *({"method": name, "keep": 0.5, "label": f"{name}-half"} for name in ("divprune", "fastv")),
+]
+MODELLED = [("llava-1.5-7b", 1), ("llava-next-7b", 5)]
+TEXT, CHOICES = 60, 4  # tokens of a prompt, and choices of a question
+
+
+def cost(work: Callable[[], Any], repeats: int) -> float:
+    """Return the processor seconds of some work, the median of several times."""
+    times = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        work()
+        times.append(time.process_time() - begun)
+    return statistics.median(times)
+
+
+def measure(pretrained: str, tasks: Sequence[str], limit: int, batch_size: int, repeats: int, output: Path) -> None:
+    """Print the ratios of one checkpoint, task by task."""
+    config = RunConfig.model_validate(
+        {"model": {"pretrained": pretrained, "device": "cpu"}, "tasks": tasks, "methods": METHODS, "budgets": [KEEP]}
+        | {"baselines": False, "batch_size": batch_size, "limit": limit, "output": output}
+    )
+    harness, variants = Harness(config), config.variants()
+    harness.load()
+    print(f"\n{pretrained}: {len(variants)} methods, {limit} questions a task, in unpatched runs (and per method)")
+    print(f"{'task':<20}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
+
+    def together(some: Sequence[Variant], task: str) -> None:
+        answers = harness.answer(some, task)
+        for variant in some:
+            harness.cell(variant, task, answers[variant.label])
+
+    def alone(some: Sequence[Variant], task: str) -> None:
+        for variant in some:
+            together([variant], task)
+
+    for task in (task.task for task in harness.tasks.leaves):
+        together(variants[:1], task)  # the first run is slower
+        asked = harness.asked(task)
+        assert asked is not None
+        shared, seconds = list(asked.queries), {}
+        for prefill in (False, True):
+            asked.queries[:] = shared
+            if not prefill:
+                asked.queries[:] = [
+                    query if query.prompt is None else replace(query, prompt=i) for i, query in enumerate(shared)
+                ]
+            seconds["run", prefill] = cost(lambda: alone(variants[:1], task), repeats)  # noqa: B023
+            seconds["alone", prefill] = cost(lambda: alone(variants, task), repeats)  # noqa: B023
+            seconds["together", prefill] = cost(lambda: together(variants, task), repeats)  # noqa: B023
+        ratios = [
+            seconds[how, prefill] / seconds["run", False] for how in ("alone", "together") for prefill in (False, True)
+        ]
+        print(f"{task:<20}" + "".join(f"{r:>10.1f} ({r / len(variants):.2f})" for r in ratios), flush=True)
+
+
+def model(methods: int) -> None:
+    """Print the same ratios of larger checkpoints, from the FLOPs of tower, projector and prefill."""
+    print(f"\nmodel: {methods} methods that keep {KEEP:.0%} before the language model, {TEXT} text tokens")
+    print(f"{'shape':<20}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
+    for name, crops in MODELLED:
+        config = SHAPES[name]()
+        visual = crops * crop_tokens(config)
+        full, kept = (Ledger.of(config, TEXT + tokens, crops=crops) for tokens in (visual, round(KEEP * visual)))
+        encode = full.tower + full.projector
+        for kind, choices in (("", 1), (f", {CHOICES} choices", CHOICES)):
+            run = choices * full.total  # each choice encodes and prefills
+            prefills = full.total - encode + (methods - 1) * (kept.total - encode)
+            ratios = [
+                choices * (methods * encode + prefills) / run,
+                (methods * encode + prefills) / run,
+                choices * (encode + prefills) / run,
+                (encode + prefills) / run,
+            ]
+            print(f"{name + kind:<20}" + "".join(f"{r:>10.1f} ({r / methods:.2f})" for r in ratios))
+
+
+def main() -> None:
+    """Parse the arguments and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", default=["bundled/tiny-llava", "bundled/tiny-llava-next"])
+    parser.add_argument("--tasks", default="scenes_presence,scenes_choice", help="comma-separated")
+    parser.add_argument("--limit", type=int, default=64, help="questions per task")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=1)
+    args = parser.parse_args()
+    log_to(None)
+    with TemporaryDirectory() as folder:
+        for checkpoint in args.checkpoints:
+            tasks = args.tasks.split(",")
+            measure(checkpoint, tasks, args.limit, args.batch_size, args.repeats, Path(folder))
+    model(len(METHODS) + 1)
+
+
+if __name__ == "__main__":
+    main()
