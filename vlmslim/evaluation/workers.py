@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +74,7 @@ class Worker:
         os.dup2(file, 2)
         faulthandler.enable()
         log_to(self.log)
+        print(f"worker {number} is process {os.getpid()}", flush=True)
         os.chdir(folder)
         sys.path.insert(0, folder)
         torch.set_num_threads(threads)
@@ -113,6 +114,11 @@ class _Seat:
     actor: Any
     unit: Unit | None = None
     shown: int = 0
+
+
+def _bare(variants: Sequence[Variant]) -> list[Variant]:
+    """Return rows without their classes, because a class of the user's own file cannot be sent; its stages name it."""
+    return [replace(variant, classes=frozenset()) for variant in variants]
 
 
 def log_of(output: Path, number: int) -> Path:
@@ -224,6 +230,8 @@ class RayHarness(Harness):
 
     def close(self) -> None:
         """Stop the workers."""
+        for seat in self._seats:
+            self.ray.kill(seat.actor)  # they hold nothing, and may take long to end by themselves
         if self._seats:
             self._seats.clear()
             self.ray.shutdown()
@@ -244,15 +252,15 @@ class RayHarness(Harness):
 
     def check_method(self, variant: Variant) -> None:
         """Attach a row to the model of a worker and take it off again."""
-        self._on_first("check_method", variant)
+        self._on_first("check_method", *_bare([variant]))
 
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget."""
-        return self._on_first("solve", variant)
+        return self._on_first("solve", *_bare([variant]))
 
     def time(self, variants: Sequence[Variant], timing: TimingConfig, tick: Callable[[], object]) -> dict[str, dict]:
         """Time all methods on one worker, while the others rest."""
-        return self._on_first("time", list(variants), timing, own=True)
+        return self._on_first("time", _bare(variants), timing, own=True)
 
     # ------------------------------------------------------------------ units
 
@@ -313,7 +321,7 @@ class RayHarness(Harness):
         """Give a worker the next unit."""
         if units:
             seat.unit = unit = units.popleft()
-            task = seat.actor.call.remote("answer", list(unit.variants), unit.task, unit.part, unit.parts)
+            task = seat.actor.call.remote("answer", _bare(unit.variants), unit.task, unit.part, unit.parts)
             running[task] = seat
 
     def _outcome(self, task: Any, seat: _Seat, unit: Unit) -> dict[str, Answers] | Exception | None:

@@ -1,0 +1,199 @@
+"""`vlmslim run --workers`: any number of workers, shards, kills and a dead driver give the cells of one process."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
+
+from lmms_fixtures import checkpoint, questions  # noqa: E402
+
+from vlmslim.evaluation.config import RunConfig  # noqa: E402
+from vlmslim.evaluation.errors import CellError, ConfigError  # noqa: E402
+from vlmslim.evaluation.harness import Answers  # noqa: E402
+from vlmslim.evaluation.run import run  # noqa: E402
+from vlmslim.evaluation.store import Store  # noqa: E402
+from vlmslim.evaluation.workers import RayHarness, check_workers  # noqa: E402
+
+MORTAL = """
+import os, signal
+from dataclasses import dataclass
+from vlmslim.compressor import Compressor
+
+@dataclass
+class Mortal(Compressor):
+    \"\"\"Keep the first tokens; kill the process while there are lives in a folder.\"\"\"
+    keep: int
+    lives: str = ""
+
+    def compress(self, image):
+        for life in os.listdir(self.lives):
+            os.remove(os.path.join(self.lives, life))
+            os.kill(os.getpid(), signal.SIGKILL)
+        import torch
+        return image.pick(torch.arange(self.keep, device=image.features.device))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, a task of texts and one of choices, and a method that dies on demand."""
+    pytest.importorskip("ray", reason="the extra vlmslim[ray] is not installed")
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "utils.py").write_text('def images(doc):\n    return [doc["image"].convert("RGB")]\n')
+    (folder / "mortal.py").write_text(MORTAL)
+    (folder / "lives").mkdir()
+    common = {
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": questions(folder / "questions.parquet")}},
+        "test_split": "test",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    generate = {"output_type": "generate_until", "generation_kwargs": {"max_new_tokens": 4, "do_sample": True}}
+    generate["generation_kwargs"]["temperature"] = 1.5  # sampled, so that shards may not change what is drawn
+    generate["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    for name, own in (("texts", generate), ("choices", {"output_type": "multiple_choice", "doc_to_choice": "choices"})):
+        text = yaml.safe_dump(common | own | {"task": name})
+        (folder / f"{name}.yaml").write_text(text + "doc_to_visual: !function utils.images\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    path = checkpoint("llava", folder)
+
+    def make(output: str, lives: int = 0, **changes) -> RunConfig:
+        for life in range(lives):
+            (folder / "lives" / str(life)).touch()
+        method = {"method": f"{folder}/mortal.py:Mortal", "keep": 5, "label": "mortal", "lives": str(folder / "lives")}
+        settings = {
+            "model": {"pretrained": path, "device": "cpu", "dtype": "float32"},
+            "tasks": ["texts", "choices"],
+            "methods": [method, {"method": "divprune", "keep": 4}],
+            "baselines": False,
+            "include_path": [folder],
+            "batch_size": 2,
+            "limit": 10,
+            "timing": None,
+            "resources": {"shard": 4},
+            "output": folder / output,
+        }
+        return RunConfig.model_validate(settings | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The cells of one process."""
+    made = config("whole", resources={})
+    run(made)
+    return cells(made.output)
+
+
+def cells(output: Path) -> dict:
+    """Read all cells, without their times."""
+    store, found = Store(output), {}
+    for path in sorted(output.glob("cells/*/*.json")):
+        record = store.cell(path.parent.name, path.stem)
+        record["receipt"].pop("selection_ms")
+        found[path.parent.name, path.stem] = {k: v for k, v in record.items() if k != "seconds"}
+        found[path.parent.name, path.stem]["samples"] = path.with_suffix(".jsonl").read_bytes()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, lives", [(1, 0), (2, 1), (4, 0)])
+def test_workers_shards_and_a_kill_change_no_byte(config, whole, workers, lives):
+    made = config(f"workers-{workers}", lives)
+    run(made, workers=workers)
+    assert cells(made.output) == whole
+    assert len(list((made.output / "workers").glob("*.log"))) == workers
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_three_workers_is_reported_and_the_rest_goes_on(config, whole):
+    made = config("killer", lives=3)
+    with pytest.raises(CellError, match=r"killed 3 workers \(.*\); its log .*worker-0.log ends with\n") as error:
+        run(made, workers=1)
+    lost = str(error.value).split(",")[0]
+    assert lost in ("texts", "choices")
+    assert cells(made.output) == {place: cell for place, cell in whole.items() if place[1] != lost}
+    run(made)  # without workers
+    assert cells(made.output) == whole
+
+
+@pytest.mark.slow
+def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
+    made = config("driver")
+    path = made.output.parent / "driver.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude={"model"}) | {"model": made.model.arguments()}))
+    command = [sys.executable, "-m", "vlmslim.cli", "run", str(path), "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        while not list(made.output.glob("cells/*/*.json")):
+            assert driver.poll() is None
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGKILL)
+    pids = [int(log.read_text().split()[4]) for log in (made.output / "workers").glob("*.log")]
+    deadline = time.monotonic() + 120
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not any(alive(pid) for pid in pids)
+    done = {p: p.stat().st_mtime_ns for p in made.output.glob("cells/*/*.json")}
+    run(made, workers=2)
+    assert all(p.stat().st_mtime_ns == when for p, when in done.items())
+    assert cells(made.output) == whole
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "ray://", "http://head"])
+def test_wrong_numbers_of_workers(given):
+    with pytest.raises(ConfigError, match="give a number from 1 up, auto, or ray://HEAD:10001"):
+        check_workers(given)
+
+
+def test_ray_that_is_not_installed(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r'--workers needs Ray: pip install "vlmslim\[ray\]"'):
+        run(config("no-ray"), workers=2)
+
+
+def test_more_gpus_than_there_are(config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="3 workers of 2 GPUs need 6 GPUs, and there are 1; give fewer --workers"):
+        RayHarness(config("gpus", resources={"gpus_per_worker": 2}), workers=3).load()
+
+
+def test_a_limit_that_splits_nothing(config, whole):
+    made = config("unsplit", resources={"shard": 500})
+    harness = RayHarness(made, workers=1)
+    with pytest.raises(ConfigError, match="resources.shard: 500 splits nothing, because no unfinished task has more"):
+        harness.check_split({"texts": made.variants()})
+    units = RayHarness(config("split"), workers=1).units({"choices": made.variants(), "texts": made.variants()})
+    assert [(unit.part, unit.parts) for unit in units if unit.task == "texts"] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_parts_of_other_questions_are_not_merged():
+    with pytest.raises(RuntimeError, match="asks other questions on another machine"):
+        Answers.merged([Answers("loglikelihood", "a"), Answers("loglikelihood", "b")])
+
+
+@pytest.mark.slow
+def test_a_head_node_that_does_not_answer(config):
+    with pytest.raises(ConfigError, match="no Ray head node answers at ray://127.0.0.1:9"):
+        run(config("head"), workers="ray://127.0.0.1:9")
