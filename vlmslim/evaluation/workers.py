@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from vlmslim.cost.budget import Solution
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.harness import Answers, Harness, Todo
-from vlmslim.evaluation.progress import MakeBar, log_to
+from vlmslim.evaluation.progress import MakeBar, log_to, output_to
 from vlmslim.evaluation.schema import TimingConfig
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io.messages import one_line
@@ -145,7 +145,11 @@ def import_ray() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",  # no telemetry
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # so that a node of its own binds to loopback, on Linux too
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    )
     try:
         import ray
         import ray.exceptions
@@ -176,6 +180,7 @@ class RayHarness(Harness):
         super().__init__(config, make_bar)
         self.workers, self.ray = workers, import_ray()
         self._seats: list[_Seat] = []
+        self._quiet = ExitStack()
 
     # ------------------------------------------------------------------ starting and stopping
 
@@ -228,6 +233,10 @@ class RayHarness(Harness):
             )
         return count, gpus
 
+    def _hire(self, number: int) -> Any:
+        """Start a worker. It loads the checkpoint with its first task."""
+        return self._actor.remote(self.config, number, os.getcwd(), torch.get_num_threads())
+
     def close(self) -> None:
         """Stop the workers."""
         for seat in self._seats:
@@ -235,6 +244,7 @@ class RayHarness(Harness):
         if self._seats:
             self._seats.clear()
             self.ray.shutdown()
+        self._quiet.close()
 
     # ------------------------------------------------------------------ what needs the checkpoint, once
 
@@ -332,7 +342,8 @@ class RayHarness(Harness):
             return error.cause if isinstance(error.cause, Exception) else error
         except self.ray.exceptions.RayError as error:  # killed, out of memory, its node lost
             unit.deaths += 1
-            seat.shown = 0
+            self.ray.kill(seat.actor)  # if it was only out of reach
+            seat.actor, seat.shown = self._hire(seat.number), 0
             if unit.deaths < DEATHS:
                 return None
             where = f", part {unit.part + 1} of {unit.parts}" if unit.parts > 1 else ""
