@@ -188,13 +188,11 @@ class RayHarness(Harness):
         """Start the workers, and wait until the first has loaded the checkpoint."""
         if self._seats:
             return
+        self._quiet.enter_context(output_to(self.config.output / "workers" / "ray.log"))
         count, gpus = self._connect()
-        remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=0, max_concurrency=2)(
-            Worker
-        )
-        for number in range(count):
-            actor = remote.remote(self.config, number, os.getcwd(), torch.get_num_threads())
-            self._seats.append(_Seat(number, actor))
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 2}  # it tells its progress while it works
+        self._actor = self.ray.remote(**options)(Worker)
+        self._seats = [_Seat(number, self._hire(number)) for number in range(count)]
         self._on_first("load", own=True, timeout=START_SECONDS)
 
     def _connect(self) -> tuple[int, float]:
