@@ -1,5 +1,7 @@
 """`vlmslim run --workers`: any number of workers, shards, kills and a dead driver give the cells of one process."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -102,13 +104,13 @@ def whole(config):
 
 
 def cells(output: Path) -> dict:
-    """Read all cells, without their times."""
+    """Read all cells, without their times, the folder they are in, and addresses of functions."""
     store, found = Store(output), {}
     for path in sorted(output.glob("cells/*/*.json")):
         record = store.cell(path.parent.name, path.stem)
-        record["receipt"].pop("selection_ms")
-        found[path.parent.name, path.stem] = {k: v for k, v in record.items() if k != "seconds"}
-        found[path.parent.name, path.stem]["samples"] = path.with_suffix(".jsonl").read_bytes()
+        del record["seconds"], record["receipt"]["selection_ms"], record["lmms_eval"]["config"]["resolved_cli_args"]
+        text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(record))
+        found[path.parent.name, path.stem] = text, path.with_suffix(".jsonl").read_bytes()
     return found
 
 

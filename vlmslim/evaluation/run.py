@@ -59,7 +59,7 @@ def run(
     if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
         raise ConfigError(
             f"vlmslim run is one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']!r} here: unset it. "
-            "For several processes: vlmslim run CONFIG --export DIR, then "
+            "For several GPUs: vlmslim run CONFIG --workers auto, or vlmslim run CONFIG --export DIR, then "
             "accelerate launch -m lmms_eval --config DIR/FILE.yaml"
         )
     store, display = Store(config.output), display or Display()
