@@ -217,16 +217,17 @@ def run(
             paths = export_cells(settings, export)
             typer.echo(f"{len(paths)} files in {export}; evaluate one with\n  python -m lmms_eval --config {paths[0]}")
             return
+        crew = None
         if workers is not None:
             from vlmslim.evaluation.workers import check_workers
 
-            workers = check_workers(workers)
+            crew = check_workers(workers)
         Store(settings.output).prepare()
         log_to(settings.output / "run.log")
         _spare_modules()
         try:
             with RichDisplay() as display:
-                board = run(settings, fresh=fresh, display=display, workers=workers)
+                board = run(settings, fresh=fresh, display=display, workers=crew)
         except ConfigError:
             raise
         except CellError as error:
