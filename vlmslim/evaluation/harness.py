@@ -459,7 +459,7 @@ class Harness:
         Yields:
             A question, and its `images` and `rows` as `vlmslim.evaluation.recording` writes them.
         """
-        asked = self._asked(task)
+        asked = self.asked(task)
         if asked is None:  # a dialogue of several rounds: its later prompts depend on answers
             return
         first = {query.where: query for query in reversed(asked.queries)}

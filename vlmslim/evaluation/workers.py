@@ -101,6 +101,10 @@ class Worker:
         """Time methods, without showing progress."""
         return self.harness.time(variants, timing, lambda: None)
 
+    def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> list[tuple[int, dict]]:
+        """Record where visual tokens went."""
+        return list(self.harness.record(variants, task, questions))
+
     def call(self, name: str, *args: Any) -> Any:
         """Call a function of the harness."""
         return getattr(self.harness, name)(*args)
@@ -269,6 +273,10 @@ class RayHarness(Harness):
     def time(self, variants: Sequence[Variant], timing: TimingConfig, tick: Callable[[], object]) -> dict[str, dict]:
         """Time all methods on one worker, while the others rest."""
         return self._on_first("time", _bare(variants), timing, own=True)
+
+    def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        """Record on one worker where visual tokens went."""
+        yield from self._on_first("record", _bare(variants), task, list(questions), own=True)
 
     # ------------------------------------------------------------------ units
 
