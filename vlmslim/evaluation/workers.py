@@ -29,8 +29,7 @@ from vlmslim.io.messages import one_line
 
 DEATHS = 3  # of workers, after which a unit is given up
 SHARD = 256  # prompts of a task that a worker answers at a time, by default
-CONNECT_SECONDS = 20
-START_SECONDS = 600  # for the first worker to load the checkpoint
+START_SECONDS = 1800  # for the first worker to load the checkpoint
 LOG_LINES = 5  # of a worker that died, in the message
 
 Begin = Callable[[str, str], object]
@@ -204,7 +203,6 @@ class RayHarness(Harness):
         ray, asked = self.ray, self.config.resources.gpus_per_worker
         on_cpu = (self.config.model.device or "").startswith("cpu")
         if isinstance(self.workers, str) and self.workers != "auto":
-            os.environ["RAY_CLIENT_RECONNECT_GRACE_PERIOD"] = str(CONNECT_SECONDS)
             try:
                 ray.init(self.workers, log_to_driver=False, logging_level="ERROR")
             except Exception as error:  # Ray has an own class for each layer that fails
@@ -259,6 +257,11 @@ class RayHarness(Harness):
             return self.ray.get(task, timeout=timeout)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from error
+        except self.ray.exceptions.GetTimeoutError as error:
+            raise ConfigError(
+                f"no worker has loaded the checkpoint in {timeout:g} seconds; are the GPUs in use? "
+                f"{self._end_of_log(0)}"
+            ) from error
         except self.ray.exceptions.RayError as error:
             raise UnitError(f"the first worker died: {self._end_of_log(0)}") from error
 
