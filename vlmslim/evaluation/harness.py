@@ -31,6 +31,7 @@ from vlmslim.evaluation.replay import Replay, requests_hash
 from vlmslim.evaluation.schema import TimingConfig
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.variants import Variant
+from vlmslim.io.provenance import hardware
 from vlmslim.patching import Slim, shared_encoding
 from vlmslim.receipt import Receipt
 
@@ -52,6 +53,7 @@ class Cell:
     protocol     : how pictures and prompts were prepared, as `vlmslim.originals.protocol.describe` says it
     method_flops : of the method itself, for a prompt
     seconds      : the method's own, and an equal part of what the methods shared
+    hardware     : that answered; "" for that of this process
     """
 
     results: dict
@@ -60,6 +62,7 @@ class Cell:
     protocol: dict = field(default_factory=dict)
     method_flops: float = 0.0
     seconds: float = 0.0
+    hardware: str = ""
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Answers:
     receipt : of these answers alone
     whole   : the finished cell, where lmms-eval had to ask on and on; then there are no results
     failure : why there are none
-    protocol, method_flops, seconds : as in `Cell`
+    protocol, method_flops, seconds, hardware : as in `Cell`
     """
 
     kind: str = ""
@@ -82,6 +85,7 @@ class Answers:
     protocol: dict = field(default_factory=dict)
     method_flops: float = 0.0
     seconds: float = 0.0
+    hardware: str = ""
     whole: Cell | None = None
     failure: Exception | None = None
 
@@ -180,6 +184,10 @@ class Harness:
         lm.clean()
         return lm.answerer, lm.protocol
 
+    @cached_property
+    def _hardware(self) -> str:
+        return hardware(self.config.model.device)
+
     def _bar(self, total: int) -> AbstractContextManager[Bar]:
         return (self._make_bar or Display().bar)(total=total, desc="vlmslim")
 
@@ -265,7 +273,9 @@ class Harness:
         shared = shared_encoding(slims.values())
         answerer, protocol = self._answerer
         answers = {
-            label: Answers(asked.kind, asked.hash, protocol=protocol, method_flops=flops[label] or 0.0)
+            label: Answers(
+                asked.kind, asked.hash, protocol=protocol, method_flops=flops[label] or 0.0, hardware=self._hardware
+            )
             for label in slims
         }
         batches = list(enumerate(batches_of(asked.queries, self.config.batch_size)))[part::parts]
@@ -307,11 +317,19 @@ class Harness:
         if answers.failure is not None:
             raise answers.failure
         if answers.whole is not None:
-            return answers.whole
+            return replace(answers.whole, seconds=answers.seconds, hardware=answers.hardware)
         assert answers.receipt is not None
         results = [answers.results[number] for number in range(len(answers.results))]
         graded, samples = self._evaluated(Replay(answers.kind, results, answers.hash), variant, task)
-        return Cell(graded, samples, answers.receipt.summary(), answers.protocol, answers.method_flops, answers.seconds)
+        return Cell(
+            graded,
+            samples,
+            answers.receipt.summary(),
+            answers.protocol,
+            answers.method_flops,
+            answers.seconds,
+            answers.hardware,
+        )
 
     def ask(self, variant: Variant, task: str, sample: Sample) -> Cell:
         """Evaluate a method on a sample of a task's questions, by itself and through lmms-eval alone."""
@@ -358,7 +376,7 @@ class Harness:
     def _answer_alone(self, variant: Variant, task: str) -> "Answers":
         """Evaluate a task whose questions depend on the answers: dialogues of several rounds."""
         lm, started = self._lm(variant), time.perf_counter()
-        answers = Answers()
+        answers = Answers(hardware=self._hardware)
         try:
             graded, samples = self._evaluated(lm, variant, task)
             flops = self._method_flops([variant], task)[variant.label]

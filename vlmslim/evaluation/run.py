@@ -348,6 +348,7 @@ class _Run:
             **self.inputs.made_with(variant),
             "config_hash": self.hash,
             **self.record,
+            "hardware": cell.hardware or self.record["hardware"],
             "seconds": round(cell.seconds, 3),
             "definition": self.inputs.definitions[task],
             "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
