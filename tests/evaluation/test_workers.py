@@ -120,7 +120,7 @@ def test_workers_shards_and_a_kill_change_no_byte(config, whole, workers, lives)
     made = config(f"workers-{workers}", lives)
     run(made, workers=workers)
     assert cells(made.output) == whole
-    assert len(list((made.output / "workers").glob("*.log"))) == workers
+    assert len(list((made.output / "workers").glob("worker-*.log"))) == workers
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
             assert driver.poll() is None
             time.sleep(0.1)
         driver.send_signal(signal.SIGKILL)
-    pids = [int(log.read_text().split()[4]) for log in (made.output / "workers").glob("*.log")]
+    pids = [int(log.read_text().split()[4]) for log in (made.output / "workers").glob("worker-*.log")]
     deadline = time.monotonic() + 120
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.5)
