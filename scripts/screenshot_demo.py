@@ -47,11 +47,11 @@ def main() -> None:
             page.get_by_text("fastv: 36 of 144 visual tokens").first.wait_for(timeout=120_000)
             answered = time.perf_counter()
             print(f"{scheme}: loaded in {loaded - start:.1f} s, answered in {answered - loaded:.1f} s")
-            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(1500)  # until the pictures are there
             if scheme == "dark":
                 page.get_by_text("Decoder layer").first.scroll_into_view_if_needed()
                 page.mouse.wheel(0, 700)
-                page.wait_for_timeout(1000)
+                page.wait_for_timeout(500)
             save(page, f"demo_{scheme}")
         browser.close()
     page_of_demo.close()

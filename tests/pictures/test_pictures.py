@@ -151,6 +151,15 @@ def test_merged_tokens_are_means_of_the_patches_drawn(cls, options):
             assert panel.picture.width > 100
 
 
+@torch.no_grad()
+def test_tokens_of_a_shrunk_picture_cover_it():
+    model = tiny("llava")
+    with vlmslim.patch(model, "downsample", keep=4, record="tokens") as slim:
+        model(**batch(model, [LONG_ROWS[0]]))
+    (cut,) = slim.receipt.last.traces[0][0].cuts
+    assert cut.into.reshape(4, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+
 def test_scores_are_shown_where_the_method_has_them():
     model = tiny("llava")
     inputs = dark(batch(model, LONG_ROWS))

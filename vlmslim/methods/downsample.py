@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -62,12 +63,11 @@ class DownSample(Compressor):
             index = torch.cat([patches, others[: k - len(patches)]]).sort().values
             return image.pick(index.to(device))
         sizes = grid[patches, 0].bincount(minlength=len(image.pixels)).tolist()
+        budgets = share_out(k, sizes)
         shrunk = [
-            self.encode(image, crop, grid[grid[:, 0] == crop], budget)
-            for crop, budget in enumerate(share_out(k, sizes))
-            if budget
+            self.encode(image, crop, grid[grid[:, 0] == crop], budget) for crop, budget in enumerate(budgets) if budget
         ]
-        return Compressed(torch.cat(shrunk).to(image.features))
+        return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, grid, budgets))
 
     @torch.no_grad()
     def encode(self, image: ImageTokens, crop: int, places: Tensor, k: int) -> Tensor:
@@ -93,6 +93,28 @@ class DownSample(Compressor):
         features = features[:, -(rows * columns) :] if self.skip else features
         kept = torch.arange(k, device=features.device) * features.shape[1] // k
         return image.project(features[:, kept])[0]
+
+
+def covered(grid: Tensor, budgets: list[int]) -> Tensor:
+    """Return the token of the shrunk picture that covers each of the image's tokens, as `Compressed.into`.
+
+    Args:
+        grid: (n, 3) `ImageTokens.grid`.
+        budgets: tokens of each crop.
+    """
+    into = torch.full((len(grid),), -1)
+    for crop, k in enumerate(budgets):
+        own = ((grid[:, 0] == crop) & (grid[:, 1] >= 0)).nonzero()[:, 0]
+        if not k or not len(own):
+            continue
+        place = grid[own, 1:] - grid[own, 1:].amin(0)
+        size = place.amax(0) + 1
+        rows, columns = shape_of(k, *size.tolist())
+        cell = place[:, 0] * rows // size[0] * columns + place[:, 1] * columns // size[1]
+        token = torch.full((rows * columns,), -1)
+        token[torch.arange(k) * (rows * columns) // k] = torch.arange(k) + sum(budgets[:crop])
+        into[own] = token[cell]
+    return into
 
 
 def shape_of(k: int, rows: int, columns: int) -> tuple[int, int]:
