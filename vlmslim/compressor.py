@@ -112,6 +112,24 @@ def check_choices(options: object, **known: tuple[str, ...]) -> None:
             raise ValueError(f"{name}={value!r}: use one of {', '.join(map(repr, values))}")
 
 
+#: Rotary positions of what a method keeps before the language model, unless its options move tokens from their places.
+POSITIONS = "original"
+
+
+def settle_positions(options: Any) -> None:
+    """Replace positions="auto" by the default, or by the release's where the options ask for the order of a release.
+
+    Raises:
+        ValueError: positions="original" with tokens that are moved away from their places.
+    """
+    named = {"mode": ("released",), "order": ("selection", "released")}
+    moved = [f"{name}={getattr(options, name)!r}" for name, of in named.items() if getattr(options, name, None) in of]
+    if options.positions == "auto":
+        options.positions = "renumbered" if moved else POSITIONS
+    if moved and options.positions == "original":
+        raise ValueError(f"{moved[0]} moves tokens away from their places; use positions='renumbered' with it")
+
+
 # --- before the language model ----------------------------------------------------------------------------------------
 
 
@@ -664,7 +682,8 @@ class Selector(Compressor):
     A method that batches over images overrides `select_images` in place of `compress_images`.
 
     keep      : visual tokens to keep per image, a count or a share
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "original", or "renumbered", which closes the gaps. "auto" is "original", unless the
+                order of a release moves tokens away from their places
     rectify   : select half of the budget; the other half are means, at the lower medians of their places. Of the
                 patches that are not selected, as many are anchors as there are means, and each patch joins the anchor
                 of largest cosine. A mean counts in attention for all its patches: the logarithm of their number is
@@ -675,11 +694,12 @@ class Selector(Compressor):
     """
 
     keep: Keep
-    positions: str = field(default="renumbered", kw_only=True)
+    positions: str = field(default="auto", kw_only=True)
     rectify: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        settle_positions(self)
         if self.rectify and self.positions != "original":
             raise ValueError(
                 "rectify=True puts merged tokens at the places of what they stand for; use positions='original' with it"

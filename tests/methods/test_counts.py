@@ -46,7 +46,7 @@ def test_kept_counts_are_exact(family, name, keep):
     assert receipt["had_effect"] is True
     assert receipt["backend"] == "sdpa"
     assert receipt["dtype"] == "float32"
-    assert receipt["positions"] == ("original" if late else "renumbered")
+    assert receipt["positions"] == "original"
 
 
 @torch.no_grad()

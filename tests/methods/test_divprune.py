@@ -124,7 +124,7 @@ def test_selection_order_feeds_in_the_order_of_picks(family):
     short = torch.cat([embeds[: place[0]], embeds[picks], embeds[place[-1] + 1 :]])[None]
     kept = keep_only(inputs, [picks.sort().values - place[0]])
     want = reference(model, inputs, kept, embeds=short).full_logits()
-    raster = reference(model, inputs, kept).full_logits()
+    raster = reference(model, inputs, kept, positions="original").full_logits()
     with vlmslim.patch(model, "divprune", keep=6, order="selection"):
         close(model(**inputs).logits[0], want)
     with vlmslim.patch(model, "divprune", keep=6):

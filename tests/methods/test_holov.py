@@ -130,7 +130,7 @@ def test_rectified_tokens_are_means_at_their_medians():
         (dict(chunks=0), "at least one chunk"),
         (dict(within="variance"), "'holistic'"),
         (dict(score="norm"), "'cls'"),
-        (dict(rectify=True), "positions='original'"),
+        (dict(rectify=True, positions="renumbered"), "positions='original'"),
     ],
 )
 def test_bad_options_say_what_to_type(options, message):

@@ -162,7 +162,7 @@ def test_a_common_offset_changes_nothing(name):
         ("prunesid", dict(centre=True), "PruneSID ranks by no plain cosine"),
         ("visionzip", dict(rectify=True, positions="original"), "VisionZip merges what it drops itself"),
         ("vscan", dict(rectify=True, positions="original"), "merges what it drops itself"),
-        ("scope", dict(rectify=True), "use positions='original' with it"),
+        ("scope", dict(rectify=True, positions="renumbered"), "use positions='original' with it"),
         ("scope", dict(centre=True, mode="released"), "use mode='corrected' with centre"),
         ("holov", dict(centre=True), "use within='holistic'"),
         ("divprune", dict(centre=1), "centre=1: give"),
@@ -181,3 +181,17 @@ def test_they_are_seen():
     assert vlmslim.registry.label(spec) == "divprune-9-centre=True"
     with vlmslim.patch(tiny("llava"), [spec]) as slim:
         assert "centre=True" in slim.receipt.method
+
+
+def test_positions_stay_by_default_unless_a_release_moves_tokens():
+    """One rule for all: a method that says otherwise by default is not compared fairly on a board."""
+    for name in method_names():
+        options = options_of(name)
+        if "positions" in options and name != "blind":  # of which no token is left
+            assert options["positions"] == "auto", name
+            own = {} if "keep" not in options else {"keep": 0.25}
+            assert vlmslim.method(name, **own).stages()[0].positions == "original", name
+    for name, released in (("scope", {"mode": "released"}), ("divprune", {"order": "selection"})):
+        assert vlmslim.method(name, keep=0.25, **released).positions == "renumbered"
+        with pytest.raises(ValueError, match="moves tokens away from their places; use positions='renumbered'"):
+            vlmslim.method(name, keep=0.25, positions="original", **released)

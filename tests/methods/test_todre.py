@@ -181,7 +181,7 @@ def test_stage_one_equals_the_packed_prompt(family, objective):
         for place, index in zip(visual(inputs), kept, strict=True):
             alive[place] = False
             alive[place[index]] = True
-        want = reference(model, inputs, alive.nonzero()[:, 0])
+        want = reference(model, inputs, alive.nonzero()[:, 0], positions="original")
         with vlmslim.patch(model, "todre", keep=9, objective=objective, layer=None):
             out = model(**inputs)
         close(out.logits[0], want.full_logits())

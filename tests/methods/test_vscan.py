@@ -92,7 +92,7 @@ def test_two_stages(family):
     """Stage 2 keeps what the last token is about to attend to, and later layers count positions anew."""
     model, row = tiny(family), LONG_ROWS[0]
     inputs = batch(model, [row])
-    with vlmslim.patch(model, VScan(keep=12, deep=4, merge=False, newline="drop")) as slim:
+    with vlmslim.patch(model, VScan(keep=12, deep=4, merge=False, newline="drop", positions="renumbered")) as slim:
         out, logits = greedy(model, inputs)
     assert slim.receipt.positions == "renumbered, between layers too"
     assert slim.receipt.last.visual == [[12], [12], [4], [4]]

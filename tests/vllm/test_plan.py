@@ -83,7 +83,9 @@ def test_overrides_name_an_architecture_of_their_own():
     assert found == {
         "architectures": ["VlmslimLlavaForConditionalGeneration"],
         "vlmslim": {"method": "divprune", "keep": 64},
+        "rope_parameters": {"mrope_section": [1, 1, 1]},  # because positions stay
     }
+    assert "rope_parameters" not in overrides("divprune", keep=64, positions="renumbered")
     assert overrides("divprune", "llava_onevision", keep=64)["architectures"][0] in ARCHITECTURES
     with pytest.raises(ValueError, match="Did you mean 'llava_next'"):
         overrides("divprune", "llavanext", keep=64)
@@ -119,7 +121,8 @@ def test_a_saved_patch_is_a_method(tmp_path):
 def test_the_command_serves_a_checkpoint():
     words = command("divprune:keep=64", "bundled/tiny-llava-next")
     assert words[:3] == ["vllm", "serve", bundled.resolve("bundled/tiny-llava-next")]
-    assert json.loads(words[-1]) == overrides("divprune", "llava_next", keep=64)
+    assert words[-2:] == ["--video-pruning-rate", "0.01"]  # because positions stay
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == overrides("divprune", "llava_next", keep=64)
 
 
 def test_the_entry_point_can_be_imported_without_vllm():

@@ -456,7 +456,7 @@ def _difference(row: Row, published: PublishedRow, table: PublishedTable, board:
     options = _different_options(row, published, table, board)
     if options is None or row.label == UNPATCHED or row.cost is None or not row.activity or row.activity[0].layers:
         return options
-    here, there = row.cost.positions, table.positions
+    here, there = row.cost.positions.partition(",")[0], table.positions  # what follows is about layers
     positions = "" if here == there else f"positions: {here} here, {there} there"
     return "; ".join(filter(None, [options, positions]))
 

@@ -218,8 +218,6 @@ def check_selection(options: Any, score: tuple[str, ...] = ("auto", "cls", "rece
     known = {"newline": ("rows", "drop"), "score": score, "mode": ("corrected", "released")}
     names = {f.name for f in fields(options)}
     check_choices(options, **{name: values for name, values in known.items() if name in names})
-    if options.mode == "released" and options.positions == "original":
-        raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
 
 
 def interleave(orders: list[Tensor]) -> Tensor:

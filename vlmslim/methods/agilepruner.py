@@ -37,7 +37,7 @@ class AgilePruner(ScoredSelection):
     pool      : walk each "view" by itself, or the whole "image"
     score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep = 0.111

@@ -27,7 +27,7 @@ class AIM(Compressor):
     start, stop : decoder layers, or shares of the depth, between which the schedule falls from all tokens to none
     order       : "raster" for reading order, or "released" for the release's order
     newline     : "within" the budget, or "extra" to it, for the token that ends a video or an untiled image
-    positions   : "renumbered" (as released) or "original" rotary positions
+    positions   : rotary positions: "auto", "original" or "renumbered" (as released)
     temperature : of the importance's softmax
     iterations  : steps of the importance's random walk
     damping     : share of each step that is spread evenly
@@ -40,7 +40,7 @@ class AIM(Compressor):
     stop: int | float | None = None
     order: str = "raster"
     newline: str = "within"
-    positions: str = "renumbered"
+    positions: str = "auto"
     temperature: float = 0.1
     iterations: int = 5
     damping: float = 0.0

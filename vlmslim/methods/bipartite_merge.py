@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import (
+    Compressed,
+    Compressor,
+    ImageTokens,
+    Keep,
+    check_choices,
+    check_keep,
+    resolve_keep,
+    settle_positions,
+)
 from vlmslim.engine.families import family_of, projects_patches
 from vlmslim.ops.budgets import share_out
 
@@ -29,19 +38,18 @@ class BipartiteMerge(Compressor):
                 1/2, 1/4 and 1/8
     newline   : the token that ends a video or an untiled image is kept either "within" the budget, or "extra" to a
                 budget of patches alone, as in the release (49 a frame and one more)
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     keep: Keep = 0.25
     order: str = "raster"
     newline: str = "within"
-    positions: str = "renumbered"
+    positions: str = "auto"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self, order=("raster", "released"), newline=("within", "extra"))
-        if self.order == "released" and self.positions == "original":
-            raise ValueError("order='released' moves tokens away from their places; use positions='renumbered' with it")
+        settle_positions(self)
         self.before_projector = False
 
     def setup(self, model: Any) -> None:

@@ -47,7 +47,7 @@ class CDPruner(Selection):
                  the checkpoint
     turn       : regular expression of a user's turn whose group 1 is the text, for unknown chat templates
     newline    : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions  : "renumbered" (as released) or "original" rotary positions
+    positions  : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     pool = "view"

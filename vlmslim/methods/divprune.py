@@ -28,7 +28,7 @@ class DivPrune(Selection):
     newline   : newline tokens of anyres images and videos, which count within the budget. "pool" lets them compete
                 with patches, as the release does (they are identical, so at most one stays); "drop" removes them;
                 "rows" keeps the newline of each row that keeps a token
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     keep: Keep = 0.098
@@ -38,10 +38,6 @@ class DivPrune(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, order=("raster", "selection"), newline=("pool", "drop", "rows"))
-        if self.order == "selection" and self.positions == "original":
-            raise ValueError(
-                "order='selection' moves tokens away from their places; use positions='renumbered' with it"
-            )
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the farthest points."""

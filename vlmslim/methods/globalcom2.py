@@ -44,7 +44,7 @@ class GlobalCom2(Selector):
     temperature : of the softmax over crops
     newline     : "rows" keeps the newline of each row that keeps a token, "all" keeps every newline, "drop" none; all
                   count within the budget. mode="released" has its own rule
-    positions   : "renumbered" (as released) or "original" rotary positions
+    positions   : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     keep: Keep = 0.25
@@ -63,8 +63,6 @@ class GlobalCom2(Selector):
         )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: give a positive number; the paper uses 10")
-        if self.mode == "released" and self.positions == "original":  # which rectify needs, too
-            raise ValueError("mode='released' moves tokens away from their places; use positions='renumbered' with it")
 
     def setup(self, model: Any) -> None:
         """Choose `score` for this tower.

@@ -37,7 +37,7 @@ class HiPrune(Selection):
     neighbours : "grid"; "paper", by index in reading order, those outside the crop left out; "released", moved to the
                  crop's ends. None takes "grid", or "released" with mode="released"
     newline    : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions  : "renumbered" (as released) or "original" rotary positions
+    positions  : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     pool = "view"

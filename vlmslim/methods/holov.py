@@ -33,7 +33,7 @@ class HoloV(ScoredSelection):
     within    : rank within a chunk by "attention" (as released), or "holistic" (as in the paper)
     score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     keep: Keep = 0.111

@@ -1,7 +1,7 @@
 """MMR: maximal marginal relevance (SIGIR 1998) over CLS attention: the selector of IDPruner (2026), no scorer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class MMR(ScoredSelection):
     at_once   : tokens to add per step; those of one step do not see each other
     score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "original" (as released) or "renumbered" rotary positions
+    positions : rotary positions: "auto", "original" (as released) or "renumbered"
     """
 
     keep: Keep = 0.111
@@ -39,7 +39,6 @@ class MMR(ScoredSelection):
     at_once: int = 1
     score: str = "auto"
     newline: str = "rows"
-    positions: str = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
         check_selection(self)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_keep, resolve_keep, settle_positions
 from vlmslim.ops.cells import cell_members, even_cells
 
 
@@ -16,14 +16,15 @@ class Pool(Compressor):
     treated as by `uniform`. A mean takes the slot of its cell's first token.
 
     keep      : visual tokens to send per image, a count or a share
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep
-    positions: str = "renumbered"
+    positions: str = "auto"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        settle_positions(self)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Average every cell."""

@@ -44,7 +44,7 @@ class PruneSID(ScoredSelection):
     score     : attention from CLS ("cls"), "loading", or "auto": "cls" if the tower has CLS
     seed      : of the random start of mode="released"
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     pool = "view"

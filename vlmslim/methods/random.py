@@ -16,7 +16,7 @@ class Random(Selector):
 
     keep      : visual tokens to keep per image, a count or a share
     seed      : seed of the draw
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep

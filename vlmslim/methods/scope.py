@@ -33,7 +33,7 @@ class SCOPE(ScoredSelection):
     pool      : cover each "view" by itself (as released), or the "image" as a whole
     score     : saliency, "cls" or mean attention "received"; "auto" is "cls" on a tower that has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     keep: Keep = 0.111

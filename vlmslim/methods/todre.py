@@ -40,7 +40,7 @@ class Diversify(Selection):
     newline   : newline tokens of anyres images and videos, which count within the budget: "rows" keeps the newline
                 of each row that keeps a token, "drop" removes them, "pool" lets them compete with patches
     seed      : seed of the random pivot, which depends on the image's pixels as well
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep = 0.1

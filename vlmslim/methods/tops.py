@@ -141,7 +141,7 @@ class TOPS(TOPSEntrance):
                 (section 4.1)
     score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" (as in the paper) or "original" rotary positions at the entrance
+    positions : rotary positions: "auto", "original" or "renumbered" (as in the paper) at the entrance
     layer     : decoder layers of stage 2, numbers or shares of the depth; empty leaves stage 2 out
     parts     : for each of them, the part of the entered tokens that stays
     raters    : text that rates: "above_mean", "all", or the "last" token

@@ -14,7 +14,7 @@ class Uniform(Selector):
     dropped, unless everything is kept.
 
     keep      : visual tokens to keep per image, a count or a share
-    positions : "renumbered" or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep

@@ -37,7 +37,7 @@ class VisionZip(ScoredSelection):
     contextual : part of the budget for merged tokens; the paper uses 10 of 64
     score      : attention from CLS ("cls"), mean attention received ("received", as in the paper for towers without
                  CLS), or "auto": "cls" if the tower has CLS
-    positions  : "renumbered" (as released) or "original" rotary positions
+    positions  : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     pool = "view"

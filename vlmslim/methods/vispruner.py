@@ -40,7 +40,7 @@ class VisPruner(ScoredSelection):
     score     : attention from CLS ("cls"), mean attention received in the last layer ("received", the release's
                 substitute on SigLIP), or "auto": "cls" if the tower has CLS
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : "renumbered" (as released) or "original" rotary positions
+    positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
     pool = "view"

@@ -146,7 +146,7 @@ class VScan(VScanEntrance):
     score           : attention from CLS ("cls"), mean attention received ("received", as released for Qwen2.5-VL), or
                       "auto": "cls" if the tower has CLS
     newline         : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions       : "renumbered" (as released) or "original" rotary positions at the entrance
+    positions       : rotary positions: "auto", "original" or "renumbered" (as released) at the entrance
     deep            : what stage 2 leaves of the tokens that entered, a count or a share
     layer           : decoder layer of stage 2, a number or a share of the depth; None leaves stage 2 out
     layer_positions : "renumbered" (as released) or "original" from there on

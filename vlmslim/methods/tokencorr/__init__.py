@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import (
+    Compressed,
+    Compressor,
+    ImageTokens,
+    Keep,
+    check_choices,
+    check_keep,
+    resolve_keep,
+    settle_positions,
+)
 from vlmslim.engine.families import encoder_layers, feature_layers, has_cls
 from vlmslim.ops.attention import cls_attention, received_attention
 from vlmslim.ops.newlines import NEWLINES, fill_budget, row_end_newline
@@ -97,7 +106,7 @@ class TokenCorr(Compressor):
                  only view or `keep` is set
     newline    : "rows" keeps the newline of each row that keeps a token, "all" keeps every newline, "drop" none
     seed       : seed of the draw
-    positions  : "renumbered" or "original" rotary positions
+    positions  : rotary positions: "auto", "original" or "renumbered"
     """
 
     keep: Keep | None = None
@@ -112,13 +121,14 @@ class TokenCorr(Compressor):
     thumbnail: str = "auto"
     newline: str = "rows"
     seed: int = 0
-    positions: str = "renumbered"
+    positions: str = "auto"
 
     needs_patches: ClassVar = True
 
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
+        settle_positions(self)
         check_choices(
             self,
             sampling=("topk", "multinomial"),
