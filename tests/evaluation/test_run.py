@@ -341,6 +341,13 @@ def test_a_solution_is_kept_for_later_calls(config):
     assert (once_more.solved, once_more.evaluated) == (SOLVED_ROWS, [])
 
 
+def test_a_refused_budget_leaves_a_directory_for_the_next_call(config):
+    with pytest.raises(ConfigError, match="it cannot"):
+        run(config(budgets=[COST]), harness=Solving(impossible={SOLVED_ROWS[1]}))
+    assert (config().output / "solutions.json").exists()
+    run(config(budgets=[64]), harness=Solving())
+
+
 def test_a_run_stops_at_once_where_budgets_cannot_be_met(config):
     harness = Solving(impossible=SOLVED_ROWS)
     with pytest.raises(ConfigError, match="random.*=40: it cannot\ndivprune.*=40: it cannot"):

@@ -135,6 +135,7 @@ class Store:
         cells = list(self.directory.glob("cells/*/*"))
         if self.run is None and not any(_unsealed(path) is not None for path in cells if path.suffix == ".json"):
             present = [name for name in RESULTS if (self.directory / name).exists()]
+            present = [name for name in present if _unsealed(self.directory / name) is None]  # of a refused run
             if present := present + [str(path.relative_to(self.directory)) for path in cells]:
                 raise ConfigError(
                     f"output: {self.directory} holds {present[0]}, and nothing there says that vlmslim wrote it; move "
