@@ -52,7 +52,7 @@ def measure(pretrained: str, tasks: Sequence[str], limit: int, batch_size: int, 
     harness, variants = Harness(config), config.variants()
     harness.load()
     print(f"\n{pretrained}: {len(variants)} methods, {limit} questions a task, in unpatched runs (and per method)")
-    print(f"{'task':<20}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
+    print(f"{'task':<26}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
 
     def together(some: Sequence[Variant], task: str) -> None:
         answers = harness.answer(some, task)
@@ -80,13 +80,13 @@ def measure(pretrained: str, tasks: Sequence[str], limit: int, batch_size: int, 
         ratios = [
             seconds[how, prefill] / seconds["run", False] for how in ("alone", "together") for prefill in (False, True)
         ]
-        print(f"{task:<20}" + "".join(f"{r:>10.1f} ({r / len(variants):.2f})" for r in ratios), flush=True)
+        print(f"{task:<26}" + "".join(f"{r:>10.1f} ({r / len(variants):.2f})" for r in ratios), flush=True)
 
 
 def model(methods: int) -> None:
     """Print the same ratios of larger checkpoints, from the FLOPs of tower, projector and prefill."""
     print(f"\nmodel: {methods} methods that keep {KEEP:.0%} before the language model, {TEXT} text tokens")
-    print(f"{'shape':<20}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
+    print(f"{'shape':<26}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
     for name, crops in MODELLED:
         config = SHAPES[name]()
         visual = crops * crop_tokens(config)
@@ -101,7 +101,7 @@ def model(methods: int) -> None:
                 choices * (encode + prefills) / run,
                 (encode + prefills) / run,
             ]
-            print(f"{name + kind:<20}" + "".join(f"{r:>10.1f} ({r / methods:.2f})" for r in ratios))
+            print(f"{name + kind:<26}" + "".join(f"{r:>10.1f} ({r / methods:.2f})" for r in ratios))
 
 
 def main() -> None:
