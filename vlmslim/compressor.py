@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -203,33 +204,45 @@ class ImageTokens:
     recorded_heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
-    def grid(self) -> Tensor:
-        """(n, 3): crop, row and column of every token; -1 three times at a newline token.
+    def grid_on_host(self) -> np.ndarray:
+        """(n, 3) on the host: crop, row and column of every token; -1 three times at a newline token.
 
         Crop 0 is the whole image (the thumbnail under anyres), 1.. are the tiles in reading order; for a video the
-        crop is the frame. Rows and columns count within the crop.
+        crop is the frame. Rows and columns count within the crop. They are known before the picture is encoded, so
+        that choices by places need no waiting for the device.
 
         Raises:
             RuntimeError: the image was made without `make_grid`.
         """
         if self.make_grid is None:
             raise RuntimeError("the positions of this image's tokens are unknown; make it with make_grid=...")
-        return self.make_grid().to(self.features.device)
+        return self.make_grid().numpy()
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """(n, 3): `grid_on_host` on the device of the features."""
+        return torch.from_numpy(self.grid_on_host).to(self.features.device, non_blocking=True)
 
     @cached_property
     def mosaic(self) -> Tensor:
-        """(n, 3): component (0 whole image, 1 mosaic of tiles, frame number for a video; -1 newline), row, column.
+        """(n, 3): `mosaic_on_host` on the device of the features."""
+        return torch.from_numpy(self.mosaic_on_host).to(self.features.device, non_blocking=True)
 
-        Unlike in `grid`, the tiles of an image share one coordinate system.
+    @cached_property
+    def mosaic_on_host(self) -> np.ndarray:
+        """(n, 3) on the host: component, row and column of every token; -1 three times at a newline token.
+
+        Component 0 is the whole image, 1 the mosaic of tiles; of a video it is the frame. Unlike in `grid`, the tiles
+        of an image share one coordinate system.
         """
         rows, columns = self.tiles
         if self.video or not columns:
-            return self.grid
-        crop, row, column = self.grid.unbind(1)
+            return self.grid_on_host
+        crop, row, column = self.grid_on_host.T
         tile, in_tile = crop - 1, crop > 0
-        row = torch.where(in_tile, row + tile // columns * self.side, row)
-        column = torch.where(in_tile, column + tile % columns * self.side, column)
-        return torch.stack([crop.clamp(max=1), row, column], dim=1)
+        row = np.where(in_tile, row + tile // columns * self.side, row)
+        column = np.where(in_tile, column + tile % columns * self.side, column)
+        return np.stack([crop.clip(max=1), row, column], axis=1)
 
     @property
     def views(self) -> Tensor:
@@ -248,7 +261,8 @@ class ImageTokens:
 
         def make_grid() -> Tensor:
             crops = [(i + to_front) % len(views) for i in range(len(views))]
-            return torch.cat([v.grid + v.grid.new_tensor([i, 0, 0]) for i, v in zip(crops, views, strict=True)])
+            moved = [v.grid_on_host + [i, 0, 0] for i, v in zip(crops, views, strict=True)]
+            return torch.from_numpy(np.concatenate(moved))
 
         def crops_of(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts).roll(to_front, 0)
@@ -314,12 +328,12 @@ class ImageTokens:
         Returns:
             (n,) or (n, v); 0 at tokens without a place, such as newlines.
         """
-        grid = self.grid.to(patches.device)
+        grid = self.grid.to(patches.device, non_blocking=True)
         side = (self.patches[1] or self.side) // self.merge
         cells = (self.patches[0] or self.side) // self.merge * side
         if (each := patches.shape[1] // cells) > 1:
             patches = patches.unflatten(1, (cells, each)).float().mean(2).to(patches)
-        if self.video and each == 1 and (pooled := int(grid[:, 1].max()) + 1) < side:
+        if self.video and each == 1 and (pooled := int(self.grid_on_host[:, 1].max()) + 1) < side:
             maps = patches.reshape(len(patches), side, side, -1).movedim(-1, 1).float()
             maps = functional.interpolate(maps, (pooled, pooled), mode="bilinear").movedim(1, -1)
             patches, side = maps.reshape(len(patches), pooled**2, *patches.shape[2:]).to(patches), pooled
@@ -380,6 +394,8 @@ class LayerInput:
     origin   : (B, S)    index of each token in the caller's sequence
     last     : (B,)      index of the last token of each row that is not padding
     entered  : per row, how many visual tokens of each image entered the language model
+    present  : per row, how many visual tokens of each image there are now; their sum alone, if no more is known
+    image_last : per row, whether a visual token ends the prompt; None if tokens after the prompt are left out
     images   : per row, the images themselves
     weight   : (B, S)    how strongly each token may be attended to at this layer; None if all count in full
     previous : what the layer before attends with; None before layer 0
@@ -399,6 +415,8 @@ class LayerInput:
     origin: Tensor
     last: Tensor
     entered: list[list[int]]
+    present: list[list[int]]
+    image_last: list[bool] | None
     images: list[list[ImageTokens]]
     weight: Tensor | None = None
     previous: Attends | None = None
@@ -422,6 +440,7 @@ class LayerInput:
         return replace(
             self,
             **cut,
+            image_last=None,
             last=self.last.clamp(max=end - 1),
             weight=None if self.weight is None else self.weight[:, :end],
             previous=None if self.previous is None else self.previous.first(end),
@@ -519,8 +538,16 @@ class LayerInput:
         counts = [[0] + [count(n) for n in row] for row in self.entered]  # 0 of text and padding
         width = max(map(len, counts))
         self.score = score
-        budget = torch.tensor([row + [0] * (width - len(row)) for row in counts], device=score.device)
+        budget = torch.tensor([row + [0] * (width - len(row)) for row in counts]).to(score.device, non_blocking=True)
         return (rank_within_groups(score, self.image) < budget.gather(1, self.image)) & (self.image > 0)
+
+    def count_of_top(self, keep: Keep | Callable[[int], int]) -> list[list[int]] | None:
+        """Return how many tokens of each image `top` chooses, per row; None where that depends on earlier drops."""
+        count = keep if callable(keep) else partial(resolve_keep, keep)
+        rows = list(zip(self.entered, self.present, strict=True))
+        if any(len(entered) != len(present) for entered, present in rows):
+            return None
+        return [[min(count(n), left) for n, left in zip(*row, strict=True)] for row in rows]
 
 
 @dataclass
@@ -555,6 +582,9 @@ class Compressor:
     may_keep_none : the method may send no token of an image
     reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
     encodes_again : the method encodes pictures itself, with the model's own tower
+    reads_back   : why the method brings values from the device to the host, which waits until the device has computed
+                   them; empty if it does not. The engine waits for nothing between the vision tower and the end of the
+                   prefill, except for methods that say so here
     positions    : "renumbered" closes the gaps in the rotary positions, "original" leaves them
     layer_positions : the same, for the gaps that `retain` leaves, from that layer on
     budget_options : options that `vlmslim.cost.budget` may solve, the preferred one first; the larger, the costlier
@@ -567,6 +597,7 @@ class Compressor:
     needs_patches: ClassVar[bool] = False
     may_keep_none: ClassVar[bool] = False
     encodes_again: ClassVar[bool] = False
+    reads_back: str = field(default="", init=False, repr=False, compare=False)
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
     layer_positions = "original"
@@ -665,6 +696,16 @@ class Compressor:
         Text always stays.
         """
         raise NotImplementedError(f"{type(self).__name__} sets `layers` but does not override `retain`")
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return how many visual tokens `retain` keeps of `tokens`, from settings and numbers of tokens.
+
+        The engine then need not wait for the device to count them. None: it counts.
+
+        Returns:
+            For each row, the counts of its images, or their sum alone, if they share a budget.
+        """
+        return None
 
     def soft_retain(self, tokens: LayerInput) -> Tensor | None:
         """Return how strongly each token may be attended to from `tokens.layer` on: (B, S) in [0, 1]; None: `retain`.

@@ -45,7 +45,6 @@ class Slim:
         stages: the stages that they consist of, in the order in which they act.
         trained: the trained parts by method name, an empty `nn.ModuleDict` for training-free methods. They belong to
             the handle: the model's own parameters and state dict stay as they are.
-        receipt: what happened since the patch or the last `reset_receipt()`.
         processor: the checkpoint's processor, if `vlmslim.from_pretrained` loaded both; else None.
     """
 
@@ -65,7 +64,7 @@ class Slim:
             if part.tower_layers:
                 check_tower_layers(model.model, name_of(part))
         check_decoder(model.model, next((stage.name for stage in self.stages if stage.layers), None))
-        self.receipt = _empty_receipt(model, str(self), self.stages)
+        self._receipt = _empty_receipt(model, str(self), self.stages)
         self._records = record is not None
         self.attach()
 
@@ -79,7 +78,7 @@ class Slim:
             RuntimeError: the model is patched.
         """
         check_unpatched(self.model)
-        self._hooks = Hooks(self.model, self.stages, self.receipt, self._records, shared)
+        self._hooks = Hooks(self.model, self.stages, self._receipt, self._records, shared)
         self._hooks.attach()
         self._saving = self.model.save_pretrained = _Saving(self)
         self.model._vlmslim = self
@@ -95,6 +94,7 @@ class Slim:
             self._hooks.remove()
             del self.model._vlmslim
             self._saving.take_off()
+            self._hooks.later.settle()
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:
         """Write the patch: methods and options to `vlmslim.json`, trained parts to `vlmslim-HASH.safetensors`.
@@ -172,6 +172,16 @@ class Slim:
                 image.
         """
         return compressed_prompt(self._hooks, inputs)
+
+    @property
+    def receipt(self) -> Receipt:
+        """What happened since the patch or the last `reset_receipt()`.
+
+        Raises:
+            ValueError: a check of the last prefill, which had to wait for the device, fails.
+        """
+        self._hooks.later.settle()
+        return self._receipt
 
     def reset_receipt(self) -> None:
         """Start counting anew."""

@@ -327,14 +327,15 @@ def positions_after_a_long_prompt(original, self, *sent):
 
 
 @engine_fault(Layout, "select", Plain(), "memory")
-def tokens_are_masked_and_not_removed(original, self, keep, renumber=False):
+def tokens_are_masked_and_not_removed(original, self, keep, renumber=False, counts=None):
     """Trap 9: tokens are hidden by the attention mask, but computed and cached."""
     keep = keep & self.mask
-    if (keep == self.mask).all():
+    if torch.equal(keep, self.mask):
         return None
-    every = np.tile(np.arange(keep.shape[1]), (len(keep), 1))
-    dropped = (self.mask ^ keep).sum(1, keepdims=True)
-    return Selection(replace(self, mask=keep, source=every), every, every, keep.sum(1), dropped)
+    every = torch.arange(keep.shape[1]).expand(keep.shape)
+    dropped = (self.mask ^ keep).sum(1, keepdim=True)
+    layout = replace(self, mask=keep, source=every, counts=keep.sum(1).tolist())
+    return Selection(layout, every, every, dropped)
 
 
 @engine_fault(Hooks, "_leave_lm", Plain(), "memory")
@@ -375,8 +376,8 @@ for called, edit, method in (
 
 
 @engine_fault(Layout, "select", Plain(), "reference")
-def positions_after_a_picture(original, self, keep, renumber=False):
-    selection = original(self, keep, renumber)
+def positions_after_a_picture(original, self, *given):
+    selection = original(self, *given)
     if selection is not None:
         selection.layout.position[selection.shift[:, 0] > 0, -5:] += 1
         selection.shift[selection.shift > 0] -= 1  # the answer goes on from there
@@ -391,21 +392,21 @@ def logits_early_in_the_prompt(original, self, hidden):
 
 
 @engine_fault(Layout, "select", Late(), "reference")
-def other_tokens_are_gathered(original, self, keep, renumber=False):
-    selection = original(self, keep, renumber)
+def other_tokens_are_gathered(original, self, *given):
+    selection = original(self, *given)
     if selection is not None:
         selection.index[selection.layout.image > 0] += 1
     return selection
 
 
 @engine_fault(Layout, "select", Late(), "reference")
-def text_is_dropped_between_layers(original, self, keep, renumber=False):
-    keep = keep.copy()
-    for row, first in enumerate(self.mask.argmax(1)):
+def text_is_dropped_between_layers(original, self, keep, *given):
+    keep = keep.clone()
+    for row, first in enumerate(self.mask.byte().argmax(1)):
         gone = (self.image[row] > 0) & ~keep[row]
         if gone.any():
-            keep[row, first], keep[row, gone.argmax()] = False, True
-    return original(self, keep, renumber)
+            keep[row, first], keep[row, gone.byte().argmax()] = False, True
+    return original(self, keep, *given)
 
 
 @engine_fault(Hooks, "_leave_lm", Late(), "reference")
@@ -414,7 +415,7 @@ def values_are_lost_after_the_prefill(original, self, lm, args, output):
     output = original(self, lm, args, output)
     if call.encoded and kv_cache(output) is not None and (tokens := call.runs[-1].tokens).shortened:
         layer = kv_cache(output).layers[-1]
-        layer.values = layer.values * torch.from_numpy(tokens.layout.image == 0)[:, None, :, None]
+        layer.values = layer.values * (tokens.layout.image == 0)[:, None, :, None]
     return output
 
 

@@ -1,5 +1,6 @@
 """Grids cut into cells of near-equal size."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from vlmslim.ops.cells import cell_members, even_cells, grid_cells
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
 def test_cells_partition_the_grid_into_rectangles(height, width, data):
     k = data.draw(st.integers(1, height * width))
-    cells = grid_cells(height, width, k)
+    cells = torch.from_numpy(grid_cells(height, width, k))
     assert cells.shape == (height, width)
     assert set(cells.flatten().tolist()) == set(range(k))
     for cell in range(k):
@@ -28,7 +29,7 @@ def test_cells_partition_the_grid_into_rectangles(height, width, data):
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
 def test_part_i_of_a_line_begins_at_i_times_length_over_parts(height, width, data):
     k = data.draw(st.integers(1, height * width))
-    cells = grid_cells(height, width, k)
+    cells = torch.from_numpy(grid_cells(height, width, k))
     first = cells[:, 0].unique().tolist()  # of each band of rows
     for band, (begin, end) in enumerate(zip(first, [*first[1:], k], strict=True)):
         assert begin == band * k // len(first)
@@ -52,12 +53,12 @@ def test_components_with_gaps_and_newlines_are_cut_into_k_cells(rows, columns, c
     for r in sorted(rows):
         tokens += [[1, r, c] for c in sorted(columns)] + [[-1, -1, -1]]
     k = data.draw(st.integers(1, len(tokens)))
-    cell = even_cells(torch.tensor(tokens), k)
+    cell = torch.from_numpy(even_cells(np.array(tokens), k))
     sizes = [int((cell == i).sum()) for i in range(k)]
     assert min(sizes) > 0 and int(cell.max()) == k - 1
     placeless = [i for i, (_, row, _) in enumerate(tokens) if row < 0]
     extra = max(0, k - (len(tokens) - len(placeless)))
     assert (cell[placeless] >= 0).tolist() == [True] * extra + [False] * (len(placeless) - extra)
-    member, size = cell_members(cell)
+    member, size = map(torch.from_numpy, cell_members(cell.numpy()))
     assert size.tolist() == sizes
     assert member.tolist() == [i for c in range(k) for i in range(len(tokens)) if cell[i] == c]

@@ -14,7 +14,7 @@ from vlmslim.ops.newlines import NEWLINES, fill_budget, row_end_newline
 def test_a_row_of_tiles_ends_in_its_newline(shape):
     side, tiles, top, left, _ = shape
     grid = mosaic(side, tiles, top, left)
-    ends = row_end_newline(grid, tiles).tolist()
+    ends = row_end_newline(grid.numpy(), tiles).tolist()
     for i, (crop, _, _) in enumerate(grid.tolist()):
         want = next(j for j in range(i, len(grid)) if grid[j, 0] < 0) if crop > 0 else -1
         assert ends[i] == want
@@ -22,7 +22,7 @@ def test_a_row_of_tiles_ends_in_its_newline(shape):
 
 def test_a_single_view_or_a_clip_has_one_newline_for_all():
     def ends(crops: list[int]) -> list[int]:
-        return row_end_newline(torch.tensor(crops)[:, None].expand(-1, 3), (0, 0)).tolist()
+        return row_end_newline(torch.tensor(crops)[:, None].expand(-1, 3).numpy(), (0, 0)).tolist()
 
     assert ends([0, 0, 0, -1]) == [3, 3, 3, -1]
     assert ends([0, 0, 1, 1, -1]) == [4, 4, 4, 4, -1]

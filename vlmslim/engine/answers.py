@@ -1,7 +1,7 @@
 """Checks of what methods return.
 
 All checks stand here and none waits for the device: types and shapes are known on the host, and the values of indices
-are looked at in the copy that the engine makes anyway.
+and masks are looked at later (`vlmslim.engine.later`).
 """
 
 import numpy as np
@@ -83,17 +83,20 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
         )
 
 
-def check_indices(method: Compressor, images: list[ImageTokens], indices: list[np.ndarray | None]) -> None:
-    """Check the values of the indices, on the host, of results that passed `check_compressed`.
+def check_indices(method: Compressor, sizes: list[int], lengths: list[int], values: np.ndarray) -> None:
+    """Check the values of the indices of results that passed `check_compressed`.
+
+    Args:
+        method: that returned them.
+        sizes: tokens of each image.
+        lengths: of each index.
+        values: all indices, one after the other.
 
     Raises:
         ValueError: names the method, what it returned and what to return instead.
     """
     name = type(method).__name__
-    for i, (image, index) in enumerate(zip(images, indices, strict=True)):
-        if index is None:
-            continue
-        n = len(image.features)
+    for i, (n, index) in enumerate(zip(sizes, np.split(values, np.cumsum(lengths)[:-1]), strict=True)):
         outside = index[(index < 0) | (index >= n)]
         if len(outside):
             raise ValueError(
@@ -129,6 +132,21 @@ def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tu
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) != shape:
         raise ValueError(f"{name} returned {_described(answer)}: {instead}")
     return answer, hidden
+
+
+def check_counts(method: Compressor, promised: list[int], kept: np.ndarray) -> None:
+    """Check that `retain` kept as many visual tokens of each row as `known_counts` said.
+
+    Raises:
+        ValueError: names the method and both numbers.
+    """
+    for row, (ours, theirs) in enumerate(zip(kept.tolist(), promised, strict=True)):
+        if ours != theirs:
+            name = type(method).__name__
+            raise ValueError(
+                f"{name}.retain kept {ours} visual tokens of row {row}, and {name}.known_counts said {theirs}: return "
+                "the counts that `retain` keeps, or None where they depend on the values of tokens"
+            )
 
 
 def check_weight(method: Compressor, tokens: LayerInput, answer: object) -> Tensor | None:

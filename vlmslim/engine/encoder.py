@@ -499,10 +499,10 @@ class _Seen:
         self.made[i] = q, k
 
     def pack(self, pack: Callable, image_features: Any, image_sizes: Any, kwargs: dict) -> None:
-        sizes = [(height, width) for height, width in torch.as_tensor(image_sizes).tolist()]
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         self.repack += [partial(_repack, pack, image_sizes, kwargs, n) for n in range(len(sizes))]
         self.crops += [len(features) for features in image_features]
-        self.sizes += sizes
+        self.sizes += [(int(height), int(width)) for height, width in sizes]
 
     def parts(self, counts: list[int]) -> list[dict[str, Any]]:
         """Split what was seen into images of so many crops or frames each."""

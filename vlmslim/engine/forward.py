@@ -30,6 +30,7 @@ class Run:
     first  : its first layer
     tokens : the tokens that these layers compute
     visual : visual tokens of each row
+    present : of each row, the counts of its images; their sum alone, if no more is known
     cached : (B, P) mask of what the KV cache of these layers held before this forward; None if nothing
     weight : (B, S) how strongly each token may be attended to, while a method trains; None if all count in full
     lower  : (B, 1) how much further than in `Call.shift` positions after this forward move down here, because a drop
@@ -40,6 +41,7 @@ class Run:
     first: int
     tokens: Segment
     visual: list[int] = field(default_factory=list)
+    present: list[list[int]] = field(default_factory=list)
     cached: Tensor | None = None
     weight: Tensor | None = None
     lower: Tensor | None = None
@@ -147,6 +149,7 @@ class Call:
     images   : per row, the images
     counts   : per row, the token counts of the images
     text     : per row, text tokens
+    image_last : per row, whether a visual token ends the prompt
     tail     : tokens after the last image of any row
     shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
     previous : the attention of the decoder layer before one that drops tokens
@@ -158,6 +161,7 @@ class Call:
     delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     recorder : keeps what pictures show; None if nobody asked for it
+    read     : what the host knows of ids and mask since before the encoder started, by the name of the argument
     """
 
     input_ids: Tensor | None
@@ -176,6 +180,7 @@ class Call:
     images: list[list[ImageTokens]] = field(default_factory=list)
     counts: list[list[Image]] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
+    image_last: list[bool] = field(default_factory=list)
     tail: int = 0
     shift: Tensor | None = None
     previous: LayerAttention | None = None
@@ -187,6 +192,22 @@ class Call:
     delta: Tensor | None = None
     given_mask: Tensor | None = None
     recorder: Recorder | None = None
+    read: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def ids_on_host(self) -> np.ndarray | None:
+        """Return the ids (B, L) of the prompt; None if the caller sent embeddings."""
+        if self.input_ids is None or self.packed is not None:
+            return None if self.input_ids is None else self.input_ids.cpu().numpy()
+        return self.read["input_ids"] if "input_ids" in self.read else self.input_ids.cpu().numpy()
+
+    def mask_on_host(self) -> np.ndarray:
+        """Return the mask (B, L), False at padding."""
+        mask, read = self.runs[0].tokens.mask, self.read.get("attention_mask")
+        if not self.padded and self.packed is None:
+            return np.ones(tuple(mask.shape), bool)
+        if self.packed is None and read is not None and read.shape[1] == self.seen + self.length:
+            return read[:, self.seen :].astype(bool)
+        return mask.cpu().numpy()
 
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True
@@ -271,7 +292,7 @@ class Call:
                 "method that picks tokens, such as divprune"
             )
 
-    def resize(self, sizes: np.ndarray) -> None:
+    def resize(self, sizes: Tensor) -> None:
         """Note how many tokens each of the caller's stands for, (B, L), in every run of layers."""
         for run in self.runs:
             own = run.tokens.of_callers(sizes, fill=1.0)

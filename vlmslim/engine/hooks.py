@@ -20,10 +20,10 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from vlmslim.compressor import LayerInput
-from vlmslim.engine.answers import check_retained, check_weight
+from vlmslim.engine.answers import check_counts, check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, SharedEncoding, is_recorded
-from vlmslim.engine.entrance import Entrance, check_length, resumed_position, trim_cached_prefix
+from vlmslim.engine.entrance import Entrance, check_length, read_prompt, resumed_position, trim_cached_prefix
 from vlmslim.engine.families import (
     added_layers,
     blocks_of,
@@ -36,7 +36,8 @@ from vlmslim.engine.families import (
 )
 from vlmslim.engine.forward import Call, Run, Visit
 from vlmslim.engine.gate import RUNNING, Gate
-from vlmslim.engine.layout import Segment, to_device
+from vlmslim.engine.later import Later
+from vlmslim.engine.layout import Segment
 from vlmslim.engine.packed import BOUNDARIES, Packed
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.recorder import Recorder
@@ -76,7 +77,8 @@ class Hooks:
         self.lm = language_model(self.core)
         self.depth = len(self.lm.layers)
         self.stages, self.receipt, self.record = stages, receipt, record
-        self.entrance = Entrance(self.core, stages)
+        self.later = Later()
+        self.entrance = Entrance(self.core, stages, self.later)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if self.family.video else ["image"]
         self.tower_layers = _tower_layers(stages, self.core)
@@ -158,6 +160,7 @@ class Hooks:
 
     def begin(self, kwargs: dict) -> tuple[Call | None, dict]:
         """Begin a forward: return its call, None if it is left alone, and its arguments."""
+        self.later.settle()
         cache, logits = kv_cache(kwargs), _LOGITS.get()
         _LOGITS.set(0)
         past = Plan.of(cache)
@@ -183,6 +186,8 @@ class Hooks:
         call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
         if self.record:
             call.recorder = Recorder()
+        if given or encoded:
+            call.read = read_prompt(kwargs)
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs
@@ -410,16 +415,17 @@ class Hooks:
                 given = kwargs | {"position_embeddings": run.rotary(self.lm, i, hidden)}
             return LayerAttention.coming(self.lm.layers[i], hidden, given, own)
 
-        image, slot, origin, last = to_device(device, layout.image, layout.slot, layout.origin, layout.last)
         tokens = LayerInput(
             layer=i,
             hidden=hidden,
             mask=run.tokens.mask,
-            image=image,
-            slot=slot,
-            origin=origin,
-            last=last,
+            image=layout.image,
+            slot=layout.slot,
+            origin=layout.origin,
+            last=layout.last,
             entered=call.entered,
+            present=run.present,
+            image_last=call.image_last,
             images=call.images,
             weight=run.weight,
             previous=call.previous,
@@ -449,28 +455,34 @@ class Hooks:
                     f"{stage.method} hides tokens in training instead of dropping them, so there are no gaps to close; "
                     "use layer_positions='original' with it"
                 )
-            weight = weight.to(device).masked_fill(image == 0, 1)
+            weight = weight.to(device).masked_fill(layout.image == 0, 1)
             weight = weight if run.weight is None else run.weight * weight
-            call.runs.append(Run(i, run.tokens, run.visual, run.cached, weight))
+            call.runs.append(Run(i, run.tokens, run.visual, run.present, run.cached, weight))
             call.visits.append(Visit(stage, run.visual, run.visual))
             return hidden
         if states is not None:
             made = torch.cat([states.to(hidden), hidden[:, states.shape[1] :]], dim=1)
-            hidden = torch.where((image > 0).to(hidden.device)[..., None], made, hidden)
-        # text stays whatever the method says
-        selection = layout.select(keep.cpu().numpy() | (layout.image == 0), renumber)
+            hidden = torch.where((layout.image > 0).to(hidden.device)[..., None], made, hidden)
+        keep = keep.to(device) | (layout.image == 0)  # text stays whatever the method says
+        known, counts = stage.method.known_counts(tokens), None
+        if known is not None:
+            visual = [sum(row) for row in known]
+            kept = (keep & (layout.image > 0)).sum(1)
+            self.later.check(kept, partial(check_counts, stage.method, visual))
+            counts = [each + text for each, text in zip(visual, call.text, strict=True)]
+        selection = layout.select(keep, renumber, counts)
         if selection is None:
             call.visits.append(Visit(stage, run.visual, run.visual))
             return hidden
-        visual = [count - text for count, text in zip(selection.counts.tolist(), call.text, strict=True)]
-        (index,) = to_device(device, selection.index)
+        visual = [count - text for count, text in zip(selection.layout.counts, call.text, strict=True)]
+        index = selection.index
         weight = None if run.weight is None else run.weight.gather(1, index)
         size = None if run.size is None else torch.cat([run.size[:, :held], run.size[:, held:].gather(1, index)], 1)
         lower = run.lower
         if renumber:
-            (closed,) = to_device(device, selection.shift)
-            lower = closed if lower is None else lower + closed
-        call.runs.append(Run(i, Segment.of(selection.layout, device), visual, run.cached, weight, lower, size))
+            lower = selection.shift if lower is None else lower + selection.shift
+        present = known or [[count] for count in visual]
+        call.runs.append(Run(i, Segment.of(selection.layout), visual, present, run.cached, weight, lower, size))
         call.visits.append(Visit(stage, run.visual, visual))
         return gather_rows(hidden, index.to(hidden.device))
 

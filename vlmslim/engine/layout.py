@@ -1,7 +1,7 @@
 """The tokens that a run of decoder layers sees: a `Layout` to decide with, a `Segment` to compute with.
 
-The layout lives on the host. The placeholders are found there anyway, and the many small steps of this bookkeeping take
-longer to launch on a device than to compute on the host.
+The layout lives on the device, where methods say which tokens stay. The host knows how many tokens each row has. So
+nothing waits for the device as long as the counts are known beforehand.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from vlmslim.ops.attention import gather_rows
 
 @dataclass
 class Layout:
-    """The tokens of a forward that a run of decoder layers sees, on the host: S of the L that the caller sent.
+    """The tokens of a forward that a run of decoder layers sees, S of the L that the caller sent.
 
     mask     : (B, S) False at padding
     position : (B, S) rotary position; (axes, B, S) where it has several numbers
@@ -23,73 +23,71 @@ class Layout:
     slot     : (B, S) position of a visual token within its image, from 0; -1 at text, at padding and where the method
                did not say which slots its tokens take
     origin   : (B, S) index in the caller's sequence
+    counts   : tokens of each row, without padding
     source   : (B, L) for each of the caller's tokens, the index of the token that stands for it here: itself, or the
                last one before it that was kept; -1 if there is none. None while nothing has been dropped
     gapped   : tokens were dropped and the others kept their rotary positions
     """
 
-    mask: np.ndarray
-    position: np.ndarray
-    image: np.ndarray
-    slot: np.ndarray
-    origin: np.ndarray
-    source: np.ndarray | None = None
+    mask: Tensor
+    position: Tensor
+    image: Tensor
+    slot: Tensor
+    origin: Tensor
+    counts: list[int]
+    source: Tensor | None = None
     gapped: bool = False
 
-    @classmethod
-    def of_text(cls, mask: Tensor, position: Tensor) -> "Layout":
-        """Lay out a sequence, mask (B, L), as if it had no images. Waits for the device."""
-        shape = tuple(mask.shape)
-        image, slot, origin = np.zeros(shape, int), np.full(shape, -1), np.tile(np.arange(shape[1]), (shape[0], 1))
-        return cls(mask.cpu().numpy(), position.cpu().numpy(), image, slot, origin)
-
     @property
-    def last(self) -> np.ndarray:
+    def last(self) -> Tensor:
         """(B,) index of each row's last token."""
-        return (self.mask * np.arange(1, self.mask.shape[1] + 1)).argmax(1)
+        return (self.mask * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).argmax(1)
 
-    def select(self, keep: np.ndarray, renumber: bool = False) -> "Selection | None":
+    def select(self, keep: Tensor, renumber: bool = False, counts: list[int] | None = None) -> "Selection | None":
         """Drop all tokens except the `keep` (B, S). The kept tokens of each row are padded on the left.
 
         Args:
             keep: True at tokens that stay.
             renumber: close the gaps in the rotary positions: each kept token moves down by the number of tokens
-                dropped before it. Where positions have several numbers, see `closed_up`.
+                dropped before it. Where positions have several numbers, see `closed_up`; this waits for the device.
+            counts: how many tokens of each row stay, padding not counted; None waits for the device to count them.
 
         Returns:
             None if everything stays.
         """
         keep = keep & self.mask
         kept_so_far = keep.cumsum(1)  # (B, S), the token itself included
-        dropped_so_far = self.mask.cumsum(1) - kept_so_far
-        if not dropped_so_far[:, -1].any():
+        if counts is None:
+            counts = kept_so_far[:, -1].tolist()
+        if counts == self.counts:
             return None
+        dropped_so_far = self.mask.cumsum(1) - kept_so_far
         position, shift = self.position, dropped_so_far[:, -1:]
         if renumber and position.ndim == 3:
-            position, shift = closed_up(position, keep, self.image > 0)
+            on_host = (x.cpu().numpy() for x in (position, keep, self.image > 0))
+            position, shift = to_device(position.device, *closed_up(*on_host))
         elif renumber:
             position = position - dropped_so_far
-        counts = kept_so_far[:, -1:]
-        size = counts.max()
+        size = max(counts)
         # a stable sort moves the kept tokens to the end of their row, in order
-        index = keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - size :]
-        taken = np.arange(len(keep))[:, None], index
-        mask = keep[taken]
+        index = keep.byte().argsort(dim=1, stable=True)[:, keep.shape[1] - size :]
+        mask = keep.gather(1, index)
         # where each kept token goes; at a dropped token, where the last kept token before it goes
-        target = np.where(kept_so_far > 0, kept_so_far + (size - 1 - counts), -1)
+        target = torch.where(kept_so_far > 0, kept_so_far + (size - 1 - kept_so_far[:, -1:]), -1)
         source = target
         if self.source is not None:
-            source = np.where(self.source < 0, -1, np.take_along_axis(target, self.source.clip(min=0), axis=1))
+            source = torch.where(self.source < 0, -1, target.gather(1, self.source.clamp(min=0)))
         layout = Layout(
             mask=mask,
-            position=position[..., *taken],
-            image=np.where(mask, self.image[taken], 0),  # at padding stands some dropped token
-            slot=np.where(mask, self.slot[taken], -1),
-            origin=self.origin[taken],
+            position=position.gather(-1, index.expand(*position.shape[:-1], -1)),
+            image=torch.where(mask, self.image.gather(1, index), 0),  # at padding stands some dropped token
+            slot=torch.where(mask, self.slot.gather(1, index), -1),
+            origin=self.origin.gather(1, index),
+            counts=counts,
             source=source,
             gapped=self.gapped or not renumber,
         )
-        return Selection(layout, index, target, counts[:, 0], shift)
+        return Selection(layout, index, target, shift)
 
 
 @dataclass
@@ -99,15 +97,13 @@ class Selection:
     layout  : the kept tokens
     index   : (B, S') takes them from the old sequence
     target  : (B, S) where in the new sequence each kept token went
-    counts  : (B,) tokens of each row, without padding
     shift   : (B, 1) how far the rotary positions after each row move down, if they are renumbered
     """
 
     layout: Layout
-    index: np.ndarray
-    target: np.ndarray
-    counts: np.ndarray
-    shift: np.ndarray
+    index: Tensor
+    target: Tensor
+    shift: Tensor
 
 
 def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +150,7 @@ class Segment:
     mask     : (B, S) False at padding
     position : (B, S) rotary position; (axes, B, S) where it has several numbers
     padded   : whether some row may have padding
-    layout   : the same on the host; None in a forward without images
+    layout   : more of the same; None in a forward without images
     source   : (B, L) `Layout.source`; None while nothing has been dropped
     """
 
@@ -165,11 +161,11 @@ class Segment:
     source: Tensor | None = None
 
     @classmethod
-    def of(cls, layout: Layout, device: torch.device) -> "Segment":
-        """Copy to the device a layout of which something has been dropped."""
+    def of(cls, layout: Layout) -> "Segment":
+        """Take the tokens of a layout of which something has been dropped."""
         assert layout.source is not None
-        mask, position, source = to_device(device, layout.mask, layout.position, layout.source)
-        return cls(mask, position, not layout.mask.all(), layout, source)
+        padded = min(layout.counts) < layout.mask.shape[1]
+        return cls(layout.mask, layout.position, padded, layout, layout.source)
 
     def lowered(self, by: Tensor | None) -> "Segment":
         """Return the same tokens at rotary positions that are lower `by` (B, 1)."""
@@ -185,15 +181,15 @@ class Segment:
         """Whether the rotary positions have gaps where tokens were dropped."""
         return self.layout is not None and self.layout.gapped
 
-    def of_callers(self, values: np.ndarray, fill: float) -> Tensor:
+    def of_callers(self, values: np.ndarray | Tensor, fill: float) -> Tensor:
         """Take from `values` (B, L), one for each of the caller's tokens, those of the tokens here; `fill` at padding.
 
         Returns:
             (B, S).
         """
         assert self.layout is not None
-        taken = np.where(self.layout.mask, np.take_along_axis(values, self.layout.origin, 1), fill)
-        return to_device(self.mask.device, taken)[0]
+        sent = values if isinstance(values, Tensor) else to_device(self.mask.device, values)[0]
+        return torch.where(self.layout.mask, sent.gather(1, self.layout.origin), fill)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Put hidden states (B, S, d) back where the caller expects them: (B, L, d).
@@ -216,7 +212,7 @@ class Segment:
         if self.source is None:
             return attention
         assert self.layout is not None
-        source, (origin,) = self.source.to(attention.device), to_device(attention.device, self.layout.origin)
+        source, origin = self.source.to(attention.device), self.layout.origin.to(attention.device)
         rows = source.clamp(min=0)[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
         attention = attention.gather(2, rows).masked_fill_(source[:, None, :, None] < 0, 0)
         held = attention.shape[3] - origin.shape[1]

@@ -68,7 +68,7 @@ class Recorder:
         """Spread the scores of a stage, which saw the tokens `before`, over the image's own tokens: (n,)."""
         if layer not in self.scores or into is None:
             return None
-        (place,) = (before.image[row] == number + 1).nonzero()
+        (place,) = (before.image[row] == number + 1).cpu().numpy().nonzero()
         each = np.full(len(seats) + 1, np.nan, np.float32)  # the last entry is for tokens that went nowhere
         each[_tokens(before, row, number, columns, seats)] = _host(self.scores[layer])[row, place]
         return each[into]
@@ -101,7 +101,7 @@ def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, n
 
 def _tokens(layout: Layout, row: int, number: int, columns: np.ndarray, seats: np.ndarray) -> np.ndarray:
     """Return which of the tokens that entered, by number, a layout holds of an image."""
-    origin = layout.origin[row, layout.image[row] == number + 1]
+    origin = layout.origin[row, layout.image[row] == number + 1].cpu().numpy()
     return np.searchsorted(seats, np.searchsorted(columns, origin))
 
 
@@ -117,7 +117,7 @@ def _host(score: Tensor) -> np.ndarray:
 
 
 def _trace(image: ImageTokens, depth: int, cuts: list[Cut]) -> Trace:
-    grid = image.grid.cpu().numpy()
+    grid = image.grid_on_host
     rows, columns = (side // image.merge for side in image.patches)
     if not rows:  # frames, which the model pools after the tower
         rows = columns = int(grid[:, 1:].max()) + 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,7 +140,7 @@ class Selection(Selector):
                 continue
             order = interleave([picks[id(pool)] for pool in found])
             if given is image and sum(len(pool.slots) for pool in found) < len(image.features):
-                order = fill_budget(order, image.grid, image.tiles, k, self.newline)  # newlines count, too
+                order = fill_budget(order, image.grid_on_host, image.tiles, k, self.newline)  # newlines count, too
             index = order.sort().values if self.order == "raster" else order
             results.append(image.pick(index) if given is image else Compressed(given.features[index]))
         return results
@@ -149,9 +150,10 @@ class Selection(Selector):
         n, device = len(image.features), image.features.device
         slots = [torch.arange(n, device=device)]
         if k < n and (self.newline != "pool" or self.pool == "view"):
-            crop = image.grid[:, 0].cpu()
-            kinds = crop[crop >= 0].unique().tolist() if self.pool == "view" else [None]
-            slots = [(crop >= 0 if kind is None else crop == kind).nonzero()[:, 0].to(device) for kind in kinds]
+            crop = image.grid_on_host[:, 0]
+            kinds = np.unique(crop[crop >= 0]) if self.pool == "view" else [None]
+            own = [np.flatnonzero(crop >= 0 if kind is None else crop == kind) for kind in kinds]
+            slots = [torch.from_numpy(each).to(device, non_blocking=True) for each in own]
         sizes = [len(own) for own in slots]
         budgets = share_out(min(k, sum(sizes)), sizes)
         if self.mode == "released" and len(slots) > 1:

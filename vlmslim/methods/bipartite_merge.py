@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,14 +68,14 @@ class BipartiteMerge(Compressor):
     def compress(self, image: ImageTokens) -> Compressed:
         """Merge within every crop, then project."""
         n, device = len(image.features), image.features.device
-        crop = image.grid[:, 0].cpu()
-        newlines = (crop < 0).nonzero()[:, 0]
+        crop = image.grid_on_host[:, 0]
+        newlines = np.flatnonzero(crop < 0)
         k, spared = self._budget(image, len(newlines))
         if k + spared == n:
             return image.pick(torch.arange(n, device=device))
 
         x, metric = self._tokens_and_metric(image)
-        crops = [(crop == c).nonzero()[:, 0] for c in crop[crop >= 0].unique().tolist()]
+        crops = [np.flatnonzero(crop == c) for c in np.unique(crop[crop >= 0])]
         groups: dict[tuple[int, int], list[int]] = {}  # crops of equal size and budget merge together
         for i, (slots, budget) in enumerate(zip(crops, share_out(k, [len(slots) for slots in crops]), strict=True)):
             if budget:
@@ -82,16 +83,16 @@ class BipartiteMerge(Compressor):
         merged, places = [x[:0]] * len(crops), [torch.arange(0, device=device)] * len(crops)
         steps: list[tuple[list[int], list[tuple[Tensor, Tensor]]]] = []
         for (_, budget), members in groups.items():
-            slots = torch.stack([crops[i] for i in members]).to(x.device)
+            these = torch.from_numpy(np.stack([crops[i] for i in members])).to(x.device, non_blocking=True)
             steps.append((members, []))
-            tokens, place = merge_tokens(x[slots], None if metric is None else metric[slots], budget, steps[-1][1])
-            for i, own, taken in zip(members, tokens, slots.gather(1, place).to(device), strict=True):
+            tokens, place = merge_tokens(x[these], None if metric is None else metric[these], budget, steps[-1][1])
+            for i, own, taken in zip(members, tokens, these.gather(1, place).to(device), strict=True):
                 merged[i], places[i] = own, taken
 
         features = torch.cat(merged)
         if self.before_projector:
             features = image.project(features)
-        spare = newlines[:spared].to(device)
+        spare = torch.from_numpy(newlines[:spared]).to(device, non_blocking=True)
         features = torch.cat([features.to(image.features), image.features[spare]])
         index, order = torch.cat([*places, spare]).sort()
 

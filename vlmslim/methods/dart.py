@@ -35,6 +35,8 @@ class DART(Compressor):
     pivots : visual and text pivots; the paper uses 4 of each
     """
 
+    reads_back = "pivots find their tokens image by image"
+
     budget_options: ClassVar = ("keep", "layer")
 
     keep: int | float

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,26 +57,26 @@ class DownSample(Compressor):
     def compress(self, image: ImageTokens) -> Compressed:
         """Encode every crop at its budget."""
         n, device = len(image.features), image.features.device
-        k, grid = resolve_keep(self.keep, n), image.grid.cpu()
+        k, grid = resolve_keep(self.keep, n), image.grid_on_host
         placed = (grid >= 0).all(1)
-        patches, others = placed.nonzero()[:, 0], (~placed).nonzero()[:, 0]
+        patches, others = np.flatnonzero(placed), np.flatnonzero(~placed)
         if k >= len(patches):  # nothing to shrink
-            index = torch.cat([patches, others[: k - len(patches)]]).sort().values
-            return image.pick(index.to(device))
-        sizes = grid[patches, 0].bincount(minlength=len(image.pixels)).tolist()
+            index = np.sort(np.concatenate([patches, others[: k - len(patches)]]))
+            return image.pick(torch.from_numpy(index).to(device, non_blocking=True))
+        sizes = np.bincount(grid[patches, 0], minlength=len(image.pixels)).tolist()
         budgets = share_out(k, sizes)
         shrunk = [
             self.encode(image, crop, grid[grid[:, 0] == crop], budget) for crop, budget in enumerate(budgets) if budget
         ]
-        return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, grid, budgets))
+        return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, torch.from_numpy(grid), budgets))
 
     @torch.no_grad()
-    def encode(self, image: ImageTokens, crop: int, places: Tensor, k: int) -> Tensor:
+    def encode(self, image: ImageTokens, crop: int, places: np.ndarray, k: int) -> Tensor:
         """Encode one crop as k tokens (k, d), of the part of it in which its tokens (m, 3) stand."""
         side = image.side
         if image.video:  # pooled after the tower, so that fewer tokens stand on the frame
             side = int(places[:, 1].max()) + 1
-        (_, top, left), (_, bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
+        (_, top, left), (_, bottom, right) = places.min(0).tolist(), places.max(0).tolist()
         height, width = image.pixels.shape[-2:]
         rows, columns = shape_of(k, bottom + 1 - top, right + 1 - left)
         part = image.pixels[

@@ -46,6 +46,8 @@ class DropVisual(Compressor):
         if self.tau is not None and not 0 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau!r}: give a share of attention in [0, 1], or None to drop regardless")
         check_choices(self, text=("after", "all"))
+        if self.tau is not None:
+            self.reads_back = "whether the tokens are dropped depends on attention"
 
     def requested(self, n: int) -> int | None:
         """Return None because the prompts decide, or 0 without a threshold."""
@@ -71,6 +73,12 @@ class DropVisual(Compressor):
                 share = attention_mass(tokens.attention, sighted, text) / visual.sum(1).clamp(min=1)
                 drop &= (share < self.tau)[:, None]
         return tokens.mask & ~(visual & drop)
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return 0 without a threshold, except where a visual token ends the prompt."""
+        if self.tau is not None or tokens.image_last is None:
+            return None
+        return [row if last else [0] * len(row) for row, last in zip(tokens.present, tokens.image_last, strict=True)]
 
 
 @torch.no_grad()

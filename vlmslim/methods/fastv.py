@@ -37,3 +37,7 @@ class FastV(Compressor):
         """Rank by the last token's attention."""
         score = tokens.attention(tokens.last[:, None]).mean(1)[:, 0]  # (B, S)
         return tokens.top(score, self.keep)
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the budgets."""
+        return tokens.count_of_top(self.keep)

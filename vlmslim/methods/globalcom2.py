@@ -47,6 +47,8 @@ class GlobalCom2(Selector):
     positions   : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
+    reads_back = "budgets of crops are shared out on the host, in fp64"
+
     keep: Keep = 0.25
     mode: str = "corrected"
     score: str = "auto"
@@ -89,7 +91,7 @@ class GlobalCom2(Selector):
         """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""
         n, device = len(image.features), image.features.device
         k = self.budget(image)
-        grid = image.grid.cpu()
+        grid = torch.from_numpy(image.grid_on_host)
         tiled = bool((grid[:, 0] > 0).any())  # unpadding leaves nothing of the mosaic of a very narrow strip
         if k == n or self.mode == "released" and (image.video or not tiled):
             return image.pick(torch.arange(n, device=device))
@@ -120,7 +122,7 @@ class GlobalCom2(Selector):
         elif image.tiles[1] and (view > 0).any():
             weight, score = self._led_by_thumbnail(image, view, score, lines=int((grid[:, 0] < 0).sum()))
         order = patch[merge_rankings_by_quota(score, view, weight)]
-        return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
+        return fill_budget(order, grid.numpy(), image.tiles, k, self.newline).sort().values
 
     def _led_by_thumbnail(self, image: ImageTokens, view: Tensor, score: Tensor, lines: int) -> tuple[Tensor, Tensor]:
         """Let the thumbnail weigh the crops and their patches.

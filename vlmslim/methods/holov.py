@@ -36,6 +36,8 @@ class HoloV(ScoredSelection):
     positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
+    reads_back = "quotas of chunks are shared out on the host"
+
     keep: Keep = 0.111
     mode: str = "corrected"
     chunks: int = 16

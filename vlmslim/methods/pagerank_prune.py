@@ -97,7 +97,16 @@ class PageRankPrune(Compressor):
         )
         tokens.score = score
         rank = rank_within_groups(score.to(visual.device), visual.long())
-        return ~visual | (rank < torch.tensor(budget, device=visual.device)[:, None])
+        return ~visual | (rank < torch.tensor(budget).to(visual.device, non_blocking=True)[:, None])
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the schedule, and one token more where a visual token ends the prompt."""
+        if tokens.image_last is None:
+            return None
+        return [
+            [min(scheduled(sum(row), tokens.layer, *self.span), sum(present) - last) + last]
+            for row, present, last in zip(tokens.entered, tokens.present, tokens.image_last, strict=True)
+        ]
 
 
 def scheduled(n: int, layer: int, start: int, stop: int) -> int:

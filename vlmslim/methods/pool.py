@@ -32,11 +32,16 @@ class Pool(Compressor):
         k = resolve_keep(self.keep, n)
         if k == n:
             return image.pick(torch.arange(n, device=x.device))
-        member, size = cell_members(even_cells(image.mosaic.cpu(), k))
-        mean = torch.segment_reduce(x[member.to(x.device)].float(), "mean", lengths=size.to(x.device))
-        first, order = member[size.cumsum(0) - size].sort()  # cells in the order in which the language model meets them
+        member, size = cell_members(even_cells(image.mosaic_on_host, k))
+        first = member[size.cumsum() - size]
+        order = first.argsort()  # cells in the order in which the language model meets them
+        known = [torch.from_numpy(each).to(x.device, non_blocking=True) for each in (member, size, order, first[order])]
+        members, sizes, cells, slots = known
+        mean = torch.segment_reduce(x[members].float(), "mean", lengths=sizes, unsafe=True)  # the check would wait
 
         def into() -> torch.Tensor:
-            return torch.full((n,), -1).scatter_(0, member, order.argsort().repeat_interleave(size))
+            return torch.full((n,), -1).scatter_(
+                0, torch.from_numpy(member), torch.from_numpy(order.argsort().repeat(size))
+            )
 
-        return Compressed(mean[order.to(x.device)].to(x.dtype), first.to(x.device), into)
+        return Compressed(mean[cells].to(x.dtype), slots, into)

@@ -47,6 +47,8 @@ class PruneSID(ScoredSelection):
     positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
+    reads_back = "patches are suppressed one after the other on the host"
+
     pool = "view"
     compares = False  # its threshold is a multiple of the mean cosine, which centring takes away
 

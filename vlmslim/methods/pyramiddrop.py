@@ -82,3 +82,10 @@ class PyramidDrop(Compressor):
         score = tokens.coming_attention(tokens.last[:, None]).mean(1)[:, 0]  # (B, S)
         keep = tokens.top(score, lambda n: self.counts(n)[drop])
         return keep | (tokens.image > 1) if self.mode == "released" else keep
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return what this drop leaves of a prompt's images."""
+        drop = self.layers.index(tokens.layer)
+        if self.mode == "released" and any(len(row) > 1 for row in tokens.entered):
+            return None
+        return tokens.count_of_top(lambda n: self.counts(n)[drop])

@@ -19,6 +19,8 @@ class Random(Selector):
     positions : rotary positions: "auto", "original" or "renumbered"
     """
 
+    reads_back = "the draw is seeded by a hash of the pixels"
+
     keep: Keep
     seed: int = 0
 

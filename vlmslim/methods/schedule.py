@@ -52,6 +52,8 @@ class Schedule(Compressor):
             if type(a) is type(b) and a < b:
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
         self.layers = self.layer
+        if self.by == "random":
+            self.reads_back = "the draw is seeded by a hash of the pixels"
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
@@ -69,6 +71,10 @@ class Schedule(Compressor):
         """Keep the count of this layer."""
         score = self._drawn(tokens) if self.by == "random" else tokens.attention(tokens.last[:, None]).mean(1)[:, 0]
         return tokens.top(score, self.counts[self.layers.index(tokens.layer)])
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the counts of this layer."""
+        return tokens.count_of_top(self.counts[self.layers.index(tokens.layer)])
 
     def _drawn(self, tokens: LayerInput) -> Tensor:
         """Draw a random number for each visual token, (B, S), the same at every layer."""

@@ -68,6 +68,8 @@ class SparseVLM(Compressor):
     seed            : of the noise of mode="released"
     """
 
+    reads_back = "attention decides which words rate, and how many tokens stay"
+
     budget_options: ClassVar = ("keep",)
 
     keep: Keep | None = None

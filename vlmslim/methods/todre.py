@@ -69,6 +69,8 @@ class Diversify(Selection):
                 "use pivot='random', which is what 'auto' takes there"
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()
+        if self.pivot == "random":
+            self.reads_back = "the draw of the pivot is seeded by a hash of the pixels"
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Start from each image's pivot."""
@@ -83,7 +85,7 @@ class Diversify(Selection):
             attention = cls_attention(*image.qk(self.cls_layer))  # (c, p)
             attention = attention.unflatten(1, (image.side, -1)).to(slots.device)
             if image.video:  # the model pools frames after the projector: pool the attention alike
-                side = int(image.grid[:, 1].max()) + 1
+                side = int(image.grid_on_host[:, 1].max()) + 1
                 attention = F.interpolate(attention[:, None], (side, side), mode="bilinear")[:, 0]
             else:
                 attention = attention[:1]

@@ -60,6 +60,8 @@ class TOPSLayers(Compressor):
     hidden states. An image without text after it is rated by the prompt's last token. The options are those of `TOPS`.
     """
 
+    reads_back = "attention decides which words rate"
+
     budget_options: ClassVar = ()
 
     layer: Sequence[int | float] = (0.375, 0.75)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector
 from vlmslim.ops.cells import cell_members, even_cells
 
@@ -21,6 +24,6 @@ class Uniform(Selector):
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Pick the middle token of every cell."""
-        member, size = cell_members(even_cells(image.mosaic.cpu(), self.budget(image)))
-        middle = member[size.cumsum(0) - size + size // 2]
-        return image.pick(middle.sort().values.to(image.features.device))
+        member, size = cell_members(even_cells(image.mosaic_on_host, self.budget(image)))
+        middle = np.sort(member[size.cumsum() - size + size // 2])
+        return image.pick(torch.from_numpy(middle).to(image.features.device, non_blocking=True))

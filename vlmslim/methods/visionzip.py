@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,8 +101,8 @@ class VisionZip(ScoredSelection):
             return Compressed(self._project(released_sequence(image, pools, parts), image))
         features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)
         index = torch.cat([pool.slots[at] for pool, part in zip(pools, parts, strict=True) for at in part[2:]])
-        spare = torch.zeros(n, dtype=torch.bool, device=device).index_fill(0, index, True).logical_not()
-        spare = spare.nonzero()[: k - len(index), 0]  # newlines, once all patches are sent
+        sent = torch.zeros(n, dtype=torch.uint8, device=device).index_fill(0, index, 1)
+        spare = sent.argsort(stable=True)[: k - len(index)]  # newlines, once all patches are sent
         index, order = torch.cat([index, spare]).sort()
         return Compressed(
             torch.cat([features, image.features[spare]])[order], index, partial(joined, index, pools, parts, n)
@@ -131,8 +132,9 @@ def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls:
     left = order[k - merged - cls :].sort().values
     if not merged:
         return x[dominant], x[:0], dominant, left[:0]
-    target = left[:: max(1, len(left) // merged)][:merged]
-    others = left[~torch.isin(left, target)]
+    at = np.arange(len(left))[:: max(1, len(left) // merged)][:merged]
+    rest = np.delete(np.arange(len(left)), at)
+    target, others = (left[torch.from_numpy(x).to(left.device, non_blocking=True)] for x in (at, rest))
     joins = F.one_hot(assigned(keys, others, target), merged).T.float()
     size = joins.sum(1, keepdim=True)
     with torch.autocast(x.device.type, enabled=False):

@@ -22,6 +22,8 @@ class VScanEntrance(ScoredSelection):
     The options are those of `VScan`.
     """
 
+    reads_back = "windows have as many patches as the picture leaves them"
+
     pool = "view"
     compares = False
     merges = True

@@ -1,12 +1,11 @@
 """Cut the grids of an image into cells of near-equal size."""
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from vlmslim.ops.budgets import share_out
 
 
-def grid_cells(height: int, width: int, k: int) -> Tensor:
+def grid_cells(height: int, width: int, k: int) -> np.ndarray:
     """Cover a height x width grid with exactly k rectangles, as square and as even as k allows.
 
     The grid is cut into bands of rows, and each band into cells. If k divides well the cells form a regular grid.
@@ -27,40 +26,40 @@ def grid_cells(height: int, width: int, k: int) -> Tensor:
     bands = min(height, k, max(1, round((k * height / width) ** 0.5), -(-k // width)))
     # Cutting `length` evenly into `parts`, part i begins at i * length // parts. Point x then lies in part
     # ((x + 1) * parts - 1) // length, because that is the last part that begins at or before x.
-    band = ((torch.arange(height) + 1) * bands - 1) // height
+    band = ((np.arange(height) + 1) * bands - 1) // height
     first = band * k // bands  # the first cell of each row's band
     count = (band + 1) * k // bands - first
-    return first[:, None] + ((torch.arange(width) + 1) * count[:, None] - 1) // width
+    return first[:, None] + ((np.arange(width) + 1) * count[:, None] - 1) // width
 
 
-def even_cells(mosaic: Tensor, k: int) -> Tensor:
+def even_cells(mosaic: np.ndarray, k: int) -> np.ndarray:
     """Cut all components of an image into k cells of near-equal size.
 
     Args:
-        mosaic: (n, 3) component, row and column of each token (`ImageTokens.mosaic`), on the CPU.
+        mosaic: (n, 3) component, row and column of each token (`ImageTokens.mosaic_on_host`).
         k: number of cells, at most n.
 
     Returns:
         (n,) long: the cell of each token, 0 .. k-1, and -1 at tokens without a place on a grid, such as newlines. If
         k exceeds the number of tokens on grids, the first tokens without a place become cells of their own.
     """
-    component, row, column = mosaic.unbind(1)
-    cell = torch.full_like(component, -1)
-    placeless = (row < 0).nonzero()[:, 0]
+    component, row, column = mosaic.T
+    cell = np.full_like(component, -1)
+    placeless = np.flatnonzero(row < 0)
     extra = max(0, k - (len(cell) - len(placeless)))
-    parts = [((component == c) & (row >= 0)).nonzero()[:, 0] for c in component[row >= 0].unique().tolist()]
+    parts = [np.flatnonzero((component == c) & (row >= 0)) for c in np.unique(component[row >= 0])]
     first = 0
     for index, share in zip(parts, share_out(k - extra, [len(part) for part in parts]), strict=True):
         if share:
             # Ranks, not coordinates, because a mosaic that the model shrank leaves rows and columns out.
-            r, c = (x[index].unique(return_inverse=True)[1] for x in (row, column))
+            r, c = (np.unique(x[index], return_inverse=True)[1] for x in (row, column))
             cell[index] = first + grid_cells(int(r.max()) + 1, int(c.max()) + 1, share)[r, c]
             first += share
-    cell[placeless[:extra]] = first + torch.arange(extra)
+    cell[placeless[:extra]] = first + np.arange(extra)
     return cell
 
 
-def cell_members(cell: Tensor) -> tuple[Tensor, Tensor]:
+def cell_members(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """List tokens cell by cell.
 
     Args:
@@ -69,5 +68,5 @@ def cell_members(cell: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (m,) the tokens of cell 0, then those of cell 1, and so on, each in order; and (k,) the sizes of the cells.
     """
-    order = cell.argsort(stable=True)[(cell < 0).sum() :]
-    return order, cell[order].bincount()
+    order = cell.argsort(kind="stable")[(cell < 0).sum() :]
+    return order, np.bincount(cell[order])

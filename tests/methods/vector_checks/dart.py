@@ -50,6 +50,8 @@ def kept(arrays: dict[str, np.ndarray], method: DART, start: int, n: int) -> np.
         origin=everywhere,
         last=torch.tensor([size - 1]),
         entered=[[n]],
+        present=[[n]],
+        image_last=[False],
         images=[[None]],
         previous=SimpleNamespace(attend=lambda mask, keys, blocks=None: DecoderAttention(None, mask, keys)),
         in_cache=keys,

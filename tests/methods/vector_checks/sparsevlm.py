@@ -93,6 +93,8 @@ def layer_input(t: dict[str, Tensor], start: int, n: int) -> LayerInput:
         origin=everywhere,
         last=torch.tensor([size - 1]),
         entered=[[n]],
+        present=[[n]],
+        image_last=[False],
         images=[[ImageTokens(features, features[None], torch.zeros(1, 3, 2, 2), prompt=prompt)]],
     )
     tokens.given = t["attention"]

@@ -203,6 +203,8 @@ class ATP(Compressor):
     detached   : in training, stop gradients from the thresholds through the scores into the language model
     """
 
+    reads_back = "thresholds decide how many tokens stay"
+
     budget_options: ClassVar = ()  # because training sets how much is kept
 
     weights: str = ""

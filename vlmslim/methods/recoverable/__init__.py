@@ -100,6 +100,8 @@ class Recoverable(Compressor):
     text_weight : weight of the text similarity against that of keys, in forming clusters
     """
 
+    reads_back = "outliers decide how many tokens stay"
+
     tower_layers = (-1,)
     needs_cls: ClassVar = True
     needs_patches: ClassVar = True

@@ -109,6 +109,8 @@ class TokenCorr(Compressor):
     positions  : rotary positions: "auto", "original" or "renumbered"
     """
 
+    reads_back = "repetition decides how many patches stay, crop by crop"
+
     keep: Keep | None = None
     alpha: float = 0.8
     beta: float = 0.05
@@ -166,7 +168,7 @@ class TokenCorr(Compressor):
         k = None if self.keep is None else resolve_keep(self.keep, n)
         if k == n:
             return image.pick(torch.arange(n, device=device))
-        grid, views = image.grid.cpu(), self.views(image)
+        grid, views = torch.from_numpy(image.grid_on_host), self.views(image)
         index = self._by_density(grid, views, image.tiles) if k is None else self._by_rank(grid, views, image.tiles, k)
         if self.merge == "none":
             return image.pick(index.to(device))
@@ -175,7 +177,7 @@ class TokenCorr(Compressor):
 
     def views(self, image: ImageTokens) -> list[View]:
         """Score each crop that is to be compressed."""
-        grid, grid_cpu = image.grid, image.grid.cpu()
+        grid, grid_cpu = image.grid, torch.from_numpy(image.grid_on_host)
         low_keys, *attention = self._maps(image)
         noise = None
         if self.sampling == "multinomial":
@@ -205,7 +207,7 @@ class TokenCorr(Compressor):
         if self.deep_layer != self.low_layer:
             deep = attention_of(*image.qk(self.deep_layer)).unflatten(1, patch_grid)
         if image.video:  # the model pools frames
-            side = int(image.grid[:, 1].max()) + 1
+            side = int(image.grid_on_host[:, 1].max()) + 1
             keys = _resized(keys.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
             low, deep = (_resized(x[:, None], side)[:, 0] for x in (low, deep))
         return keys, low, deep
@@ -218,7 +220,7 @@ class TokenCorr(Compressor):
         if self.newline != "all":
             keep &= grid[:, 0] >= 0
         if self.newline == "rows":
-            end = row_end_newline(grid, tiles)
+            end = torch.from_numpy(row_end_newline(grid.numpy(), tiles))
             keep[end[keep & (end >= 0)]] = True
         return keep.nonzero()[:, 0]
 
@@ -233,7 +235,7 @@ class TokenCorr(Compressor):
                 f"keep={k} leaves no room for crops beside the thumbnail's {len(first)} tokens; "
                 "keep more, or use thumbnail='compress'"
             )
-        return fill_budget(torch.cat([first, by_novelty(views)]), grid, tiles, k, self.newline).sort().values
+        return fill_budget(torch.cat([first, by_novelty(views)]), grid.numpy(), tiles, k, self.newline).sort().values
 
     def _merged(self, image: ImageTokens, views: list[View], index: Tensor) -> Tensor:
         """Return the image's features (n, d), in which kept patches have taken in dropped ones."""
