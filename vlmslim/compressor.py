@@ -316,6 +316,17 @@ class ImageTokens:
             raise RuntimeError(f"tower layer {layer} was not recorded: list it in `tower_layers`")
         return tower_qk(*self.recorded_layers[layer])
 
+    @property
+    def cls(self) -> Tensor:
+        """(c, v): the CLS token of each crop, as the tower returns it in the layer whose patches LLaVA reads.
+
+        Raises:
+            RuntimeError: the method did not list -1, the layer that reads it, in `tower_layers`.
+        """
+        if -1 not in self.recorded_layers:
+            raise RuntimeError("the CLS token was not recorded: list -1 in `tower_layers`")
+        return self.recorded_layers[-1][1][:, 0]
+
     def at_tokens(self, patches: Tensor) -> Tensor:
         """Read what is known of each patch of the tower at the image's tokens.
 

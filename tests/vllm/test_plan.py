@@ -54,6 +54,7 @@ def test_methods_before_the_language_model_promise_what_they_keep(name, family):
         ({"method": "recoverable"}, "reads the question"),
         ({"method": "mmtok", "keep": 5}, "reads the question"),
         ({"method": "downsample", "keep": 4}, "encodes a second picture"),
+        ({"method": "divprune", "keep": 5, "positions": "original", "rectify": True}, "in every decoder layer"),
         ({"method": "tokencorr"}, "decides itself"),
         ({"method": "agilepruner", "keep": {"auto": 5, "average": 8.0}}, "decides itself"),
         ({"method": "divprune", "keep": 17}, "16 visual tokens"),

@@ -29,8 +29,13 @@ class DART(Compressor):
     has pivots and a budget of its own, too little text gives fewer pivots, norms and cosines are in fp32 (in fp16, as
     released, norms tie), and ties go to the lower index. As in the release, newline tokens compete like others.
 
+    The L1 norm of a turned key changes with its position, so that a row which is padded on the left may get other
+    pivots. mode="corrected" therefore takes the L2 norm of each head, which turning does not change.
+
     keep   : T, visual tokens to keep per image from layer K on, a count or a share
     mode   : "corrected" or "released"
+    norm   : of keys, "l2" of each head, summed over heads, or "l1" over all channels (as released). None is "l2", or
+             "l1" with mode="released"
     layer  : K, a number from 1 or a share of the depth, rounded down; the paper uses 2
     pivots : visual and text pivots; the paper uses 4 of each
     """
@@ -41,6 +46,7 @@ class DART(Compressor):
 
     keep: int | float
     mode: str = "corrected"
+    norm: str | None = None
     layer: int | float = 2
     pivots: Sequence[int] = (4, 4)
 
@@ -48,6 +54,8 @@ class DART(Compressor):
         check_keep(self.keep)
         check_layer(self.layer)
         check_choices(self, mode=("corrected", "released"))
+        self.norm = self.norm or ("l2" if self.mode == "corrected" else "l1")
+        check_choices(self, norm=("l1", "l2"))
         self.layers, self.pivots = (self.layer,), tuple(self.pivots)
         if len(self.pivots) != 2 or min(self.pivots) < 0 or self.pivots[0] < 1:
             raise ValueError(
@@ -56,7 +64,7 @@ class DART(Compressor):
 
     def setup(self, model: Any) -> None:
         """Find the norm before the LM head."""
-        self.norm = final_norm(model.model)
+        self.final_norm = final_norm(model.model)
 
     def requested(self, n: int) -> int:
         """Return the budget, or what the release makes of it."""
@@ -71,8 +79,8 @@ class DART(Compressor):
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Keep the pivots of every image, and what they add."""
-        keep, norms = tokens.mask.clone(), key_norms(tokens.keys)
-        x = self.norm(tokens.hidden).to(tokens.hidden.device)
+        keep, norms = tokens.mask.clone(), key_norms(tokens.keys, self.norm)
+        x = self.final_norm(tokens.hidden).to(tokens.hidden.device)
         text = tokens.mask & (tokens.image == 0)
         for row, entered in enumerate(tokens.entered):
             for number, n in enumerate(entered, 1):
@@ -107,9 +115,9 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 @full_precision
-def key_norms(keys: Tensor) -> Tensor:
-    """Compute the L1 norms over heads and channels of keys (B, heads, S, head_dim): (B, S)."""
-    return keys.abs().sum((1, 3))
+def key_norms(keys: Tensor, norm: str | None = "l2") -> Tensor:
+    """Compute the norms of keys (B, heads, S, head_dim), "l1" or "l2" of each head, summed over heads: (B, S)."""
+    return (keys.abs().sum(3) if norm == "l1" else torch.linalg.vector_norm(keys, dim=3)).sum(1)
 
 
 @full_precision

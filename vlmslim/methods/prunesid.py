@@ -109,8 +109,7 @@ class PruneSID(ScoredSelection):
             weight = loadings(x, q, torch.randn(min(x.shape), q, generator=generator).to(x.device))
             score = pool.read[1] if self.score == "cls" else weight.amax(1)
             orders.append(choose(x, weight, score, pool.k, pool.k - 1))
-        cls = image.recorded_layers[-1][1][:, 0]  # what the layer returned that LLaVA reads
-        x = released_sequence(cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
+        x = released_sequence(image.cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
         return Compressed(image.project(x).to(image.features))
 
 

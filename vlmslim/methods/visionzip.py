@@ -171,10 +171,9 @@ def assigned(keys: Tensor, others: Tensor, target: Tensor) -> Tensor:
 
 def released_sequence(image: ImageTokens, pools: list[Pool], parts: list[tuple[Tensor, ...]]) -> Tensor:
     """Put the views of an image into the order in which the release sends them, (m, v), CLS included."""
-    cls = image.recorded_layers[-1][1][:, :1]  # (c, 1, v) what the layer returned that LLaVA reads
     dominant, contextual, at, _ = zip(*parts, strict=True)
-    sequence = [cls[0], dominant[0], contextual[0]]
+    sequence = [image.cls[:1], dominant[0], contextual[0]]
     if len(pools) > 1:
         slots = torch.cat([pool.slots[own] for pool, own in zip(pools[1:], at[1:], strict=True)])
-        sequence += [torch.cat(dominant[1:])[slots.argsort()], cls[1:, 0], *contextual[1:]]
+        sequence += [torch.cat(dominant[1:])[slots.argsort()], image.cls[1:], *contextual[1:]]
     return torch.cat(sequence)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmslim import bundled
-from vlmslim.compressor import Compressor
+from vlmslim.compressor import Compressor, Selector
 from vlmslim.engine.families import family_of
 from vlmslim.io.messages import did_you_mean
 from vlmslim.patching import made, set_up
@@ -171,6 +171,11 @@ def _check_possible(methods: Sequence[Compressor]) -> None:
             raise ValueError(
                 f"{stage} reads the question. vLLM encodes an image once for all prompts with it, and never shows them "
                 "to the encoder; use a method that looks at the image alone, such as divprune"
+            )
+        if isinstance(stage, Selector) and stage.rectify:
+            raise ValueError(
+                f"{stage} counts merged tokens in every decoder layer, which vLLM's attention kernels cannot do; leave "
+                "out rectify"
             )
         if stage.encodes_again:
             raise ValueError(f"{stage} encodes a second picture, which the plug-in does not offer; use another method")
