@@ -480,7 +480,7 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     images: Annotated[int, typer.Option(min=1, help="Images in a prompt.")] = 1,
-    image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; decides the tiles of an anyres model.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; decides tiles, or tokens of any size.")] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="Words in a prompt.")] = 46,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each one times every method once.")] = 10,
