@@ -59,7 +59,7 @@ def other_settings():
 
     def told(self):
         post_init(self)
-        self.positions, self.backend, self.dtype = "original", "eager", "bfloat16"
+        self.positions, self.backend, self.dtype = "renumbered", "eager", "bfloat16"
 
     return "__post_init__", told
 

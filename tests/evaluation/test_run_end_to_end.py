@@ -358,7 +358,9 @@ def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, 
     loaded = Harness(config)
     variant = Variant("idle", tuple(stages))
     assert loaded.evaluate(variant, "micro_words").receipt["had_effect"]
-    monkeypatch.setattr(type(build(stages[1])), "retain", lambda self, tokens: tokens.image >= 0)
+    fastv = type(build(stages[1]))
+    monkeypatch.setattr(fastv, "retain", lambda self, tokens: tokens.image >= 0)
+    monkeypatch.setattr(fastv, "known_counts", lambda self, tokens: None)
     for task in ("micro_words", "micro_choice"):
         with pytest.raises(RuntimeError, match=r"stage 2 \(fastv, before layer 2\) acted on 0 of"):  # the model's own
             check_effect(loaded.evaluate(variant, task).receipt)
