@@ -475,6 +475,10 @@ def bench(
         list[str] | None,
         typer.Option("--method", "-m", help=f"{_METHOD_HELP} Default: random, divprune and fastv."),
     ] = None,
+    compare_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH:CLASS", help="A peer's method, at the same budgets; repeat it for several."),
+    ] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Visual tokens to keep per image, counts or shares. Default: 1/3, 2/9, 1/9.")
     ] = None,
@@ -489,26 +493,35 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
     device: _Device = None,
     attention: _Attention = "sdpa",
-    output: Annotated[Path | None, typer.Option(help="JSON file; the table is written beside it as .md.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file, or a folder for a file named after model, card and date; the table goes beside."),
+    ] = None,
 ) -> None:
-    """Measure FLOPs, time and memory of methods against the unpatched model and against the ideal."""
+    """Measure FLOPs, time and memory of methods against the unpatched model and against the ideal.
+
+    The last line of the output is one JSON object with the medians of all rows.
+    """
     _quiet_transformers()
     from rich.console import Console
 
     from vlmslim.cost.bench import arguments
-    from vlmslim.cost.bench.report import write
+    from vlmslim.cost.bench.report import file_in, summary, write
     from vlmslim.cost.bench.run import Workload
     from vlmslim.cost.bench.run import bench as measure
-    from vlmslim.io.files import check_file
+    from vlmslim.io.files import check_file, check_writable
     from vlmslim.registry import parse_method
 
-    if output is not None and output.suffix != ".json":
-        _fail(f"--output {output}: give a file that ends in .json")
+    if output is not None and output.suffix != ".json" and not output.is_dir():
+        _fail(f"--output {output}: give a file that ends in .json, or a folder that exists")
     with Console(stderr=True).status("loading") as status, _mistakes_in_one_line():
-        if output is not None:
+        if output is not None and output.is_dir():
+            check_writable(output)
+        elif output is not None:
             check_file(output)  # now, not when everything is measured
             check_file(output.with_suffix(".md"))
         stages = [parse_method(text) for text in method or ("random", "divprune", "fastv")]
+        peers = [arguments.parse_peer(text) for text in compare_with or ()]
         workload = Workload(
             batches=arguments.parse_batches(batch),
             images=images,
@@ -522,8 +535,11 @@ def bench(
         name, model = arguments.model_of(
             checkpoint, shape, layers=layers, dtype=dtype, device=device, attention=attention
         )
-        record = measure(model, stages, keeps, workload, name=name, progress=status.update)
-    typer.echo(write(record, output), nl=False)
+        record = measure(model, stages, keeps, workload, peers=peers, name=name, progress=status.update)
+        if output is not None and output.is_dir():
+            output = file_in(output, checkpoint or str(shape), str(model.device))
+        text = write(record, output)
+    typer.echo(f"{text}\n{summary(record)}")
 
 
 @app.command()

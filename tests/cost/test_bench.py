@@ -1,24 +1,34 @@
 """`vlmslim bench`: what its record says, how it is shown, and what it refuses."""
 
 import json
+import re
+import subprocess
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from snapshots import changes, model_state
 from tiny import FAMILIES, tiny
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
-from vlmslim.cost.bench.arguments import model_of, parse_batches, parse_numbers, parse_size
-from vlmslim.cost.bench.report import markdown, write
+from vlmslim.cost.bench.arguments import model_of, parse_batches, parse_numbers, parse_peer, parse_size
+from vlmslim.cost.bench.report import file_in, markdown, realised_share, summary, write
 from vlmslim.cost.bench.run import Workload, bench, default_budgets, with_budgets
 from vlmslim.registry import parse_method
 
 QUICK = Workload(text_tokens=9, new_tokens=2, repeats=2)
 TIMES = ("prefill", "ttft", "decode", "latency")
-COMMITTED = Path(__file__).parents[2] / "assets" / "bench"
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "assets" / "bench"
+PEER = """
+from vlmslim.methods.random import Random
+
+class Theirs(Random):
+    pass
+"""
 
 
 def rows(record: dict, scenario: int = 0) -> dict:
@@ -28,14 +38,17 @@ def rows(record: dict, scenario: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def record() -> dict:
     methods = [parse_method(text) for text in ("divprune", "fastv:layer=1", "drop_visual:layer=2:tau=None")]
-    return bench(tiny("llava"), methods, [8, 0.25], replace(QUICK, batches=(1, 2)), name="tiny")
+    work, peers = replace(QUICK, batches=(1, 2)), [parse_method("divprune:keep=8")]
+    return bench(tiny("llava"), methods, [8, 0.25], work, peers=peers, name="tiny")
 
 
 def test_a_record_has_every_method_at_every_budget(record):
     labels = ["unpatched", "divprune-8", "divprune-0.25", "fastv-8-layer=1", "fastv-0.25-layer=1"]
     for scenario, batch in zip(record["scenarios"], (1, 2), strict=True):
         assert scenario["batch"] == batch and scenario["visual_tokens"] == 16 and scenario["text_tokens"] == 9
-        assert [row["label"] for row in scenario["rows"]] == [*labels, "drop_visual-layer=2-tau=None"]
+        found = {row["label"]: row["peer"] for row in scenario["rows"]}
+        ours = dict.fromkeys([*labels, "drop_visual-layer=2-tau=None"], False)
+        assert list(found.items()) == [*ours.items(), ("divprune-8 (peer)", True)]
 
 
 @pytest.mark.parametrize("scenario", [0, 1])
@@ -58,6 +71,7 @@ def test_counts_are_exact(record, scenario):
 def test_times_are_medians_with_spreads_and_ratios_in_pairs(record):
     for row in rows(record, 1).values():
         assert row["tokens_per_second"] == pytest.approx(2000 / row["decode_ms"]["median"])
+        assert 0 < row["encode_ms"]["median"] < row["ttft_ms"]["median"]
         assert row["prefill_ms"]["median"] < row["ttft_ms"]["median"] < row["latency_ms"]["median"]
         for name in TIMES:
             for kind in ("ms", "over_ideal", "over_unpatched"):
@@ -73,6 +87,43 @@ def test_where_it_was_measured_is_recorded(record):
     assert record["versions"]["torch"] == version("torch") and record["versions"]["python"]
     assert "threads" in record["device"]
     assert record["workload"]["repeats"] == 2
+
+
+def row_of(flops: float, time: float) -> dict:
+    return {"flops": {"language_model": flops}, "prefill_over_unpatched": {"median": time}}
+
+
+def test_the_realised_share_is_the_saving_of_time_over_that_of_flops():
+    unpatched = row_of(200, 1)
+    assert realised_share(row_of(100, 0.5), unpatched) == 1
+    assert realised_share(row_of(100, 0.75), unpatched) == 0.5
+    assert realised_share(row_of(100, 1.25), unpatched) == -0.5
+    assert realised_share(unpatched, unpatched) is None
+
+
+def test_the_summary_is_one_line_with_every_row(record):
+    line = summary(record)
+    assert "\n" not in line
+    found = json.loads(line)["rows"]
+    assert [row["label"] for row in found] == [row["label"] for s in record["scenarios"] for row in s["rows"]]
+    by_label = {row["label"]: row for row in found if row["batch"] == 2}
+    assert [by_label[name]["budget"] for name in ("unpatched", "fastv-0.25-layer=1")] == [None, 0.25]
+    assert by_label["unpatched"]["flops_over_unpatched"] == 1 and by_label["unpatched"]["realised_share"] is None
+    ours, measured = by_label["divprune-8"], rows(record, 1)["divprune-8"]
+    for name in ("encode_ms", "prefill_ms", "decode_ms", "prefill_over_unpatched"):
+        assert ours[name] == measured[name]["median"]
+    assert ours["flops_over_unpatched"] == by_label["divprune-8 (peer)"]["flops_over_unpatched"] < 1
+    saved = 1 - ours["prefill_over_unpatched"]
+    assert ours["realised_share"] == pytest.approx(saved / (1 - ours["flops_over_unpatched"]))
+
+
+def test_a_folder_gets_names_that_are_not_taken(tmp_path, monkeypatch):
+    first = file_in(tmp_path, "lab/llava-1.5-7b", "cpu")
+    assert re.fullmatch(r"llava-1\.5-7b_cpu_\d{4}-\d\d-\d\d\.json", first.name)
+    first.touch()
+    assert file_in(tmp_path, "lab/llava-1.5-7b", "cpu").name == first.name.replace(".json", "_2.json")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200 (SXM)")
+    assert "_nvidia-h200-sxm_" in file_in(tmp_path, "llava", "cuda:0").name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,8 +160,8 @@ def test_on_a_gpu():
 def test_the_table_is_a_table(record):
     text = markdown(record)
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 * (2 + 6) and len({line.count("|") for line in table}) == 1
-    assert len({len(line) for line in table[:8]}) == 1
+    assert len(table) == 2 * (2 + 7) and len({line.count("|") for line in table}) == 1
+    assert len({len(line) for line in table[:9]}) == 1
     assert "## Batch 2" in text and "✓" in text and "(theory " not in text
     other = json.loads(json.dumps(record))
     other["scenarios"][0]["rows"][1]["kv_bytes"] += 2**20
@@ -142,6 +193,22 @@ def test_the_engine_is_close_to_the_ideal_on_a_real_shape():
     assert over_ideal["fastv-192-layer=1"] <= 1.10
 
 
+def test_the_proof_on_a_gpu_prints_its_commands():
+    script = "scripts/gpu_proof.sh"
+    subprocess.run(["bash", "-n", script], check=True, cwd=ROOT)
+    done = subprocess.run(["bash", script, "--dry-run"], capture_output=True, text=True, cwd=ROOT, check=True)
+    for shape in ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"):
+        assert f"vlmslim bench --shape {shape} " in done.stdout
+    for command in ("pytest -m gpu", "--dtype bfloat16 --attention flash_attention_2", "scripts/bench_selection.py"):
+        assert command in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would start the proof")
+def test_the_proof_needs_a_gpu():
+    done = subprocess.run(["bash", "scripts/gpu_proof.sh"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == "" and "no CUDA device" in done.stderr
+
+
 def test_arguments_are_read():
     assert parse_numbers("192,0.5") == (192, 0.5)
     assert parse_batches("1,8") == (1, 8)
@@ -160,6 +227,7 @@ def test_arguments_are_read():
         (lambda: parse_size("672"), "HEIGHTxWIDTH"),
         (lambda: with_budgets([parse_method("fastv")] * 2, [4]), "fastv-4 is asked for twice"),
         (lambda: bench(tiny("llava"), [parse_method("random")], [17], QUICK), "larger than the image"),
+        (lambda: parse_peer("divprune"), "path/to/file.py:Class"),
         (lambda: model_of(), "give a checkpoint or --shape"),
         (lambda: model_of("bundled/tiny-llava", "llava-1.5-7b"), "one of the two"),
         (lambda: model_of("bundled/tiny-llava", layers=2), "--layers goes with --shape"),
@@ -174,13 +242,18 @@ def test_mistakes_are_refused_before_anything_is_measured(mistake, says):
         mistake()
 
 
-def test_the_command_prints_the_table_and_writes_both_files(tmp_path):
-    path = tmp_path / "tiny.json"
+def test_the_command_compares_with_a_peer_prints_the_table_and_a_line_and_writes_both_files(tmp_path):
+    peer, folder = tmp_path / "theirs.py", tmp_path / "records"
+    peer.write_text(PEER)
+    folder.mkdir()
     arguments = "bench bundled/tiny-llava -m random --budgets 64 --text-tokens 9 --new-tokens 2 --repeats 1"
-    shown = CliRunner().invoke(app, [*arguments.split(), "--device", "cpu", "--output", str(path)])
+    compared = ["--compare-with", f"{peer}:Theirs", "--device", "cpu", "--output", str(folder)]
+    shown = CliRunner().invoke(app, [*arguments.split(), *compared])
     assert shown.exit_code == 0, shown.output
-    assert shown.stdout == path.with_suffix(".md").read_text()
-    assert list(rows(json.loads(path.read_text()))) == ["unpatched", "random-64"]
+    (path,) = folder.glob("tiny-llava_cpu_*.json")
+    record = json.loads(path.read_text())
+    assert list(rows(record)) == ["unpatched", "random-64", "theirs-64 (peer)"]
+    assert shown.stdout == f"{path.with_suffix('.md').read_text()}\n{summary(record)}\n"
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,16 @@ def ticks():
 
 @pytest.mark.parametrize("method", [None, "fastv"])
 def test_what_is_timed_from_where_to_where(model, inputs, method):
-    """The clock is read at the call, the prompt, into and out of the language model, and at every token."""
+    """The clock is read at the call, the prompt, every token, and into and out of tower, projector and decoder."""
     with vlmslim.patch(model, method, keep=4) if method else nullcontext():
         timing = time_generation(model, inputs, 2, ticks())
-    assert timing == Timing(ttft_ms=4000, prefill_ms=1000, decode_ms=1000, latency_ms=5000)
+    assert timing == Timing(encode_ms=2000, ttft_ms=8000, prefill_ms=1000, decode_ms=1000, latency_ms=9000)
 
 
 def test_a_patch_is_timed_when_it_is_warm(model, inputs):
     clock = ticks()
-    assert time_warm(model, inputs, 4, clock) == Timing(4000, 1000, 1000, 7000)
-    assert clock() == 6 + 8  # both generations were timed, and the first one forgotten
+    assert time_warm(model, inputs, 4, clock) == Timing(2000, 8000, 1000, 1000, 11000)
+    assert clock() == 10 + 12  # both generations were timed, and the first one forgotten
 
 
 def test_a_generation_has_a_fixed_length(model, inputs, monkeypatch):
@@ -96,8 +96,8 @@ def test_every_round_has_an_order_of_its_own():
 
 
 def test_summary():
-    reference = [Timing(10.0, 8.0, 1.0, 20.0), Timing(20.0, 8.0, 2.0, 30.0)]
-    ours = [Timing(5.0, 8.0, 1.0, 20.0), Timing(10.0, 8.0, 2.0, 30.0)]
+    reference = [Timing(3.0, 10.0, 8.0, 1.0, 20.0), Timing(3.0, 20.0, 8.0, 2.0, 30.0)]
+    ours = [Timing(3.0, 5.0, 8.0, 1.0, 20.0), Timing(3.0, 10.0, 8.0, 2.0, 30.0)]
     assert summarise(ours, reference) == {
         "ttft_ms": 7.5, "ttft_ms_iqr": 2.5, "ttft_ratio": 0.5,
         "decode_ms": 1.5, "decode_ms_iqr": 0.5, "decode_ratio": 1.0, "samples": 2,

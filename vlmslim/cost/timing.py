@@ -14,7 +14,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from vlmslim.cost.timer import ReadClock, Timer
-from vlmslim.engine.families import language_model
+from vlmslim.engine.families import encoder, language_model, projector
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -24,12 +24,14 @@ Result = TypeVar("Result")
 class Timing:
     """One timed generation, in milliseconds.
 
+    encode_ms  : vision tower and projector, before the language model is entered
     ttft_ms    : time to first token: image encoding, compression, prefill and the choice of the first token
     prefill_ms : the part of `ttft_ms` inside the language model, compression included
     decode_ms  : mean time of each later token
     latency_ms : from the call to the last token
     """
 
+    encode_ms: float
     ttft_ms: float
     prefill_ms: float
     decode_ms: float
@@ -92,6 +94,47 @@ def first_call_timed(module: nn.Module, timer: Timer) -> Iterator[Timer]:
         after.remove()
 
 
+@contextmanager
+def encoding_timed(core: Any, new_timer: Callable[[], Timer]) -> Iterator[list[Timer]]:
+    """Time the calls of the vision tower and the projector inside the context, until the language model is entered.
+
+    A projector inside the tower counts once, as the tower's.
+
+    Args:
+        core: the model without its LM head, patched or not.
+        new_timer: makes a timer; each call of a module gets one of its own.
+
+    Yields:
+        The timers, in the order of the calls.
+    """
+    timers: list[Timer] = []
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, *_: object) -> None:
+        if not running:
+            timers.append(new_timer())
+            timers[-1].start()
+        running.append(module)
+
+    def leave(*_: object) -> None:
+        running.pop()
+        if not running:
+            timers[-1].stop()
+
+    def close(*_: object) -> None:
+        for hook in hooks:
+            hook.remove()
+
+    hooks = [language_model(core).register_forward_pre_hook(close, prepend=True)]
+    for module in (encoder(core), projector(core)):
+        hooks.append(module.register_forward_pre_hook(enter, prepend=True))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield timers
+    finally:
+        close()
+
+
 def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:
     """Time one greedy generation of exactly `new_tokens` tokens.
 
@@ -113,8 +156,12 @@ def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClo
         raise ValueError("processor time does not count the work of a GPU; use the wall clock, without --cpu-time")
     if cuda:
         torch.cuda.synchronize(model.device)
-    stamps = TokenTimestamps(clock)
-    with torch.inference_mode(), first_call_timed(language_model(model.model), Timer(model.device, clock)) as prefill:
+    stamps, new_timer, core = TokenTimestamps(clock), partial(Timer, model.device, clock), model.model
+    with (
+        torch.inference_mode(),
+        encoding_timed(core, new_timer) as encoding,
+        first_call_timed(language_model(core), new_timer()) as prefill,
+    ):
         start = clock()
         model.generate(
             **inputs,
@@ -126,7 +173,8 @@ def time_generation(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClo
         )
     first, last = stamps.seconds[1], stamps.seconds[new_tokens]  # number 0 is the prompt
     decode_ms = 1000 * (last - first) / (new_tokens - 1)
-    return Timing(1000 * (first - start), prefill.ms, decode_ms, 1000 * (last - start))
+    encode_ms = sum(timer.ms for timer in encoding)
+    return Timing(encode_ms, 1000 * (first - start), prefill.ms, decode_ms, 1000 * (last - start))
 
 
 def time_warm(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = time.perf_counter) -> Timing:

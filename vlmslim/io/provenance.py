@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 import subprocess
 from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
@@ -89,6 +90,13 @@ def hardware(device: str | None = None) -> str:
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def card(device: str) -> str:
+    """Name the GPU of a device for a file's name, such as nvidia-h200; "cpu" for a processor."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", hardware(device).lower()).strip("-")
 
 
 def _cpu_name() -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from vlmslim import registry
 from vlmslim.cost.bench.shapes import SHAPES, random_model, shape_config
 from vlmslim.loading import check_device, check_dtype, default_device, load_model
 
@@ -44,6 +45,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not (height.isdecimal() and width.isdecimal()):
         raise ValueError(f"image size {text!r}: write HEIGHTxWIDTH in pixels, such as 672x672")
     return int(height), int(width)
+
+
+def parse_peer(text: str) -> dict[str, Any]:
+    """Read the method of another author, such as `path/to/file.py:Class`, options after it.
+
+    Raises:
+        ValueError: as `registry.parse_method` does, or the name is one of vlmslim's own methods.
+    """
+    stage = registry.parse_method(text)
+    if stage["method"] in registry.method_names():
+        raise ValueError(
+            f"--compare-with {text}: give a peer's method as path/to/file.py:Class; -m takes {text} by name"
+        )
+    return stage
 
 
 def model_of(

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,6 +60,7 @@ def bench(
     budgets: Sequence[Keep] | None = None,
     workload: Workload | None = None,
     *,
+    peers: Sequence[dict] = (),
     name: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -70,14 +71,16 @@ def bench(
         methods: methods with their options, as `registry.parse_method` returns them.
         budgets: visual tokens to keep per image, counts or shares; by default `default_budgets`.
         workload: prompts, generation length and rounds.
+        peers: methods of other authors to measure beside them, at the same budgets.
         name: name of the model in the record.
         progress: called with a line of text before each step.
 
     Returns:
         A record, ready for JSON: `model`, `device`, `versions`, `workload` and `scenarios`, one per batch size, each
-        with a row per method and budget. Times are medians with interquartile ranges; ratios are medians over rounds of
-        the ratio within a round. `prefill` is the language model with the work of the patch in it; `ttft` adds vision
-        tower, projector and the choice of the first token.
+        with a row per method and budget; `peer` marks the rows of `peers`. Times are medians with interquartile
+        ranges; ratios are medians over rounds of the ratio within a round. `encode` is the vision tower and the
+        projector, `prefill` the language model with the work of the patch in it; `ttft` is both and the choice of the
+        first token.
 
     Raises:
         ValueError: an unknown method or option, or a budget larger than an image.
@@ -89,8 +92,10 @@ def bench(
         prompt = SyntheticPrompt.make(
             model, batch=batch, images=work.images, image_size=work.image_size, text_tokens=work.text_tokens
         )
-        variants = {UNPATCHED: None, **with_budgets(methods, budgets or default_budgets(prompt.tokens))}
-        scenarios.append(_Scenario(model, prompt, work).run(variants, progress))
+        keeps = budgets or default_budgets(prompt.tokens)
+        theirs = {f"{label} (peer)": variant for label, variant in with_budgets(peers, keeps).items()}
+        variants = {UNPATCHED: None, **with_budgets(methods, keeps), **theirs}
+        scenarios.append(_Scenario(model, prompt, work).run(variants, theirs, progress))
     return {
         "model": {"name": name or model.name_or_path or type(model).__name__} | _describe(model),
         "device": provenance.hardware(str(model.device)),
@@ -145,8 +150,10 @@ class _Scenario:
     prompt: SyntheticPrompt
     work: Workload
 
-    def run(self, variants: Mapping[str, dict | None], progress: Callable[[str], None]) -> dict[str, Any]:
-        """Count and time all variants and their ideals."""
+    def run(
+        self, variants: Mapping[str, dict | None], peers: Collection[str], progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Count and time all variants and their ideals; `peers` are the labels of other authors' methods."""
         prompt, work = self.prompt, self.work
         counts = {}
         for label, variant in variants.items():
@@ -162,7 +169,8 @@ class _Scenario:
         times = {key: [timing for timing, _ in results] for key, results in measured.items()}
         rows = []
         for label, count in counts.items():
-            row = {"label": label, "stage": variants[label]} | count
+            row: dict[str, Any] = {"label": label, "peer": label in peers, "stage": variants[label]} | count
+            row["encode_ms"] = asdict(MedianIqr.of(timing.encode_ms for timing in times[label]))
             row["selection_ms"] = asdict(MedianIqr.of(ms for _, ms in measured[label]))
             for name in ("prefill", "ttft", "decode", "latency"):
                 row[f"{name}_ms"] = asdict(MedianIqr.of(getattr(timing, f"{name}_ms") for timing in times[label]))
