@@ -46,7 +46,7 @@ EACH, NEW_TOKENS = 6, 12  # questions of a task, tokens of an answer
 METHODS = {
     "tiny-llava": [
         "divprune:keep=64",
-        "divprune:keep=64:positions=original",
+        "divprune:keep=64:positions=renumbered",
         "todre:keep=64:layer=None",
         "globalcom2:keep=64",
         "bipartite_merge:keep=64",
@@ -67,7 +67,7 @@ METHODS = {
     ],
     "tiny-llava-next": [
         "divprune:keep=64",
-        "divprune:keep=64:positions=original",
+        "divprune:keep=64:positions=renumbered",
         "globalcom2:keep=64",
         "tokencorr:keep=0.25",
         "pool:keep=64",
