@@ -22,7 +22,7 @@ INTRODUCTION = """\
 
 The same method, on the same checkpoint, with the same number of visual tokens, has another number in every paper. This
 page lists what the papers print for LLaVA-1.5-7B, as the mean over their own tasks in per cent of the unpatched model,
-and what is known of the choices behind it. `vlmslim leaderboard DIR --published` sets your own run beside them.
+and what is known of how it was measured. `vlmslim leaderboard DIR --published` sets your own run beside them.
 
 What moves them, as far as it is known:
 

@@ -124,11 +124,11 @@ def _config_of(board: Leaderboard, run: dict, directory: Path, device: str | Non
 
 
 def _check_same(store: Store, run: dict, harness: Any, variants: Sequence[Variant], board: Leaderboard) -> None:
-    """Refuse to draw the tokens of other weights, code or questions than those behind the answers."""
+    """Refuse to draw the tokens of other weights, code or questions than those that gave the answers."""
     if harness.describe_checkpoint()["identity"] != run["shared"]["checkpoint"]:
         raise ConfigError(
             f"{run['config']['model']} is not the checkpoint that it was in the run; pictures would show other tokens "
-            "than those behind the answers"
+            "than those that gave the answers"
         )
     inputs = Inputs(variants, harness.tasks)
     for variant in variants:
