@@ -1,4 +1,4 @@
-"""Hashes of the code behind a method, so that results of an edited method are not mixed with older ones."""
+"""Hashes of a method's code, so that results of an edited method are not mixed with older ones."""
 
 import ast
 import hashlib
@@ -13,7 +13,14 @@ from vlmslim.compressor import Compressor
 
 _PACKAGE = Path(vlmslim.__file__).resolve().parent
 #: What every evaluation runs, whatever its method.
-_ENGINE = ("compressor.py", "patching.py", "engine/*.py")
+_ENGINE = (
+    "compressor.py",
+    "image_tokens.py",
+    "layer_input.py",
+    "common_options.py",
+    "patching.py",
+    "engine/**/*.py",
+)
 #: Imports are followed into these rooms of the package. Its other rooms do not compute tokens.
 _FOLLOWED = ("ops", "methods")
 
