@@ -32,7 +32,7 @@ POSITIONS = ("renumbered", "original")
 
 @dataclass(frozen=True)
 class Goal:
-    """What to look for: one of the two is given.
+    """A goal of the race: one of the two is given.
 
     target : share of the unpatched model's average that a row has to reach, as cheaply as possible
     ttft   : most time to first token, as a share of the unpatched model's, with the best average
@@ -68,7 +68,7 @@ def parse_goal(target: str | None, ttft: float | None) -> Goal:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the race is run.
+    """Settings of the race.
 
     limit : questions of each task on the full board, from which the race draws
     share : most answers to ask for, as a share of the full board's
@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass
 class Advice:
-    """What the race chose, and how sure that is.
+    """The choice of the race, and how sure it is.
 
     chosen    : None if no row reaches the goal
     score     : average in shares of the unpatched model's, with its interval
@@ -243,7 +243,7 @@ class _Advisor:
         for variant in list(self.variants):
             try:
                 self.harness.check_method(variant)
-            except Exception as error:
+            except Exception as error:  # a method may raise anything; the advice or the refusal says it
                 line = f"{variant.label}: {one_line(error)}"
                 if not self.may_skip:
                     raise ConfigError(line) from error

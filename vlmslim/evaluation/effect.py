@@ -1,4 +1,4 @@
-"""Whether every stage of a method acted, read off receipts. This needs no torch, so that the leaderboard can use it."""
+"""A check that every stage of a method acted. It reads receipts without torch, so that the leaderboard can use it."""
 
 from collections.abc import Sequence
 

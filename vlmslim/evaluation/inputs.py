@@ -1,4 +1,4 @@
-"""What decides the numbers of a cell: code, weights and the task. A finished cell counts while they are the same."""
+"""Hashes of the inputs of a cell: code, weights and the task. A finished cell counts while they are the same."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

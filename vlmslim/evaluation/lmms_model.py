@@ -142,7 +142,7 @@ class VlmSlim(lmms):
 
     @property
     def receipt(self) -> dict:
-        """What compression really did since the model was loaded: `Receipt.summary()`.
+        """The receipt of the compression since the model was loaded: `Receipt.summary()`.
 
         While the model runs, the receipt is of this process. After lmms-eval has let go of the model it is of all
         processes together.

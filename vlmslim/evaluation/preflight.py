@@ -1,4 +1,4 @@
-"""What a run refuses before it loads the checkpoint."""
+"""Checks of a run before it loads the checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

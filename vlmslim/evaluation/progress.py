@@ -1,4 +1,4 @@
-"""What a run shows on the terminal, and what it keeps off it."""
+"""The progress of a run on the terminal, and the logs that take all other output."""
 
 import sys
 from collections.abc import Callable, Iterator

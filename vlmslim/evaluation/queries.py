@@ -26,7 +26,7 @@ def naming(where: str) -> Iterator[None]:
         yield
     except RequestError:
         raise
-    except Exception as error:
+    except Exception as error:  # a model or a task may raise anything; the error goes on, with the documents
         raise RequestError(f"{where}: {type(error).__name__}: {error}") from error
 
 
@@ -56,7 +56,7 @@ class Query:
 
     @property
     def scores(self) -> bool:
-        """Whether a continuation is to be scored, and nothing generated."""
+        """True if a continuation is to be scored, and nothing generated."""
         return self.prompt is not None
 
 

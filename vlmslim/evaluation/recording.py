@@ -1,4 +1,4 @@
-"""Where the visual tokens of single questions went, under every row of a run: what the report draws.
+"""Records of the visual tokens of single questions, under every row of a run, which the report draws.
 
 A question is asked again, alone, under each row. The record holds the picture as the model saw it, the rectangle of
 each token, the tokens that are left after each stage, and the counts and FLOPs of this prefill.

@@ -2,27 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from vlmslim.cost.budget import TOLERANCE, cost_of
+from vlmslim.cost.budget import TOLERANCE, Solution, cost_of
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation import preflight
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.failures import as_written, cell_failure, message_of, refusing
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
 from vlmslim.evaluation.progress import Display, RowLine
 from vlmslim.evaluation.recording import record_flips
+from vlmslim.evaluation.solutions import Solutions
 from vlmslim.evaluation.store import Store, digest, reading, timing_key
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io import provenance
 from vlmslim.io.code import outside_files
-from vlmslim.io.messages import one_line
 from vlmslim.leaderboard.board import Leaderboard, preview
 from vlmslim.leaderboard.report import write_all
 from vlmslim.leaderboard.rows import Row
@@ -30,7 +30,7 @@ from vlmslim.leaderboard.tables import NOTHING, kept_text
 from vlmslim.loading import check_device
 
 if TYPE_CHECKING:
-    from vlmslim.evaluation.harness import Answers, Cell
+    from vlmslim.evaluation.cells import Answers, Cell
 
 
 def run(
@@ -83,7 +83,7 @@ class _Run:
         self.variants = config.variants()
         self.harness = harness(config, display.bar)
         self.tasks = [task.task for task in self.harness.tasks.leaves]
-        with _refusing("model.device"):
+        with refusing("model.device"):
             check_device(config.model.device)
         self.record: dict[str, Any] = {
             "seed": config.seed,
@@ -109,7 +109,7 @@ class _Run:
         with reading(store.directory):
             self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
         self._check_counts(checkpoint.get("visual_tokens"))
-        self._solutions: dict[str, dict] = {}
+        self.solutions = Solutions(store, self.hash, self.inputs, fresh=fresh, solve=self._solve)
         self._loaded = False
 
     def _leave_out(self, undefined: dict[str, str]) -> None:
@@ -130,7 +130,7 @@ class _Run:
         """Solve budgets, evaluate and time what is missing, and write the leaderboard."""
         with reading(self.store.directory):
             stored = {(v.label, task): self._stored_cell(v, task) for v in self.variants for task in self.tasks}
-        self.variants = self._solved()
+        self.variants = self.solutions.solve_all(self.variants)
         with reading(self.store.directory):
             todo = [
                 (variant, task)
@@ -159,9 +159,26 @@ class _Run:
         """Load the checkpoint, when the first unfinished cell or unsolved budget needs it."""
         if not self._loaded:
             self.display.message(f"loading {self.config.model.pretrained}")
-            with _refusing("model"):
+            with refusing("model"):
                 self.harness.load()
             self._loaded = True
+
+    def _solve(self, variant: Variant) -> Solution:
+        """Find the option of a row that makes it cost its budget.
+
+        Raises:
+            ConfigError: the checkpoint cannot be loaded.
+            ValueError: no value of the option does, or the options do not fit the model.
+            CellError: anything else that the method raises.
+        """
+        self._load()
+        self.display.message(f"solving {variant.label}")
+        try:
+            return self.harness.solve(variant)
+        except ValueError:
+            raise
+        except Exception as error:  # a method may raise anything; the error goes on, with the name of the row
+            raise CellError(f"{variant.label}: solving its budget failed: {error!r}") from error
 
     def _open(self, todo: dict[str, list[Variant]]) -> None:
         """Open what the unfinished cells will read, because an error should not come after hours of other cells.
@@ -176,13 +193,13 @@ class _Run:
         for variant in dict.fromkeys(variant for variants in todo.values() for variant in variants):
             try:
                 self.harness.check_method(variant)
-            except Exception as error:
-                failures.append(f"{variant.label}: {_said(error)}")
+            except Exception as error:  # a method may raise anything; all that fail are listed in one refusal
+                failures.append(f"{variant.label}: {message_of(error)}")
         for task in todo:
             try:
                 self.harness.check_task(task)
-            except Exception as error:
-                failures.append(f"tasks: {task} cannot be opened: {_said(error)}")
+            except Exception as error:  # a task may raise anything; all that fail are listed in one refusal
+                failures.append(f"tasks: {task} cannot be opened: {message_of(error)}")
         if failures:
             raise ConfigError("\n".join(failures))
         self.harness.check_split(todo)
@@ -195,8 +212,7 @@ class _Run:
         if self.fresh:
             self._load()  # a checkpoint that cannot be loaded is the last thing to refuse
             self.store.clear()
-            if self._solutions:
-                self._save_solutions()
+            self.solutions.save()
         self.store.save_run(self.shared, self.described)
 
     def _check_counts(self, tokens: int | None) -> None:
@@ -212,49 +228,6 @@ class _Run:
                 failures.append(f"{variant.label}: {error}")
         if failures:
             raise ConfigError("\n".join(failures))
-
-    # ---------------------------------------------------------------- budgets
-
-    def _solved(self) -> list[Variant]:
-        """Return the rows with every cost solved. Solutions are kept: a task that is added changes no method."""
-        known = None if self.fresh else self.store.solutions
-        if known is not None and known.get("config_hash") == self.hash:
-            with reading(self.store.directory):
-                self._solutions = dict(known["rows"])
-        rows, failures = [], []
-        for variant in self.variants:
-            if variant.unsolved:
-                asked = {"budget": variant.budget, **self.inputs.made_with(variant)}
-                found = self._solutions.get(variant.label)
-                if found is None or found["asked"] != json.loads(json.dumps(asked)):
-                    self._load()
-                    try:
-                        found = {"asked": asked, **self._solve(variant)}
-                    except ValueError as error:  # a budget that cannot be met, or options that do not fit the model
-                        failures.append(f"{variant.label}: {error}")
-                        continue
-                    self._solutions[variant.label] = found
-                    if not self.fresh:  # else the old ones may still be wanted, until nothing is refused any more
-                        self._save_solutions()
-                variant = variant.solve(found["stages"], found["solved"])
-            rows.append(variant)
-        if failures:
-            raise ConfigError("\n".join(failures))
-        return rows
-
-    def _solve(self, variant: Variant) -> dict:
-        """Find the option of a row that makes it cost its budget."""
-        self.display.message(f"solving {variant.label}")
-        try:
-            solution = self.harness.solve(variant)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise CellError(f"{variant.label}: solving its budget failed: {error!r}") from error
-        return {"stages": list(solution.stages), "solved": solution.record()}
-
-    def _save_solutions(self) -> None:
-        self.store.save_solutions({"config_hash": self.hash, "rows": self._solutions})
 
     # ---------------------------------------------------------------- cells
 
@@ -283,7 +256,7 @@ class _Run:
         if cell["stages"] != now:
             raise ConfigError(
                 f"{variant.label} was changed in the middle of the run: {self.store.directory} holds its cell "
-                f"{cell['task']}, made with\n  {_as_written(cell['stages'])}\nand now it is\n  {_as_written(now)}\n"
+                f"{cell['task']}, made with\n  {as_written(cell['stages'])}\nand now it is\n  {as_written(now)}\n"
                 f"Give the changed method another 'label', {HOW_TO_CONTINUE}"
             )
         return True
@@ -319,7 +292,7 @@ class _Run:
         answered = self.harness.answer_all(todo, self.display.start_cell) if todo else ()
         for number, (task, answers) in enumerate(answered, 1):
             if isinstance(answers, Exception):
-                failed.append(_failure(task, answers))
+                failed.append(cell_failure(task, answers))
             else:
                 failed += [error for variant in todo[task] if (error := self._grade(variant, task, answers))]
             if number == 1 < len(todo) and not failed:
@@ -335,8 +308,8 @@ class _Run:
         try:
             cell = self.harness.cell(variant, task, answers[variant.label])
             check_effect(cell.receipt)
-        except Exception as error:
-            return _failure(f"{variant.label} on {task}", error)
+        except Exception as error:  # a method or a task may raise anything; the run ends with it, after other cells
+            return cell_failure(f"{variant.label} on {task}", error)
         self.inputs.check_unchanged(variant, task)
         self._save(variant, task, cell)
         self.display.finish_cell()
@@ -403,13 +376,6 @@ class _Run:
         self.store.save_timing({"settings": settings, "hardware": self.record["hardware"], "times": times})
 
 
-def _failure(what: str, error: Exception) -> CellError:
-    """Say what failed, and keep the reason."""
-    failure = CellError(f"{what} failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
 def _default_harness(workers: str | int | None) -> Callable[..., Any]:
     if workers is not None:
         from vlmslim.evaluation.workers import RayHarness
@@ -418,28 +384,3 @@ def _default_harness(workers: str | int | None) -> Callable[..., Any]:
     from vlmslim.evaluation.harness import Harness  # it loads lmms-eval, which takes seconds
 
     return Harness
-
-
-@contextmanager
-def _refusing(where: str) -> Iterator[None]:
-    """Turn what a check or a loader cannot do into a mistake in the configuration, at the key `where`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, TypeError, ValueError) as error:  # TypeError: a class of model that cannot be patched
-        raise ConfigError(f"{where}: {one_line(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    """Return the message of an error, and its class unless it is one that speaks to the user."""
-    attempt = getattr(error, "last_attempt", None)  # lmms-eval opens data several times; the last error has the reason
-    if attempt is not None and isinstance(attempt.exception(), Exception):
-        error = attempt.exception()
-    known = isinstance(error, ImportError | OSError | ValueError)
-    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-
-
-def _as_written(stages: list[dict]) -> str:
-    """Write stages as a user writes them."""
-    return " + ".join(", ".join(f"{key}: {value}" for key, value in stage.items()) for stage in stages)

@@ -174,7 +174,7 @@ class MethodConfig(Strict):
 
 
 class TimingConfig(Strict):
-    """How the methods are timed at the end of a run."""
+    """Settings of the timing of all methods at the end of a run."""
 
     prompts: Count = 4
     repeats: Count = 5
@@ -182,7 +182,7 @@ class TimingConfig(Strict):
 
 
 class ReportConfig(Strict):
-    """What the report shows besides scores.
+    """Parts of the report besides scores.
 
     samples : flipped questions whose visual tokens are recorded under every row, of all tasks together
     """
@@ -191,7 +191,7 @@ class ReportConfig(Strict):
 
 
 class ResourcesConfig(Strict):
-    """What each worker of `vlmslim run --workers` gets, and how work is split.
+    """Resources of each worker of `vlmslim run --workers`, and the size of its units.
 
     gpus_per_worker : several for a model with `device_map: auto`; by default 1 where there are GPUs
     shard : most prompts of a task that one worker answers at a time

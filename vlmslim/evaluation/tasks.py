@@ -41,7 +41,7 @@ class Tasks:
             self.manager = TaskManager("ERROR", include_path=self.include_path, include_defaults=False)
             if not {task.task for task in config.tasks} <= set(self.manager.all_tasks):  # the full index takes 10 s
                 self.manager = TaskManager("ERROR", include_path=self.include_path)
-        except Exception as error:  # a group without a name, a list as the name of a task, ...
+        except Exception as error:  # a task file may break lmms-eval anywhere; the error goes on, with the folders
             folders = ", ".join(map(str, config.include_path))
             raise ConfigError(
                 f"include_path: lmms-eval cannot read the tasks in {folders}: {type(error).__name__}: {error}"

@@ -36,7 +36,7 @@ class Variant:
 
     @property
     def unpatched(self) -> bool:
-        """Whether the row is the model without a method."""
+        """True if the row is the model without a method."""
         return all(stage["method"] == "none" for stage in self.stages)
 
     @property
@@ -46,7 +46,7 @@ class Variant:
 
     @property
     def unsolved(self) -> bool:
-        """Whether the option that makes the row cost its budget is still to be found."""
+        """True if the option that makes the row cost its budget is still to be found."""
         return bool(self.cost) and self.solved is None
 
     def solve(self, stages: Sequence[dict], solved: dict) -> "Variant":
@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def content(self) -> str:
-        """What the row does, whatever its label is."""
+        """The stages of the row, whatever its label is."""
         return repr(([sorted(stage.items(), key=str) for stage in self.stages], self.cost))
 
 

@@ -57,13 +57,13 @@ class CellCheck:
 
     @property
     def score_changed(self) -> bool:
-        """Whether the mean score of the sample is another one."""
+        """True if the mean score of the sample is another one."""
         return self.then != self.now
 
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """Findings of `verify`.
 
     how      : how the questions were asked: size of the sample, batch size, order
     cells    : one for each cell of the run
@@ -80,7 +80,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing changed that should not.
+        """True if nothing changed that should not.
 
         In half precision the kernels round differently for other batch sizes, and a few greedy answers can flip. An
         answer that flips for this reason alone is reported, but it is no failure.

@@ -5,108 +5,34 @@ nor on who answered what, nor on the parts: the parts are whole batches of the t
 answers at once, in the driver.
 """
 
-import faulthandler
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vlmslim.cost.budget import Solution
+from vlmslim.evaluation.cells import Answers, Todo
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
-from vlmslim.evaluation.harness import Answers, Harness, Todo
-from vlmslim.evaluation.progress import MakeBar, log_to, output_to
+from vlmslim.evaluation.harness import Harness
+from vlmslim.evaluation.progress import MakeBar, output_to
+from vlmslim.evaluation.ray_cluster import check_workers, connect, import_ray
 from vlmslim.evaluation.schema import TimingConfig
+from vlmslim.evaluation.units import Outcomes, Unit, UnitError, split
 from vlmslim.evaluation.variants import Variant
-from vlmslim.io.messages import one_line
+from vlmslim.evaluation.worker import Worker, log_of
+
+__all__ = ["RayHarness", "check_workers"]
 
 DEATHS = 3  # of workers, after which a unit is given up
-SHARD = 256  # prompts of a task that a worker answers at a time, by default
 START_SECONDS = 1800  # for the first worker to load the checkpoint
 LOG_LINES = 5  # of a worker that died, in the message
 
 Begin = Callable[[str, str], object]
-
-
-class UnitError(RuntimeError):
-    """A unit of work that killed its workers; the message has the end of the last one's log."""
-
-
-@dataclass
-class Unit:
-    """A part of a task, and the methods that answer it.
-
-    prompts : about how many
-    deaths  : of workers that were at it
-    """
-
-    task: str
-    variants: Sequence[Variant]
-    part: int
-    parts: int
-    prompts: int
-    deaths: int = 0
-
-
-class Worker:
-    """What runs in an actor: a harness with the loaded checkpoint.
-
-    Args:
-        config: the comparison, with absolute paths.
-        number: of the worker.
-        folder: the driver's working directory.
-        threads: of torch, because they decide the last bits of a sum on a CPU.
-    """
-
-    def __init__(self, config: RunConfig, number: int, folder: str, threads: int):
-        self.log = log_of(config.output, number)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)  # also what libraries and a crash print
-        os.dup2(file, 2)
-        faulthandler.enable()
-        log_to(self.log)
-        print(f"worker {number} is process {os.getpid()}", flush=True)
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        torch.set_num_threads(threads)
-        self.answered = 0
-        self.harness = Harness(config, self._bar)
-
-    def _bar(self, **_: Any) -> "AbstractContextManager[Any]":
-        return nullcontext(self)
-
-    def update(self, n: int = 1) -> None:
-        """Count answers; the driver shows them."""
-        self.answered += n
-
-    def progress(self) -> int:
-        """Count the answers that this worker has given since it started."""
-        return self.answered
-
-    def load(self) -> int:
-        """Load the checkpoint, and return the number of this process."""
-        self.harness.load()
-        return os.getpid()
-
-    def time(self, variants: Sequence[Variant], timing: TimingConfig) -> dict[str, dict]:
-        """Time methods, without showing progress."""
-        return self.harness.time(variants, timing, lambda: None)
-
-    def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> list[tuple[int, dict]]:
-        """Record where visual tokens went."""
-        return list(self.harness.record(variants, task, questions))
-
-    def call(self, name: str, *args: Any) -> Any:
-        """Call a function of the harness."""
-        return getattr(self.harness, name)(*args)
 
 
 @dataclass
@@ -122,43 +48,6 @@ class _Seat:
 def _bare(variants: Sequence[Variant]) -> list[Variant]:
     """Return rows without their classes, because a class of the user's own file cannot be sent; its stages name it."""
     return [replace(variant, classes=frozenset()) for variant in variants]
-
-
-def log_of(output: Path, number: int) -> Path:
-    """Return the log of a worker."""
-    return output / "workers" / f"worker-{number}.log"
-
-
-def check_workers(workers: str) -> str | int:
-    """Read `--workers`.
-
-    Raises:
-        ConfigError: it is no number, nor "auto", nor the address of a head node.
-    """
-    if workers == "auto" or workers.startswith("ray://") and len(workers) > len("ray://"):
-        return workers
-    if workers.isdecimal() and int(workers) >= 1:
-        return int(workers)
-    raise ConfigError(f"--workers {workers}: give a number from 1 up, auto, or ray://HEAD:10001")
-
-
-def import_ray() -> ModuleType:
-    """Import Ray, without its telemetry.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",  # no telemetry
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # so that a node of its own binds to loopback, on Linux too
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    )
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError as error:
-        raise ConfigError('--workers needs Ray: pip install "vlmslim[ray]"') from error
-    return ray
 
 
 class RayHarness(Harness):
@@ -192,46 +81,11 @@ class RayHarness(Harness):
         if self._seats:
             return
         self._quiet.enter_context(output_to(self.config.output / "workers" / "ray.log"))
-        count, gpus = self._connect()
+        count, gpus = connect(self.ray, self.workers, self.config)
         options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 2}  # it tells its progress while it works
         self._actor = self.ray.remote(**options)(Worker)
         self._seats = [_Seat(number, self._hire(number)) for number in range(count)]
         self._on_first("load", own=True, timeout=START_SECONDS)
-
-    def _connect(self) -> tuple[int, float]:
-        """Start Ray here or connect to a head node; return how many workers, and the GPUs of each."""
-        ray, asked = self.ray, self.config.resources.gpus_per_worker
-        on_cpu = (self.config.model.device or "").startswith("cpu")
-        if isinstance(self.workers, str) and self.workers != "auto":
-            try:
-                ray.init(self.workers, log_to_driver=False, logging_level="ERROR")
-            except Exception as error:  # Ray has an own class for each layer that fails
-                raise ConfigError(
-                    f"no Ray head node answers at {self.workers} ({one_line(error)}); start one with "
-                    "'ray start --head', and give the address of its client server: ray://HOST:10001"
-                ) from error
-            there = ray.cluster_resources()
-            here, cores = there.get("GPU", 0), int(there.get("CPU", 1))
-        else:
-            here, cores = float(torch.cuda.device_count()), os.cpu_count() or 1
-        gpus = asked if asked is not None else float(here > 0 and not on_cpu)
-        most = int(here // gpus) if gpus else cores if isinstance(self.workers, str) and self.workers != "auto" else 1
-        count = self.workers if isinstance(self.workers, int) else max(most, 1)
-        if count * gpus > here:
-            raise ConfigError(
-                f"{count} workers of {gpus:g} GPUs need {count * gpus:g} GPUs, and there are {here:g}; give fewer "
-                "--workers, or a smaller resources.gpus_per_worker"
-            )
-        if not ray.is_initialized():
-            ray.init(
-                num_cpus=count,
-                num_gpus=int(here),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        return count, gpus
 
     def _hire(self, number: int) -> Any:
         """Start a worker. It loads the checkpoint with its first task."""
@@ -293,26 +147,13 @@ class RayHarness(Harness):
         Raises:
             ConfigError: `resources.shard` splits no task.
         """
-        limit, size = self.config.resources.shard, self.config.batch_size
-        units = []
-        for task, variants in todo.items():
-            batches = self.batches(task)
-            most = max((limit or SHARD) // size, 1)
-            parts = 1 if batches is None else -(-batches // most)
-            prompts = (batches or 10**6) * size  # dialogues cannot be split, so they begin first
-            units += [Unit(task, variants, part, parts, -(-prompts // parts)) for part in range(parts)]
-        if limit is not None and all(unit.parts == 1 for unit in units):
-            raise ConfigError(
-                f"resources.shard: {limit} splits nothing, because no unfinished task has more than "
-                f"{max(limit, size)} prompts; give fewer, or leave it out"
-            )
-        return sorted(units, key=lambda unit: -unit.prompts)
+        return split(todo, self.batches, self.config.batch_size, self.config.resources.shard)
 
     def answer_all(self, todo: Todo, begin: Begin) -> Iterator[tuple[str, dict[str, Answers] | Exception]]:
         """Answer tasks on all workers; yield each when its last part is answered."""
         self.load()
         units = deque(self.units(todo))
-        work = _Work({unit.task: unit.parts for unit in units})
+        outcomes = Outcomes({unit.task: unit.parts for unit in units})
         total = sum(len(unit.variants) * unit.prompts for unit in units)
         running: dict[Any, _Seat] = {}
         for seat in self._seats:
@@ -331,7 +172,7 @@ class RayHarness(Harness):
                     if outcome is None:
                         units.appendleft(unit)  # once more, on this worker or another
                     else:
-                        whole = work.add(unit, outcome)
+                        whole = outcomes.add(unit, outcome)
                     self._next(seat, units, running)
                     if whole is not None:
                         yield unit.task, whole
@@ -379,28 +220,3 @@ class RayHarness(Harness):
                 continue  # it died; its unit says so
             bar.update(max(count - asked[task].shown, 0))
             asked[task].shown = count
-
-
-@dataclass
-class _Work:
-    """The parts of tasks that are answered so far.
-
-    parts    : of each task
-    outcomes : task -> part -> its answers by method, or what failed
-    """
-
-    parts: dict[str, int]
-    outcomes: dict[str, dict[int, dict[str, Answers] | Exception]] = field(default_factory=dict)
-
-    def add(self, unit: Unit, outcome: dict[str, Answers] | Exception) -> dict[str, Answers] | Exception | None:
-        """Take in a part; return the answers of the whole task with its last part, else None."""
-        known = self.outcomes.setdefault(unit.task, {})
-        known[unit.part] = outcome
-        if len(known) < self.parts[unit.task]:
-            return None
-        parts = [known[part] for part in sorted(known)]
-        for part in parts:
-            if isinstance(part, Exception):
-                return part
-        answers = [part for part in parts if not isinstance(part, Exception)]
-        return {v.label: Answers.merged([part[v.label] for part in answers]) for v in unit.variants}

@@ -1,0 +1,76 @@
+"""The process of a worker of `vlmslim run --workers`: a harness with the loaded checkpoint, in a Ray actor."""
+
+import faulthandler
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmslim.evaluation.config import RunConfig
+from vlmslim.evaluation.harness import Harness
+from vlmslim.evaluation.progress import log_to
+from vlmslim.evaluation.schema import TimingConfig
+from vlmslim.evaluation.variants import Variant
+
+
+class Worker:
+    """A harness in a process of its own, whose output goes to a log.
+
+    Args:
+        config: the comparison, with absolute paths.
+        number: of the worker.
+        folder: the driver's working directory.
+        threads: of torch, because they decide the last bits of a sum on a CPU.
+    """
+
+    def __init__(self, config: RunConfig, number: int, folder: str, threads: int):
+        self.log = log_of(config.output, number)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)  # also what libraries and a crash print
+        os.dup2(file, 2)
+        faulthandler.enable()
+        log_to(self.log)
+        print(f"worker {number} is process {os.getpid()}", flush=True)
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        torch.set_num_threads(threads)
+        self.answered = 0
+        self.harness = Harness(config, self._bar)
+
+    def _bar(self, **_: Any) -> AbstractContextManager[Any]:
+        return nullcontext(self)
+
+    def update(self, n: int = 1) -> None:
+        """Count answers; the driver shows them."""
+        self.answered += n
+
+    def progress(self) -> int:
+        """Count the answers that this worker has given since it started."""
+        return self.answered
+
+    def load(self) -> int:
+        """Load the checkpoint, and return the number of this process."""
+        self.harness.load()
+        return os.getpid()
+
+    def time(self, variants: Sequence[Variant], timing: TimingConfig) -> dict[str, dict]:
+        """Time methods, without showing progress."""
+        return self.harness.time(variants, timing, lambda: None)
+
+    def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> list[tuple[int, dict]]:
+        """Record where visual tokens went."""
+        return list(self.harness.record(variants, task, questions))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call a function of the harness."""
+        return getattr(self.harness, name)(*args)
+
+
+def log_of(output: Path, number: int) -> Path:
+    """Return the log of a worker."""
+    return output / "workers" / f"worker-{number}.log"
