@@ -29,12 +29,15 @@ class Compressed:
                that add features of their tower after decoder layers (DeepStack), which are then averaged alike
     size     : (k,) how many of the image's tokens each one stands for: in every decoder layer, attention to it counts
                as if its key were there so often (its logarithm is added to the logits). None if each stands for one
+    made_of  : for methods whose tokens share patches, instead of `into`: a function that returns (k, n), how much of
+               each of the image's n tokens is in each of the k, 0 where nothing of it is. Pictures call it
     """
 
     features: Tensor | None
     index: Tensor | None = None
     into: Callable[[], Tensor] | None = None
     size: Tensor | None = None
+    made_of: Callable[[], Tensor] | None = None
 
     def __len__(self) -> int:
         tokens = self.index if self.features is None else self.features

@@ -12,12 +12,13 @@ from evaluation_doubles import FakeHarness, write_config  # noqa: E402
 from vlmslim.evaluation import harness as harness_module  # noqa: E402
 from vlmslim.evaluation.config import load_config  # noqa: E402
 from vlmslim.evaluation.errors import ConfigError  # noqa: E402
-from vlmslim.evaluation.recording import add_pictures, rectangles  # noqa: E402
+from vlmslim.evaluation.recording import add_pictures, cut_of, rectangles  # noqa: E402
 from vlmslim.evaluation.run import run  # noqa: E402
 from vlmslim.evaluation.store import Store  # noqa: E402
 from vlmslim.leaderboard.board import Leaderboard  # noqa: E402
 from vlmslim.leaderboard.flips import flipped  # noqa: E402
 from vlmslim.leaderboard.report import write_folder  # noqa: E402
+from vlmslim.pictures.trace import Cut  # noqa: E402
 
 TASKS = ["scenes_presence", "scenes_choice"]  # one generates its answers, one chooses among four
 
@@ -101,6 +102,17 @@ def test_the_rectangles_are_the_tokens(records):
         assert (rects[:, 3] * rects[:, 4]).sum() == image["width"] * image["height"]
 
 
+def test_shared_tokens_list_their_parts():
+    made_of = np.array([[0.5, 0, 0.5, 0], [1e-38, 2, 0, 0], [0, 0, 0, 1]], np.float32)
+    cut = cut_of(Cut(0, "pool", 3, np.array([0, 1, 0, 2]), made_of=made_of))
+    assert places(cut, 4).tolist() == [0, 1, 0, 2]
+    token, patch, level = (
+        np.frombuffer(base64.b64decode(cut["parts"][name]), kind).tolist()
+        for name, kind in [("token", "<i2"), ("patch", "<i2"), ("level", "u1")]
+    )
+    assert [token, patch, level] == [[0, 0, 1, 1, 2], [0, 2, 0, 1, 3], [255, 255, 1, 255, 255]]
+
+
 def test_rectangles_of_any_map():
     token = np.array([[0, 0, -2, 5], [0, 0, -2, 5], [1, -1, -1, 5]])
     drawn = np.full(token.shape, -2)
@@ -134,6 +146,9 @@ def test_a_flipped_answer_opens_its_tokens(page, output, records):
     sizes = np.bincount(places(cut, 144))
     aim.get_by_label("decoder layer, aim-16").fill("0")
     assert aim.locator(".merged").count() == sizes[sizes > 1].sum()
+    aim.get_by_label("only token").fill(str(sizes.argmax() + 1))
+    assert aim.locator(".part").count() == sizes.max()
+    assert f"token {sizes.argmax() + 1} is made of {sizes.max()}" in aim.locator("output").inner_text()
     counted = records[task, question]["rows"]["aim-16"]["prefill"]["images"][0][0]["kept"]
     assert aim.locator("dt:text-is('sent to the language model') + dd").inner_text() == str(counted)
     assert "total" in aim.get_by_role("table").inner_text()

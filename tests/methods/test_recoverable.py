@@ -263,6 +263,8 @@ def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
     want = model.model.multi_modal_projector(torch.cat([x[kept], torch.tensor(merged).view(-1, 16)]))
     if len(want):
         torch.testing.assert_close(result.vectors(image), want, rtol=1e-4, atol=1e-4)
+        drawn = model.model.multi_modal_projector(result.made_of() @ x)
+        torch.testing.assert_close(drawn, want, rtol=1e-4, atol=1e-4)
     else:
         assert len(result) == 1
 

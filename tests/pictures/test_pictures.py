@@ -16,6 +16,8 @@ from vlmslim.compressor import Compressed, Compressor
 from vlmslim.engine.families import FAMILIES
 from vlmslim.methods.bipartite_merge import BipartiteMerge, destinations, merge_tokens
 from vlmslim.methods.pool import Pool
+from vlmslim.methods.tokencorr import TokenCorr
+from vlmslim.methods.tokenflex import TokenFlex
 from vlmslim.methods.visionzip import VisionZip
 from vlmslim.pictures.canvas import Canvas, pictures_of
 from vlmslim.pictures.draw import kept, panels
@@ -151,6 +153,44 @@ def test_merged_tokens_are_means_of_the_patches_drawn(cls, options):
             assert panel.picture.width > 100
 
 
+SHARING = [(TokenFlex, {"keep": 0.6, "weights": "pool"}), (TokenCorr, {"keep": 0.4, "merge": "knn", "neighbours": 3})]
+
+
+@pytest.mark.parametrize("cls, options", SHARING)
+@torch.no_grad()
+def test_tokens_that_share_patches_are_the_sums_drawn(cls, options):
+    model = tiny("llava")
+    spy, seen = watched(cls, **options)
+    with vlmslim.patch(model, spy, record="tokens") as slim:
+        model(**batch(model, LONG_ROWS[:1]))
+    ((image, sent),) = seen
+    (cut,) = slim.receipt.last.traces[0][0].cuts
+    made_of = torch.from_numpy(cut.made_of)
+    assert ((made_of > 0).sum(0) > 1).any()
+    torch.testing.assert_close(sent.vectors(image), image.project(made_of @ image.tower_tokens))
+    largest = (made_of / made_of.sum(1, keepdim=True)).argmax(0)
+    assert (torch.from_numpy(cut.into) == torch.where((made_of > 0).any(0), largest, -1)).all()
+
+
+@pytest.mark.parametrize("cls, options", SHARING)
+@torch.no_grad()
+def test_every_shared_token_has_its_place(family, cls, options):
+    """Anyres mosaics with padding cut away, newlines, several images; on OneVision a video, too."""
+    model = tiny(family)
+    rows = [*LONG_ROWS, SEVERAL[0]] + [[BOS, Clip(0, 3), 5]] * (family == "onevision")
+    spy, seen = watched(cls, **options)
+    with vlmslim.patch(model, [spy, vlmslim.method("fastv", keep=0.5, layer=2)], record="tokens") as slim:
+        model(**batch(model, rows))
+    last = slim.receipt.last
+    for row, traces in enumerate(last.traces):
+        for layer in (0, 2):
+            shown = [len(np.unique(cut.into[cut.shown])) for cut in (trace.at(layer) for trace in traces)]
+            assert sum(shown) <= last.visual[layer][row] and (layer or sum(shown) == last.visual[layer][row])
+        for trace in traces:
+            found = [panel.title.rpartition(": ")[2] for panel in panels(trace, PLAIN)]
+            assert ("parts" in found) == any(cut.made_of is not None for cut in trace.cuts)
+
+
 @torch.no_grad()
 def test_tokens_of_a_shrunk_picture_cover_it():
     model = tiny("llava")
@@ -188,6 +228,9 @@ def test_nothing_is_kept_unless_asked():
     with pytest.raises(RuntimeError, match='record="tokens"'):
         slim.picture(PLAIN)
     with pytest.raises(ValueError, match=r"Compressed.into of shape \(3,\): return \(16,\)"):
+        run(record="tokens")
+    Silent.compress = lambda self, image: Compressed(image.features[:5], made_of=lambda: torch.ones(16, 5))
+    with pytest.raises(ValueError, match=r"Compressed.made_of of shape \(16, 5\): return \(5, 16\)"):
         run(record="tokens")
 
 

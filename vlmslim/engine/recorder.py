@@ -44,15 +44,18 @@ class Recorder:
         """Follow the tokens of one image of a prompt through the runs of decoder layers."""
         columns, sent = self.sent[row][number]
         entrance = next((stage.name for stage in stages if stage.acts_before_llm), "")
-        seats, into = _entered(entrance, sent, len(columns))
-        cuts = [Cut(0, entrance, len(seats), into, None if image.score is None else _host(image.score))]
+        seats, into, made_of = _entered(entrance, sent, len(columns))
+        score = None if image.score is None else _host(image.score)
+        cuts = [Cut(0, entrance, len(seats), into, score, made_of)]
         between = {layer: stage.name for stage in stages for layer in stage.layers}
         before = layouts[0]
         for first in sorted(layouts.keys() & between.keys()):
             score = self._score(first, row, number, before, columns, seats, into)
             before = layouts[first]
             left = _tokens(before, row, number, columns, seats)
-            cuts.append(Cut(first, between[first], len(left), None if into is None else _renumbered(into, left), score))
+            parts = None if made_of is None else made_of[left]
+            own = None if into is None else _renumbered(into, left) if parts is None else largest_share(parts)
+            cuts.append(Cut(first, between[first], len(left), own, score, parts))
         return cuts
 
     def _score(
@@ -74,16 +77,25 @@ class Recorder:
         return each[into]
 
 
-def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the seats (k,) that the tokens of an image take among its n, ascending, and `Cut.into`.
+def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return the seats (k,) that the tokens of an image take among its n, ascending, `Cut.into` and `Cut.made_of`.
 
     Raises:
-        ValueError: `Compressed.into` is not what it has to be.
+        ValueError: `Compressed.into` or `Compressed.made_of` is not what it has to be.
     """
     if sent is None:
-        return np.arange(n), np.arange(n)
+        return np.arange(n), np.arange(n), None
     k = len(sent)
     index = np.arange(k) if sent.index is None else sent.index.cpu().numpy()
+    if sent.made_of is not None:
+        made_of = sent.made_of().float().cpu().numpy()
+        if made_of.shape != (k, n) or not np.isfinite(made_of).all() or (made_of < 0).any():
+            raise ValueError(
+                f"{stage} returned Compressed.made_of of shape {made_of.shape}: return ({k}, {n}), how much of each of "
+                f"the image's {n} tokens is in each of the {k} tokens sent, from 0 on"
+            )
+        shared = ((made_of > 0).sum(0) > 1).any()
+        return np.sort(index), largest_share(made_of), made_of if shared else None
     if sent.into is not None:
         into = sent.into().cpu().numpy()
         if into.shape != (n,) or not np.isin(into, np.arange(-1, k)).all():
@@ -91,12 +103,22 @@ def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, n
                 f"{stage} returned Compressed.into of shape {into.shape}: return ({n},), for each token of the image "
                 f"which of the {k} tokens sent it went into, 0 to {k - 1}, or -1"
             )
-        return np.sort(index), into
+        return np.sort(index), into, None
     if sent.index is None:
-        return index, None
+        return index, None, None
     into = np.full(n, -1)
     into[index] = np.arange(k)
-    return np.sort(index), into
+    return np.sort(index), into, None
+
+
+def largest_share(made_of: np.ndarray) -> np.ndarray:
+    """Return, for each of an image's n tokens, the one of k (k, n) of which it makes up the largest share: (n,).
+
+    The lower number on ties; -1 for a token that is in none of them.
+    """
+    total = made_of.astype(float).sum(1, keepdims=True)
+    share = made_of / np.where(total, total, 1)
+    return np.where((made_of > 0).any(0), share.argmax(0), -1)
 
 
 def _tokens(layout: Layout, row: int, number: int, columns: np.ndarray, seats: np.ndarray) -> np.ndarray:

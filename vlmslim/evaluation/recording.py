@@ -182,16 +182,16 @@ def row_of(prefill: Prefill, flops: dict[str, int]) -> dict:
     told = prefill.as_dict()
     told.pop("selection_ms")  # under a counter of FLOPs it is no time of the method
     return {
-        "images": [{"depth": trace.depth, "cuts": list(map(_cut, trace.cuts))} for trace in prefill.traces[0]],
+        "images": [{"depth": trace.depth, "cuts": list(map(cut_of, trace.cuts))} for trace in prefill.traces[0]],
         "prefill": json.loads(json.dumps(told)),
         "flops": flops,
     }
 
 
-def _cut(cut: Cut) -> dict:
+def cut_of(cut: Cut) -> dict:
     """Write the tokens after a stage: a bit for each token of the image, or where merged ones went; and the scores."""
     kept = into = None
-    if cut.merged:
+    if cut.merged or cut.made_of is not None:
         assert cut.into is not None
         into = _base64(cut.into.astype("<i2"))
     elif cut.into is not None:
@@ -203,7 +203,16 @@ def _cut(cut: Cut) -> dict:
         "kept": kept,
         "into": into,
         "score": None if cut.score is None else _base64(_levels(cut.score)),
+        "parts": None if cut.made_of is None else _parts(cut.made_of),
     }
+
+
+def _parts(made_of: np.ndarray) -> dict[str, str]:
+    """List what tokens that share patches are made of (k, n): token, patch, and 1 to 255 for how much of it."""
+    token, patch = made_of.nonzero()
+    share = made_of / made_of.max(1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    level = (1 + 254 * share[token, patch]).round().astype(np.uint8)
+    return {"token": _base64(token.astype("<i2")), "patch": _base64(patch.astype("<i2")), "level": _base64(level)}
 
 
 def _levels(score: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
 """TokenFLEX: "Unified VLM Training for Flexible Visual Tokens Inference" (arXiv 2504.03154)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -163,7 +165,8 @@ class TokenFlex(Compressor):
         for (side, _), members in groups.items():
             tokens = self._project(images[members[0]], torch.cat([images[i].tower for i in members]), side)
             for i, crops in zip(members, tokens.split([len(images[i].tower) for i in members]), strict=True):
-                results[i] = Compressed(self._packed(images[i], crops.to(images[i].features.device), side))
+                packed = self._packed(images[i], crops.to(images[i].features.device), side)
+                results[i] = Compressed(packed, made_of=partial(self._made_of, images[i], side))
         return [results[i] for i in range(len(images))]
 
     def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int:
@@ -220,6 +223,23 @@ class TokenFlex(Compressor):
         lines = newline.T[:, None].expand(-1, mosaic.shape[1], 1)
         return torch.cat([crops[0], torch.cat([mosaic, lines], 2).flatten(1).T])
 
+    def _made_of(self, image: ImageTokens, side: int) -> Tensor:
+        """Return how much of each of the image's tokens is in each pooled one, as `Compressed.made_of`.
+
+        An identity matrix travels through the pooling and the packing in place of the features. Its last column marks
+        newlines.
+        """
+        n = len(image.features)
+        one_hot = F.one_hot(torch.from_numpy(tokens_at_patches(image)) + 1, n + 1)[..., 1:].float()
+        newline = F.pad(torch.zeros(n, n), (0, 1), value=1)
+        packed = self._packed(
+            replace(image, features=newline), pool_square(F.pad(one_hot, (0, 1)), side, self.pool), side
+        )
+        made_of, lines = packed[:, :n], packed[:, n].nonzero()[:, 0]
+        own = torch.from_numpy(np.flatnonzero(image.grid_on_host[:, 0] < 0))[: len(lines)]
+        made_of[lines[: len(own)], own] = 1
+        return made_of
+
     def _shrunk(self, side: int, height: int, width: int) -> tuple[int, int]:
         """Return height and width to which OneVision resizes a large mosaic; other models leave it as it is."""
         ratio = math.sqrt(height * width / (self.most_tiles * side**2)) if self.most_tiles else 0
@@ -249,6 +269,39 @@ def unpadded(mosaic: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         return height - 2 * lost, width
     lost = (width - int(round(size[1] * (height / size[0]), 7))) // 2
     return height, width - 2 * lost
+
+
+def tokens_at_patches(image: ImageTokens) -> np.ndarray:
+    """Return the image's token that stands at each patch of its crops: (c, p); -1 where the model cut padding away.
+
+    If the model made fewer tokens than patches, because it pooled frames or shrank a mosaic, it is the nearest token.
+    """
+    side, (rows, columns) = image.side, image.tiles
+    component, row, column = image.mosaic_on_host.T
+    tiled = bool(columns) and not image.video
+
+    def at(component_of: int) -> np.ndarray:
+        mosaic = tiled and component_of == 1
+        own = np.flatnonzero((component == component_of) & (row >= 0))
+        if not len(own):
+            return np.full((rows * side, columns * side) if mosaic else (side, side), -1)
+        found = []
+        for places, parts in ((row[own], rows), (column[own], columns)):
+            known = np.unique(places)
+            patches, step = (parts * side, 1.0) if mosaic else (side, side / (known[-1] + 1))
+            patch = np.arange(patches)
+            nearest = np.abs(patch[:, None] - ((known + 0.5) * step - 0.5)).argmin(1)
+            inside = (patch >= int(known[0] * step)) & (patch < (known[-1] + 1) * step)
+            found.append((np.searchsorted(known, places), np.where(inside, nearest, -1), len(known)))
+        (r, at_row, height), (c, at_column, width) = found
+        table = np.full((height + 1, width + 1), -1)  # the last row and column are for patches without a token
+        table[r, c] = own
+        return table[np.ix_(at_row, at_column)]
+
+    if not tiled:
+        return np.stack([at(crop).ravel() for crop in range(len(image.tower))])
+    tiles = at(1).reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
+    return np.concatenate([at(0).reshape(1, -1), tiles])
 
 
 def _grid(tower: Tensor) -> Tensor:

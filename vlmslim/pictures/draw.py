@@ -1,6 +1,7 @@
 """Draw where visual tokens went: kept patches clear, dropped ones faded, merged ones outlined, scores as a heat map."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vlmslim.pictures.canvas import Canvas
+from vlmslim.pictures.canvas import GAP, MARK, Canvas
 from vlmslim.pictures.trace import Cut, Trace
 
 FADED = 40 / 255  # how much of a dropped patch's colour is left
+PART = 0.4  # the same, of the patch that has the smallest part in a merged token
 PAPER = 255  # the grey of the sheet
 MARGIN, TITLE, CAPTION = 16, 20, 15  # pixels between panels; sizes of the two lines of text
 
@@ -59,6 +61,8 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         caption = f"merged, {layers}" if cut.merged else layers
         found.append(Panel(drawn(canvas, cut), f"{cut.stage}: {cut.count} of {n}", caption))
+        if cut.made_of is not None:
+            found.append(_parts(canvas, cut.stage, cut.made_of))
     return found
 
 
@@ -101,6 +105,22 @@ def drawn(canvas: Canvas, cut: Cut) -> Image.Image:
         edge = _edges(group) & several[group]
         pixels[edge] = _colours(cut.count)[group[edge]]
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _parts(canvas: Canvas, stage: str, made_of: np.ndarray) -> Panel:
+    """Draw each token made of several patches by itself: the clearer a patch, the more of it is in the token."""
+    made = made_of[(made_of > 0).sum(1) > 1]
+    across = math.ceil(math.sqrt(len(made)))
+    height, width = (max(MARK, (side + GAP) // across - GAP) for side in canvas.token.shape)
+    whole = Image.new(
+        "RGB", (across * (width + GAP) - GAP, -(-len(made) // across) * (height + GAP) - GAP), (PAPER,) * 3
+    )
+    for i, share in enumerate(made):
+        part = np.append(np.where(share > 0, PART + (1 - PART) * share / share.max(), FADED), [0, 0])[canvas.token]
+        pixels = PAPER + part[..., None] * (canvas.pixels.astype(np.float32) - PAPER)
+        small = Image.fromarray(pixels.round().astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
+        whole.paste(small, (i % across * (width + GAP), i // across * (height + GAP)))
+    return Panel(whole, f"{stage}: parts", f"what each of {len(made)} merged tokens is made of")
 
 
 def _edges(group: np.ndarray) -> np.ndarray:

@@ -10,12 +10,14 @@ from torch import Tensor
 class Cut:
     """The visual tokens of an image that some consecutive decoder layers see.
 
-    first : the first of these layers
-    stage : the name of the stage that acted before it; "" where none did
-    count : how many tokens these layers see
-    into  : (n,) the one of these tokens into which each of the image's own n tokens went, -1 for none; None if a stage
-            did not say what it made its tokens of
-    score : (n,) by which the stage ranked, NaN at tokens that it did not see; None if it did not say
+    first   : the first of these layers
+    stage   : the name of the stage that acted before it; "" where none did
+    count   : how many tokens these layers see
+    into    : (n,) the one of these tokens into which each of the image's own n tokens went, -1 for none; None if a
+              stage did not say what it made its tokens of
+    score   : (n,) by which the stage ranked, NaN at tokens that it did not see; None if it did not say
+    made_of : (count, n) how much of each of the image's tokens is in each of these, where these share them. `into` then
+              has the one of which the token makes up the largest share. None where nothing is shared
     """
 
     first: int
@@ -23,6 +25,7 @@ class Cut:
     count: int
     into: np.ndarray | None
     score: np.ndarray | None = None
+    made_of: np.ndarray | None = None
 
     @property
     def shown(self) -> np.ndarray:
@@ -34,7 +37,7 @@ class Cut:
         if self.into is None:
             raise ValueError(
                 f"{self.stage} does not say which patches it made its tokens of, so no picture can show them; "
-                "return Compressed(features, into=...) from its `compress`, or draw a method that selects"
+                "return Compressed with `into` or `made_of` from its `compress`, or draw a method that selects"
             )
         return self.into >= 0
 

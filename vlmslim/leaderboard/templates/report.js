@@ -281,7 +281,15 @@ function destinations(cut, count) {
   return Array.from({ length: count }, (_, i) => (bits[i >> 3] >> (i & 7)) & 1 ? i : -1);
 }
 
-/** Draw an image with its tokens, and the controls that choose the decoder layer and the scores. */
+/** Return what a merged token is made of: for each of the image's tokens in it, how much of that one, up to 1. */
+function partsOf(cut, token, count) {
+  if (!cut.parts) return new Map(destinations(cut, count).flatMap((place, i) => place === token ? [[i, 1]] : []));
+  const [tokens, patches] = [cut.parts.token, cut.parts.patch].map((text) => new Int16Array(bytes(text).buffer));
+  const levels = bytes(cut.parts.level);
+  return new Map([...patches].flatMap((patch, i) => tokens[i] === token ? [[patch, levels[i] / 255]] : []));
+}
+
+/** Draw an image with its tokens, and the controls that choose the decoder layer, the scores and one merged token. */
 function picture(image, record, label) {
   const rects = image.rects, svg = make("svg", { viewBox: `0 0 ${image.width} ${image.height}`, role: "img" });
   svg.style.maxWidth = `calc(55vh * ${image.width / image.height})`; // so that answer, picture and controls fit a screen
@@ -289,12 +297,15 @@ function picture(image, record, label) {
   svg.append(make("image", { href: image.src, width: image.width, height: image.height }), overlay);
   const layer = make("input", { type: "range", min: 0, max: record.depth - 1, value: record.depth - 1, "aria-label": `decoder layer, ${label}` });
   const heat = make("input", { type: "checkbox" });
+  const single = make("input", { type: "number", min: 0, value: 0, "aria-label": `only merged token number, 0 for all, ${label}` });
   const told = make("output");
 
   function show() {
     const cut = record.cuts.findLast((one) => one.first <= Number(layer.value));
     const hasScore = cut.score !== null;
     heat.disabled = !hasScore;
+    single.disabled = !cut.into;
+    single.max = cut.count;
     if (cut.kept === null && cut.into === null) {
       told.value = `layer ${layer.value}: ${cut.count} tokens; ${cut.stage} does not say which patches they are made of`;
       overlay.replaceChildren();
@@ -302,23 +313,28 @@ function picture(image, record, label) {
       const into = destinations(cut, image.tokens), sizes = {};
       for (const place of into) sizes[place] = (sizes[place] || 0) + 1;
       const score = hasScore && heat.checked ? bytes(cut.score) : null;
+      const one = cut.into ? Math.min(Number(single.value), cut.count) : 0; // 0: all tokens
+      const parts = one ? partsOf(cut, one - 1, image.tokens) : null;
       overlay.replaceChildren(...rects.flatMap(([token, x, y, width, height]) => {
         const box = { x, y, width, height };
         if (token < 0) return [make("rect", { ...box, fill: "#fff", class: "outside" })];
         if (score) return [make("rect", { ...box, fill: score[token] ? `hsl(${270 - 0.9 * score[token]} 80% ${15 + score[token] / 4}%)` : "#fff", "fill-opacity": 0.75, class: "score" })];
+        if (parts) return [make("rect", { ...box, fill: "#fff", "fill-opacity": parts.has(token) ? 0.6 - 0.6 * parts.get(token) : 0.84, class: parts.has(token) ? "part" : "dropped" })];
         if (into[token] < 0) return [make("rect", { ...box, fill: "#fff", "fill-opacity": 0.84, class: "dropped" })];
         if (sizes[into[token]] > 1) return [make("rect", { x: x + 1, y: y + 1, width: width - 2, height: height - 2, fill: "none", stroke: `hsl(${into[token] * 222.5 % 360} 90% 45%)`, "stroke-width": 2, class: "merged" })];
         return [];
       }));
-      told.value = `layer ${layer.value}: ${cut.count} of ${image.tokens} visual tokens${cut.stage ? `, after ${cut.stage}` : ""}`;
+      told.value = `layer ${layer.value}: ${cut.count} of ${image.tokens} visual tokens${cut.stage ? `, after ${cut.stage}` : ""}${parts ? `; token ${one} is made of ${parts.size}` : ""}`;
     }
     svg.setAttribute("aria-label", `${label}, ${told.value}`);
   }
   layer.addEventListener("input", show);
   heat.addEventListener("change", show);
+  single.addEventListener("input", show);
   show();
   const controls = make("div", { class: "controls" }, make("label", {}, "layer ", layer), told);
   if (record.cuts.some((cut) => cut.score !== null)) controls.append(make("label", {}, heat, " scores"));
+  if (record.cuts.some((cut) => cut.into)) controls.append(make("label", {}, "only token ", single, " (0: all)"));
   return [svg, controls];
 }
 

@@ -6,6 +6,7 @@ AAAI 2025, arXiv 2409.01179.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from vlmslim.engine.families import tower
 from vlmslim.methods._clip import default_clip, load_clip
 from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt
 from vlmslim.methods.recoverable.lof import count_outliers
+from vlmslim.methods.recoverable.merging import Groups, at_least_tiny, clusters, parts_of, top
 from vlmslim.ops.budgets import largest_remainder, share_out
 from vlmslim.ops.ranking import full_precision
 
@@ -217,21 +219,24 @@ class Recoverable(Compressor):
         attention, similarity, keys = self._scores(image, text)
         crops = [(crop == i).nonzero()[:, 0] for i in crop[crop >= 0].unique().tolist()]
         budgets = [None] * len(crops) if k is None else share_out(k, [len(slots) for slots in crops])
-        kept, merged = [], []
+        kept, groups, merged = [], [], []
         for slots, budget in zip(crops, budgets, strict=True):
             at = crop[slots].to(device), (row * image.side + column)[slots].to(device)
             x, given = image.tower[at].float(), (attention[at], similarity[at], keys[at])
             if budget != 0:
                 with torch.autocast(device.type, enabled=False):
-                    selected, made = self.recover(x, *given, budget)
-                kept.append(slots.to(device)[selected])
-                merged.append(made)
+                    groups.append(self.groups(*given, x.shape[1], budget))
+                    merged.append(groups[-1].sums(x))
+                kept.append(slots.to(device)[groups[-1].kept])
         if not sum(map(len, kept + merged)):  # an image never ends up empty
-            merged = [weighted_sum(x, given[0])]
-        features = image.features[torch.cat(kept).sort().values]
+            groups[-1] = Groups.of_all(given[0])
+            merged = [groups[-1].sums(x)]
+        index = torch.cat(kept).sort().values
+        features = image.features[index]
         if len(vectors := torch.cat(merged)):
             features = torch.cat([features, image.project(vectors).to(features)])
-        return Compressed(features)
+        places = [slots for slots, budget in zip(crops, budgets, strict=True) if budget != 0]
+        return Compressed(features, made_of=partial(parts_of, len(image.features), index, places, groups))
 
     def _scores(self, image: ImageTokens, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return CLS attention (c, p), text similarity (c, p) and keys (c, p, v) of every patch, in fp32."""
@@ -258,13 +263,29 @@ class Recoverable(Compressor):
         Returns:
             The kept tokens (m,), ascending, and the merged ones (j, v); j may be zero.
         """
-        n, width = x.shape
+        groups = self.groups(attention, similarity, keys, x.shape[1], budget)
+        return groups.kept, groups.sums(x)
+
+    def groups(
+        self, attention: Tensor, similarity: Tensor, keys: Tensor, width: int, budget: int | None = None
+    ) -> Groups:
+        """Decide for one crop which tokens stay and which are summed.
+
+        Args:
+            attention: as for `recover`, and so are the other tensors.
+            similarity: see `attention`.
+            keys: see `attention`.
+            width: v, the width of a vision-tower token.
+            budget: as for `recover`.
+        """
+        n, device = len(attention), attention.device
         if budget == n:
-            return torch.arange(n, device=x.device), x[:0]
+            none = torch.arange(0, device=device)
+            return Groups(torch.arange(n, device=device), none, none, keys.new_zeros(0, 0))
         parts = None if budget is None else largest_remainder(budget, self.shares)
         seen = top(attention, count_outliers(attention, self.reading.neighbours[0]) if parts is None else parts[0])
         found = self.recovered(similarity, seen, None if parts is None else parts[1])
-        free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, torch.cat([seen, found]), False)
+        free = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, torch.cat([seen, found]), False)
         selected, rest = (~free).nonzero()[:, 0], free.nonzero()[:, 0]
         a, t = attention[rest], similarity[rest]
         if parts is None:
@@ -275,11 +296,11 @@ class Recoverable(Compressor):
             count, extra = max(parts[2] - 1, 0), parts[2] > 0  # the extra token is one of the merged ones
         centres = top(a, count)
         keys = keys[rest] if self.reading.keys == "own" else keys[: len(rest)]
-        merged = [x[rest][centres] + clusters(a, t, keys, centres, self.cluster, self.text_weight) @ x[rest]]
+        taken = clusters(a, t, keys, centres, self.cluster, self.text_weight)
+        others = None
         if extra and count < len(rest):
-            others = torch.ones_like(a).index_fill(0, centres, 0).bool()
-            merged.append(weighted_sum(x[rest][others], a[others]))
-        return selected, torch.cat(merged)
+            others = torch.ones_like(a).index_fill(0, centres, 0).bool().nonzero()[:, 0]
+        return Groups(selected, rest, centres, taken, others, None if others is None else at_least_tiny(a[others]))
 
     def recovered(self, similarity: Tensor, seen: Tensor, count: int | None = None) -> Tensor:
         """Return the tokens that the text brings back.
@@ -338,43 +359,3 @@ def text_similarity(patches: Tensor, text: Tensor) -> Tensor:
 def share_of(count: int, n: int, base: int) -> int:
     """Apply the share `count` of `n` to `base`, rounded down."""
     return count if n == base else int(base * (count / n)) if n else 0
-
-
-def top(score: Tensor, k: int) -> Tensor:
-    """Return the indices of the k highest scores (n,), highest first, lower index first on ties."""
-    return score.argsort(descending=True, stable=True)[:k]
-
-
-@full_precision
-def clusters(
-    attention: Tensor, similarity: Tensor, keys: Tensor, centres: Tensor, size: int, text_weight: float
-) -> Tensor:
-    """Compute the weights by which each centre takes in tokens: their attention if they are near, else 0.
-
-    A token is near a centre if its key is similar and if it resembles the text. Other centres may be near too.
-
-    Args:
-        attention: (n,) what CLS pays to each token.
-        similarity: (n,) to the text.
-        keys: (n, v).
-        centres: (j,) indices.
-        size: how many tokens a centre takes in, if there are that many.
-        text_weight: weight of `similarity` against the cosine of keys.
-
-    Returns:
-        (j, n) weights.
-    """
-    n = len(attention)
-    keys = F.normalize(keys.float(), dim=-1)
-    affinity = keys[centres] @ keys.T + text_weight * similarity.float()
-    affinity.scatter_(1, centres[:, None], float("-inf"))
-    place = torch.full((n,), len(centres), device=keys.device)
-    place[centres] = torch.arange(len(centres), device=keys.device)
-    order = place.argsort(stable=True)  # ties: other centres first, in their order, then by index
-    members = order[affinity[:, order].argsort(dim=1, descending=True, stable=True)[:, : min(size, max(n - 1, 0))]]
-    return torch.zeros_like(affinity).scatter_(1, members, attention[members])
-
-
-def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum tokens x (n, v) times weight (n,): (1, v)."""
-    return weight[None].to(x) @ x

@@ -4,7 +4,7 @@ arXiv 2407.14439.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -173,7 +173,8 @@ class TokenCorr(Compressor):
         if self.merge == "none":
             return image.pick(index.to(device))
         features = self._merged(image, views, index)
-        return Compressed(features[index.to(device)], index.to(device))
+        made_of = partial(self._made_of, n, views, index)
+        return Compressed(features[index.to(device)], index.to(device), made_of=made_of)
 
     def views(self, image: ImageTokens) -> list[View]:
         """Score each crop that is to be compressed."""
@@ -263,6 +264,19 @@ class TokenCorr(Compressor):
         if before_projector:
             y = image.project(y)
         return image.features.index_copy(0, torch.cat(places), y.to(image.features))
+
+    def _made_of(self, n: int, views: list[View], index: Tensor) -> Tensor:
+        """Return how much of each of the image's n tokens is in each kept one, as `Compressed.made_of`."""
+        weights, kept = torch.eye(n), torch.zeros(n, dtype=torch.bool)
+        kept[index] = True
+        for view in views:
+            slots, keep = view.slots, kept[view.slots]
+            if not keep.all() and keep.any():
+                device = view.keys.device
+                own = torch.eye(len(slots), device=device), view.keys, view.low.to(device), keep.to(device)
+                taken = absorb(*own, self.merge, self.neighbours).cpu()
+                weights[slots[keep]] = torch.zeros(len(taken), n).index_copy(1, slots, taken)
+        return weights[index]
 
 
 def _tower_layer(layer: int | float, depth: int) -> int:
