@@ -15,7 +15,11 @@ import vlmslim
 from vlmslim.compressor import Compressed, Compressor
 from vlmslim.engine.families import FAMILIES
 from vlmslim.methods.bipartite_merge import BipartiteMerge, destinations, merge_tokens
+from vlmslim.methods.globalcom2 import GlobalCom2
+from vlmslim.methods.hiprune import HiPrune
+from vlmslim.methods.holov import HoloV
 from vlmslim.methods.pool import Pool
+from vlmslim.methods.prunesid import PruneSID
 from vlmslim.methods.tokencorr import TokenCorr
 from vlmslim.methods.tokenflex import TokenFlex
 from vlmslim.methods.visionzip import VisionZip
@@ -189,6 +193,23 @@ def test_every_shared_token_has_its_place(family, cls, options):
         for trace in traces:
             found = [panel.title.rpartition(": ")[2] for panel in panels(trace, PLAIN)]
             assert ("parts" in found) == any(cut.made_of is not None for cut in trace.cuts)
+
+
+@pytest.mark.parametrize("cls", [VisionZip, PruneSID, HoloV, GlobalCom2, HiPrune])
+@torch.no_grad()
+def test_what_a_release_sends_is_drawn(cls):
+    """Its tokens stand in an order of their own, and some hold no patch of the picture: CLS tokens and padding."""
+    model = tiny("next")
+    spy, seen = watched(cls, mode="released", keep=0.5)
+    with vlmslim.patch(model, spy, record="tokens") as slim:
+        model(**batch(model, [LONG_ROWS[0], SEVERAL[0]]))
+    cuts = [trace.cuts[0] for row in slim.receipt.last.traces for trace in row]
+    for (image, sent), cut in zip(seen, cuts, strict=True):
+        made_of = sent.made_of()
+        single = ((made_of > 0).sum(1) == 1) & (made_of.sum(1) == 1)
+        torch.testing.assert_close(sent.vectors(image)[single], (made_of @ image.features)[single])
+        shown = len(np.unique(cut.into[cut.shown]))
+        assert cut.count == len(sent) == shown + cut.nowhere and 2 * cut.nowhere < cut.count
 
 
 @torch.no_grad()

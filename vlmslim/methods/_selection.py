@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlmslim.compressor import Compressed, ImageTokens, Selector, check_choices
 from vlmslim.engine.families import family_of, has_cls, tower
@@ -142,7 +144,10 @@ class Selection(Selector):
             if given is image and sum(len(pool.slots) for pool in found) < len(image.features):
                 order = fill_budget(order, image.grid_on_host, image.tiles, k, self.newline)  # newlines count, too
             index = order.sort().values if self.order == "raster" else order
-            results.append(image.pick(index) if given is image else Compressed(given.features[index]))
+            if given is image:
+                results.append(image.pick(index))
+            else:
+                results.append(Compressed(given.features[index], made_of=partial(picked, image, given, index)))
         return results
 
     def pools(self, image: ImageTokens, k: int) -> list[Pool]:
@@ -244,3 +249,24 @@ def with_padding(image: ImageTokens) -> ImageTokens:
     with torch.no_grad():
         features = image.project(image.tower[:, -(side**2) :])[crop, row * side + column]
     return replace(image, features=features.to(image.features), make_grid=lambda: grid)
+
+
+def picked(image: ImageTokens, given: ImageTokens, index: Tensor) -> Tensor:
+    """Return `Compressed.made_of` of the tokens `index` (k,) of `given`, which `one_hot` describes."""
+    return one_hot(image, given)[index.cpu()]
+
+
+def one_hot(image: ImageTokens, given: ImageTokens) -> Tensor:
+    """Tell which of an image's n tokens each of the m tokens of `given` is: (m, n), with rows of zeros for padding.
+
+    A method that chooses and sums these rows instead of features gets `Compressed.made_of`.
+
+    Args:
+        image: as it came.
+        given: the same object, or `with_padding(image)`.
+    """
+    if given is image:
+        return torch.eye(len(image.features))
+    slot = {tuple(place): i for i, place in enumerate(image.grid_on_host.tolist())}
+    own = torch.tensor([slot.get(tuple(place), -1) for place in given.grid_on_host.tolist()])
+    return functional.one_hot(own + 1, len(image.features) + 1)[:, 1:].float()

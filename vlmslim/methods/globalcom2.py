@@ -101,8 +101,10 @@ class GlobalCom2(Selector):
             return image.pick(self._corrected(image, grid, score, k).to(device))
         share = self.keep if isinstance(self.keep, float) else k / n
         order = release_order(score, grid, image.tiles, image.side, share, self.temperature)
-        newline = int((grid[:, 0] < 0).nonzero()[0, 0])
-        return Compressed(image.features[torch.where(order < 0, newline, order).to(device)])
+        newlines = (grid[:, 0] < 0).nonzero()[:, 0]  # all are the same vector
+        number = (order < 0).cumsum(0).sub(1).clamp(min=0, max=len(newlines) - 1)
+        index = torch.where(order < 0, newlines[number], order)
+        return Compressed(image.features[index.to(device)], made_of=lambda: torch.eye(n)[index])
 
     def own_scores(self, image: ImageTokens) -> Tensor:
         """Score each patch within its own view: (n,) fp32, meaningless at newlines."""

@@ -80,8 +80,12 @@ class HoloV(ScoredSelection):
             return image.pick(torch.arange(n, device=features.device))
         slots = (image.grid[:, 0] >= 0).nonzero()[:, 0]
         order = released_order(features[slots], self.scores(image)[slots], min(k, len(slots)), self.chunks)
-        kept = features[slots[order.clamp(min=0)]]
-        return Compressed(torch.where(order[:, None] < 0, 0, kept))
+
+        def chosen(x: Tensor) -> Tensor:
+            """Take tokens of x (n, d); the release leaves zeros where it chose too few."""
+            return torch.where(order[:, None] < 0, 0, x[slots[order.clamp(min=0)]])
+
+        return Compressed(chosen(features), made_of=lambda: chosen(torch.eye(n, device=features.device)))
 
 
 def chunks_of(n: int, chunks: int, device: torch.device | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
 from vlmslim.engine.families import has_cls
-from vlmslim.methods._selection import Pool, ScoredSelection, Selection, check_selection, with_padding
+from vlmslim.methods._selection import Pool, ScoredSelection, Selection, check_selection, one_hot, with_padding
 from vlmslim.ops.ranking import full_precision
 
 
@@ -102,7 +102,8 @@ class PruneSID(ScoredSelection):
         n = len(image.features)
         if (k := resolve_keep(self.keep, n)) == n:
             return image.pick(torch.arange(n, device=image.features.device))
-        pools = self.pools(with_padding(image) if image.tiles[1] else image, k)
+        given = with_padding(image) if image.tiles[1] else image
+        pools = self.pools(given, k)
         generator, orders = image.generator(self.seed), []
         for pool in pools:
             x, q = pool.read[0], max(1, pool.k // 4)
@@ -110,7 +111,15 @@ class PruneSID(ScoredSelection):
             score = pool.read[1] if self.score == "cls" else weight.amax(1)
             orders.append(choose(x, weight, score, pool.k, pool.k - 1))
         x = released_sequence(image.cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
-        return Compressed(image.project(x).to(image.features))
+
+        def made_of() -> Tensor:
+            names = one_hot(image, given)
+            own = [names[pool.slots.cpu()] for pool in pools]
+            chosen = [order.cpu() for order in orders]
+            none = names.new_zeros(len(pools), n)  # the CLS tokens
+            return released_sequence(none, own, [pool.slots.cpu() for pool in pools], chosen)
+
+        return Compressed(image.project(x).to(image.features), made_of=made_of)
 
 
 @full_precision

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
 from vlmslim.engine.families import projects_patches
-from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, with_padding
+from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, one_hot, with_padding
 from vlmslim.ops.ranking import full_precision
 
 
@@ -87,18 +87,11 @@ class VisionZip(ScoredSelection):
         parts = []
         for pool in pools:
             x, keys, attention = pool.read
-            parts.append(
-                zipped(
-                    x,
-                    self.compared(keys[None])[0][0],
-                    attention,
-                    pool.k,
-                    round(pool.k * self.contextual),
-                    int(released),
-                )
-            )
+            merged = round(pool.k * self.contextual)
+            parts.append(zipped(x, self.compared(keys[None])[0][0], attention, pool.k, merged, int(released)))
         if released:
-            return Compressed(self._project(released_sequence(image, pools, parts), image))
+            sequence = self._project(released_sequence(image.cls, pools, parts), image)
+            return Compressed(sequence, made_of=partial(self._made_of, image, given, pools))
         features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)
         index = torch.cat([pool.slots[at] for pool, part in zip(pools, parts, strict=True) for at in part[2:]])
         sent = torch.zeros(n, dtype=torch.uint8, device=device).index_fill(0, index, 1)
@@ -107,6 +100,16 @@ class VisionZip(ScoredSelection):
         return Compressed(
             torch.cat([features, image.features[spare]])[order], index, partial(joined, index, pools, parts, n)
         )
+
+    def _made_of(self, image: ImageTokens, given: ImageTokens, pools: list[Pool]) -> Tensor:
+        """Return `Compressed.made_of` of the release's sequence; the CLS token is made of no patch."""
+        names = one_hot(image, given).to(image.features.device)
+        parts = []
+        for pool in pools:
+            _, keys, attention = pool.read
+            merged = round(pool.k * self.contextual)
+            parts.append(zipped(names[pool.slots], self.compared(keys[None])[0][0], attention, pool.k, merged, 1))
+        return released_sequence(names.new_zeros(len(pools), names.shape[1]), pools, parts)
 
     def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
         return image.project(x).to(image.features) if self.before_projector else x.to(image.features)
@@ -169,11 +172,11 @@ def assigned(keys: Tensor, others: Tensor, target: Tensor) -> Tensor:
     return (unit[others] @ unit[target].T).argmax(1)
 
 
-def released_sequence(image: ImageTokens, pools: list[Pool], parts: list[tuple[Tensor, ...]]) -> Tensor:
-    """Put the views of an image into the order in which the release sends them, (m, v), CLS included."""
+def released_sequence(cls: Tensor, pools: list[Pool], parts: list[tuple[Tensor, ...]]) -> Tensor:
+    """Put the views of an image and their CLS tokens (c, v) into the order in which the release sends them: (m, v)."""
     dominant, contextual, at, _ = zip(*parts, strict=True)
-    sequence = [image.cls[:1], dominant[0], contextual[0]]
+    sequence = [cls[:1], dominant[0], contextual[0]]
     if len(pools) > 1:
         slots = torch.cat([pool.slots[own] for pool, own in zip(pools[1:], at[1:], strict=True)])
-        sequence += [torch.cat(dominant[1:])[slots.argsort()], image.cls[1:], *contextual[1:]]
+        sequence += [torch.cat(dominant[1:])[slots.argsort()], cls[1:], *contextual[1:]]
     return torch.cat(sequence)

@@ -60,6 +60,7 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
         first, last = trace.layers(cut)
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         caption = f"merged, {layers}" if cut.merged else layers
+        caption += f", {cut.nowhere} hold no patch" if cut.nowhere else ""
         found.append(Panel(drawn(canvas, cut), f"{cut.stage}: {cut.count} of {n}", caption))
         if cut.made_of is not None:
             found.append(_parts(canvas, cut.stage, cut.made_of))

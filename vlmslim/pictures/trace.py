@@ -42,6 +42,13 @@ class Cut:
         return self.into >= 0
 
     @property
+    def nowhere(self) -> int:
+        """Number of these tokens that hold no patch, such as a CLS token: no picture can show them."""
+        if self.made_of is not None:
+            return int((self.made_of.sum(1) == 0).sum())
+        return 0 if self.into is None else self.count - len(np.unique(self.into[self.into >= 0]))
+
+    @property
     def merged(self) -> bool:
         """Whether some token was made of several."""
         return self.into is not None and int((self.into >= 0).sum()) > self.count
