@@ -20,9 +20,20 @@ from vlmslim.pictures.ask import Answer
 from vlmslim.pictures.canvas import Canvas
 from vlmslim.pictures.draw import drawn, panels
 
-COLUMNS = ["method", "answer", "visual tokens", "mean over layers", "prefill FLOPs", "first token", "last token"]
+COLUMNS = [
+    *("method", "answer", "visual tokens sent", "mean over layers"),
+    *("prefill FLOPs", "time to first token", "time to last token"),
+]
 HOUR = 3600  # seconds after which pictures of visitors are deleted
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.answers { overflow-x: auto; }
+.answers table { width: 100%; margin: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.answers table :is(th, td) {
+  padding: .45rem .8rem; border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: left;
+}
+.answers table :is(th, td):nth-child(n + 3) { text-align: right; }
+"""
 
 #: A picture for each run of decoder layers: its first layer, the picture, the text under it.
 Cuts = list[tuple[int, Image.Image, str]]
@@ -51,7 +62,16 @@ def build(model: Any, processor: Any, name: str) -> gr.Blocks:
         except (ImportError, TypeError, ValueError) as error:
             raise gr.Error(str(error), title="vlmslim", print_exception=False) from error
         receipts = {one.method: one.receipt for one in answers}
-        return table_of(answers), cuts, at_layer(cuts, depth - 1), gr.Slider(value=depth - 1), stages, receipts
+        last = depth - 1
+        return (
+            gr.Column(visible=True),
+            table_of(answers),
+            cuts,
+            at_layer(cuts, last),
+            gr.Slider(value=last),
+            stages,
+            receipts,
+        )
 
     shown = _examples()
 
@@ -78,24 +98,26 @@ def build(model: Any, processor: Any, name: str) -> gr.Blocks:
         bundled = gr.Gallery(
             shown, label="Bundled pictures", columns=9, height=170, allow_preview=False, interactive=False
         )
-        table = gr.HTML()
         cuts = gr.State([], time_to_live=HOUR)
-        layer = gr.Slider(0, depth - 1, value=depth - 1, step=1, label="Decoder layer")
-        kept = gr.Gallery(label="Kept tokens in this layer", columns=3, height="auto", format="webp")
-        with gr.Accordion("Stage by stage, with scores", open=False):
-            stages = gr.Gallery(label="Stages", columns=4, height="auto", format="webp")
-        with gr.Accordion("Receipts: what really happened", open=False):
-            receipts = gr.JSON(label="Receipts")
-        gr.Markdown(
-            "Kept patches are clear, dropped ones are faded. Outlines of one colour hold the patches that were merged "
-            "into one token. FLOPs are those of the language model's prefill, times are of this machine, measured once."
-        )
+        with gr.Column(visible=False) as found:
+            table = gr.HTML(elem_classes="answers", padding=False)
+            layer = gr.Slider(0, depth - 1, value=depth - 1, step=1, label="Decoder layer")
+            kept = gr.Gallery(label="Kept tokens in this layer", columns=3, height="auto", format="webp")
+            with gr.Accordion("Stage by stage, with scores", open=False):
+                stages = gr.Gallery(label="Stages", columns=4, height="auto", format="webp")
+            with gr.Accordion("Receipts: what really happened", open=False):
+                receipts = gr.JSON(label="Receipts")
+            gr.Markdown(
+                "Kept patches are clear, dropped ones are faded. Outlines of one colour hold the patches that were "
+                "merged into one token. FLOPs are those of the language model's prefill; times are of this machine, "
+                "measured once."
+            )
         bundled.select(pick, None, [picture, question], show_progress="hidden", queue=False, api_visibility="private")
         gr.on(
             [button.click, question.submit],
             answer,
             [picture, question, first, second, percent],
-            [table, cuts, kept, layer, stages, receipts],
+            [found, table, cuts, kept, layer, stages, receipts],
             api_visibility="private",
         )
         layer.release(at_layer, [cuts, layer], kept, show_progress="hidden", queue=False, api_visibility="private")
@@ -134,6 +156,7 @@ def how(host: str = "127.0.0.1", port: int | None = None) -> dict[str, Any]:
         "footer_links": [],
         "quiet": True,
         "theme": THEME,
+        "css": CSS,
     }
 
 

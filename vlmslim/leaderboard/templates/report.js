@@ -110,7 +110,8 @@ function draw() {
   const said = points.map(({ row, x, y, front: best }) =>
     [row.label, row.budget, digits(x), interval(y), best ? "yes" : "no"]);
   const best = points.filter((point) => point.front).sort((a, b) => a.x - b.x);
-  $("front").textContent = `On the front, among all rows: ${best.map((point) => point.row.label).join(", ") || "none"}.`;
+  const names = best.map((point) => point.row.label).join(", ");
+  $("front").textContent = `Open circles are baselines, a star is the unpatched model. On the front, among all rows: ${names || "none"}.`;
   table($("points"), ["method", "budget", cost.name, quality.name, "on the front"], said);
 
   const ink = getComputedStyle(document.body);
@@ -317,10 +318,10 @@ function picture(image, record, label) {
       const parts = one ? partsOf(cut, one - 1, image.tokens) : null;
       overlay.replaceChildren(...rects.flatMap(([token, x, y, width, height]) => {
         const box = { x, y, width, height };
-        if (token < 0) return [make("rect", { ...box, fill: "#fff", class: "outside" })];
+        if (token < 0) return [make("rect", { ...box, class: "outside" })];
         if (score) return [make("rect", { ...box, fill: score[token] ? `hsl(${270 - 0.9 * score[token]} 80% ${15 + score[token] / 4}%)` : "#fff", "fill-opacity": 0.75, class: "score" })];
-        if (parts) return [make("rect", { ...box, fill: "#fff", "fill-opacity": parts.has(token) ? 0.6 - 0.6 * parts.get(token) : 0.84, class: parts.has(token) ? "part" : "dropped" })];
-        if (into[token] < 0) return [make("rect", { ...box, fill: "#fff", "fill-opacity": 0.84, class: "dropped" })];
+        if (parts) return [make("rect", { ...box, "fill-opacity": parts.has(token) ? 0.6 - 0.6 * parts.get(token) : 0.84, class: parts.has(token) ? "part" : "dropped" })];
+        if (into[token] < 0) return [make("rect", { ...box, "fill-opacity": 0.84, class: "dropped" })];
         if (sizes[into[token]] > 1) return [make("rect", { x: x + 1, y: y + 1, width: width - 2, height: height - 2, fill: "none", stroke: `hsl(${into[token] * 222.5 % 360} 90% 45%)`, "stroke-width": 2, class: "merged" })];
         return [];
       }));
