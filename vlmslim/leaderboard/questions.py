@@ -41,7 +41,7 @@ class Questions:
             [sample["doc_id"] for sample in first],
             [_prompt(sample.get("arguments", ())) for sample in first],
             [as_text(sample.get("target")) for sample in first],
-            [name.strip() for name in pictures_of(first, "")],  # the source may be a path on somebody's machine
+            [name.strip() for name in pictures_of(first, "")],  # without the source, which may be a path of the machine
             {label: [given_answer(sample) for sample in own] for label, own in samples.items()},
             {label: [question_score(sample, metric) for sample in own] for label, own in samples.items()},
         )

@@ -114,7 +114,7 @@ def readable(path: Path) -> Image.Image | Path:
         raise ValueError(f"there is no file {path}; give a picture or a video")
     try:
         with Image.open(path) as picture:
-            picture.verify()  # whatever other packages told pillow about torn files
+            picture.verify()  # also where another package told Pillow to accept torn files
         with Image.open(path) as picture:
             picture.load()
             return picture.copy() if getattr(picture, "n_frames", 1) == 1 else path

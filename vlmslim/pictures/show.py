@@ -17,7 +17,7 @@ FORMATS = (".png", ".html")
 
 
 def write(path: Path, question: str, answers: Sequence[Answer], processor: Any, size: int = 320) -> None:
-    """Write the answers to a question and the tokens behind them, as a picture or as a page.
+    """Write the answers to a question, and the tokens that each method kept, as a picture or as a page.
 
     Args:
         path: ends in .png or .html.

@@ -50,7 +50,7 @@ class Cut:
 
     @property
     def merged(self) -> bool:
-        """Whether some token was made of several."""
+        """True if some token was made of several."""
         return self.into is not None and int((self.into >= 0).sum()) > self.count
 
 
@@ -62,7 +62,7 @@ class Trace:
     grid  : (n, 3) crop, row and column of every token; -1 where it has no place, such as newlines
     cells : rows and columns of tokens of one crop
     tiles : rows and columns of tiles in the anyres mosaic; (0, 0) without one
-    video : whether the crops are the frames of a video
+    video : True if the crops are the frames of a video
     depth : number of decoder layers
     cuts  : what runs of decoder layers see, in order; the first begins at layer 0
     """
