@@ -219,7 +219,7 @@ class Recoverable(Compressor):
         attention, similarity, keys = self._scores(image, text)
         crops = [(crop == i).nonzero()[:, 0] for i in crop[crop >= 0].unique().tolist()]
         budgets = [None] * len(crops) if k is None else share_out(k, [len(slots) for slots in crops])
-        kept, groups, merged = [], [], []
+        places, kept, groups, merged = [], [], [], []
         for slots, budget in zip(crops, budgets, strict=True):
             at = crop[slots].to(device), (row * image.side + column)[slots].to(device)
             x, given = image.tower[at].float(), (attention[at], similarity[at], keys[at])
@@ -227,6 +227,7 @@ class Recoverable(Compressor):
                 with torch.autocast(device.type, enabled=False):
                     groups.append(self.groups(*given, x.shape[1], budget))
                     merged.append(groups[-1].sums(x))
+                places.append(slots)
                 kept.append(slots.to(device)[groups[-1].kept])
         if not sum(map(len, kept + merged)):  # an image never ends up empty
             groups[-1] = Groups.of_all(given[0])
@@ -235,7 +236,6 @@ class Recoverable(Compressor):
         features = image.features[index]
         if len(vectors := torch.cat(merged)):
             features = torch.cat([features, image.project(vectors).to(features)])
-        places = [slots for slots, budget in zip(crops, budgets, strict=True) if budget != 0]
         return Compressed(features, made_of=partial(parts_of, len(image.features), index, places, groups))
 
     def _scores(self, image: ImageTokens, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,10 +255,10 @@ class Recoverable(Compressor):
 
         Args:
             x: (n, v) vision-tower tokens, fp32.
-            attention: (n,) what CLS pays to each.
-            similarity: (n,) to the text.
-            keys: (n, v) of the tower's last layer.
-            budget: number of tokens to end up with, at most n; None to let the outliers decide.
+            attention: (n,) as for `groups`, and so are the others.
+            similarity: (n,).
+            keys: (n, v).
+            budget: number of tokens, or None.
 
         Returns:
             The kept tokens (m,), ascending, and the merged ones (j, v); j may be zero.
@@ -272,11 +272,11 @@ class Recoverable(Compressor):
         """Decide for one crop which tokens stay and which are summed.
 
         Args:
-            attention: as for `recover`, and so are the other tensors.
-            similarity: see `attention`.
-            keys: see `attention`.
+            attention: (n,) what CLS pays to each token.
+            similarity: (n,) to the text.
+            keys: (n, v) of the tower's last layer.
             width: v, the width of a vision-tower token.
-            budget: as for `recover`.
+            budget: number of tokens to end up with, at most n; None to let the outliers decide.
         """
         n, device = len(attention), attention.device
         if budget == n:
