@@ -8,6 +8,11 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs/notebooks").glob("*.ipynb"))
 
 
+def test_every_notebook_is_a_page_of_the_site():
+    navigation = (Path(__file__).parents[1] / "mkdocs.yml").read_text()
+    assert NOTEBOOKS and all(f"notebooks/{path.stem}.md" in navigation for path in NOTEBOOKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook, tmp_path, monkeypatch):

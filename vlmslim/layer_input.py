@@ -54,6 +54,8 @@ class LayerInput:
     size     : (B, P + S) how many tokens each key stands for in attention; None if each stands for one
     blocks   : (B, S)    tokens of one block see each other both ways, -1 for none; None if all see only what is before
     score    : (B, S)    by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
+    into     : for methods that merge, a function that returns (B, S), the place of the token into which each token
+               went: its own if it stays, and anything if it goes. Pictures call it. None if the method did not say
     """
 
     layer: int
@@ -75,6 +77,7 @@ class LayerInput:
     size: Tensor | None = None
     blocks: Tensor | None = None
     score: Tensor | None = None
+    into: Callable[[], Tensor] | None = None
 
     def without_last(self, count: int) -> "LayerInput":
         """Return the same input without the last `count` tokens of every row, which the caller's prompt does not have.

@@ -20,6 +20,7 @@ from vlmslim.methods.hiprune import HiPrune
 from vlmslim.methods.holov import HoloV
 from vlmslim.methods.pool import Pool
 from vlmslim.methods.prunesid import PruneSID
+from vlmslim.methods.sparsevlm import SparseVLM, clusters
 from vlmslim.methods.tokencorr import TokenCorr
 from vlmslim.methods.tokenflex import TokenFlex
 from vlmslim.methods.visionzip import VisionZip
@@ -193,6 +194,28 @@ def test_every_shared_token_has_its_place(family, cls, options):
         for trace in traces:
             found = [panel.title.rpartition(": ")[2] for panel in panels(trace, PLAIN)]
             assert ("parts" in found) == any(cut.made_of is not None for cut in trace.cuts)
+
+
+@pytest.mark.parametrize("mode", ["corrected", "released"])
+@torch.no_grad()
+def test_tokens_that_merge_between_layers(mode):
+    model = tiny("llava")
+    drawn = []
+    for recycle in (True, False):
+        method = SparseVLM(keep=None, layer=(1, 3), counts=(8, 3), mode=mode, recycle=recycle)
+        with vlmslim.patch(model, method, record="tokens") as slim:
+            model(**batch(model, LONG_ROWS))
+        last = slim.receipt.last
+        for row, traces in enumerate(last.traces):
+            for trace in traces:
+                for cut in trace.cuts:
+                    assert len(np.unique(cut.into[cut.shown])) == cut.count == last.visual[cut.first][row]
+        drawn.append(last.traces[0][0].cuts)
+    (_, first, second), (_, alone, _) = drawn
+    of, into = clusters(16 - 8)
+    sizes = np.bincount(first.into[first.shown])
+    assert first.count == 8 + into and sizes.sum() == 8 + of and (sizes > 1).sum() <= into
+    assert second.merged and set(np.flatnonzero(alone.shown)) <= set(np.flatnonzero(first.shown))
 
 
 @pytest.mark.parametrize("cls", [VisionZip, PruneSID, HoloV, GlobalCom2, HiPrune])

@@ -441,8 +441,8 @@ class Hooks:
                 with torch.no_grad():
                     keep, states = check_retained(stage.method, tokens, stage.method.retain(tokens))
                     keep = nn.functional.pad(keep, (0, call.guess), value=True)
-        if call.recorder is not None and tokens.score is not None:
-            call.recorder.scores[i] = tokens.score
+        if call.recorder is not None:
+            call.recorder.note(i, tokens)
         call.previous = None
         renumber = stage.method.layer_positions == "renumbered"
         if weight is not None:

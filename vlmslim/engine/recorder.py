@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from vlmslim.compressor import Compressed, ImageTokens
+from vlmslim.compressor import Compressed, ImageTokens, LayerInput
 from vlmslim.engine.layout import Layout
 from vlmslim.engine.stages import Stage
 from vlmslim.pictures.trace import Cut, Trace
@@ -16,11 +16,20 @@ class Recorder:
 
     sent   : of each prompt and image, its places in the prompt (n,), and what the stage before the language model sent
     scores : decoder layer -> the scores (B, S) by which a stage ranked before it
+    joins  : decoder layer -> the places (B, S) of the tokens into which a stage before it merged each token
     """
 
     def __init__(self) -> None:
         self.sent: list[list[tuple[np.ndarray, Compressed | None]]] = []
         self.scores: dict[int, Tensor] = {}
+        self.joins: dict[int, Tensor] = {}
+
+    def note(self, layer: int, tokens: LayerInput) -> None:
+        """Keep what the stage before a decoder layer said of the tokens that it saw."""
+        if tokens.score is not None:
+            self.scores[layer] = tokens.score
+        if tokens.into is not None:
+            self.joins[layer] = tokens.into()
 
     def traces(
         self, images: list[list[ImageTokens]], layouts: dict[int, Layout], stages: Sequence[Stage], depth: int
@@ -51,6 +60,11 @@ class Recorder:
         before = layouts[0]
         for first in sorted(layouts.keys() & between.keys()):
             score = self._score(first, row, number, before, columns, seats, into)
+            if into is not None and first in self.joins:
+                moved = self._joined(first, row, number, before, columns, seats)
+                into = moved[into]
+                if made_of is not None:
+                    made_of = _summed(made_of, moved[:-1])
             before = layouts[first]
             left = _tokens(before, row, number, columns, seats)
             parts = None if made_of is None else made_of[left]
@@ -75,6 +89,26 @@ class Recorder:
         each = np.full(len(seats) + 1, np.nan, np.float32)  # the last entry is for tokens that went nowhere
         each[_tokens(before, row, number, columns, seats)] = _host(self.scores[layer])[row, place]
         return each[into]
+
+    def _joined(
+        self, layer: int, row: int, number: int, before: Layout, columns: np.ndarray, seats: np.ndarray
+    ) -> np.ndarray:
+        """Return the token into which each of the k that entered went before a layer: (k + 1,), with -1 at the end."""
+        (place,) = (before.image[row] == number + 1).cpu().numpy().nonzero()
+        there = _tokens(before, row, number, columns, seats)
+        token = np.full(before.image.shape[1], -1)  # at each place
+        token[place] = there
+        target = token[self.joins[layer][row].cpu().numpy()[place]]
+        moved = np.append(np.arange(len(seats)), -1)
+        moved[there] = np.where(target < 0, there, target)
+        return moved
+
+
+def _summed(made_of: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """Add up what tokens are made of (k, n) where they went into one another (k,)."""
+    summed = np.zeros_like(made_of)
+    np.add.at(summed, moved, made_of)
+    return summed
 
 
 def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -140,6 +141,7 @@ class SparseVLM(Compressor):
     def retain(self, tokens: LayerInput) -> Tensor | Retained:
         """Keep what the raters look at, and means of what they look at next."""
         keep, hidden = tokens.mask.clone(), tokens.hidden.clone()
+        moves: list[tuple[int, Tensor, Tensor]] = []  # row, places of tokens, and those of what they went into
         images = []  # row, place of its tokens, place of its raters, the image, how many of its tokens entered
         for row, entered in enumerate(tokens.entered):
             for number, n in enumerate(entered[: 1 if self.mode == "released" else None], 1):
@@ -174,13 +176,18 @@ class SparseVLM(Compressor):
                 noise = None
                 if self.mode == "released":
                     noise = torch.rand(of, generator=image.generator(self.seed)).to(hidden.device)
-                means, centres, _ = recycled(tokens.hidden[row, best], amount, noise)
+                means, centres, group = recycled(tokens.hidden[row, best], amount, noise)
                 stay, states = torch.cat([stay, best[centres]]), [means.to(hidden)]
             keep[row, place] = False
             keep[row, stay] = True
             at = stay.sort().values if self.mode == "released" else stay
             hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], *states])
-        return Retained(keep, hidden) if self.recycle else keep
+            if self.recycle:
+                moves += [(row, stay[:k], at[:k]), (row, best, at[k + group])]
+        if not self.recycle:
+            return keep
+        tokens.into = partial(destinations, tokens.mask.shape, moves)
+        return Retained(keep, hidden)
 
     def staying(self, tokens: LayerInput, paid: Tensor, n: int) -> int:
         """Return how many tokens of an image stay, of n that entered, given what raters pay (heads, r, v)."""
@@ -210,6 +217,15 @@ class SparseVLM(Compressor):
         turned = cos[raters] @ cos[place].T + sin[raters] @ sin[place].T  # a vector of ones against another
         gravity = (turned + width - cos.shape[-1]) / width**0.5
         return gravity if self.mode == "released" or bool((gravity > 0).all()) else None
+
+
+def destinations(shape: torch.Size, moves: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Return `LayerInput.into` of the tokens that moved: row, places (m,), and the places (m,) that they went to."""
+    rows, places = shape
+    into = torch.arange(places).repeat(rows, 1)
+    for row, place, target in moves:
+        into[row, place.cpu()] = target.cpu()
+    return into
 
 
 def clusters(dropped: int) -> tuple[int, int]:
