@@ -82,13 +82,14 @@ def loop(score, n: int, k: int) -> list[int]:
     return picked
 
 
+@pytest.mark.parametrize("search", [greedy, step_by_step])
 @some
 @given(seeds, st.integers(1, 6), st.integers(1, 9), st.sampled_from(["plain", "weight", "bonus"]), st.data())
-def test_coverage_adds_what_raises_the_sum_of_row_maxima_most(seed, m, n, kind, data):
+def test_coverage_adds_what_raises_the_sum_of_row_maxima_most(search, seed, m, n, kind, data):
     k = data.draw(st.integers(1, n))
     matrix, extra = exact(seed, 2, m, n) - 0.5, exact(seed + 1, 2, n)
     given = {} if kind == "plain" else {kind: extra}
-    got = greedy(Coverage(matrix, **given), k).tolist()
+    got = search(Coverage(matrix.transpose(1, 2), **given), k).tolist()
 
     for image in range(2):
 
@@ -179,10 +180,11 @@ def test_a_search_among_nans_is_refused():
     """A kernel cannot raise: the image without a NaN has its picks, and the other has none."""
     matrix = similarity_matrix(torch.randn(2, 9, 4))
     sound = greedy(Farthest(Rows(matrix), torch.maximum), 5, torch.tensor([3, 3]))
-    matrix[1, 4, 7] = matrix[1, 7, 4] = float("nan")
+    matrix[1, 4] = matrix[1, :, 4] = float("nan")
     rule, first = Farthest(Rows(matrix), torch.maximum), torch.tensor([3, 4])
-    with pytest.raises(ValueError, match="NaN"):
-        greedy(rule, 5, first)
+    for refusing in (rule, Coverage(matrix), Determinant(matrix, torch.zeros(2, 9), 5)):
+        with pytest.raises(ValueError, match="NaN"):
+            greedy(refusing, 5, first)
     assert by_kernel(rule, 5, first).tolist() == [sound[0].tolist(), [-1] * 5]
 
 

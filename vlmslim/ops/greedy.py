@@ -4,8 +4,8 @@ A rule scores the tokens of b images, and learns after each step what was picked
 over images and makes no device synchronisation. Ties go to the lower index.
 
 Where a pick changes the scores by one row of a matrix, the loop takes longer to start its operations than to compute
-them. Then a Triton kernel does all steps on a GPU (`vlmslim.ops.greedy_kernel`), and NumPy, which starts an operation
-faster than PyTorch, does them on a CPU. Both make the picks of the loop.
+them. Then a Triton kernel does all steps on a GPU (`vlmslim.ops.greedy_kernel`), and NumPy does them on a CPU
+(`vlmslim.ops.greedy_numpy`). Both make the picks of the loop, up to the rounding of sums.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vlmslim.ops import greedy_numpy
 
 #: Rows of a product of all tokens that are computed at once. With so many, and not less than half as many in the last
 #: block, MKL rounds each number as it does in a product of all rows.
@@ -38,8 +39,9 @@ class Stream:
     """A rule that reads one row of a matrix for each pick.
 
     kind   : "sum" or "max": the score is bonus - weight x closeness, where closeness is the sum or the largest of the
-             rows of all picks. "determinant": the rule is `Determinant`, and `bonus` the score of lost tokens
-    matrix : (b, n, n) symmetric
+             rows of all picks. "determinant": the rule is `Determinant`, and `bonus` the score of lost tokens.
+             "coverage": the rule is `Coverage`, and the score is bonus + weight x gain
+    matrix : (b, n, n) symmetric; of "coverage" (b, n, m), how well each token covers each of m places
     weight : (b, n)
     bonus  : (b, n)
     floor  : of `Determinant`
@@ -85,7 +87,7 @@ def greedy(rule: Rule, k: int, first: Tensor | None = None, at_once: int = 1) ->
         return search(stream.kind, stream.matrix, first, stream.weight, stream.bonus, k, stream.floor)
     if stream is not None and _suits_numpy(stream):
         first = rule.score().argmax(1) if first is None else first
-        return _in_numpy(stream, k, first)
+        return greedy_numpy.search(stream.kind, stream.matrix, first, stream.weight, stream.bonus, k, stream.floor)
     return step_by_step(rule, k, first, at_once)
 
 
@@ -110,30 +112,15 @@ def step_by_step(rule: Rule, k: int, first: Tensor | None = None, at_once: int =
 
 
 def _has_kernel(stream: Stream) -> bool:
-    return stream.matrix.is_cuda and stream.matrix.dtype == torch.float32 and find_spec("triton") is not None
+    single = stream.matrix.is_cuda and stream.matrix.dtype == torch.float32
+    return single and stream.kind != "coverage" and find_spec("triton") is not None
 
 
 def _suits_numpy(stream: Stream) -> bool:
-    """Tell whether NumPy computes what PyTorch does, to the last bit. Their sums of products differ."""
-    single = stream.matrix.dtype in (torch.float32, torch.float64)
-    return stream.matrix.device.type == "cpu" and single and stream.kind != "determinant"
-
-
-def _in_numpy(stream: Stream, k: int, first: Tensor) -> Tensor:
-    """Make all steps of a "sum" or a "max" in NumPy, image by image."""
-    combine = np.add if stream.kind == "sum" else np.maximum
-    images = zip(*(x.detach().numpy() for x in (stream.matrix, stream.weight, stream.bonus, first)), strict=True)
-    found = np.empty((len(first), k), dtype=np.int64)
-    for picks, (matrix, weight, bonus, start) in zip(found, images, strict=True):
-        picks[0], closeness = start, matrix[start].copy()
-        for step in range(1, k):
-            cost = weight * closeness - bonus
-            cost[picks[:step]] = np.inf
-            picks[step] = pick = cost.argmin()
-            if np.isnan(cost[pick]):  # NumPy takes the first NaN for the smallest number
-                raise ValueError("a search among NaNs has no best token; check that features and scores are finite")
-            combine(closeness, matrix[pick], out=closeness)
-    return torch.from_numpy(found)
+    """Tell whether NumPy makes the search. Gains under a negative weight may rise, which coverage in NumPy excludes."""
+    if stream.matrix.device.type != "cpu" or stream.matrix.dtype not in (torch.float32, torch.float64):
+        return False
+    return stream.kind != "coverage" or bool((stream.weight >= 0).all())
 
 
 # --- similarities -----------------------------------------------------------------------------------------------------
@@ -218,31 +205,35 @@ class Farthest:
 
 
 class Coverage:
-    """Facility location: the token that most raises the sum of what each row is covered by.
+    """Facility location: the token that most raises the sum of what each place is covered by.
 
-    A row is covered by its largest entry among the columns picked, and by 0 at first. With `weight`, the gain of each
+    A place is covered by its largest entry among the tokens picked, and by 0 at first. With `weight`, the gain of each
     token is multiplied by its weight; with `bonus`, the bonus is added to it.
 
     Args:
-        matrix: (b, m, n) how well each of n tokens covers each of m rows.
+        covers: (b, n, m) how well each of n tokens covers each of m places.
         weight: (b, n).
         bonus: (b, n).
     """
 
-    def __init__(self, matrix: Tensor, weight: Tensor | None = None, bonus: Tensor | None = None):
-        self.matrix, self.weight, self.bonus = matrix, weight, bonus
-        self.covered = matrix.new_zeros(matrix.shape[:2])
-        self.column = Rows(matrix.transpose(1, 2))
+    def __init__(self, covers: Tensor, weight: Tensor | None = None, bonus: Tensor | None = None):
+        self.row = Rows(covers)
+        self.weight = covers.new_ones(covers.shape[:2]) if weight is None else weight
+        self.bonus = torch.zeros_like(self.weight) if bonus is None else bonus
+        self.covered = covers.new_zeros(covers.shape[::2])
 
     def score(self) -> Tensor:
         """Score by the gain in coverage."""
-        gain = (self.matrix - self.covered[..., None]).clamp_(min=0).sum(1)
-        gain = gain if self.weight is None else gain * self.weight
-        return gain if self.bonus is None else gain + self.bonus
+        gain = (self.row.matrix - self.covered[:, None]).clamp_(min=0).sum(2)
+        return gain * self.weight + self.bonus
 
     def add(self, pick: Tensor) -> None:
-        """Raise what the new column covers better."""
-        self.covered = torch.maximum(self.covered, self.column(pick))
+        """Raise what the new token covers better."""
+        self.covered = torch.maximum(self.covered, self.row(pick))
+
+    def stream(self) -> Stream:
+        """Describe the search."""
+        return Stream("coverage", self.row.matrix, self.weight, self.bonus)
 
 
 class Determinant:
