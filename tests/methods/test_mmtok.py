@@ -102,6 +102,20 @@ def test_a_prompt_of_embeddings_has_no_words():
     assert result.index.tolist() == sorted(plain(image.tower[0].tolist(), [], [], 5, 0.1, 0.2, 0.5))
 
 
+@torch.no_grad()
+def test_padding_is_picked_last():
+    """The upper and lower quarter of the picture have the mean colour, except for one line of pixels."""
+    model = tiny("llava")
+    inputs = batch(model, [[BOS, USER, Picture(0), 22, ASSISTANT]])
+    quarter = inputs["pixel_values"].shape[-1] // 4
+    inputs["pixel_values"][:, :, : quarter - 1] = inputs["pixel_values"][:, :, -quarter:] = 0
+    method, seen = watched(MMTok, keep=10, tokenizer=Words())
+    with vlmslim.patch(model, method):
+        model(**inputs)
+    index = seen[0][1].index.tolist()
+    assert len(set(index)) == 10 and set(range(4, 12)) <= set(index)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -30,6 +30,9 @@ class HiPrune(Selection):
     both modes means are in fp32 (in fp16, as released, hundreds of patches tie), ties go to the lower index, and the
     budget of an image does not depend on the batch.
 
+    HiPrune++ of the paper is left out, because it has no release and its text can be read in two ways: it adds patches
+    that resemble the question, a tenth of N, and does not say whether they count within the budget.
+
     keep       : visual tokens to keep per image, a count or a share
     mode       : "corrected" or "released"
     alpha      : part of the budget for anchors and buffers, if no two of them meet; the paper uses 0.1

@@ -33,9 +33,12 @@ class MMTok(Selection):
     compete, every view keeps the same count, rounded down, and newlines are gone. mode="corrected", the default,
     chooses among the image's own tokens and shares `keep` out over the views by their sizes. In both modes each image
     is covered by the words of its own prompt (the release's question passes through hidden state, and may be that of
-    an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked twice. The release also
-    leaves out patches of the padding around a picture; the processors of transformers crop instead, so that there is
-    none here. A prompt without words, or given as embeddings, leaves the coverage of tokens alone.
+    an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked twice. A prompt without
+    words, or given as embeddings, leaves the coverage of tokens alone.
+
+    As in the release ("MMTok++" in appendix C of the paper, whose main tables are without), patches of the padding that
+    makes a picture square are picked last, though they are to be covered. The release computes them from the size of
+    the picture, which the model does not know; here their pixels tell (`in_padding`).
 
     The words are those of the user's last turn, without the sentences that say how to answer, and without stop words;
     a question of stop words alone stays as it is.
@@ -88,13 +91,13 @@ class MMTok(Selection):
             return self.embedding(torch.tensor(ids, dtype=torch.long, device=image.features.device))
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
-        """Return the tower's features, and the cosine of each token to each word."""
-        return image.tower_tokens, cosines(image.features, self.words(image).to(image.features))
+        """Return the tower's features, the cosine of each token to each word, and which tokens are padding."""
+        return image.tower_tokens, cosines(image.features, self.words(image).to(image.features)), padding_of(image)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the best coverage."""
-        x, to_words = read
-        return cover(self.compared(x)[0], to_words, k, self.word_temperature, self.temperature, self.alpha)
+        x, to_words, last = read
+        return cover(self.compared(x)[0], to_words, k, self.word_temperature, self.temperature, self.alpha, last)
 
 
 def keywords(text: str) -> str:
@@ -102,6 +105,32 @@ def keywords(text: str) -> str:
     text = without_answer_format(re.sub(r"^(?:<image>\s*)+", "", text.strip()))
     kept = [word for word in re.findall(r"\w+", text) if word.lower() not in STOP_WORDS]
     return " ".join(kept) or text
+
+
+def padding_of(image: ImageTokens) -> Tensor:
+    """Find the tokens of an image that show nothing but padding: (n,) bool; none where a picture is cut into tiles."""
+    if image.tiles[1] or image.video or image.merge > 1 or image.make_views is not None:
+        return torch.zeros(len(image.features), dtype=torch.bool, device=image.features.device)
+    return image.at_tokens(in_padding(image.pixels, image.side))
+
+
+def in_padding(pixels: Tensor, side: int) -> Tensor:
+    """Find the patches of the padding that made pictures square, from normalised pixels (c, 3, h, h).
+
+    Padding has the processor's mean colour, which is 0. It fills whole rows or columns of pixels. Resizing lets the
+    picture run into the two that are nearest to it, so two of a patch may have other colours.
+
+    Args:
+        pixels: of each picture.
+        side: rows of patches.
+
+    Returns:
+        (c, side x side) bool, True at rows and at columns of patches that are padding.
+    """
+    size = pixels.shape[-1] // side
+    grey = pixels[..., : side * size, : side * size].abs().amax(1) < 0.05
+    rows, columns = (grey.all(axis).unflatten(1, (side, size)).sum(2) >= size - 2 for axis in (2, 1))
+    return (rows[:, :, None] | columns[:, None]).flatten(1)
 
 
 @full_precision
@@ -118,7 +147,7 @@ def cover(
     word_temperature: float = 0.02,
     temperature: float = 0.2,
     alpha: float = 0.5,
-    excluded: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
     """Select tokens greedily by how well they cover words and tokens.
 
@@ -129,13 +158,13 @@ def cover(
         word_temperature: of the softmax of the cosines to a word.
         temperature: of the softmax of the cosines to a token.
         alpha: weight of the coverage of tokens.
-        excluded: (b, n) True at tokens that must not be picked but are to be covered.
+        last: (b, n) True at tokens that are picked after all others, but are to be covered.
 
     Returns:
         (b, k) indices in the order of selection; the first j of them are the selection for k = j.
     """
     _, n, m = to_words.shape
-    words = (to_words.float().transpose(1, 2) / word_temperature).softmax(-1) / max(1, m)
-    tokens = (similarity_matrix(F.normalize(x, dim=-1, eps=1e-8)) / temperature).softmax(-1) / n
-    bonus = None if excluded is None else torch.zeros_like(x[..., 0]).masked_fill(excluded, float("-inf"))
-    return greedy(Coverage(torch.cat([words, alpha * tokens], dim=1), bonus=bonus), k)
+    words = (to_words.float() / word_temperature).softmax(1) / max(1, m)
+    tokens = (similarity_matrix(F.normalize(x, dim=-1, eps=1e-8)) / temperature).softmax(1) / n  # it is symmetric
+    bonus = None if last is None else last.float() * -(2 + alpha)  # below every gain, which is at most 1 + alpha
+    return greedy(Coverage(torch.cat([words, alpha * tokens], dim=2), bonus=bonus), k)

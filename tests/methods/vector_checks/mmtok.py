@@ -1,15 +1,29 @@
-"""Reference vectors `mmtok_*`: coverage orders of the release, and the words that it takes from a question."""
+"""Reference vectors `mmtok_*`: coverage orders of the release, the words of a question, and patches of padding."""
 
 import numpy as np
 import torch
+from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vlmslim.methods.mmtok import cosines, cover, keywords
+from vlmslim.methods.mmtok import cosines, cover, in_padding, keywords
+
+
+def padded(width: int, height: int) -> torch.Tensor:
+    """A white picture on a square of the mean colour, at 336 pixels, as the release makes it: (1, 3, 336, 336)."""
+    long = max(width, height)
+    square = Image.new("RGB", (long, long), (122, 116, 104))
+    square.paste(Image.new("RGB", (width, height), "white"), ((long - width) // 2, (long - height) // 2))
+    pixels = torch.from_numpy(np.array(square.resize((336, 336), Image.BICUBIC))).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels - mean) / std
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
     if "question" in arrays:
         for question, want in zip(arrays["question"], arrays["keywords"], strict=True):
             assert keywords(str(question)) == str(want)
+        for size, want in zip(arrays["image_size"].tolist(), arrays["padding"], strict=True):
+            assert set(in_padding(padded(*size), 24)[0].nonzero()[:, 0].tolist()) == set(want[want >= 0].tolist())
         return
     options = [float(arrays[name]) for name in ("tv_temperature", "vv_temperature", "alpha")]
     x, features, text = (torch.from_numpy(arrays[name]) for name in ("tower", "features", "text"))
