@@ -59,6 +59,8 @@ class Compressor:
     needs_cls    : the method reads the tower's CLS token
     needs_patches : the method needs visual tokens that are single patches of the tower, projected one by one
     may_keep_none : the method may send no token of an image
+    substitutes  : what the method reads on this model in place of what its paper reads, by the names in
+                   `vlmslim.substitutes`; `setup` sets them
     reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
     encodes_again : the method encodes pictures itself, with the model's own tower
     reads_back   : why the method brings values from the device to the host, which waits until the device has computed
@@ -72,6 +74,7 @@ class Compressor:
     layers: tuple[int | float, ...] = field(default=(), init=False, repr=False, compare=False)
     reads_prompt: bool = field(default=False, init=False, repr=False, compare=False)
     tower_layers: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
+    substitutes: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
     needs_cls: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
     may_keep_none: ClassVar[bool] = False

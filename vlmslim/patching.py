@@ -21,6 +21,7 @@ from vlmslim.engine.families import (
     family_of,
     has_cls,
     language_model,
+    sees_whole,
     tower,
 )
 from vlmslim.engine.hooks import Hooks
@@ -182,6 +183,18 @@ class Slim:
         """
         self._hooks.later.settle()
         return self._receipt
+
+    @property
+    def substitutes(self) -> tuple[str, ...]:
+        """Name what the methods read on this model in place of what their papers read, such as "received".
+
+        `vlmslim.substitutes.SUBSTITUTES` says what each name means.
+        """
+        found = [name for stage in self.stages for name in stage.method.substitutes]
+        layers = [layer for stage in self.stages for layer in stage.method.tower_layers]
+        if not all(sees_whole(self.model.model, layer) for layer in layers):
+            found.append("full attention")
+        return tuple(dict.fromkeys(found))
 
     def reset_receipt(self) -> None:
         """Start counting anew."""

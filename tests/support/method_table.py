@@ -1,6 +1,7 @@
 """The table of docs/models.md: which method works on which family. `python tests/support/method_table.py` writes it.
 
-Every method is attached to a tiny model of every family. What `patch` refuses, the table marks with the reason.
+Every method is attached to a tiny model of every family. The table marks what `patch` refuses with the reason, and what
+it takes with the substitutes that the patch names.
 """
 
 import re
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import tiny
 import zoo
+from clip_fixtures import Words
 
 import vlmslim
 from vlmslim.engine.families import FAMILIES
 from vlmslim.registry import method_names, options_of
+from vlmslim.substitutes import SUBSTITUTES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- methods by family -->\n", "<!-- end -->\n"
@@ -28,7 +31,13 @@ REASONS = {  # what the sentence of a refusal says -> what the table says
     "cannot recompute it": "tower",
     "is defined for images on a single grid|resizes tokens": "grid",
 }
-NEEDS_MORE = "this model does not tell"  # which CLIP or which folder: a real checkpoint tells, or an option
+MEANINGS = {
+    "CLS": "the method reads the CLS token of the tower, and there is none",
+    "patches": "the method works on single patches, and here a visual token is made of several",
+    "tower": "the method reads the attention of the tower, and vlmslim cannot recompute it for this tower",
+    "grid": "the method is defined for one grid of patches",
+}
+NEEDS_MORE = "this model does not tell which CLIP"  # a real checkpoint tells, or an option
 OPTIONS = {
     "atp": {"weights": "random"},
     "tokenflex": {"keep": 0.5, "weights": "pool"},
@@ -37,40 +46,66 @@ OPTIONS = {
 OWN = {"llava": "llava", "llava_next": "next", "llava_onevision": "onevision"}
 
 
+class Refused(Exception):
+    """`patch` refuses a method; the argument is the word of the table."""
+
+
 def build(model_type: str):
     return tiny.tiny(OWN[model_type]) if model_type in OWN else zoo.build(model_type)
 
 
 def options(name: str) -> dict:
-    return OPTIONS.get(name) or ({"keep": 0.5} if "keep" in options_of(name) else {})
+    known = options_of(name)
+    own = OPTIONS.get(name) or ({"keep": 0.5} if "keep" in known else {})
+    return own | ({"tokenizer": Words()} if "tokenizer" in known else {})
 
 
-def verdict(model, name: str) -> str:
-    """Return "yes", or why `patch` refuses the method."""
+def patched(model, name: str) -> vlmslim.Slim | None:
+    """Patch a model; None where the method needs a CLIP that a tiny model does not name.
+
+    Raises:
+        Refused: `patch` refuses the method.
+    """
     try:
-        vlmslim.patch(model, name, **options(name)).remove()
+        return vlmslim.patch(model, name, **options(name))
     except (ValueError, TypeError) as error:
         if re.search(NEEDS_MORE, str(error)):
-            return "yes"
+            return None
         found = [reason for said, reason in REASONS.items() if re.search(said, str(error))]
         assert found, f"{name} is refused without a reason that the table knows: {error}"
-        return found[0]
-    return "yes"
+        raise Refused(found[0]) from error
 
 
-def verdicts() -> dict[str, dict[str, str]]:
-    """Return the verdict of each method, by method and family."""
+def cell(model, name: str) -> str:
+    """Return "yes", with the substitutes that the method takes, or "no" and why `patch` refuses the method."""
+    try:
+        slim = patched(model, name)
+    except Refused as why:
+        return f"no: {why}"
+    if slim is None:
+        return "yes"
+    slim.remove()
+    return f"yes: {', '.join(slim.substitutes)}".removesuffix(": ")
+
+
+def cells() -> dict[str, dict[str, str]]:
+    """Return the cells of each method, by method and family."""
     models = {model_type: build(model_type) for model_type in FAMILIES}
-    return {name: {kind: verdict(model, name) for kind, model in models.items()} for name in method_names()}
+    return {name: {kind: cell(model, name) for kind, model in models.items()} for name in method_names()}
 
 
 def table() -> str:
-    """Return the table in Markdown."""
+    """Return the table in Markdown, with what its words mean."""
     head = ["method", *(f"`{kind}`" for kind in FAMILIES)]
     lines = [head, ["---"] * len(head)]
-    for name, found in verdicts().items():
+    for name, found in cells().items():
         lines.append([f"`{name}`", *found.values()])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{rows}\n{_legend('yes', SUBSTITUTES)}\n{_legend('no', MEANINGS)}"
+
+
+def _legend(verdict: str, words: dict[str, str]) -> str:
+    return f"| {verdict}: | meaning |\n|---|---|\n" + "".join(f"| {word} | {said} |\n" for word, said in words.items())
 
 
 def family_table() -> str:

@@ -318,6 +318,11 @@ def attending_layer(core: Any, layer: int) -> int:
     return min((i for i in everywhere if i >= layer % depth), default=max(everywhere))
 
 
+def sees_whole(core: Any, layer: int) -> bool:
+    """Tell whether all patches of a picture see each other in a layer of the tower."""
+    return attending_layer(core, layer) == layer % len(encoder_layers(core))
+
+
 def check_patches(core: Any, method: str) -> None:
     """Refuse a family whose visual tokens are not single patches of the tower, projected one by one.
 

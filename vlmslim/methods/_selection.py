@@ -200,6 +200,7 @@ class ScoredSelection(Selection):
             )
         if self.score == "auto":
             self.score = "cls" if cls else "received"
+            self.substitutes = () if cls else ("received",)
         self.cls = cls
         self.score_layer = self.score_layer if self.score == "cls" else self.received_layer
         self.tower_layers = tuple({*self.tower_layers, self.score_layer})

@@ -56,9 +56,13 @@ class BipartiteMerge(Compressor):
     def setup(self, model: Any) -> None:
         """Merge before the projector where it maps patch by patch, else behind it."""
         self.ends_with_newline = family_of(model).anyres  # an image without tiles does
-        if model.config.model_type != "llava_onevision" and projects_patches(model.model):
+        if model.config.model_type == "llava_onevision":
+            return
+        if projects_patches(model.model):
             self.before_projector = True
             self.tower_layers = (-1,)
+        else:
+            self.substitutes = ("late merge",)
 
     def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int:
         """Return the budget, and the newline that newline="extra" does not count."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
-from vlmslim.engine.families import has_cls, tower
+from vlmslim.engine.families import feature_layers, tower
 from vlmslim.methods._clip import default_clip, load_clip
 from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
@@ -38,7 +38,8 @@ class CDPruner(Selection):
     mode       : "corrected" or "released"
     relevance  : to the question, by "clip" (the text tower that belongs to the vision tower), or by "llm" (the mean of
                  the question's input embeddings against projected tokens, the paper's way for other models), or
-                 "none" (diversity alone). "auto" is "clip" on a tower with CLS, else "llm"
+                 "none" (diversity alone). "auto" is "clip" where the projector reads one layer of a CLIP tower, and
+                 "llm" elsewhere
     sign       : of the cosine, "minus" or "plus"; "auto" is "minus" for "clip" (as released) and "plus" for "llm"
     theta      : None multiplies with relevance r (as released); in [0, 1), with exp(r x theta / (2 - 2 theta))
     clip       : the CLIP of the vision tower: hub id, folder, or an open_clip name, as for `recoverable`. None: the
@@ -78,10 +79,14 @@ class CDPruner(Selection):
         """
         super().setup(model)
         if self.relevance == "auto":
-            self.relevance = "clip" if has_cls(model.model) else "llm"
+            self.relevance = "clip" if reads_clip(model.config) else "llm"
+            self.substitutes = () if self.relevance == "clip" else ("embeddings",)
         if self.relevance == "clip":
-            if not has_cls(model.model):
-                raise ValueError("relevance='clip' needs a CLIP tower, and this tower has no CLS; use relevance='llm'")
+            if not reads_clip(model.config):
+                raise ValueError(
+                    "relevance='clip' needs a projector that reads one layer of a CLIP tower, and this model has none; "
+                    "use relevance='llm'"
+                )
             self.clip_text = load_clip(self.clip or default_clip(model))
             self.clip_text.check_tower(tower(model.model))
         if self.relevance != "none":
@@ -123,6 +128,11 @@ class CDPruner(Selection):
             relevance = ((relevance - relevance.amax(1, keepdim=True)) * steepness).exp()  # a factor changes no pick
         features, weight = self.compared(features)
         return conditional_diversity(features, relevance if weight is None else relevance * weight, k)
+
+
+def reads_clip(config: Any) -> bool:
+    """Tell whether the projector of a model reads one layer of a CLIP tower, so that CLIP can compare it with text."""
+    return config.vision_config.model_type == "clip_vision_model" and len(feature_layers(config)) == 1
 
 
 @full_precision

@@ -80,6 +80,7 @@ class GlobalCom2(Selector):
             )
         if self.score == "auto":
             self.score = "logit" if cls else "distance"
+            self.substitutes = () if cls else ("distance",)
         elif self.score != "distance" and not cls:
             raise ValueError(
                 f"score={self.score!r} reads the vision tower's CLS token, and this tower has none; "

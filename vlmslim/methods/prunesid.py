@@ -72,7 +72,9 @@ class PruneSID(ScoredSelection):
             raise ValueError(
                 "score='cls' and mode='released' need a CLS token, and this tower has none; use score='loading'"
             )
-        self.score = {"auto": "cls" if cls else "loading"}.get(self.score, self.score)
+        if self.score == "auto":
+            self.score = "cls" if cls else "loading"
+            self.substitutes = () if cls else ("loading",)
         self.tower_layers = (-2,) * (self.score == "cls") + (-1,) * (self.mode == "released")
 
     def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:

@@ -63,6 +63,7 @@ class Diversify(Selection):
         """Choose the pivot by whether the tower has a CLS token."""
         if self.pivot == "auto":
             self.pivot = "cls" if has_cls(model.model) else "random"
+            self.substitutes = () if self.pivot == "cls" else ("random pivot",)
         elif self.pivot == "cls" and not has_cls(model.model):
             raise ValueError(
                 f"pivot='cls' needs a CLS token, and {type(tower(model.model)).__name__} has none; "

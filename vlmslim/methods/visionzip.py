@@ -65,6 +65,8 @@ class VisionZip(ScoredSelection):
         if self.mode == "released" and not self.cls:
             raise ValueError("mode='released' sends the CLS token, and this tower has none; use mode='corrected'")
         self.before_projector = model.config.model_type != "llava_onevision" and projects_patches(model.model)
+        if not self.before_projector:
+            self.substitutes = (*self.substitutes, "late merge")
         self.tower_layers = (*self.tower_layers, -1) if self.mode == "released" else self.tower_layers
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:

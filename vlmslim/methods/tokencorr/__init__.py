@@ -161,6 +161,7 @@ class TokenCorr(Compressor):
         self.low_layer, self.deep_layer = _tower_layer(self.low, depth), _tower_layer(deep, depth)
         self.tower_layers = tuple({self.low_layer, self.deep_layer})
         self.cls = has_cls(model.model)
+        self.substitutes = () if self.cls else ("received",)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Score on the device, decide on the CPU, merge on the device."""
