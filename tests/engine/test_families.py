@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import method_table
@@ -276,6 +277,24 @@ def test_a_batch_of_videos_equals_its_rows(name):
             together = model(**inputs).logits
             for i, row in enumerate(rows):
                 close(together[i][inputs["attention_mask"][i].bool()], model(**one(name, model, row)).logits[0])
+
+
+@pytest.mark.parametrize("method", ["none", "divprune"])
+def test_pictures_and_videos_of_glm_4v_do_not_go_together(method):
+    """They share a placeholder, so the unpatched model refuses both a row and a batch with both."""
+    model, picture, video = build("glm4v"), Pic(0, 32, 48), Pic(8, 32, 32, frames=2)
+    for rows in ([[1, picture, 7, video, 9]], [[1, picture, 7], [1, video, 9]]):
+        inputs = batch("glm4v", model, rows)
+        with pytest.raises(ValueError, match="tokens do not match"):
+            model(**inputs)
+        with vlmslim.patch(model, method):
+            for run in (model, partial(model.generate, max_new_tokens=2)):
+                with pytest.raises(ValueError, match="one placeholder .* send pictures and videos in separate calls"):
+                    run(**inputs)
+    with vlmslim.patch(model, "divprune", keep=0.5) as slim:  # one after the other they go
+        for rows in ([[1, picture, 7]], [[1, video, 9]]):
+            model(**batch("glm4v", model, rows))
+        assert slim.receipt.images == 2
 
 
 @every_family

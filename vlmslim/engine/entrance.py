@@ -1,7 +1,7 @@
 """The entrance of the language model: find the images in the prompts, compress them, close the gaps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,6 +198,19 @@ def _slots(results: list[Compressed], sizes: list[int], device: torch.device) ->
     taken = [x if r.index is None else x.sort().values for x, r in zip(picked, results, strict=True)]
     picked = [t if r.features is not None else p for t, p, r in zip(taken, picked, results, strict=True)]
     return torch.cat(picked), torch.cat(taken)
+
+
+def check_kinds(family: Family, kinds: Collection[str]) -> None:
+    """Refuse a forward with pictures and videos of a family that has one placeholder for both.
+
+    Raises:
+        ValueError: transformers cannot tell whose features go where, and its own message compares counts only.
+    """
+    if len(kinds) > 1 and family.video_token == "image_token_id":
+        raise ValueError(
+            f"{family.name} has one placeholder for pictures and videos, so transformers takes no batch with both: "
+            "send pictures and videos in separate calls, or give the video as pictures, one for each frame"
+        )
 
 
 def read_prompt(kwargs: dict) -> dict[str, np.ndarray]:

@@ -23,7 +23,14 @@ from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_counts, check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
 from vlmslim.engine.encoder import Encoded, RecordingEncoder, SharedEncoding, is_recorded
-from vlmslim.engine.entrance import Entrance, check_length, read_prompt, resumed_position, trim_cached_prefix
+from vlmslim.engine.entrance import (
+    Entrance,
+    check_kinds,
+    check_length,
+    read_prompt,
+    resumed_position,
+    trim_cached_prefix,
+)
 from vlmslim.engine.families import (
     added_layers,
     blocks_of,
@@ -184,6 +191,7 @@ class Hooks:
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
         call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
+        check_kinds(self.family, given | encoded.keys())
         if self.record:
             call.recorder = Recorder()
         if given or encoded:
