@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import method_table
@@ -279,24 +278,6 @@ def test_a_batch_of_videos_equals_its_rows(name):
                 close(together[i][inputs["attention_mask"][i].bool()], model(**one(name, model, row)).logits[0])
 
 
-@pytest.mark.parametrize("method", ["none", "divprune"])
-def test_pictures_and_videos_of_glm_4v_do_not_go_together(method):
-    """They share a placeholder, so the unpatched model refuses both a row and a batch with both."""
-    model, picture, video = build("glm4v"), Pic(0, 32, 48), Pic(8, 32, 32, frames=2)
-    for rows in ([[1, picture, 7, video, 9]], [[1, picture, 7], [1, video, 9]]):
-        inputs = batch("glm4v", model, rows)
-        with pytest.raises(ValueError, match="tokens do not match"):
-            model(**inputs)
-        with vlmslim.patch(model, method):
-            for run in (model, partial(model.generate, max_new_tokens=2)):
-                with pytest.raises(ValueError, match="one placeholder .* send pictures and videos in separate calls"):
-                    run(**inputs)
-    with vlmslim.patch(model, "divprune", keep=0.5) as slim:  # one after the other they go
-        for rows in ([[1, picture, 7]], [[1, video, 9]]):
-            model(**batch("glm4v", model, rows))
-        assert slim.receipt.images == 2
-
-
 @every_family
 @pytest.mark.parametrize("method", METHODS[:-1], ids=str)  # fastv looks at the last token, which is another each time
 @torch.no_grad()
@@ -352,17 +333,6 @@ def test_the_page_shows_a_row_that_works():
     shown = page.split("<!-- the row of an example -->")[1].split("```")[1].removeprefix("python")
     row = eval(shown, {"Family": Family})
     assert row == FAMILIES[row.model_type] and row.model_type in ZOO
-
-
-def test_an_unsupported_model_is_told_the_nearest_one():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    text = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    with pytest.raises(TypeError, match=r"cannot patch Qwen2ForCausalLM; .*docs/models.md tells"):
-        vlmslim.patch(text, "none")
-    near = type("Qwen2_6_VLForConditionalGeneration", (Qwen2ForCausalLM,), {})(text.config)
-    with pytest.raises(TypeError, match="the nearest supported class is Qwen2_5_VLForConditionalGeneration"):
-        vlmslim.patch(near, "none")
 
 
 # --- positions of several numbers -------------------------------------------------------------------------------------

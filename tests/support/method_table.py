@@ -13,12 +13,14 @@ from clip_fixtures import Words
 
 import vlmslim
 from vlmslim.engine.families import FAMILIES
+from vlmslim.engine.unsupported import UNSUPPORTED
 from vlmslim.registry import method_names, options_of
 from vlmslim.substitutes import SUBSTITUTES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- methods by family -->\n", "<!-- end -->\n"
 FAMILY_BEGIN, FAMILY_END = "<!-- families -->\n", "<!-- end of families -->\n"
+REFUSED_BEGIN, REFUSED_END = "<!-- refused families -->\n", "<!-- end of refused families -->\n"
 UNITS = {
     "crops": "square views",
     "anyres": "a thumbnail and tiles, unpadded, with newline tokens",
@@ -117,10 +119,21 @@ def family_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def refused_table() -> str:
+    """Return the table of families that are refused in Markdown."""
+    lines = [f"| `{kind}` | {why} |\n" for kind, why in UNSUPPORTED.items()]
+    return "| family | why |\n|---|---|\n" + "".join(lines)
+
+
 def pages() -> str:
-    """Return docs/models.md with both tables as they are now."""
+    """Return docs/models.md with its tables as they are now."""
     text = PAGE.read_text()
-    for begin, end, made in ((FAMILY_BEGIN, FAMILY_END, family_table()), (BEGIN, END, table())):
+    tables = (
+        (FAMILY_BEGIN, FAMILY_END, family_table()),
+        (BEGIN, END, table()),
+        (REFUSED_BEGIN, REFUSED_END, refused_table()),
+    )
+    for begin, end, made in tables:
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
     return text

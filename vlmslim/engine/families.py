@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from vlmslim.engine.attention import attention_of
+from vlmslim.engine.unsupported import UNSUPPORTED
 from vlmslim.ops.attention import tower_attention, tower_norm
 
 #: What the KV cache is called among a forward's arguments and on its output; transformers 5.24 renamed it.
@@ -174,14 +175,16 @@ def family_of(model: Any) -> Family:
     Raises:
         TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
     """
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    family = FAMILIES.get(model_type)
     core = getattr(model, "model", None)
     if family is None or not hasattr(model, "lm_head") or not hasattr(core, family.language_model):
         name, known = type(model).__name__, [f.name for f in FAMILIES.values()]
         nearest = get_close_matches(name, known, n=1, cutoff=0.75)
         hint = f"the nearest supported class is {nearest[0]}; " if nearest and nearest[0] != name else ""
+        reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
         raise TypeError(
-            f"cannot patch {name}; {hint}vlmslim supports {', '.join(known)} (of a PEFT model, pass "
+            f"cannot patch {name}{reason}; {hint}vlmslim supports {', '.join(known)} (of a PEFT model, pass "
             "`model.base_model.model`); docs/models.md tells how to add a family"
         )
     text = model.config.get_text_config()
