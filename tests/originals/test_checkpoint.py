@@ -27,6 +27,13 @@ SEVEN_B = {  # LLaVA-1.5-7B, as released
 }
 
 
+VIDEO = {  # LLaVA-Video puts a newline after each row of each frame
+    "image_aspect_ratio": "anyres_max_9",
+    "mm_newline_position": "grid",
+    "mm_patch_merge_type": "spatial_unpad",
+}
+
+
 def config_of(**changes):
     return Original("folder", None, SEVEN_B | changes).config
 
@@ -98,6 +105,7 @@ def test_a_range_of_tiles():
         ({"mm_projector_type": None}, "has the projector 'linear'"),
         ({"mm_projector_type": "mlp3x_gelu"}, "has the projector 'mlp3x_gelu'"),
         ({"mm_resampler_type": "spatial_pool"}, r"has a resampler \(spatial_pool\)"),
+        (VIDEO, "newlines into videos by mm_newline_position='grid'; transformers has one_token"),
         ({"mm_use_im_start_end": True}, "puts <im_start> and <im_end> around pictures"),
         ({"mm_hidden_size": 48}, r"reads 48 numbers a token and .* gives 16: towers of several scales"),
         ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'; vlmslim knows square, pad"),

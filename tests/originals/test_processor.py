@@ -9,7 +9,8 @@ from original_checkpoints import original, tokenizer
 from PIL import Image
 from tiny import SIDE
 
-from vlmslim.loading import Located, load_processor
+from vlmslim.loading import Located, load_config, load_processor, located
+from vlmslim.originals.protocol import apply, describe
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP = ((0.5,) * 3, (0.5,) * 3)
@@ -110,6 +111,18 @@ def test_the_statistics_of_a_tower_of_ones_own(tmp_path):
     folder = original("llava", tmp_path / "own")
     (tmp_path / "own-tower" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
     assert tuple(processor(folder).image_processor.image_mean) == (0.1, 0.2, 0.3)
+
+
+def test_a_language_model_of_unknown_conversation_has_no_prompt(tmp_path):
+    """LLaVA-NeXT has one on Llama 3; `conversation` gives it a prompt."""
+    place = located(
+        str(original("next", tmp_path / "llama3", architectures=["LlavaLlamaForCausalLM"], vocab_size=2**17))
+    )
+    with pytest.warns(UserWarning, match="no conversation of the authors is known for a llama with 131072 words: give"):
+        processor = load_processor(place)
+    assert processor.chat_template is None
+    apply(processor, load_config(place), conversation="vicuna_v1")
+    assert describe(processor, load_config(place))["conversation"] == "vicuna_v1"
 
 
 def test_the_text_after_a_picture_begins_as_a_text_of_its_own(originals):

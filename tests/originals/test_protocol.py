@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import InternVLConfig, Qwen2Config
 
 from vlmslim.loading import Located, load_config, load_processor
 from vlmslim.originals.protocol import OWN, apply, describe
@@ -92,7 +93,7 @@ def test_tiles_stay_tiles():
     assert ours["pixel_values"].shape == theirs["pixel_values"].shape
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=0.05, rtol=0)
     assert under(TILES)[1]["protocol"] == "hf"
-    with pytest.raises(ValueError, match="image_aspect_ratio=pad is for LLaVA-1.5; a llava_next cuts pictures into"):
+    with pytest.raises(ValueError, match="image_aspect_ratio=pad is for LLaVA-1.5; llava_next cuts pictures into"):
         under(TILES, image_aspect_ratio="pad")
 
 
@@ -105,6 +106,24 @@ def test_an_original_brings_the_papers_protocol(originals, kind):
     assert describe(processor, config) == told and type(processor.image_processor) is pictures
     with pytest.raises(ValueError, match="protocol=hf is what HF's conversions bring, and this checkpoint brings"):
         apply(processor, config, "hf")
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"protocol": "original"}, "protocol=original is of LLaVA's authors, and internvl has pictures and prompts"),
+        ({"conversation": "qwen_1_5"}, "conversation=qwen_1_5 is of LLaVA's authors"),
+        ({"image_aspect_ratio": "pad"}, "is for LLaVA-1.5; internvl fits pictures in its own way"),
+    ],
+)
+def test_other_families_have_a_protocol_of_their_own(how, message):
+    """The language model of InternVL is Qwen2, and that of LLaVA-OneVision too, but its placeholder is another."""
+    config = InternVLConfig(text_config=Qwen2Config(vocab_size=64).to_dict())
+    processor, _ = loaded(SQUARE)
+    apply(processor, config, "hf")
+    assert describe(processor, config)["image_aspect_ratio"] == "native"
+    with pytest.raises(ValueError, match=message):
+        apply(processor, config, **how)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,9 @@ def test_the_configuration_is_the_files_not_the_default_of_transformers(original
     assert config.model_type == {"llava": "llava", "next": "llava_next", "onevision": "llava_onevision"}[kind]
 
 
-def test_pickled_weights(tmp_path):
-    folder = original("llava", tmp_path / "bin", form="bin")
+@pytest.mark.parametrize("form", ["bin", "shards of bin", "shards of safetensors"])
+def test_other_files_of_weights(tmp_path, form):
+    folder = original("llava", tmp_path / "other", form=form)
     assert torch.equal(logits(load_model(folder), "llava"), wanted("llava"))
 
 

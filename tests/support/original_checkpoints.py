@@ -45,16 +45,31 @@ def original(kind: str, folder: Path, model=None, *, form="safetensors", without
     weights = {name: x for name, x in weights.items() if not dropped.search(name)}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    if form == "safetensors":
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    else:
-        torch.save(weights, folder / "pytorch_model.bin")
+    _write(weights, folder, form)
     config = raw_config(kind, model, str(tower)) | changes
     config = {key: value for key, value in config.items() if key not in changes or value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     write_tower_config(kind, model, tower)
     tokenizer(kind).save_pretrained(folder)
     return folder
+
+
+def _write(weights: dict, folder: Path, form: str) -> None:
+    """Write weights as safetensors or pickled ("bin"), in one file or in "shards of" either."""
+    names = sorted(weights)
+    stem, ending = ("pytorch_model", "bin") if form.endswith("bin") else ("model", "safetensors")
+    files = {f"{stem}.{ending}": names}
+    if form.startswith("shards of"):
+        files = {f"{stem}-0000{i + 1}-of-00002.{ending}": names[i::2] for i in range(2)}
+        where = {name: file for file, own in files.items() for name in own}
+        index = {"metadata": {"total_size": sum(x.nbytes for x in weights.values())}, "weight_map": where}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    for file, own in files.items():
+        part = {name: weights[name] for name in own}
+        if ending == "bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, {"format": "pt"})
 
 
 def authors_name(name: str) -> str:

@@ -218,6 +218,11 @@ def _check_parts(original: Original) -> None:
         raise ValueError(
             f"{name} puts <im_start> and <im_end> around pictures (mm_use_im_start_end); transformers does not"
         )
+    newlines = raw.get("mm_newline_position", "one_token")
+    if original.kind is LlavaOnevisionConfig and newlines != "one_token":
+        raise ValueError(
+            f"{name} puts newlines into videos by mm_newline_position={newlines!r}; transformers has one_token alone"
+        )
     aspect, merge = original.aspect, raw.get("mm_patch_merge_type", "flat")
     if aspect not in ("square", "pad", "anyres") and not re.fullmatch(r"anyres_max_\d+", aspect):
         raise ValueError(

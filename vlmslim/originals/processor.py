@@ -1,5 +1,6 @@
 """The processor that a checkpoint in the authors' format lacks: pictures, tokenizer and chat template."""
 
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -69,12 +70,19 @@ def mark_parts(tokenizer: Any) -> None:
 
 
 def processor_of(original: Original, tokenizer: Any) -> Any:
-    """Make the processor: pictures as the authors' code fits them to the tower, and its prompts."""
+    """Make the processor: pictures as the authors' code fits them to the tower, and its prompts.
+
+    Where vlmslim knows no conversation of the language model, a warning says that the processor has no chat template.
+    """
     config = original.config
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
     has_cls = isinstance(tower, CLIPVisionConfig)
     side = tower.image_size
-    template = conversation(conversation_of(config.text_config)).template()
+    template = None
+    try:
+        template = conversation(conversation_of(config.text_config)).template()
+    except ValueError as error:
+        warnings.warn(f"{original.checkpoint}: {error}", stacklevel=2)
     mean, std = _statistics(original, has_cls)
     square = {"height": side, "width": side}
     pictures: dict[str, Any] = {"image_mean": mean, "image_std": std}

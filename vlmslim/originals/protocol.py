@@ -13,6 +13,7 @@ from vlmslim.originals.templates import conversation as conversation_named
 PROTOCOLS = ("original", "hf")
 ASPECTS = ("pad", "crop")
 OWN = "of the checkpoint"  # the conversation where no name is known
+AUTHORS = ("llava", "llava_next", "llava_next_video", "llava_onevision")  # the families of LLaVA's authors
 
 
 def check(protocol: str | None, image_aspect_ratio: str | None, conversation: str | None) -> None:
@@ -79,10 +80,12 @@ def apply(
             "protocol=hf is what HF's conversions bring, and this checkpoint brings the authors' protocol: leave it "
             "out, or give image_aspect_ratio and conversation"
         )
+    if config.model_type not in AUTHORS and (protocol == "original" or conversation is not None):
+        key = "protocol=original" if protocol == "original" else f"conversation={conversation}"
+        raise ValueError(f"{key} is of LLaVA's authors, and {config.model_type} has pictures and prompts of its own")
     if image_aspect_ratio is not None and config.model_type != "llava":
-        raise ValueError(
-            f"image_aspect_ratio={image_aspect_ratio} is for LLaVA-1.5; a {config.model_type} cuts pictures into tiles"
-        )
+        how = "cuts pictures into tiles" if config.model_type in AUTHORS else "fits pictures in its own way"
+        raise ValueError(f"image_aspect_ratio={image_aspect_ratio} is for LLaVA-1.5; {config.model_type} {how}")
     if protocol == "original":
         conversation = conversation or conversation_of(config.get_text_config())
         mark_parts(processor.tokenizer)
