@@ -1,6 +1,6 @@
 """Tiny random checkpoints of families beyond LLaVA, with real processors, for what needs prompts and pictures.
 
-SmolVLM is left out: its prompts look like Idefics3's, and its processor needs one more package.
+SmolVLM is among them where num2words is installed, which its processor needs.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers as hf
 import zoo
+from transformers.utils import is_num2words_available
 
 from vlmslim import bundled
 
@@ -66,12 +67,23 @@ def _glm4v():
 
 
 def _idefics3():
+    return _mosaic(hf.Idefics3Processor, hf.Idefics3ImageProcessor)
+
+
+def _smolvlm():
+    return _mosaic(hf.SmolVLMProcessor, hf.SmolVLMImageProcessor, video_processor=hf.SmolVLMVideoProcessor())
+
+
+def _mosaic(processor: type, images: type, **more) -> hf.ProcessorMixin:
     tokenizer = _tokenizer("<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>")
     places = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
     tokenizer.add_tokens(["<end_of_utterance>", *places], special_tokens=True)
-    images = hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    return hf.Idefics3Processor(
-        image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=_template("<image>")
+    return processor(
+        image_processor=images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=_template("<image>"),
+        **more,
     )
 
 
@@ -197,6 +209,8 @@ PROCESSORS = {
     "cohere2_vision": _cohere2_vision,
     "ovis2": _ovis2,
 }
+if is_num2words_available():
+    PROCESSORS["smolvlm"] = _smolvlm
 _QWEN = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -217,6 +231,7 @@ TOKENS = {
         "video_end_token_id": "<|end_of_video|>",
     },
     "idefics3": {"image_token_id": "<image>"},
+    "smolvlm": {"image_token_id": "<image>"},
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
     "gemma3": {
         "image_token_id": "<image_soft_token>",
