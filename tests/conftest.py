@@ -1,4 +1,4 @@
-"""Shared fixtures. The tiny models, prompts and test-only compressors are in tiny.py and doubles.py."""
+"""Shared fixtures. Tiny models, prompts and test-only compressors are in support/: tiny.py, prompts.py, doubles.py."""
 
 import os
 

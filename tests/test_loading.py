@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ROWS, batch, close, tiny
+from compare import close
+from prompts import ROWS, batch
+from tiny import tiny
 from transformers import AutoModelForImageTextToText
 
 import vlmslim

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from compare import lengths
 from doubles import Rule
 from snapshots import changes, model_state
-from tiny import BACKENDS, FAMILIES, lengths, tiny
+from tiny import BACKENDS, FAMILIES, tiny
 from transformers import AutoModelForImageTextToText
 from zoo import ZOO, build
 

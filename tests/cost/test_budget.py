@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BOS, DEPTH, Clip, Picture, batch, tiny, words
+from prompts import Clip, Picture, batch, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.compressor import Compressed, Compressor

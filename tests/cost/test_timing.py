@@ -5,7 +5,8 @@ from itertools import count, permutations
 
 import pytest
 import torch
-from tiny import BOS, Picture, batch, tiny, words
+from prompts import Picture, batch, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.cost.bench.prompt import SyntheticPrompt

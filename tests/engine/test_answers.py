@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import BOS, IMAGE, Picture, batch, tiny, words
+from prompts import Picture, batch, words
+from tiny import BOS, IMAGE, tiny
 
 import vlmslim
 from vlmslim import Compressed, Compressor

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing, check_count
+from compare import close
 from doubles import BUDGETED, Everything, keeping_everything, registered, watched
 from PIL import Image
-from tiny import BOS, IMAGE, SIDE, Picture, batch, close, tiny, words
+from prompts import Picture, batch, words
+from tiny import BOS, IMAGE, SIDE, tiny
 from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from compare import close, lengths
 from doubles import BUDGETED, Both, BothOriginal, Everything, First, Stairs, expect, name_of, registered
-from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, close, lengths, tiny, valid, words
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, batch, valid, words
+from tiny import BOS, DEPTH, tiny
 from watch import Watch
 
 import vlmslim

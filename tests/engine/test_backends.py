@@ -5,8 +5,10 @@ import importlib.util
 import pytest
 import torch
 import torch._dynamo
+from compare import close, greedy, lengths
 from doubles import BUDGETED, BothOriginal, Everything, Stairs, Strided, StridedOriginal, expect, name_of, registered
-from tiny import BOS, DEPTH, LONG_ROWS, ROWS, Picture, batch, close, greedy, lengths, tiny, valid, words
+from prompts import LONG_ROWS, ROWS, Picture, batch, valid, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.engine.families import kv_cache

@@ -5,21 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import ByHand, by_hand
+from compare import close, greedy, lengths
 from doubles import BothClosed, BothOriginal, First, Halve, Rule, Stairs, name_of
-from tiny import (
-    BOS,
-    DEPTH,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Picture,
-    batch,
-    close,
-    greedy,
-    lengths,
-    tiny,
-    words,
-)
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.compressor import Compressor, Retained

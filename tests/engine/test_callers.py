@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from compare import close, greedy
 from doubles import Both, BothOriginal, Halve, Ragged, Rule, Stairs, Strided, StridedOriginal, name_of
+from prompts import ROWS, Picture, batch, words
 from snapshots import changes, model_state
-from tiny import BOS, IMAGE, ROWS, Picture, batch, close, greedy, tiny, words
+from tiny import BOS, IMAGE, tiny
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from compare import close
 from decoders import DECODERS, llava_around, two_rows
 from doubles import Halve
-from tiny import close
 from torch import nn
 
 import vlmslim

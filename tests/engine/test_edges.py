@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from compare import close
 from doubles import Both, Halve, Strided, expect
-from tiny import BOS, ROWS, Picture, batch, close, merged_embeddings, tiny, words
+from prompts import ROWS, Picture, batch, words
+from tiny import BOS, tiny
+from unpatched import merged_embeddings
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tiny import ROWS, batch, close, greedy, tiny
+from compare import close, greedy
+from prompts import ROWS, batch
+from tiny import tiny
 
 import vlmslim
 

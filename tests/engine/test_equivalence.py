@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compare import close, greedy, lengths, same_cache
 from doubles import (
     BUDGETED,
     RULES,
@@ -24,29 +25,9 @@ from doubles import (
     name_of,
     pair_mean,
 )
-from tiny import (
-    BOS,
-    DEPTH,
-    EQUAL,
-    IMAGE,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Clip,
-    Picture,
-    batch,
-    close,
-    greedy,
-    keep_only,
-    lengths,
-    merged_embeddings,
-    reference,
-    same_cache,
-    tiny,
-    valid,
-    visual,
-    words,
-)
+from prompts import EQUAL, LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, valid, visual, words
+from tiny import BOS, DEPTH, IMAGE, tiny
+from unpatched import keep_only, merged_embeddings, reference
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache

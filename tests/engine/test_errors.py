@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from compare import greedy
 from doubles import Both, First, Halve, PairMean, Rule, Strided
+from prompts import ROWS, Picture, batch, words
 from snapshots import changes, model_state
-from tiny import BOS, ROWS, Picture, batch, greedy, tiny, words
+from tiny import BOS, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmslim

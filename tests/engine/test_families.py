@@ -11,8 +11,9 @@ import torch
 from doubles import BothClosed, Halve, Rule, Strided, StridedOriginal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts import all_visual
 from snapshots import changes, model_state
-from zoo import QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, film, renumbered, visual, words
+from zoo import QWEN, ROWS, SEVERAL, ZOO, Pic, Reference, batch, build, film, renumbered, words
 
 import vlmslim
 from vlmslim.compressor import Compressor
@@ -42,7 +43,7 @@ def one(name, model, row):
 
 def pictures(inputs: dict, receipt) -> list[torch.Tensor]:
     """The places of each picture of the only row, as many as the receipt says that each had."""
-    places = visual(inputs).nonzero()[:, 0]
+    places = all_visual(inputs).nonzero()[:, 0]
     return list(places.split([image.tokens for image in receipt.last.images[0]]))
 
 
@@ -75,13 +76,13 @@ def check_kept_by_hand(name, row, method):
     reference = Reference(name, model, inputs)
     with vlmslim.patch(model, method) as slim:
         found = model(**inputs).logits[0]
-    keep = ~visual(inputs)
+    keep = ~all_visual(inputs)
     for places in pictures(inputs, slim.receipt):
         keep[places[method.chosen(len(places), None)]] = True
     kept = keep.nonzero()[:, 0]
     position = None
     if method.positions == "renumbered":
-        position = renumbered(reference.position(), kept, visual(inputs))
+        position = renumbered(reference.position(), kept, all_visual(inputs))
     close(found[kept], reference.logits(kept, position))
 
 

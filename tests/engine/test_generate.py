@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from compare import close, greedy, lengths
 from doubles import (
     Blind,
     Both,
@@ -18,23 +19,8 @@ from doubles import (
     expect,
     name_of,
 )
-from tiny import (
-    BOS,
-    DEPTH,
-    IMAGE,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    VIDEO,
-    Clip,
-    Picture,
-    batch,
-    close,
-    greedy,
-    lengths,
-    tiny,
-    words,
-)
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, words
+from tiny import BOS, DEPTH, IMAGE, VIDEO, tiny
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache
@@ -310,8 +296,8 @@ def test_a_later_turn_brings_a_new_image(family, rule, use):
 
 def _two_turns_by_hand(model, row: list, new: list, rule) -> torch.Tensor:
     """Logits of the last token, when each turn's images are treated by that turn's own decisions."""
-    from doubles import keep_only, reference, visual
-    from tiny import merged_embeddings
+    from prompts import visual
+    from unpatched import keep_only, merged_embeddings, reference
 
     pieces, kept, drops, offset, total = [], [], {}, 0, 0
     for part in (row, new):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from compare import close
 from doubles import RULES, Both, BothOriginal, Stairs, Strided, StridedOriginal, expect, name_of
-from tiny import BOS, IMAGE, LONG_ROWS, SEVERAL, Picture, batch, close, tiny, words
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, IMAGE, tiny
 from torch.nn import functional as F
 
 import vlmslim

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from compare import greedy
 from doubles import Both, First, Halve, Stairs, Strided
+from prompts import ROWS, batch
 from snapshots import changes, left_behind, model_state, process_state
-from tiny import ROWS, batch, greedy, tiny
+from tiny import tiny
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from doubles import watched
+from prompts import Clip, Picture, batch, words
 from strategies import noise
-from tiny import BOS, Clip, Picture, batch, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.cost.parts import count_flops

@@ -5,9 +5,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from compare import greedy, lengths
 from doubles import Both, Stairs, Strided
+from prompts import LONG_ROWS, ROWS, batch
 from snapshots import changes, model_state
-from tiny import LONG_ROWS, ROWS, batch, greedy, lengths, tiny
+from tiny import tiny
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, kv_cache

@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
+from compare import greedy, lengths
 from doubles import BlindToLong, Both, Everything, Halve, PairMean, RaggedOriginal, Rule, Stairs, Strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, greedy, lengths, tiny, words
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim import Receipt

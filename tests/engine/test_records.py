@@ -3,8 +3,11 @@
 import weakref
 
 import torch
+from compare import close
 from doubles import Both, First, watched
-from tiny import BOS, IMAGE, LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, close, merged_embeddings, tiny, visual
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual
+from tiny import BOS, IMAGE, tiny
+from unpatched import merged_embeddings
 
 import vlmslim
 from vlmslim.engine.families import encoder_layers

@@ -4,7 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import BOS, ROWS, Picture, batch, close, tiny
+from compare import close
+from prompts import ROWS, Picture, batch
+from tiny import BOS, tiny
 from torch import nn
 
 import vlmslim

@@ -1,9 +1,10 @@
 """Patches that take turns on the same inputs: one encoding, and the answers and receipts of each patch alone."""
 
+import prompts
 import pytest
-import tiny
 import torch
 import zoo
+from tiny import tiny
 
 import vlmslim
 from vlmslim.engine.families import KV_CACHE, encoder_layers, kv_cache
@@ -20,8 +21,8 @@ METHODS = {
 
 def inputs_of(name: str):
     if name in ("llava", "next", "onevision"):
-        model = tiny.tiny(name)
-        return model, tiny.batch(model, tiny.LONG_ROWS)
+        model = tiny(name)
+        return model, prompts.batch(model, prompts.LONG_ROWS)
     model = zoo.build(name)
     return model, zoo.batch(name, model, zoo.ROWS)
 
@@ -75,12 +76,12 @@ def test_patches_that_share_an_encoding_answer_bit_for_bit_as_each_alone(name, a
 
 @torch.no_grad()
 def test_other_pictures_are_encoded_anew():
-    model = tiny.tiny("llava")
+    model = tiny("llava")
     slims = [vlmslim.patch(model, "none")]
     slims[0].remove()
     shared, calls = shared_encoding(slims), []
     encoder_layers(model.model)[0].register_forward_hook(lambda *_: calls.append(1))
-    first, second = (tiny.batch(model, [row]) for row in tiny.ROWS)
+    first, second = (prompts.batch(model, [row]) for row in prompts.ROWS)
     with slims[0].attach(shared):
         for inputs in (first, second, second, first):
             model(**inputs)

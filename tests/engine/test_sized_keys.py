@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import ByHand
+from compare import close, greedy
 from doubles import Halve, pair_mean
-from tiny import BOS, DEPTH, LONG_ROWS, ROWS, SEVERAL, Picture, batch, close, greedy, tiny, words
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.compressor import Compressed, Compressor

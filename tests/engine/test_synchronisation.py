@@ -14,7 +14,8 @@ import zoo
 from clip_fixtures import Words
 from contract import contract_methods
 from doubles import Both, Halve, Strided, StridedOriginal
-from tiny import BOS, ROWS, SEVERAL, Picture, batch, tiny, words
+from prompts import ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, tiny
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,

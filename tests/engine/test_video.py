@@ -12,7 +12,8 @@ import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
 from doubles import BUDGETED, keeping_everything, registered, watched
 from PIL import Image, ImageDraw
-from tiny import BOS, IMAGE, SIDE, VIDEO, Clip, Picture, batch, clip_tokens, tiny, words
+from prompts import Clip, Picture, batch, clip_tokens, words
+from tiny import BOS, IMAGE, SIDE, VIDEO, tiny
 from transformers import LlavaOnevisionVideoProcessor
 
 import vlmslim

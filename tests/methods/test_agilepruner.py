@@ -5,8 +5,9 @@ import torch
 from checks import kept_of
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, Picture, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.agilepruner import AgilePruner, walk

@@ -6,29 +6,14 @@ import numpy as np
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, kept_of
+from compare import close, greedy, lengths
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual, words
 from strategies import cosine, noise, some, thorough
-from tiny import (
-    BOS,
-    DEPTH,
-    IMAGE,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Clip,
-    Picture,
-    batch,
-    close,
-    greedy,
-    lengths,
-    merged_embeddings,
-    reference,
-    tiny,
-    visual,
-    words,
-)
+from tiny import BOS, DEPTH, IMAGE, tiny
+from unpatched import merged_embeddings, reference
 from vector_checks import aim as vectors
 
 import vlmslim

@@ -9,25 +9,14 @@ from math import e
 import numpy as np
 import pytest
 import torch
+from compare import close, greedy, lengths
 from doubles import Blind, Halve, PairMean, Stairs
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import EQUAL, LONG_ROWS, ROWS, SEVERAL, Picture, batch, words
 from strategies import some
-from tiny import (
-    BOS,
-    EQUAL,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Picture,
-    batch,
-    close,
-    greedy,
-    lengths,
-    reference,
-    tiny,
-    words,
-)
+from tiny import BOS, tiny
+from unpatched import reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache

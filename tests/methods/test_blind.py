@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from tiny import LONG_ROWS, ROWS, SEVERAL, all_visual, batch, close, greedy, reference, tiny
+from compare import close, greedy
+from prompts import LONG_ROWS, ROWS, SEVERAL, all_visual, batch
+from tiny import tiny
+from unpatched import reference
 
 import vlmslim
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from doubles import watched
-from tiny import BOS, Picture, batch, tiny
+from prompts import Picture, batch
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.tokencorr import TokenCorr

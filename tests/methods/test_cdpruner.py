@@ -3,11 +3,13 @@
 import pytest
 import torch
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, Words
+from compare import close
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, batch
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, Picture, batch, close, tiny
+from tiny import BOS, tiny
 from transformers import CLIPModel
 
 import vlmslim

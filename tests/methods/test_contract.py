@@ -10,11 +10,14 @@ import pytest
 import torch
 from checks import check_changes_nothing, check_count, kept_of
 from clip_fixtures import Words
+from compare import close, greedy
 from contract import contract_methods
 from doubles import options_of, registered
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, batch
 from receipt_audit import audited
 from snapshots import left_behind
-from tiny import FAMILIES, LONG_ROWS, ROWS, SEVERAL, Picture, batch, close, greedy, keep_only, reference, tiny
+from tiny import FAMILIES, tiny
+from unpatched import keep_only, reference
 
 import vlmslim
 

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from compare import greedy, lengths
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, ROWS, SEVERAL, batch, visual
 from strategies import some
-from tiny import DEPTH, LONG_ROWS, ROWS, SEVERAL, batch, greedy, lengths, tiny, visual
+from tiny import DEPTH, tiny
 
 import vlmslim
 from vlmslim.compressor import resolve_keep

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, visual, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, reference, tiny, visual, words
+from tiny import BOS, tiny
+from unpatched import reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache

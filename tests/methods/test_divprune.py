@@ -3,10 +3,13 @@
 import numpy as np
 import torch
 from checks import kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import ROWS, Picture, batch, visual, words
 from strategies import some, thorough
-from tiny import BOS, ROWS, Picture, batch, close, keep_only, merged_embeddings, reference, tiny, visual, words
+from tiny import BOS, tiny
+from unpatched import keep_only, merged_embeddings, reference
 from vector_checks.divprune import check_greedy, distances
 from watch import Watch
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from checks import kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Clip, Picture, words
 from strategies import some
-from tiny import BOS, Clip, Picture, close, tiny, words
+from tiny import BOS, tiny
 from torch.nn import functional as F
 
 from vlmslim.methods.downsample import DownSample, shape_of

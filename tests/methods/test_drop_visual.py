@@ -3,25 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from compare import close, greedy, lengths
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, ROWS, SEVERAL, Picture, all_visual, batch, words
 from strategies import thorough
-from tiny import (
-    BOS,
-    DEPTH,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Picture,
-    all_visual,
-    batch,
-    close,
-    greedy,
-    lengths,
-    reference,
-    tiny,
-    words,
-)
+from tiny import BOS, DEPTH, tiny
+from unpatched import reference
 
 import vlmslim
 from vlmslim.compressor import resolve_layer

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from tiny import BOS, DEPTH, IMAGE, ROWS, Picture, batch, close, lengths, reference, tiny, visual, words
+from compare import close, lengths
+from prompts import ROWS, Picture, batch, visual, words
+from tiny import BOS, DEPTH, IMAGE, tiny
+from unpatched import reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache

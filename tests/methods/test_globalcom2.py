@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, words
 from strategies import mosaic, noise, seeds, shapes, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, keep_only, reference, tiny, words
+from tiny import BOS, tiny
+from unpatched import keep_only, reference
 from vector_checks.globalcom2 import token_grid
 
 import vlmslim

@@ -6,8 +6,9 @@ from checks import kept_of
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, Picture, batch, words
 from strategies import seeds, some
-from tiny import BOS, LONG_ROWS, Picture, batch, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.hiprune import HiPrune

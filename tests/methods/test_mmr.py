@@ -5,8 +5,9 @@ import torch
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, batch
 from strategies import cosine, noise, seeds, some
-from tiny import LONG_ROWS, batch, tiny
+from tiny import tiny
 
 import vlmslim
 from vlmslim.methods.mmr import MMR, marginal_relevance, scaled

@@ -8,8 +8,9 @@ from clip_fixtures import ASSISTANT, LINE, SYS, USER, Words
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, batch
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, Picture, batch, tiny
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.mmtok import MMTok, cosines, cover, keywords

@@ -4,7 +4,9 @@ import pytest
 import torch
 from by_hand import ByHand
 from checks import check_a_batch_is_its_rows
-from tiny import BOS, DEPTH, LONG_ROWS, SEVERAL, Picture, batch, close, greedy, tiny, words
+from compare import close, greedy
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.methods.pyramiddrop import PyramidDrop

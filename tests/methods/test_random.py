@@ -1,7 +1,8 @@
 """`random` draws by seed and pixels."""
 
 import torch
-from tiny import BOS, Picture, batch, tiny, words
+from prompts import Picture, batch, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.random import Random

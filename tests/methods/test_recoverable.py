@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
+from compare import greedy, lengths
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, batch, visual_tokens
 from strategies import cosine, some, thorough
 from test_lof import outliers_by_hand, sure
-from tiny import BOS, DEPTH, Picture, batch, greedy, lengths, tiny, visual_tokens
+from tiny import BOS, DEPTH, tiny
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 import vlmslim

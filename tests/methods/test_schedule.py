@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from compare import close, greedy
 from doubles import PairMean
-from tiny import LONG_ROWS, SEVERAL, batch, close, greedy, tiny
+from prompts import LONG_ROWS, SEVERAL, batch
+from tiny import tiny
 
 import vlmslim
 from vlmslim.methods.schedule import Schedule

@@ -6,8 +6,9 @@ from checks import kept_of
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, batch, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, Picture, batch, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.scope import SCOPE, salient_coverage

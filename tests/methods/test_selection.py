@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from doubles import watched
-from tiny import BOS, LONG_ROWS, Clip, Picture, batch, tiny, words
+from prompts import LONG_ROWS, Clip, Picture, batch, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods._selection import Selection, interleave, with_padding

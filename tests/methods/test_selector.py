@@ -6,10 +6,12 @@ import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
 from clip_fixtures import Words
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, Picture, batch, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, LONG_ROWS, Picture, batch, close, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.compressor import ImageTokens, ScoreAndKeep

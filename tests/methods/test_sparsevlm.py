@@ -7,10 +7,12 @@ import pytest
 import torch
 from by_hand import ByHand
 from checks import check_a_batch_is_its_rows
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, words
 from strategies import noise, seeds, some
-from tiny import BOS, DEPTH, LONG_ROWS, SEVERAL, Picture, batch, close, tiny, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, recycled, visual_words

@@ -4,29 +4,14 @@ import numpy as np
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing
+from compare import close, greedy, lengths
 from doubles import name_of, watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual, words
 from strategies import cosine, thorough
-from tiny import (
-    BOS,
-    DEPTH,
-    IMAGE,
-    LONG_ROWS,
-    ROWS,
-    SEVERAL,
-    Clip,
-    Picture,
-    batch,
-    close,
-    greedy,
-    lengths,
-    merged_embeddings,
-    reference,
-    tiny,
-    visual,
-    words,
-)
+from tiny import BOS, DEPTH, IMAGE, tiny
+from unpatched import merged_embeddings, reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache
@@ -261,12 +246,12 @@ def test_clips_are_searched_as_one(monkeypatch):
 
 def test_a_clip_of_a_clip_tower_starts_from_its_best_frame():
     """No such checkpoint is bundled with transformers, but the tower is the user's choice."""
-    from tiny import IMAGE, PINPOINTS, VIDEO, _text, _vision
+    from tiny import PINPOINTS, TEXT, TOWER, VIDEO
     from transformers import CLIPVisionConfig, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config
 
     config = LlavaOnevisionConfig(
-        text_config=_text(Qwen2Config),
-        vision_config=_vision(CLIPVisionConfig, projection_dim=16),
+        text_config=Qwen2Config(**TEXT),
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=16),
         image_grid_pinpoints=PINPOINTS,
         image_token_id=IMAGE,
         video_token_id=VIDEO,

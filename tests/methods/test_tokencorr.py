@@ -3,10 +3,13 @@
 import pytest
 import torch
 from checks import check_a_batch_is_its_rows, check_changes_nothing, kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, close, keep_only, reference, tiny, words
+from tiny import BOS, tiny
+from unpatched import keep_only, reference
 
 import vlmslim
 from vlmslim.methods import tokencorr as core

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from compare import close, greedy, lengths
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual, words
 from strategies import some
-from tiny import BOS, IMAGE, LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, close, greedy, lengths, tiny, visual, words
+from tiny import BOS, IMAGE, tiny
 from torch.nn import functional as F
 
 import vlmslim

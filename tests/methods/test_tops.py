@@ -5,8 +5,10 @@ import torch
 from checks import check_a_batch_is_its_rows, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, SEVERAL, Picture, batch, visual, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, LONG_ROWS, SEVERAL, Picture, batch, keep_only, reference, tiny, visual, words
+from tiny import BOS, tiny
+from unpatched import keep_only, reference
 
 import vlmslim
 from vlmslim.methods.tops import TOPS, TOPSEntrance, TOPSLayers, preserve, text_relevance

@@ -1,10 +1,10 @@
 """The baselines on a regular grid: `uniform` takes the middle of each cell, `pool` its mean."""
 
 import torch
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import mosaic, noise, seeds, shapes, some
-from tiny import close
 from torch.nn import functional as F
 
 import vlmslim

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from checks import kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import Picture, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, Picture, close, tiny, words
+from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.methods.visionzip import VisionZip, zipped

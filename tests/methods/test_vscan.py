@@ -4,10 +4,12 @@ import pytest
 import torch
 from by_hand import ByHand
 from checks import check_a_batch_is_its_rows, kept_of
+from compare import close, greedy
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import LONG_ROWS, Picture, batch, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, DEPTH, LONG_ROWS, Picture, batch, close, greedy, tiny, words
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.methods.vscan import VScan, VScanEntrance, local_and_global, merged, windows

@@ -3,10 +3,10 @@
 import math
 
 import torch
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import noise, seeds, some
-from tiny import close
 
 from vlmslim.ops.attention import attention_rows, cls_attention, cls_logits, received_attention
 

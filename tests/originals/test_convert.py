@@ -6,7 +6,8 @@ import torch
 from original_checkpoints import ROWS as VOCABULARY
 from original_checkpoints import translated
 from PIL import Image
-from tiny import ROWS, batch, tiny
+from prompts import ROWS, batch
+from tiny import tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from original_checkpoints import ROWS as VOCABULARY
 from original_checkpoints import original, translated
+from prompts import ROWS, batch
 from safetensors.torch import load_file, save_file
-from tiny import DEPTH, ROWS, batch, tiny
+from tiny import DEPTH, tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 import vlmslim

@@ -8,7 +8,8 @@ import torch
 import zoo
 from doubles import Both, PairMean, Stairs, Strided, watched
 from PIL import Image
-from tiny import BOS, LONG_ROWS, SEVERAL, Clip, Picture, batch, tiny, words
+from prompts import LONG_ROWS, SEVERAL, Clip, Picture, batch, words
+from tiny import BOS, tiny
 from transformers import PixtralImageProcessor, Qwen2VLImageProcessor
 
 import vlmslim

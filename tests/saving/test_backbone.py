@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import ROWS, batch, tiny
+from prompts import ROWS, batch
+from tiny import tiny
 from torch import nn
 from transformers import AutoModelForImageTextToText
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import BUDGETED, First, options_of, registered
-from tiny import ROWS, batch, tiny
+from prompts import ROWS, batch
+from tiny import tiny
 
 import vlmslim
 from vlmslim import bundled

@@ -2,7 +2,9 @@
 
 import torch
 from doubles import Rule
-from tiny import DEPTH, IMAGE, VIDEO, batch, merged_embeddings, tiny, visual
+from prompts import batch, visual
+from tiny import DEPTH, IMAGE, VIDEO, tiny
+from unpatched import merged_embeddings
 
 
 class ByHand:

@@ -1,8 +1,9 @@
 """Properties that hold for every method, whatever its options."""
 
 import torch
+from compare import close, greedy
 from doubles import watched
-from tiny import batch, close, greedy
+from prompts import batch
 from torch import Tensor
 
 import vlmslim

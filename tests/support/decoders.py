@@ -2,7 +2,8 @@
 
 import torch
 import transformers
-from tiny import BOS, IMAGE, PAD, SIDE, words
+from prompts import padded, words
+from tiny import BOS, IMAGE, PAD, SIDE, TEXT, TOWER
 from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -21,7 +22,7 @@ DECODERS: dict[str, dict] = {
     "Ernie4_5": {},
     "Helium": {},
     "GPTNeoX": {},  # calls its attention module otherwise
-    "GptOss": {},  # a sink takes attention
+    "GptOss": {"max_position_embeddings": 4096 * 32},  # a sink takes attention
     "SmolLM3": {},  # some layers do not rotate
 }
 _EAGER_ONLY = ("Gemma2", "GptOss")
@@ -34,26 +35,9 @@ def llava_around(name: str, backend: str | None = None, **options) -> nn.Module:
     backend = backend or ("eager" if name in _EAGER_ONLY else "sdpa")
     torch.manual_seed(0)
     options = DECODERS.get(name, {}) | _LAYER_TYPES.get(name, {}) | options
-    text = getattr(transformers, f"{name}Config")(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=None,
-        **options | ({} if name in ("Phi", "GPTNeoX") else {"num_key_value_heads": 2, "head_dim": 8}),
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=8,
-        projection_dim=16,
-    )
+    heads = {"num_key_value_heads": 4} if name in ("Phi", "GPTNeoX") else {"head_dim": 8}
+    text = getattr(transformers, f"{name}Config")(**TEXT | heads | options)
+    vision = CLIPVisionConfig(**TOWER, projection_dim=16)
     return with_weights(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE), backend)
 
 
@@ -70,9 +54,6 @@ def with_weights(config: LlavaConfig, backend: str = "sdpa") -> nn.Module:
 def two_rows(padding: str) -> dict[str, torch.Tensor]:
     """Inputs of two prompts of different lengths, one picture each."""
     rows = [[BOS, *[IMAGE] * 16, *words(0, 5)], [BOS, 3, *[IMAGE] * 16, *words(1, 2)]]
-    width = max(map(len, rows))
-    fill = [[PAD] * (width - len(row)) for row in rows]
-    pairs = zip(rows, fill, strict=True)
-    ids = torch.tensor([pad + row if padding == "left" else row + pad for row, pad in pairs])
+    ids = padded(rows, PAD, padding)
     pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels}

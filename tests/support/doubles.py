@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tiny import DEPTH, IMAGE, VIDEO, Reference, batch, keep_only, reference, visual
+from prompts import batch, visual
+from tiny import DEPTH, IMAGE, VIDEO
 from torch import Tensor
+from unpatched import Reference, keep_only, reference
 
 from vlmslim import Compressed, Compressor, method, registry
 

@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from tiny import BOS, ROWS, SEVERAL, Clip, all_visual, batch, family_of, lengths, visual, words
+from compare import lengths
+from prompts import ROWS, SEVERAL, Clip, all_visual, batch, visual, words
+from tiny import BOS, family_of
 from torch import nn
 
 import vlmslim

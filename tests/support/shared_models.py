@@ -4,7 +4,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from tiny import ROWS, batch, tiny
+from prompts import ROWS, batch
+from tiny import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText

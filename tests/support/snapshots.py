@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterable
 
 import torch
-from tiny import ROWS, batch, greedy
+from compare import greedy
+from prompts import ROWS, batch
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -117,7 +117,7 @@ def _gemma3():
 def _llava_next_video():
     square = dict(size={"shortest_edge": 32}, crop_size=SQUARE)
     return hf.LlavaNextVideoProcessor(
-        image_processor=hf.LlavaNextImageProcessor(image_grid_pinpoints=zoo._PINPOINTS, **square),
+        image_processor=hf.LlavaNextImageProcessor(image_grid_pinpoints=zoo.PINPOINTS, **square),
         video_processor=hf.LlavaNextVideoVideoProcessor(**square),
         tokenizer=_tokenizer("<image>", "<video>"),
         patch_size=8,
@@ -251,13 +251,12 @@ TOKENS = {
 def checkpoint(name: str, folder: Path) -> str:
     """Write a checkpoint of a family with its processor, and return where."""
     processor = PROCESSORS[name]()
-    make, kind = zoo.ZOO[name]
-    config = make()
+    cls, config = zoo.parts(name)
     for option, token in TOKENS[name].items():
         setattr(config, option, processor.tokenizer.convert_tokens_to_ids(token))
     config.text_config.vocab_size = len(processor.tokenizer)
     torch.manual_seed(0)
-    model = getattr(hf, kind)(config)
+    model = cls(config)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
