@@ -1,6 +1,5 @@
 """AgilePruner against plain loops, and its budgets in models."""
 
-import pytest
 import torch
 from checks import kept_of
 from hypothesis import given
@@ -9,7 +8,6 @@ from prompts import Picture, words
 from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
-import vlmslim
 from vlmslim.methods.agilepruner import AgilePruner, walk
 from vlmslim.ops.effective_rank import effective_rank
 
@@ -68,17 +66,3 @@ def test_views_walk_by_themselves():
         step = effective_rank(x[None]).item() / 5 * 0.1
         reach = [min((p + 1) * step, 0.25) for p in range(len(slots))]
         assert sorted(plain(x.tolist(), attention[view][place].tolist(), len(own), reach)) == own
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(average=0.0), "average image"),
-        (dict(slope=-1.0), "not negative"),
-        (dict(threshold=-1.0), "not negative"),
-        (dict(pool="crop"), "'view'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("agilepruner", **options)

@@ -383,20 +383,6 @@ def test_default_layers():
     assert (share.span, share.layers[-1]) == ((7, 28), 27)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(keep=0), dict(keep=1.5), dict(keep=True), dict(order="random"), dict(newline="drop"), dict(start=-1),
-        dict(start=1.5), dict(stop="late"), dict(temperature=0.0), dict(iterations=0), dict(iterations=2.0),
-        dict(damping=1.0), dict(order="released", positions="original"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused(options):
-    with pytest.raises(ValueError):
-        vlmslim.method("aim", **options)
-
-
 def test_a_schedule_that_ends_before_it_begins_is_refused():
     model = tiny("llava")
     with pytest.raises(ValueError, match="stop after the start"):

@@ -501,19 +501,6 @@ def test_a_learned_score_starts_with_equal_weights_and_learns_them():
         assert image == pytest.approx(-text, rel=1e-2) and abs(text) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(after=()), dict(after=(-1,)), dict(after=(1.0,)), dict(after=(True,)), dict(strides=(1, 2)),
-        dict(strides=(2.0,)), dict(mean="some"), dict(score="both"), dict(at_least=-1), dict(width=0), dict(keep=4),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused(options):
-    with pytest.raises(ValueError):
-        vlmslim.method("atp", **options)
-
-
 def test_what_a_model_cannot_have_is_refused():
     for family in ("next", "onevision"):
         with pytest.raises(ValueError, match="single grid"):

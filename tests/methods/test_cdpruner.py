@@ -155,20 +155,6 @@ def test_theta_sharpens_relevance():
     assert torch.equal(flat, conditional_diversity(x, torch.ones(1, 40), 8))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(relevance="text"), "'clip'"),
-        (dict(sign="both"), "'plus'"),
-        (dict(theta=1.0), "in \\[0, 1\\)"),
-        (dict(tokenizer=3), "hub id"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("cdpruner", **options)
-
-
 def test_a_tower_without_cls_has_no_clip():
     with pytest.raises(ValueError, match="relevance='llm'"):
         vlmslim.patch(tiny("siglip"), "cdpruner", relevance="clip")

@@ -87,17 +87,3 @@ def test_what_the_release_makes_of_a_budget():
 def test_a_batch_is_its_rows(family):
     check_a_batch_is_its_rows(tiny(family), LONG_ROWS, DART(keep=6))
     check_a_batch_is_its_rows(tiny(family), LONG_ROWS, DART(keep=9, mode="released"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(keep=4, pivots=(0, 4)), "one visual pivot at least"),
-        (dict(keep=4, pivots=(4,)), "\\(4, 4\\)"),
-        (dict(keep=4, mode="paper"), "'corrected', 'released'"),
-        (dict(keep=4, layer=0), "from 1 on"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("dart", **options)

@@ -88,20 +88,6 @@ def test_released_views_have_equal_budgets():
     assert method.neighbours == "released" and HiPrune().neighbours == "grid"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(alpha=1.5), "from 0 to 1"),
-        (dict(neighbours="diagonal"), "'grid'"),
-        (dict(middle=0), "from 1 on"),
-        (dict(middle=1.0), "share of the depth"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("hiprune", **options)
-
-
 def test_a_layer_that_the_tower_does_not_have():
     with pytest.raises(ValueError, match="has 3 layers"):
         vlmslim.patch(tiny("llava"), "hiprune", middle=9)

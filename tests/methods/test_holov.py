@@ -1,6 +1,5 @@
 """HoloV against plain loops, and its two modes in models."""
 
-import pytest
 import torch
 from checks import kept_of
 from doubles import watched
@@ -123,17 +122,3 @@ def test_rectified_tokens_are_means_at_their_medians():
     want = {i: x[i] for i in kept} | {own[(len(own) - 1) // 2]: x[own].mean(0) for own in groups.values()}
     assert result.index.tolist() == sorted(want)
     torch.testing.assert_close(result.features, torch.stack([want[i] for i in sorted(want)]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(chunks=0), "at least one chunk"),
-        (dict(within="variance"), "'holistic'"),
-        (dict(score="norm"), "'cls'"),
-        (dict(rectify=True, positions="renumbered"), "positions='original'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("holov", **options)

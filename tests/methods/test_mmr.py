@@ -81,19 +81,3 @@ def test_towers_without_cls_read_the_attention_that_patches_receive():
     for image, result in seen:
         maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][0]
         assert result.index.tolist() == maps.mean((0, 1)).topk(5).indices.sort().values.tolist()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(weight=1.5), "from 0 to 1"),
-        (dict(scale="max"), "'rank'"),
-        (dict(at_once=0), "at least one"),
-        (dict(score="norm"), "'received'"),
-        (dict(newline="pool"), "'rows'"),
-        (dict(keep=0), "at least one"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("mmr", **options)

@@ -114,21 +114,6 @@ def test_cached_is_uncached():
     close(logits[0], again.logits()[-len(answer) - 1 : -1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(ratio=0.0), "in \\(0, 1\\]"),
-        (dict(layer=()), "such as \\(8, 16, 24\\)"),
-        (dict(layer=(0.5, 1.5)), "share of the depth"),
-        (dict(keep=0), "at least one"),
-        (dict(layer_positions="kept"), "'renumbered', 'original'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("pyramiddrop", **options)
-
-
 def test_layers_that_do_not_ascend():
     with pytest.raises(ValueError, match="do not ascend"):
         vlmslim.patch(tiny("llava"), "pyramiddrop", layer=(0.5, 0.6))

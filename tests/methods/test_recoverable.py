@@ -147,26 +147,6 @@ def test_a_share_of_the_whole_is_the_count():
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (dict(keep=0), "at least one"),
-        (dict(keep=1.5), "share"),
-        (dict(preset="fixed"), "preset"),
-        (dict(text_source="first"), "text_source"),
-        (dict(centres="N"), "centres"),
-        (dict(shares=(0.5, 0.5)), "three shares"),
-        (dict(shares=(0.5, 0.5, 0.5)), "sum to 1"),
-        (dict(neighbours=(20, 0, 10)), "neighbours"),
-        (dict(cluster=0), "cluster"),
-        (dict(pad_length=1), "pad_length"),
-    ],
-)
-def test_bad_options(options, word):
-    with pytest.raises(ValueError, match=word):
-        Recoverable(**options)
-
-
 def test_a_template_of_ones_own_has_one_group():
     with pytest.raises(ValueError, match="exactly one group"):
         Recoverable(turn="Q: .*")

@@ -64,19 +64,6 @@ def test_the_seed_decides_and_later_tokens_are_among_the_earlier():
     assert seen[0, 1] != seen[1, 1]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(layer=[1, 2], counts=[4]), dict(layer=[], counts=[]), dict(layer=[0], counts=[4]), dict(counts=[1, 2, 3]),
-        dict(by="grid"), dict(counts=[0.5, 0, 0.1]),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused(options):
-    with pytest.raises(ValueError):
-        vlmslim.method("schedule", **options)
-
-
 def test_layers_must_ascend_and_tokens_be_the_images_own():
     model = tiny("llava")
     with pytest.raises(ValueError, match="ascend"):

@@ -96,22 +96,6 @@ def test_an_image_alone_is_released_like_corrected():
     assert len({str(index) for index in found.values()}) > 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(alpha=-1.0), "positive"),
-        (dict(combine="multi"), "'multiply'"),
-        (dict(features="keys"), "'tower'"),
-        (dict(pool="crop"), "'view'"),
-        (dict(mode="faithful"), "'released'"),
-        (dict(mode="released", positions="original"), "renumbered"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("scope", **options)
-
-
 def test_the_release_has_no_onevision():
     with pytest.raises(ValueError, match="Onevision.*use mode='corrected'"):
         vlmslim.patch(tiny("onevision"), "scope", mode="released")

@@ -194,19 +194,3 @@ def test_counts():
     assert SparseVLM(keep=1.0).kept(20) == [20, 20, 20]
     seen = SparseVLM(version="1.5").visual_tokens(576, 32)
     assert (seen[2], seen[3], seen[7], seen[16]) == (576, 82, 32, 18)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(version="3.0"), "'1.0', '1.5', '2.0'"),
-        (dict(version="1.0", keep=5), "scale and bias"),
-        (dict(counts=(5,)), "one count for each layer"),
-        (dict(heads=0.0), "14 of 32"),
-        (dict(layer_positions="kept"), "'renumbered', 'original'"),
-        (dict(layer=(0.5, 0.0, 0.6)), "from 1 on"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("sparsevlm", **options)

@@ -341,32 +341,6 @@ def test_embeddings_of_the_reference_are_what_the_spy_sees():
     assert torch.equal(image.features, merged)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("todre", dict(keep=0), "at least one"),
-        ("todre", dict(keep=True), "keep=True"),
-        ("todre", dict(objective="maxsum"), "'max_sum'"),
-        ("todre", dict(pivot="first"), "'auto'"),
-        ("todre", dict(newline="row"), "'rows'"),
-        ("todre", dict(tau=2), "None"),
-        ("todre", dict(layer=1.0), "share of the depth"),
-        ("todre", dict(kepe=3), "'keep'"),
-        ("drop_visual", dict(layer=0), "from 1 on"),
-        ("drop_visual", dict(layer=True), "layer=True"),
-        ("drop_visual", dict(layer=[]), "at least one"),
-        ("drop_visual", dict(layer=[1, 1.5]), "layer=1.5"),
-        ("drop_visual", dict(layer="late"), "layer=.late.: give a finite number"),
-        ("drop_visual", dict(tau=-0.1), "tau=-0.1"),
-        ("drop_visual", dict(tau=True), "tau=True"),
-        ("drop_visual", dict(text="before"), "'after'"),
-    ],
-)
-def test_bad_options_say_what_to_type(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method(name, **options)
-
-
 def test_bad_combinations_are_errors():
     model = tiny("llava")
     for stages, message in (

@@ -127,22 +127,6 @@ def test_more_tokens_than_the_image_has_are_refused():
             model(**batch(model, ROWS))
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (dict(keep=50), "use 49 or 64"),
-        (dict(keep=64, pool="avg"), "pool='avg'"),
-        (dict(keep=64, counts=[50], probabilities=[1.0]), "counts=50.*49 or 64"),
-        (dict(keep=64, counts=[64, 16]), "probabilities"),
-        (dict(keep=64, probabilities=[0.5, 0.5, 0.0]), "above 0"),
-        (dict(keep=0), "at least one"),
-    ],
-)
-def test_options_out_of_range(options, says):
-    with pytest.raises(ValueError, match=says):
-        vlmslim.method("tokenflex", **options)
-
-
 def test_weights_have_to_be_given(tmp_path):
     with pytest.raises(ValueError, match=r"docs/training\.md"):
         vlmslim.patch(tiny("llava"), "tokenflex", keep=4)

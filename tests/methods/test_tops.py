@@ -131,23 +131,6 @@ def test_a_batch_is_its_rows(family):
     check_a_batch_is_its_rows(tiny(family), LONG_ROWS, TOPS(keep=6))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(alpha=-1.0), "from 0 on"),
-        (dict(normalise="max"), "'minmax'"),
-        (dict(raters="some"), "'above_mean'"),
-        (dict(layer=(0.5,)), "one part for each layer"),
-        (dict(parts=(0.5, 0.0)), "in \\(0, 1\\]"),
-        (dict(layer=(0.5, 1.5)), "share of the depth"),
-        (dict(keep=0), "at least one"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("tops", **options)
-
-
 def test_layers_that_do_not_ascend():
     with pytest.raises(ValueError, match="do not ascend"):
         vlmslim.patch(tiny("llava"), "tops", layer=(0.5, 0.6))

@@ -95,14 +95,6 @@ def test_released_views_have_equal_budgets():
     assert len(image.pixels) == 5 and len(result) == 25
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [(dict(contextual=1.0), "in \\[0, 1\\)"), (dict(mode="paper"), "'released'")]
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("visionzip", **options)
-
-
 def test_what_cannot_be_released():
     with pytest.raises(ValueError, match="sends the CLS token"):
         vlmslim.patch(tiny("siglip"), "visionzip", mode="released")

@@ -1,6 +1,5 @@
 """VisPruner against plain loops, and its views in models."""
 
-import pytest
 import torch
 from checks import kept_of
 from hypothesis import given
@@ -9,7 +8,6 @@ from prompts import Picture, words
 from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
-import vlmslim
 from vlmslim.methods.vispruner import VisPruner
 
 
@@ -61,17 +59,3 @@ def test_views_are_pruned_by_themselves():
         place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
         want = plain(image.tower[view][place].tolist(), attention[view][place].tolist(), len(own), 0.5, 2, False)
         assert sorted(want) == own
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(important=1.5), "from 0 to 1"),
-        (dict(step=0), "at least one"),
-        (dict(rest="random"), "'raster'"),
-        (dict(features="keys"), "'projected'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("vispruner", **options)

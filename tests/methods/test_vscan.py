@@ -128,20 +128,3 @@ def test_stages_that_are_left_out():
     assert len(VScan(layer=None).stages()) == len(VScan(keep=1.0).stages()) == 1
     tokens = VScan().stages()[1].visual_tokens(96, 32)
     assert tokens == [96] * 16 + [32] * 16
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(local=1.5), "part of the budget"),
-        (dict(window=0), "one patch on each side"),
-        (dict(shallow=-1), "from 0 on"),
-        (dict(deep=0.0), "deep=0.0: a share"),
-        (dict(layer=1.5), "share of the depth"),
-        (dict(score="all"), "'auto', 'cls', 'received'"),
-        (dict(layer_positions="kept"), "'renumbered', 'original'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("vscan", **options)
