@@ -18,6 +18,12 @@ def greedy(model: nn.Module, inputs: dict, **options):
     return out, torch.stack(out.logits, dim=1)
 
 
+def answers(out, inputs: dict) -> list[list[int]]:
+    """The tokens that were generated for each row."""
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
 def same_cache(a, b) -> None:
     """Two KV caches hold the same tokens, bit for bit."""
     assert lengths(a) == lengths(b)

@@ -193,31 +193,40 @@ def name_of(method) -> str:
     return type(method).__name__
 
 
-def expect(model, row: list, rule: Rule, generated: list[int] = ()) -> Reference:
-    """What an unpatched model makes of `row`, shortened by hand as `rule` says, with `generated` appended.
+def decide(inputs: dict, rule: Rule) -> tuple[Tensor, dict[int, Tensor]]:
+    """Apply a rule to one row by hand.
 
-    Decisions are taken on `row` alone: appended tokens are decoded, so they don't change them.
+    Returns:
+        The caller's positions (S,) that enter the language model, and for each layer the (S,) bool that go before it.
     """
-    inputs = batch(model, [row])
     ids = inputs["input_ids"][0]
-    length = len(ids)
-    is_text = (ids != IMAGE) & (ids != VIDEO)
-    prompt = ids[is_text]
+    text = ids[(ids != IMAGE) & (ids != VIDEO)]
     places = visual(inputs)
-    kept = keep_only(inputs, [rule.chosen(len(place), prompt) for place in places])
+    kept = keep_only(inputs, [rule.chosen(len(place), text) for place in places])
     there = [torch.isin(kept, place).nonzero()[:, 0] for place in places]  # among the kept, image by image
-    kept = torch.cat([kept, torch.arange(length, length + len(generated))])
     drops = {}
     for layer in rule.layers:
         gone = torch.zeros(len(kept), dtype=torch.bool)
         for i, place in enumerate(there):
-            stay = place[rule.left(layer, len(place), int(is_text.sum()))]
+            there[i] = place[rule.left(layer, len(place), len(text))]
             gone[place] = True
-            gone[stay] = False
-            there[i] = stay
+            gone[there[i]] = False
         drops[layer] = gone
-    if generated:
-        inputs = inputs | dict(input_ids=torch.cat([ids, torch.tensor(generated)])[None])
+    return kept, drops
+
+
+def expect(model, row: list, rule: Rule, generated: list[int] = ()) -> Reference:
+    """Run `row` on an unpatched model, shortened by hand as `rule` says, with `generated` appended.
+
+    Decisions are taken on `row` alone: appended tokens are decoded, so they do not change them.
+    """
+    inputs = batch(model, [row])
+    length, more = inputs["input_ids"].shape[1], len(generated)
+    kept, drops = decide(inputs, rule)
+    if more:
+        kept = torch.cat([kept, torch.arange(length, length + more)])
+        drops = {layer: torch.cat([gone, gone.new_zeros(more)]) for layer, gone in drops.items()}
+        inputs |= dict(input_ids=torch.cat([inputs["input_ids"], torch.tensor([generated])], 1))
     return reference(model, inputs, kept, positions=rule.positions, drops=drops)
 
 

@@ -117,6 +117,11 @@ EQUAL: list[Row] = [  # two rows of one length, so that no mask is needed
 ]
 
 
+def varied_row(i: int) -> list:
+    """Make a row of one picture; sizes and lengths follow from `i`."""
+    return [BOS, *words(i, i % 3), Picture(i, [(60, 30), (32, 64), (60, 60)][i % 3]), *words(50 + i, 3 + i % 4)]
+
+
 def visual(inputs: dict, row: int = 0) -> list[Tensor]:
     """The caller's positions of each image or video of a row: runs of placeholders."""
     ids = inputs["input_ids"][row]
