@@ -1,31 +1,22 @@
-"""ATP-LLaVA: its maths against loops in float64, soft masks against removal, patched models against a hand-run one."""
+"""ATP-LLaVA in models: against a hand-run one, soft masks against removal, training, saved weights."""
 
 import copy
 import json
-import math
-from dataclasses import replace
 from math import e
 
 import numpy as np
 import pytest
 import torch
 from compare import close, greedy, lengths
-from doubles import Blind, Halve, PairMean, Stairs
-from hypothesis import given
-from hypothesis import strategies as st
+from doubles import PairMean
 from prompts import EQUAL, LONG_ROWS, ROWS, SEVERAL, Picture, batch, words
-from strategies import some
 from tiny import BOS, tiny
 from unpatched import reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache
-from vlmslim.methods import atp
-from vlmslim.methods.atp import ATP, layer_index, losses
-from vlmslim.methods.atp.score_maps import attention_from_image_and_text, normalise
-from vlmslim.ops.attention import weighted_logits
+from vlmslim.methods.atp import ATP, losses
 
-seeds = st.integers(0, 10_000)
 SCORES = ("text", "literal", "visible", "learned")
 
 
@@ -61,166 +52,8 @@ def watch(slim) -> list:
     return seen
 
 
-# --- the maths, in loops ---------------------------------------------------------------------------------------------
+# --- the method in a model --------------------------------------------------------------------------------------------
 
-
-def attention_by_hand(full, image, text):
-    """(B, H, S, S), (B, S), (B, S) -> the two sums for each token."""
-    rows, heads, size, _ = full.shape
-    own, cross = np.zeros((rows, size)), np.zeros((rows, size))
-    for b in range(rows):
-        for key in range(size):
-            if not image[b, key]:
-                continue
-            for query in range(size):
-                paid = sum(full[b, h, query, key] for h in range(heads)) / heads
-                if image[b, query] == image[b, key]:
-                    own[b, key] += paid
-                elif text[b, query]:
-                    cross[b, key] += paid
-    return own, cross
-
-
-@some
-@given(seeds, st.integers(1, 9), st.booleans())
-def test_received_attention_is_that_of_a_loop(seed, chunk, blind):
-    rng = np.random.default_rng(seed)
-    full = rng.dirichlet(np.ones(9), (2, 3, 9))
-    kind = rng.integers(0, 2 if blind else 4, (2, 9))  # 0 padding, 1 text, 2 and 3 two images
-    image, text = np.where(kind > 1, kind - 1, 0), kind == 1
-    asked = []
-
-    def attend(rows):
-        asked.append(rows.shape[1])
-        return torch.from_numpy(full).float().gather(2, rows[:, None, :, None].expand(-1, 3, -1, 9))
-
-    got = attention_from_image_and_text(attend, torch.from_numpy(image), torch.from_numpy(text), chunk)
-    for a, b in zip(got, attention_by_hand(full, image, text), strict=True):
-        np.testing.assert_allclose(a.numpy(), b, atol=1e-5)
-    assert max(asked, default=0) <= chunk
-
-
-@some
-@given(seeds, st.integers(1, 12))
-def test_masks_are_those_of_a_loop(seed, n):
-    rng = np.random.default_rng(seed)
-    score, alive = rng.random((2, n)).round(2), rng.random((2, n)) < 0.7
-    spatial, theta_r, theta_s = rng.choice([0, 0.25, 0.75], n), rng.random(2), rng.random(2)
-    tensors = [torch.from_numpy(x) for x in (score, spatial, theta_r, theta_s)]
-    flat = normalise(tensors[0], torch.from_numpy(alive))
-    soft, hard = atp.soft_mask(*tensors, 10.0), atp.hard_mask(*tensors)
-    strong = atp.top_k_alive(tensors[0], torch.from_numpy(alive), 2)
-    for b in range(2):
-        values = [score[b, i] for i in range(n) if alive[b, i]]
-        best = sorted((i for i in range(n) if alive[b, i]), key=lambda i: (-score[b, i], i))[:2]
-        for i in range(n):
-            spread = max(values) - min(values) if values else 0
-            want = (score[b, i] - min(values)) / spread if alive[b, i] and spread else 0
-            assert math.isclose(flat[b, i], want, abs_tol=1e-5)
-            parts = [1 / (1 + math.exp(-10 * x)) for x in (score[b, i] - theta_r[b], spatial[i] - theta_s[b])]
-            assert math.isclose(soft[b, i], max(parts), rel_tol=1e-9)
-            assert hard[b, i] == (score[b, i] > theta_r[b] or spatial[i] > theta_s[b])
-            assert strong[b, i] == (i in best)
-
-
-@pytest.mark.parametrize(("side", "strides"), [(24, (2, 3, 4, 6, 8, 12)), (12, (6, 2)), (5, (2, 3)), (4, ())])
-def test_a_patch_scores_by_its_coarsest_grid(side, strides):
-    score = atp.spatial_score(side, strides).view(side, side)
-    for row in range(side):
-        for column in range(side):
-            grids = [1 - 3 / s**2 for s in strides if row % s == 0 and column % s == 0]
-            assert math.isclose(score[row, column], max(grids, default=0), rel_tol=1e-6)
-    if strides == (2, 3, 4, 6, 8, 12):
-        assert int((score > 0).sum()) == 192  # strides 2 and 3 are not nested
-        assert int((score > 0.95).sum()) == 12  # strides 8 and 12 share the corner
-
-
-@some
-@given(seeds)
-def test_losses_are_those_of_a_loop(seed):
-    rng = np.random.default_rng(seed)
-    counts, layers, full, depth = rng.random((3, 2)) * 16, (1, 4), 16, 8
-    got = torch.from_numpy(counts)
-    want = sum(np.mean(counts[:, m]) / full * layer for m, layer in enumerate(layers))
-    assert math.isclose(losses.depth_loss(got, layers, full), want)
-    seen = [[full if i <= 1 else row[0] if i <= 4 else row[1] for i in range(depth)] for row in counts]
-    everywhere = losses.mean_tokens(got, layers, full, depth)
-    np.testing.assert_allclose(everywhere, np.mean(seen, axis=1))
-    assert math.isclose(losses.target_loss(everywhere, 5), abs(np.mean(seen) - 5))
-    assert math.isclose(losses.target_loss(losses.mean_tokens(got, layers, full), 5), abs(np.mean(counts) - 5))
-
-
-def test_modules_stand_where_the_paper_has_them():
-    shares = ATP().after
-    places = {32: (4, 14, 24), 40: (5, 17, 30), 28: (3, 12, 21), 24: (3, 10, 18), 8: (1, 3, 6), 4: (0, 1, 2)}
-    for depth, layers in places.items():
-        assert tuple(layer_index(share, depth) for share in shares) == layers
-
-
-# --- soft masks in the engine ----------------------------------------------------------------------------------------
-
-
-def test_weights_count_in_the_softmax():
-    logits, weight = torch.randn(2, 3, 2, 5), torch.rand(2, 5)
-    weight[0, 1] = 0
-    weight.requires_grad_()
-    rows = torch.tensor([[3, 4], [1, 2]])
-    got = weighted_logits(logits, weight, rows).softmax(-1)
-    for b in range(2):
-        for q in range(2):
-            w = weight[b].detach().clone()
-            w[rows[b, q]] = 1
-            mass = logits[b, :, q].exp() * w
-            close(got[b, :, q], mass / mass.sum(-1, keepdim=True), 1e-6)
-    got[0, 0, 0, 1].backward()  # what a hidden key would do if it were seen
-    assert weight.grad[0, 1] > 0.01
-
-
-def hiding(rule):
-    """The same rule, in training: it hides what it would drop."""
-
-    class Hiding(type(rule)):
-        def soft_retain(self, tokens):
-            if tokens.weight is not None:
-                alive = tokens.weight > 0.5
-                tokens = replace(tokens, image=tokens.image * alive, mask=tokens.mask & alive)
-            return self.retain(tokens).float()
-
-    return Hiding()
-
-
-@pytest.mark.parametrize("rule", [Halve(), Stairs(), Blind()], ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize("padding", ["left", "right"])
-@torch.no_grad()
-def test_weights_of_zero_and_one_are_removal(family, backend, padding, rule):
-    model = tiny(family, backend)
-    for rows in (LONG_ROWS, SEVERAL if family != "onevision" else SEVERAL[:1]):
-        inputs = batch(model, rows, padding)
-        with vlmslim.patch(model, rule):
-            want = model(**inputs, use_cache=False).logits
-        with vlmslim.patch(model, hiding(rule)):
-            got = model(**inputs, use_cache=False).logits
-        text = (inputs["input_ids"] < 98) & (inputs["attention_mask"] > 0)
-        close(got[text], want[text])
-
-
-@torch.no_grad()
-def test_what_soft_masks_cannot_do_is_refused():
-    model = tiny("llava")
-    inputs = batch(model, ROWS)
-    with vlmslim.patch(model, hiding(Halve())), pytest.raises(ValueError, match="use_cache=False"):
-        model(**inputs)
-
-    class Elsewhere(Halve):
-        def soft_retain(self, tokens):
-            model.model.language_model.config._attn_implementation = "flash_attention_2"
-            return self.retain(tokens).float()
-
-    with vlmslim.patch(model, Elsewhere()), pytest.raises(ValueError, match="set_attn_implementation"):
-        model(**inputs, use_cache=False)
-
-
-# --- the method in a model -------------------------------------------------------------------------------------------
 
 single_grid = pytest.mark.parametrize("family", ["llava", "siglip"])
 
@@ -439,7 +272,7 @@ def test_a_method_before_it_has_to_say_where_its_tokens_are():
         model(**inputs)
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
