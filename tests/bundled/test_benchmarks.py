@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pq = pytest.importorskip("pyarrow.parquet")
-from make_benchmark import BENCHMARKS  # noqa: E402
+from make_benchmark import BENCHMARKS
 
 
 @pytest.mark.parametrize("benchmark, task", [(b, task) for b in BENCHMARKS.values() for task in b.tasks])

@@ -11,11 +11,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 pytest.importorskip("open_clip", reason="the extra vlmslim[train] is not installed")
 
-from pages import PINPOINTS  # noqa: E402
-from train_common import standardise_inputs  # noqa: E402
+from pages import PINPOINTS
+from train_common import standardise_inputs
 
-from vlmslim import bundled  # noqa: E402
-from vlmslim.training.config import read_config  # noqa: E402
+from vlmslim import bundled
+from vlmslim.training.config import read_config
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bundled"
 CLIP = (

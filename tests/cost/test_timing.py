@@ -11,15 +11,7 @@ from tiny import BOS, tiny
 import vlmslim
 from vlmslim.cost.bench.prompt import SyntheticPrompt
 from vlmslim.cost.memory import peak_memory
-from vlmslim.cost.timing import (
-    MedianIqr,
-    Timing,
-    interleave,
-    measure_together,
-    summarise,
-    time_generation,
-    time_warm,
-)
+from vlmslim.cost.timing import MedianIqr, Timing, interleave, measure_together, summarise, time_generation, time_warm
 
 ROW = [BOS, *words(0, 5), Picture(0, (60, 30)), *words(1, 30)]
 

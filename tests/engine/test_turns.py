@@ -5,19 +5,7 @@ from functools import partial
 import pytest
 import torch
 from compare import answers, close, greedy, lengths
-from doubles import (
-    Blind,
-    Both,
-    BothOriginal,
-    Halve,
-    Ragged,
-    Stairs,
-    Strided,
-    StridedOriginal,
-    decide,
-    expect,
-    name_of,
-)
+from doubles import Blind, Both, BothOriginal, Halve, Ragged, Stairs, Strided, StridedOriginal, decide, expect, name_of
 from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, words
 from tiny import BOS, tiny
 from unpatched import merged_embeddings, reference

@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from vlmslim.cli import app  # noqa: E402
-from vlmslim.evaluation.config import load_config  # noqa: E402
+from vlmslim.cli import app
+from vlmslim.evaluation.config import load_config
 
 TINY = ("bundled/tiny-llava", "--tasks", "scenes_colour", "--device", "cpu")
 

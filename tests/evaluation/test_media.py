@@ -6,7 +6,7 @@ from PIL import Image
 
 pytest.importorskip("av", reason="the extra vlmslim[eval] is not installed")
 
-from vlmslim.evaluation.conversation import read_frames, read_picture, user_message  # noqa: E402
+from vlmslim.evaluation.conversation import read_frames, read_picture, user_message
 
 COLOURS = ["red", "green", "blue", "white", "black"]
 FRAMES = [Image.new("RGB", (20, 12), colour) for colour in COLOURS]

@@ -6,13 +6,13 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
-from zoo_checkpoints import PROCESSORS, checkpoint  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from zoo_checkpoints import PROCESSORS, checkpoint
 
-import vlmslim  # noqa: E402
-from vlmslim.evaluation.config import load_config  # noqa: E402
-from vlmslim.evaluation.conversation import Prompter, user_message  # noqa: E402
-from vlmslim.evaluation.run import run  # noqa: E402
+import vlmslim
+from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.conversation import Prompter, user_message
+from vlmslim.evaluation.run import run
 
 every_family = pytest.mark.parametrize(
     "name", [name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow) for name in PROCESSORS]

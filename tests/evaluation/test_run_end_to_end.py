@@ -11,22 +11,22 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from lmms_fixtures import checkpoint, questions  # noqa: E402
+from lmms_fixtures import checkpoint, questions
 
-from vlmslim.cost.flops import DecoderShape, kv_bytes  # noqa: E402
-from vlmslim.engine.families import encoder_layers  # noqa: E402
-from vlmslim.evaluation.answering import Answerer  # noqa: E402
-from vlmslim.evaluation.config import RunConfig, load_config  # noqa: E402
-from vlmslim.evaluation.effect import check_effect  # noqa: E402
+from vlmslim.cost.flops import DecoderShape, kv_bytes
+from vlmslim.engine.families import encoder_layers
+from vlmslim.evaluation.answering import Answerer
+from vlmslim.evaluation.config import RunConfig, load_config
+from vlmslim.evaluation.effect import check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.export import export_cells  # noqa: E402
-from vlmslim.evaluation.harness import Harness  # noqa: E402
-from vlmslim.evaluation.run import run  # noqa: E402
-from vlmslim.evaluation.schema import TaskConfig  # noqa: E402
-from vlmslim.evaluation.store import Store  # noqa: E402
-from vlmslim.evaluation.tasks import Tasks  # noqa: E402
-from vlmslim.evaluation.variants import Variant  # noqa: E402
-from vlmslim.registry import build  # noqa: E402
+from vlmslim.evaluation.export import export_cells
+from vlmslim.evaluation.harness import Harness
+from vlmslim.evaluation.run import run
+from vlmslim.evaluation.schema import TaskConfig
+from vlmslim.evaluation.store import Store
+from vlmslim.evaluation.tasks import Tasks
+from vlmslim.evaluation.variants import Variant
+from vlmslim.registry import build
 
 UTILS = """
 def images(doc):

@@ -9,14 +9,14 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from lmms_eval.tasks import TaskManager, get_task_dict  # noqa: E402
-from lmms_eval.utils import load_yaml_config  # noqa: E402
-from lmms_fixtures import run_lmms_eval, stock_answers  # noqa: E402
+from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.utils import load_yaml_config
+from lmms_fixtures import run_lmms_eval, stock_answers
 
-import vlmslim.tasks  # noqa: E402
-from vlmslim import bundled  # noqa: E402
-from vlmslim.evaluation.lmms_model import VlmSlim  # noqa: E402
-from vlmslim.tasks.scenes.utils import normalise, score  # noqa: E402
+import vlmslim.tasks
+from vlmslim import bundled
+from vlmslim.evaluation.lmms_model import VlmSlim
+from vlmslim.tasks.scenes.utils import normalise, score
 
 GROUPS = {
     "scenes": ["presence", "colour", "count", "spatial", "detail", "text", "choice"],

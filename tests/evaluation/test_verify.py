@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from vlmslim import bundled  # noqa: E402
-from vlmslim.cli import app  # noqa: E402
-from vlmslim.evaluation.conversation import Prompter  # noqa: E402
-from vlmslim.evaluation.store import Store  # noqa: E402
+from vlmslim import bundled
+from vlmslim.cli import app
+from vlmslim.evaluation.conversation import Prompter
+from vlmslim.evaluation.store import Store
 
 CHOICE = "image.features.norm(dim=-1).argsort()"
 SHAKY = {  # methods that choose other tokens in another call, or in another batch

@@ -14,14 +14,14 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from lmms_fixtures import checkpoint, questions  # noqa: E402
+from lmms_fixtures import checkpoint, questions
 
-from vlmslim.evaluation.config import RunConfig  # noqa: E402
-from vlmslim.evaluation.errors import CellError, ConfigError  # noqa: E402
-from vlmslim.evaluation.harness import Answers  # noqa: E402
-from vlmslim.evaluation.run import run  # noqa: E402
-from vlmslim.evaluation.store import Store  # noqa: E402
-from vlmslim.evaluation.workers import RayHarness, check_workers  # noqa: E402
+from vlmslim.evaluation.config import RunConfig
+from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.harness import Answers
+from vlmslim.evaluation.run import run
+from vlmslim.evaluation.store import Store
+from vlmslim.evaluation.workers import RayHarness, check_workers
 
 MORTAL = """
 import os, signal

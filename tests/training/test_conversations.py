@@ -9,10 +9,10 @@ from transformers import AutoProcessor
 
 pytest.importorskip("pydantic", reason="the extra vlmslim[train] is not installed")
 
-from training_data import Scenes  # noqa: E402
+from training_data import Scenes
 
-from vlmslim import bundled  # noqa: E402
-from vlmslim.training.conversations import IGNORED, Collator, Conversations, Item, RecordError  # noqa: E402
+from vlmslim import bundled
+from vlmslim.training.conversations import IGNORED, Collator, Conversations, Item, RecordError
 
 
 def turns(*texts: str | None) -> list[dict]:

@@ -12,12 +12,12 @@ from PIL import Image
 
 pytest.importorskip("pydantic", reason="the extra vlmslim[train] is not installed")
 
-from training_data import training_data  # noqa: E402
+from training_data import training_data
 
-import vlmslim  # noqa: E402
-from vlmslim.training.config import override  # noqa: E402
-from vlmslim.training.conversations import Collator, Item  # noqa: E402
-from vlmslim.training.finetune import (  # noqa: E402
+import vlmslim
+from vlmslim.training.config import override
+from vlmslim.training.conversations import Collator, Item
+from vlmslim.training.finetune import (
     Settings,
     answer_loss,
     finetune,

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 pytest.importorskip("pydantic", reason="the extra vlmslim[train] is not installed")
 
-from training_data import Scenes  # noqa: E402
+from training_data import Scenes
 
-import vlmslim  # noqa: E402
-from vlmslim.methods.atp import Decision, ThresholdModules  # noqa: E402
-from vlmslim.training import atp, tokenflex  # noqa: E402
-from vlmslim.training.finetune import Answers, Settings, load  # noqa: E402
+import vlmslim
+from vlmslim.methods.atp import Decision, ThresholdModules
+from vlmslim.training import atp, tokenflex
+from vlmslim.training.finetune import Answers, Settings, load
 
 SMALL = dict(steps=3, batch=1, workers=0, device="cpu", precision="no", save_every=1, log_every=1)
 

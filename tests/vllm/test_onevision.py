@@ -21,9 +21,9 @@ pytest.importorskip("vllm", reason="scripts/test_vllm.sh makes an environment wi
 
 from vllm_table import served  # noqa: E402, after the check for vLLM
 
-import vlmslim  # noqa: E402
-from vlmslim import bundled  # noqa: E402
-from vlmslim.vllm import overrides  # noqa: E402
+import vlmslim
+from vlmslim import bundled
+from vlmslim.vllm import overrides
 
 pytestmark = pytest.mark.vllm
 

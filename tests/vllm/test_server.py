@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="scripts/test_vllm.sh makes an environment wi
 
 from vllm_table import Questions, wide  # noqa: E402, after the check for vLLM
 
-from vlmslim.vllm import overrides  # noqa: E402
+from vlmslim.vllm import overrides
 
 pytestmark = pytest.mark.vllm
 
