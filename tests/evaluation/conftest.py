@@ -1,8 +1,17 @@
-"""Fixtures: tiny checkpoints as models of lmms-eval. Only tests that need the extra `vlmslim[eval]` ask for them."""
+"""Fixtures: configurations of runs on a stand-in, and tiny checkpoints as models of lmms-eval."""
 
 from pathlib import Path
 
 import pytest
+from evaluation_doubles import write_config
+
+from vlmslim.evaluation.config import load_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that loads a configuration with changes; its output folder stays the same."""
+    return lambda **changes: load_config(write_config(tmp_path, **changes))
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +22,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make(folder):
-    """Return a function that makes the model of a family; the checkpoint is written once."""
+    """Return a function that makes the model of a family; it needs the extra `vlmslim[eval]`."""
     from lmms_fixtures import checkpoint
 
     from vlmslim.evaluation.lmms_model import VlmSlim

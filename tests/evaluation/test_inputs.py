@@ -5,13 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluation_doubles import COST, FakeHarness, Solving, rewrite, stored, write_config
+from evaluation_doubles import COST, FakeHarness, Solving, rewrite, stored
 from method_files import NORM, write
 from tiny import tiny
 
 import vlmslim
 from vlmslim.evaluation import inputs
-from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
@@ -21,11 +20,6 @@ from vlmslim.leaderboard.render import render
 HOW_TO_CONTINUE = "use another --output directory, or start over with --fresh"
 REVERSED = NORM.replace("argsort()", "argsort(descending=True)")
 REMARKED = NORM.replace("keep: int = 16\n", "keep: int = 16  # of 144\n").replace("More follows.", "Much more follows.")
-
-
-@pytest.fixture
-def config(tmp_path):
-    return lambda **changes: load_config(write_config(tmp_path, **changes))
 
 
 @pytest.fixture

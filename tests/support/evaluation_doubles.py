@@ -10,6 +10,7 @@ import yaml
 from vlmslim.cost.budget import BudgetError, Solution
 from vlmslim.cost.flops import DecoderShape
 from vlmslim.evaluation.harness import Cell
+from vlmslim.evaluation.progress import Display, RowLine
 from vlmslim.evaluation.store import Store
 
 SHAPE = DecoderShape(layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=300)
@@ -194,6 +195,20 @@ class Solving(FakeHarness):
 
     def evaluate(self, variant, task):
         return super().evaluate(replace(variant, budget=self.cost) if variant.cost else variant, task)
+
+
+class Listening(Display):
+    """Keeps what a run says, and its finished rows."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.rows: list[RowLine] = []
+
+    def message(self, text):
+        self.said.append(text)
+
+    def finish_row(self, line):
+        self.rows.append(line)
 
 
 def stored(folder: Path) -> dict[Path, bytes]:
