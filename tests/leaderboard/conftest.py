@@ -10,6 +10,7 @@ from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.leaderboard.board import Leaderboard
+from vlmslim.leaderboard.published import load_papers
 
 
 @pytest.fixture(scope="package")
@@ -62,3 +63,9 @@ def finished(tmp_path) -> Store:
     config = load_config(write_config(tmp_path))
     run(config, harness=FakeHarness())
     return Store(config.output)
+
+
+@pytest.fixture(scope="package")
+def papers():
+    """The published tables that vlmslim ships."""
+    return load_papers()

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from evaluation_doubles import FakeHarness, stage, write_config
+from evaluation_doubles import FakeHarness, Solving, stage, write_config
 
-from vlmslim.cost.budget import Solution
 from vlmslim.evaluation.config import load_config
 from vlmslim.evaluation.run import run
 from vlmslim.leaderboard.board import Leaderboard
@@ -24,15 +23,12 @@ RIGHT = {
 }
 
 
-class Costly(FakeHarness):
-    """Solves every cost by keep=40, which costs more on the task `text` than on the sample prompts."""
-
-    def solve(self, variant):
-        return Solution(({**variant.stages[0], "keep": 40},), "keep", 40, variant.budget, 40.0, 4)
+class Costly(Solving):
+    """Its solutions cost more on the task `text` than on the sample prompts."""
 
     def evaluate(self, variant, task):
-        kept = 44.0 if task == "text" else 40.0
-        return super().evaluate(replace(variant, budget=kept) if isinstance(variant.budget, dict) else variant, task)
+        self.cost = 44.0 if task == "text" else 40.0
+        return super().evaluate(variant, task)
 
 
 def costs(**changes) -> Cost:
