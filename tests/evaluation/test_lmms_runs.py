@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
 from lmms_eval.tasks import TaskManager
-from lmms_fixtures import COLOURS, FAMILIES, checkpoint, questions, run_lmms_eval, stock_answers
+from lmms_fixtures import COLOURS, FAMILIES, checkpoint, metrics, run_lmms_eval, stock_answers, write_task
 from lmms_requests import forced
 from loguru import logger
 
@@ -23,17 +23,6 @@ from vlmslim.evaluation.lmms_model import VlmSlim, VlmSlimChat
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-TASK = """
-task: {name}
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: q.parquet}}}}
-test_split: test
-doc_to_visual: !function quiz.images
-doc_to_text: question
-doc_to_target: answer
-metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
-{rest}
-"""
 FUNCTIONS = """
 def images(doc):
     return [doc["image"]]
@@ -45,7 +34,6 @@ def messages(doc):
     content = [{"type": "text", "text": "Hello <image>."}, {"type": "image", "url": doc["image"]}]
     return [{"role": "user", "content": content}]
 """
-GENERATION = "process_results: !function quiz.score\ngeneration_kwargs: {max_new_tokens: 6, do_sample: false}"
 
 
 @pytest.fixture(scope="session")
@@ -53,13 +41,12 @@ def tasks(folder) -> Path:
     """A directory of task files: quiz, quiz_messages and quiz_choice."""
     path = folder / "tasks"
     path.mkdir()
-    questions(path / "q.parquet")
-    (path / "quiz.py").write_text(FUNCTIONS)
-    (path / "quiz.yaml").write_text(TASK.format(name="quiz", metric="hit", rest=GENERATION))
-    messages = GENERATION + "\ndoc_to_messages: !function quiz.messages"
-    (path / "quiz_messages.yaml").write_text(TASK.format(name="quiz_messages", metric="hit", rest=messages))
-    choice = "output_type: multiple_choice\ndoc_to_choice: choices"
-    (path / "quiz_choice.yaml").write_text(TASK.format(name="quiz_choice", metric="acc", rest=choice))
+    (path / "utils.py").write_text(FUNCTIONS)
+    short = {"generation_kwargs": {"max_new_tokens": 6, "do_sample": False}, "metric_list": metrics("hit")}
+    score = "process_results: !function utils.score"
+    write_task(path, "quiz", score, **short)
+    write_task(path, "quiz_messages", score, "doc_to_messages: !function utils.messages", **short)
+    write_task(path, "quiz_choice", output_type="multiple_choice", doc_to_choice="choices")
     return path
 
 

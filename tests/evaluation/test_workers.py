@@ -14,7 +14,7 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
-from lmms_fixtures import checkpoint, questions
+from lmms_fixtures import checkpoint, metrics, write_task
 
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import CellError, ConfigError
@@ -49,24 +49,11 @@ def folder(tmp_path_factory):
     if find_spec("ray") is None:  # vlmslim sets the environment of Ray before it imports Ray
         pytest.skip("the extra vlmslim[ray] is not installed")
     folder = tmp_path_factory.mktemp("workers")
-    (folder / "utils.py").write_text('def images(doc):\n    return [doc["image"].convert("RGB")]\n')
     (folder / "mortal.py").write_text(MORTAL)
     (folder / "lives").mkdir()
-    common = {
-        "dataset_path": "parquet",
-        "dataset_kwargs": {"data_files": {"test": questions(folder / "questions.parquet")}},
-        "test_split": "test",
-        "doc_to_text": "question",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-    generate = {"output_type": "generate_until", "generation_kwargs": {"max_new_tokens": 4, "do_sample": True}}
-    generate["generation_kwargs"]["temperature"] = 1.5  # sampled, so that shards may not change what is drawn
-    generate["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    for name, own in (("texts", generate), ("choices", {"output_type": "multiple_choice", "doc_to_choice": "choices"})):
-        text = yaml.safe_dump(common | own | {"task": name})
-        (folder / f"{name}.yaml").write_text(text + "doc_to_visual: !function utils.images\n")
+    sampled = {"max_new_tokens": 4, "do_sample": True, "temperature": 1.5}  # shards may not change what is drawn
+    write_task(folder, "texts", generation_kwargs=sampled, metric_list=metrics("exact_match"))
+    write_task(folder, "choices", output_type="multiple_choice", doc_to_choice="choices")
     return folder
 
 

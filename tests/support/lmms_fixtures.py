@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features, Image, List, Value
 from lmms_eval.evaluator import simple_evaluate
 from loguru import logger
@@ -174,6 +175,31 @@ def questions(path: Path, count: int = 12) -> str:
     )
     Dataset.from_list(rows, features=features).to_parquet(path)
     return str(path)
+
+
+def metrics(*names: str) -> list[dict]:
+    """Settings of metrics that are averaged over the questions."""
+    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+
+
+def write_task(folder: Path, name: str, *functions: str, **settings) -> None:
+    """Write a task over `questions`. functions: lines such as "process_results: !function utils.score"."""
+    if not (folder / "questions.parquet").exists():
+        questions(folder / "questions.parquet")
+    if not (folder / "utils.py").exists():
+        (folder / "utils.py").write_text('def images(doc):\n    return [doc["image"].convert("RGB")]\n')
+    common = {
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.parquet")}},
+        "test_split": "test",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "metric_list": metrics("acc"),
+        "metadata": {"version": 1.0},
+    }
+    lines = [yaml.safe_dump(common | settings), "doc_to_visual: !function utils.images", *functions]
+    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
 
 
 def video(path: Path, frames: int = 20) -> str:
