@@ -2,35 +2,12 @@
 
 import numpy as np
 import torch
-from hypothesis import assume, currently_in_test_context, given
+from hypothesis import given
 from hypothesis import strategies as st
+from recovery_by_hand import factor_by_hand
 from strategies import some
 
 from vlmslim.methods.recoverable.lof import local_outlier_factor
-
-
-def factor_by_hand(x: list[float], k: int) -> list[float]:
-    n = len(x)
-    k = min(k, n - 1)
-    if k < 1:
-        return [1.0] * n
-    near = [sorted((j for j in range(n) if j != i), key=lambda j: (abs(x[i] - x[j]), x[j], j))[:k] for i in range(n)]
-    far = [abs(x[i] - x[near[i][-1]]) for i in range(n)]
-    density = [1 / (sum(max(far[j], abs(x[i] - x[j])) for j in near[i]) / k + 1e-10) for i in range(n)]
-    return [sum(density[j] for j in near[i]) / k / density[i] for i in range(n)]
-
-
-def sure(clear: bool) -> None:
-    """A decision that the last bits of a float would take is no test."""
-    if currently_in_test_context():
-        assume(clear)
-    assert clear
-
-
-def outliers_by_hand(x: list[float], k: int) -> int:
-    factors = factor_by_hand(x, k)
-    sure(all(abs(f - 1.5) > 1e-9 for f in factors))
-    return sum(f > 1.5 for f in factors)
 
 
 @some

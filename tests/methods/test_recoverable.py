@@ -1,7 +1,6 @@
 """Recoverable Compression: against plain loops in float64, the prompt's text, its CLIPs, and the engine."""
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,67 +9,20 @@ import pytest
 import torch
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
 from compare import greedy, lengths
+from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import Picture, batch, visual_tokens
+from recovery_by_hand import recover_by_hand
 from strategies import cosine, some, thorough
-from test_lof import outliers_by_hand, sure
 from tiny import BOS, DEPTH, tiny
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 import vlmslim
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
-from vlmslim.ops.budgets import largest_remainder
 
-# --- plain loops, float64 ------------------------------------------------------------------------------------------
-
-
-def best(score: list[float], k: int, among=None) -> list[int]:
-    return sorted(range(len(score)) if among is None else among, key=lambda i: (-score[i], i))[:k]
-
-
-def recover_by_hand(x, a, t, keys, method: Recoverable, budget: int | None):
-    """Kept tokens and merged vectors, one step of the specification after the other."""
-    n, width = len(x), len(x[0])
-    parts = largest_remainder(budget, method.shares) if budget else None
-    first, second, third = method.neighbours
-    seen = best(a, parts[0] if parts else outliers_by_hand(a, first))
-    unseen = [i for i in range(n) if i not in seen]
-    if parts:
-        found = best(t, parts[1], unseen)
-    elif method.recovery == "all":
-        found = best(t, outliers_by_hand(t, second))
-    else:
-        if method.recovery == "minimum":
-            count = int(len(unseen) * (outliers_by_hand([min(t) if i in seen else t[i] for i in range(n)], second) / n))
-        else:
-            count = outliers_by_hand([t[i] for i in unseen], second)
-        found = best(t, count, unseen)
-    kept = sorted({*seen, *found})
-    rest = [i for i in range(n) if i not in kept]
-    if parts:
-        count = max(parts[2] - 1, 0)
-    else:
-        number = outliers_by_hand([a[i] for i in rest], third)
-        base = {"rest": len(rest), "selected": len(kept), "image": n, "width": width}[method.centres]
-        count = number if method.centres == "rest" else int(base * (number / len(rest)))
-        count = min(count, len(rest))
-    centres = best(a, count, rest)
-    others = [i for i in rest if i not in centres]
-    key = {i: keys[i] if method.keys == "own" else keys[place] for place, i in enumerate(rest)}
-    merged = []
-    for c in centres:
-        pool = [i for i in centres if i != c] + others
-        affinity = {i: cosine(key[c], key[i]) + method.text_weight * t[i] for i in pool}
-        ranked = sorted(pool, key=lambda i: -affinity[i])
-        members = ranked[: method.cluster]
-        if len(ranked) > len(members) and members:
-            sure(affinity[members[-1]] - affinity[ranked[len(members)]] > 1e-4)
-        merged.append([x[c][d] + sum(a[i] * x[i][d] for i in members) for d in range(width)])
-    if others and (parts[2] > 0 if parts else centres or method.extra == "keep"):
-        merged.append([sum(a[i] * x[i][d] for i in others) for d in range(width)])
-    return kept, merged
+# --- the parts, against plain loops ------------------------------------------------------------------------------------------
 
 
 @some
@@ -174,22 +126,9 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_folder")
 
 
-def method_for(folder: str, **options) -> Recoverable:
-    return Recoverable(clip=folder, tokenizer=Words(), **dict(neighbours=(3, 3, 3)) | options)
-
-
-def spy(monkeypatch) -> list:
-    """What every image was compressed from and into, in the order of the images."""
-    seen = []
-    compress_images = Recoverable.compress_images
-
-    def recording(self, images):
-        results = compress_images(self, images)
-        seen.extend(zip([self] * len(images), images, results, strict=True))
-        return results
-
-    monkeypatch.setattr(Recoverable, "compress_images", recording)
-    return seen
+def method_for(folder: str | None, **options) -> tuple[Recoverable, list]:
+    """Make the method, and the list to which it adds (image, result) for every image."""
+    return watched(Recoverable, **dict(clip=folder, tokenizer=Words(), neighbours=(3, 3, 3)) | options)
 
 
 def patched(folder, family="llava", dtype=torch.float32, backend="sdpa"):
@@ -218,13 +157,14 @@ def test_a_preset_is_a_reading_of_the_paper(preset):
 )
 @pytest.mark.parametrize("keep", [None, 1, 7, 0.5])
 @torch.no_grad()
-def test_it_is_the_paper(hf_folder, monkeypatch, keep, options):
+def test_it_is_the_paper(hf_folder, keep, options):
     """From pixels to the language model, with every input of the method computed by hand."""
-    model, seen = patched(hf_folder), spy(monkeypatch)
+    model = patched(hf_folder)
+    method, seen = method_for(hf_folder, keep=keep, **options)
     inputs = batch(model, [ROWS[1]])
-    with vlmslim.patch(model, method_for(hf_folder, keep=keep, **options)):
+    with vlmslim.patch(model, method):
         model(**inputs)
-    [(method, image, result)] = seen
+    [(image, result)] = seen
     clip, tower = CLIPModel.from_pretrained(hf_folder).eval(), model.model.vision_tower
     states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
     layer = tower.encoder.layers[-1]
@@ -258,7 +198,7 @@ def test_batch_is_singles(folder, family, keep):
     model = patched(folder, family)
     rows = [*ROWS, SEVERAL]
     inputs = batch(model, rows)
-    with vlmslim.patch(model, method_for(folder, keep=keep)) as slim:
+    with vlmslim.patch(model, method_for(folder, keep=keep)[0]) as slim:
         out, logits = greedy(model, inputs)
         summary = slim.receipt.summary()
         sizes = []
@@ -285,22 +225,22 @@ def test_batch_is_singles(folder, family, keep):
 @torch.no_grad()
 def test_it_decides_in_half_precision_too(folder, family, dtype):
     model = patched(folder, family, dtype)
-    with vlmslim.patch(model, method_for(folder)) as slim:
+    with vlmslim.patch(model, method_for(folder)[0]) as slim:
         assert greedy(model, batch(model, ROWS))[1].isfinite().all()
         assert 1 <= slim.receipt.summary()["kept"] < slim.receipt.summary()["visual_tokens"]
 
 
 @torch.no_grad()
-def test_the_question_decides_and_the_system_prompt_does_not(hf_folder, monkeypatch):
-    model, seen = patched(hf_folder), spy(monkeypatch)
+def test_the_question_decides_and_the_system_prompt_does_not(hf_folder):
+    model = patched(hf_folder)
     rows = [asked(0, [10, 11]), asked(0, [10, 11], system=4), *(asked(0, [40 + i, 41 + i]) for i in range(6))]
     answered = [*asked(0, [10, 11]), 70, 71, 72]
 
     def kept(row, **options):
-        seen.clear()
-        with vlmslim.patch(model, method_for(hf_folder, keep=4, shares=(0, 1, 0), **options)):
+        method, seen = method_for(hf_folder, keep=4, shares=(0, 1, 0), **options)
+        with vlmslim.patch(model, method):
             model(**batch(model, [row]))
-        _, image, result = seen[0]
+        image, result = seen[0]
         return result.vectors(image)
 
     first, again, *others = map(kept, rows)
@@ -313,14 +253,15 @@ def test_the_question_decides_and_the_system_prompt_does_not(hf_folder, monkeypa
 
 
 @torch.no_grad()
-def test_anyres_crops_share_the_budget(hf_folder, monkeypatch):
-    model, seen = patched(hf_folder, "next"), spy(monkeypatch)
+def test_anyres_crops_share_the_budget(hf_folder):
+    model = patched(hf_folder, "next")
     inputs = batch(model, [asked(0, [10], Picture(0, (60, 30)))])
     n = visual_tokens("next", (60, 30))
     for keep in (1, 2, 3, 10, n - 1, n):
-        with vlmslim.patch(model, method_for(hf_folder, keep=keep)):
+        method, seen = method_for(hf_folder, keep=keep)
+        with vlmslim.patch(model, method):
             model(**inputs)
-        _, image, result = seen.pop()
+        image, result = seen.pop()
         assert len(result) == keep
         newlines = int((image.grid[:, 0] < 0).sum())
         assert newlines > 0
@@ -333,7 +274,7 @@ def test_anyres_crops_share_the_budget(hf_folder, monkeypatch):
 def test_an_image_is_never_left_empty(hf_folder):
     model = patched(hf_folder)
     options = dict(preset="released", pad_length=12, neighbours=(20, 20, 10))  # 16 patches: nothing is an outlier
-    with vlmslim.patch(model, method_for(hf_folder, **options)) as slim:
+    with vlmslim.patch(model, method_for(hf_folder, **options)[0]) as slim:
         model(**batch(model, [ROWS[0]]))
         assert slim.receipt.summary()["kept"] >= 1
 
@@ -342,7 +283,7 @@ def test_an_image_is_never_left_empty(hf_folder):
 def test_through_generate_with_beams(hf_folder):
     model = patched(hf_folder)
     inputs = batch(model, ROWS)
-    with vlmslim.patch(model, method_for(hf_folder, keep=6)):
+    with vlmslim.patch(model, method_for(hf_folder, keep=6)[0]):
         out = model.generate(**inputs, max_new_tokens=4, num_beams=2, return_dict_in_generate=True)
         assert lengths(kv_cache(out))[0] < inputs["input_ids"].shape[1]
         assert len(lengths(kv_cache(out))) == DEPTH
@@ -351,7 +292,7 @@ def test_through_generate_with_beams(hf_folder):
 def test_gradients_reach_the_projector(hf_folder):
     model = patched(hf_folder)
     inputs = batch(model, [ROWS[0]])
-    with vlmslim.patch(model, method_for(hf_folder, keep=6)):
+    with vlmslim.patch(model, method_for(hf_folder, keep=6)[0]):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
@@ -364,7 +305,7 @@ BUNDLED = Path(vlmslim.__file__).parent / "bundled"
 )
 @pytest.mark.parametrize("keep", [None, 16])
 @torch.no_grad()
-def test_the_bundled_checkpoint_needs_no_options(monkeypatch, keep):
+def test_the_bundled_checkpoint_needs_no_options(keep):
     pytest.importorskip("open_clip")
     from PIL import Image
     from transformers import AutoProcessor
@@ -379,12 +320,11 @@ def test_the_bundled_checkpoint_needs_no_options(monkeypatch, keep):
     ]
     text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (192, 192, 3), dtype=np.uint8))
-    seen = spy(monkeypatch)
-    with vlmslim.patch(model, "recoverable", keep=keep) as slim:
+    method, seen = watched(Recoverable, keep=keep)
+    with vlmslim.patch(model, method) as slim:
         model.generate(**processor(text=text, images=picture, return_tensors="pt"), max_new_tokens=2)
-        kept = slim.receipt.summary()["kept"]
-    method, image, _ = seen[0]
-    assert method.text_of(image) == question
+        kept, image = slim.receipt.summary()["kept"], seen[0][0]
+        assert slim.methods[0].text_of(image) == question
     assert kept == keep or (keep is None and 1 <= kept < len(image.features))
 
 
@@ -394,19 +334,19 @@ def test_the_bundled_checkpoint_needs_no_options(monkeypatch, keep):
 @pytest.mark.parametrize("family", ["siglip", "onevision"])
 def test_towers_without_cls_are_refused(hf_folder, family):
     with pytest.raises(ValueError, match="CLS"):
-        vlmslim.patch(tiny(family), method_for(hf_folder))
+        vlmslim.patch(tiny(family), method_for(hf_folder)[0])
 
 
 def test_onevision_is_refused_on_any_tower(hf_folder):
     with pytest.raises(ValueError, match="OneVision"):
-        method_for(hf_folder).setup(tiny("onevision"))
+        method_for(hf_folder)[0].setup(tiny("onevision"))
 
 
 def test_cls_in_the_language_model_is_refused(hf_folder):
     model = tiny("llava")
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="vision_feature_select_strategy"):
-        vlmslim.patch(model, method_for(hf_folder))
+        vlmslim.patch(model, method_for(hf_folder)[0])
 
 
 def test_a_foreign_clip_is_refused(hf_folder, tmp_path):
@@ -414,11 +354,11 @@ def test_a_foreign_clip_is_refused(hf_folder, tmp_path):
     with torch.no_grad():
         stem_of(model).normal_()
     with pytest.raises(ValueError, match="vision tower"):
-        vlmslim.patch(model, method_for(hf_folder))
+        vlmslim.patch(model, method_for(hf_folder)[0])
     model = tiny("llava")
     with torch.no_grad():
         stem_of(model).mul_(1.05)
-    vlmslim.patch(model, method_for(hf_folder)).remove()  # fine-tuned a little
+    vlmslim.patch(model, method_for(hf_folder)[0]).remove()  # fine-tuned a little
 
 
 def test_defaults_that_cannot_be_known(hf_folder):
@@ -428,11 +368,11 @@ def test_defaults_that_cannot_be_known(hf_folder):
     with pytest.raises(ValueError, match="give tokenizer="):
         vlmslim.patch(model, "recoverable", keep=4, clip=hf_folder)
     with pytest.raises(ValueError, match="pad_length"):
-        vlmslim.patch(model, method_for(hf_folder, text_pool="last_pad", pad_length=77))
+        vlmslim.patch(model, method_for(hf_folder, text_pool="last_pad", pad_length=77)[0])
 
 
 @torch.no_grad()
-def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, monkeypatch):
+def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -442,30 +382,30 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path, mon
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<pad>").save_pretrained(tmp_path)
     patched(hf_folder).save_pretrained(tmp_path)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    seen, inputs = spy(monkeypatch), batch(model, [ROWS[1]])
-    with vlmslim.patch(model, replace(method_for(hf_folder, keep=5), tokenizer=None)):
-        model(**inputs)
-    method, image, result = seen[0]
-    assert method.text_of(image) == "w20 w21 w22 w23 w24"
-    with vlmslim.patch(model, method_for(hf_folder, keep=5)):
-        model(**inputs)
-    _, image_again, again = seen[1]
-    assert torch.equal(again.vectors(image_again), result.vectors(image))
+    inputs, found = batch(model, [ROWS[1]]), []
+    for tokenizer in (None, Words()):
+        method, seen = method_for(hf_folder, keep=5, tokenizer=tokenizer)
+        with vlmslim.patch(model, method) as slim:
+            model(**inputs)
+            ((image, result),) = seen
+            assert slim.methods[0].text_of(image) == "w20 w21 w22 w23 w24"
+            found.append(result.vectors(image))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("preset", ["released", "released_alt"])
 @torch.no_grad()
-def test_clip_reads_the_first_line_as_it_was_decoded(hf_folder, monkeypatch, preset):
-    model, seen = patched(hf_folder), spy(monkeypatch)
-    with vlmslim.patch(model, method_for(hf_folder, preset=preset, pad_length=12)):
+def test_clip_reads_the_first_line_as_it_was_decoded(hf_folder, preset):
+    model = patched(hf_folder)
+    method, seen = method_for(hf_folder, preset=preset, pad_length=12)
+    with vlmslim.patch(model, method) as slim:
         model(**batch(model, [ROWS[1]]))
-    method, image, _ = seen[0]
-    assert method.text_of(image) == "<s> SYSTEM SYSTEM SYSTEM USER: "
+        assert slim.methods[0].text_of(seen[0][0]) == "<s> SYSTEM SYSTEM SYSTEM USER: "
 
 
 def test_embeddings_hide_the_question(hf_folder):
     model = tiny("llava")
     inputs = batch(model, [ROWS[0]])
     inputs = dict(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), pixel_values=inputs["pixel_values"])
-    with vlmslim.patch(model, method_for(hf_folder, keep=1)), pytest.raises(ValueError, match="input_ids"):
+    with vlmslim.patch(model, method_for(hf_folder, keep=1)[0]), pytest.raises(ValueError, match="input_ids"):
         model(**inputs)
