@@ -2,12 +2,11 @@
 
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of
+from clip_fixtures import ASSISTANT, LINE, SYS, USER, VOCABULARY, Words, stem_of, word_level
 from compare import greedy, lengths
 from doubles import watched
 from hypothesis import given
@@ -19,10 +18,11 @@ from tiny import BOS, DEPTH, tiny
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 import vlmslim
+from vlmslim import bundled
 from vlmslim.engine.families import kv_cache
 from vlmslim.methods.recoverable import Recoverable, clusters, joint_cls_attention, share_of, text_similarity
 
-# --- the parts, against plain loops ------------------------------------------------------------------------------------------
+# --- the parts, against plain loops -----------------------------------------------------------------------------------
 
 
 @some
@@ -297,12 +297,6 @@ def test_gradients_reach_the_projector(hf_folder):
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 
-BUNDLED = Path(vlmslim.__file__).parent / "bundled"
-
-
-@pytest.mark.skipif(
-    not (BUNDLED / "tiny-llava").is_dir() or not (BUNDLED / "tiny-clip").is_dir(), reason="not bundled yet"
-)
 @pytest.mark.parametrize("keep", [None, 16])
 @torch.no_grad()
 def test_the_bundled_checkpoint_needs_no_options(keep):
@@ -310,7 +304,7 @@ def test_the_bundled_checkpoint_needs_no_options(keep):
     from PIL import Image
     from transformers import AutoProcessor
 
-    folder = BUNDLED / "tiny-llava"
+    folder = bundled.resolve("bundled/tiny-llava")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     question = "Is there a dog in the picture?"
@@ -373,12 +367,7 @@ def test_defaults_that_cannot_be_known(hf_folder):
 
 @torch.no_grad()
 def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<pad>"))
-    words.pre_tokenizer = WhitespaceSplit()
+    words = word_level(VOCABULARY, "<pad>")
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<pad>").save_pretrained(tmp_path)
     patched(hf_folder).save_pretrained(tmp_path)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()

@@ -5,6 +5,10 @@ import json
 import pytest
 import torch
 from tiny import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 VOCABULARY = ["<pad>", "<s>", "SYSTEM", "USER:", "ASSISTANT:", "\n", *(f"w{i}" for i in range(6, 100))]
@@ -23,6 +27,13 @@ class Words:
         return {"input_ids": [1] * add_special_tokens + [VOCABULARY.index(word) for word in text.split()]}
 
 
+def word_level(vocabulary: list[str], unknown: str) -> Tokenizer:
+    """Make a tokenizer of whole words, numbered in order."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
+    words.pre_tokenizer = WhitespaceSplit()
+    return words
+
+
 def stem_of(model):
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower).embeddings.patch_embedding.weight.detach()
@@ -31,11 +42,6 @@ def stem_of(model):
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory) -> str:
     """A tiny random HF CLIPModel with its tokenizer, on the vision tower of the tiny LLaVA."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-
     folder = str(tmp_path_factory.mktemp("hf-clip"))
     torch.manual_seed(1)
     llava = tiny("llava")
@@ -61,10 +67,7 @@ def hf_folder(tmp_path_factory) -> str:
                 p.normal_(0, 1.5 / p[0].numel() ** 0.5)
         model.vision_model.load_state_dict(llava.model.vision_tower.state_dict())
     model.save_pretrained(folder)
-    words = Tokenizer(
-        WordLevel({w: i for i, w in enumerate([*VOCABULARY, "<sot>", "<eot>", "<unk>"])}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = WhitespaceSplit()
+    words = word_level([*VOCABULARY, "<sot>", "<eot>", "<unk>"], "<unk>")
     words.post_processor = TemplateProcessing(single="<sot> $A <eot>", special_tokens=[("<sot>", 100), ("<eot>", 101)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<sot>", eos_token="<eot>", pad_token="<eot>", unk_token="<unk>"
