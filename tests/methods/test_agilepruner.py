@@ -1,12 +1,11 @@
 """AgilePruner against plain loops, and its budgets in models."""
 
 import torch
-from checks import kept_of
+from checks import VIEWS, cls_attention, kept_of, views
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import Picture, words
-from strategies import cosine, noise, seeds, some
-from tiny import BOS, tiny
+from strategies import cosine, noise, seeds, some, tied_tokens
+from tiny import tiny
 
 from vlmslim.methods.agilepruner import AgilePruner, walk
 from vlmslim.ops.effective_rank import effective_rank
@@ -29,12 +28,9 @@ def plain(x: list, attention: list[float], k: int, reach: list[float]) -> list[i
 @some
 @given(seeds, st.integers(1, 20), st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.sampled_from([0.0, 0.7, 1.5]), st.data())
 def test_it_is_the_rule_with_lists(seed, n, slope, limit, data):
-    """Signed unit vectors and attention in quarters: distances are 0, 1 or 2, and many tokens tie."""
+    """Distances are 0, 1 or 2."""
     k = data.draw(st.integers(1, n))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.eye(6)[torch.randint(6, (2, n), generator=generator)]
-    x = x * (torch.randint(2, (2, n, 1), generator=generator) * 2 - 1)
-    attention = torch.randint(1, 5, (2, n), generator=generator) / 4
+    x, attention = tied_tokens(seed, n, 6, low=1)
     got = walk(x, attention, k, torch.full((2,), slope), torch.full((2,), limit)).tolist()
     reach = [min((p + 1) * slope, limit) for p in range(n)]
     for i in range(2):
@@ -55,14 +51,9 @@ def test_no_distance_is_attention_alone():
 @torch.no_grad()
 def test_views_walk_by_themselves():
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, AgilePruner, keep=21, newline="drop", average=5.0, slope=0.1)
-    attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
-    for view in range(len(image.pixels)):
-        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
-        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-        x = image.features[slots]
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, AgilePruner, keep=21, newline="drop", average=5.0, slope=0.1)
+    for attention, view in zip(cls_attention(model, image), views(image, result), strict=True):
+        x = image.features[view.slots]
         step = effective_rank(x[None]).item() / 5 * 0.1
-        reach = [min((p + 1) * step, 0.25) for p in range(len(slots))]
-        assert sorted(plain(x.tolist(), attention[view][place].tolist(), len(own), reach)) == own
+        reach = [min((p + 1) * step, 0.25) for p in range(len(x))]
+        assert sorted(plain(x.tolist(), attention[view.place].tolist(), len(view.own), reach)) == view.own

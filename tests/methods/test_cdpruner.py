@@ -66,6 +66,12 @@ PROMPTS = [
 ]
 
 
+def picked_by(score: torch.Tensor, image) -> list[int]:
+    """The six tokens of an image that relevance by `score` (n,) picks, in order."""
+    relevance = (score - score.min() + 1e-6) / (score.max() - score.min())
+    return conditional_diversity(image.features[None], relevance[None].float(), 6)[0].sort().values.tolist()
+
+
 @pytest.mark.parametrize("sign", ["auto", "plus"])
 @torch.no_grad()
 def test_relevance_in_the_space_of_clip(sign, hf_folder):
@@ -79,9 +85,7 @@ def test_relevance_in_the_space_of_clip(sign, hf_folder):
         text = getattr(features, "pooler_output", features)[0]
         patches = clip.visual_projection(clip.vision_model.post_layernorm(image.tower[0]))
         score = torch.tensor([cosine(patch, text) for patch in patches]) * (1 if sign == "plus" else -1)
-        relevance = (score - score.min() + 1e-6) / (score.max() - score.min())
-        want = conditional_diversity(image.features[None], relevance[None].float(), 6)[0]
-        assert result.index.tolist() == want.sort().values.tolist()
+        assert result.index.tolist() == picked_by(score, image)
 
 
 @torch.no_grad()
@@ -93,9 +97,7 @@ def test_relevance_by_the_language_models_words():
     table = model.get_input_embeddings().weight
     for (image, result), words in zip(seen, ([22, 23], [24]), strict=True):
         score = torch.tensor([cosine(x, table[words].mean(0)) for x in image.features])
-        relevance = (score - score.min() + 1e-6) / (score.max() - score.min())
-        want = conditional_diversity(image.features[None], relevance[None].float(), 6)[0]
-        assert result.index.tolist() == want.sort().values.tolist()
+        assert result.index.tolist() == picked_by(score, image)
 
 
 @torch.no_grad()

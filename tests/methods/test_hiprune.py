@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from checks import kept_of
+from checks import VIEWS, kept_of, views
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import LONG_ROWS, Picture, batch, words
+from prompts import LONG_ROWS, batch
 from strategies import seeds, some
-from tiny import BOS, tiny
+from tiny import tiny
 
 import vlmslim
 from vlmslim.methods.hiprune import HiPrune
@@ -65,17 +65,13 @@ def test_it_is_the_rule_with_sets(seed, rows, columns, alpha, rule, data):
 def test_the_layers_of_anchors_and_registers(family):
     """By the tower's own attention maps. The tower of 3 layers has its anchors in the first, or where one says."""
     model = tiny(family, "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
     for middle, index in ((0.375, 0), (3, 2)):
         options = dict(keep=21 if family in ("next", "onevision") else 6, alpha=1.0, newline="drop", middle=middle)
-        _, _, ((image, result),), _ = kept_of(model, row, HiPrune, **options)
+        _, _, ((image, result),), _ = kept_of(model, VIEWS, HiPrune, **options)
         maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions
-        for view in range(len(image.pixels)):
-            slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-            own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
-            place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-            received = [maps[layer][view].mean((0, 1))[-16:][place].tolist() for layer in (index, -2)]
-            assert plain(*received, image.grid[slots].tolist(), len(own), 1.0, "grid") == set(own)
+        for i, view in enumerate(views(image, result)):
+            received = [maps[layer][i].mean((0, 1))[-16:][view.place].tolist() for layer in (index, -2)]
+            assert plain(*received, image.grid[view.slots].tolist(), len(view.own), 1.0, "grid") == set(view.own)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import LONG_ROWS, batch
-from strategies import cosine, noise, seeds, some
+from strategies import cosine, noise, seeds, some, tied_tokens
 from tiny import tiny
 
 import vlmslim
@@ -28,12 +28,9 @@ def plain(x: list, importance: list[float], k: int, weight: float, at_once: int)
 @some
 @given(seeds, st.integers(1, 20), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(1, 3), st.data())
 def test_it_is_the_greedy_rule(seed, n, weight, at_once, data):
-    """Signed unit vectors and importances in quarters: every score is exact, and many tie."""
     k = data.draw(st.integers(1, n))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.eye(4)[torch.randint(4, (2, n), generator=generator)] * torch.randint(1, 3, (2, n, 1)) * 2.0
-    x = x * (torch.randint(2, (2, n, 1), generator=generator) * 2 - 1)
-    importance = torch.randint(0, 4, (2, n), generator=generator) / 4
+    x, importance = tied_tokens(seed, n, 4)
+    x = x * torch.randint(1, 3, (2, n, 1)) * 2.0
     got = marginal_relevance(x, importance, k, weight, at_once).tolist()
     for i in range(2):
         assert got[i] == plain(x[i].tolist(), importance[i].tolist(), k, weight, at_once)

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from checks import kept_of
+from checks import VIEWS, cls_attention, kept_of, views
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,16 +82,11 @@ def test_a_start_in_the_right_space_gives_the_exact_components():
 @torch.no_grad()
 def test_views_are_searched_by_themselves():
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, PruneSID, keep=31, newline="drop")
-    attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
-    for view in range(len(image.pixels)):
-        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
-        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-        x = image.tower[view][place]
-        weight = loadings(x, max(1, len(own) // 4))
-        assert sorted(plain(x.tolist(), weight.tolist(), attention[view][place].tolist(), len(own))) == own
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, PruneSID, keep=31, newline="drop")
+    for x, attention, view in zip(image.tower, cls_attention(model, image), views(image, result), strict=True):
+        given, own = x[view.place], view.own
+        weight = loadings(given, max(1, len(own) // 4))
+        assert sorted(plain(given.tolist(), weight.tolist(), attention[view.place].tolist(), len(own))) == own
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from checks import kept_of
+from checks import VIEWS, cls_attention, kept_of, views
 from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import Picture, batch, words
-from strategies import cosine, noise, seeds, some
+from strategies import cosine, noise, seeds, some, tied_tokens
 from tiny import BOS, tiny
 
 import vlmslim
@@ -33,12 +33,8 @@ def plain(x: list, saliency: list[float], k: int, alpha: float, combine: str) ->
 @some
 @given(seeds, st.integers(1, 12), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from(["multiply", "add"]), st.data())
 def test_it_is_the_greedy_rule(seed, n, alpha, combine, data):
-    """Signed unit vectors and saliencies in quarters: every score is exact, and many tie."""
     k = data.draw(st.integers(1, n))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.eye(4)[torch.randint(4, (2, n), generator=generator)]
-    x = x * (torch.randint(2, (2, n, 1), generator=generator) * 2 - 1)
-    saliency = torch.randint(0, 4, (2, n), generator=generator) / 4
+    x, saliency = tied_tokens(seed, n, 4)
     got = salient_coverage(x, saliency, k, alpha, combine).tolist()
     for i in range(2):
         assert got[i] == plain(x[i].tolist(), saliency[i].tolist(), k, alpha, combine)
@@ -58,14 +54,12 @@ def test_scales_change_nothing_and_small_budgets_are_prefixes():
 def test_views_are_searched_by_themselves(mode):
     """Every view keeps the patches that the function picks among its own, by the tower's own attention maps."""
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, SCOPE, keep=21, newline="drop", mode=mode)
-    attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].sum(1)
-    views = len(image.pixels)
-    assert views == 5
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, SCOPE, keep=21, newline="drop", mode=mode)
+    attention = cls_attention(model, image)
+    assert len(attention) == 5
     if mode == "released":  # padding and all, equal budgets rounded down, projected here
-        picks = salient_coverage(image.tower, attention, 21 // views).sort(dim=1).values
-        kept = torch.cat([image.tower[i][picks[i]] for i in range(views)])
+        picks = salient_coverage(image.tower, attention, 21 // 5).sort(dim=1).values
+        kept = torch.cat([image.tower[i][picks[i]] for i in range(5)])
         assert len(result.features) == len(kept) == 20
         want = model.model.multi_modal_projector(kept)
         nearest = torch.cdist(result.features, want).argmin(1)
@@ -74,13 +68,10 @@ def test_views_are_searched_by_themselves(mode):
         assert sorted(nearest.tolist()) == list(range(20))
         return
     assert len(result.index) == 21
-    for view in range(views):
-        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0]
-        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-        picks = salient_coverage(image.tower[view][place][None], attention[view][place][None], len(own))
-        assert picks[0].sort().values.tolist() == own.tolist()
-        assert abs(len(own) - 21 * len(slots) / int((image.grid[:, 0] >= 0).sum())) < 1
+    for x, paid, view in zip(image.tower, attention, views(image, result), strict=True):
+        picks = salient_coverage(x[view.place][None], paid[view.place][None], len(view.own))
+        assert picks[0].sort().values.tolist() == view.own
+        assert abs(len(view.own) - 21 * len(view.slots) / int((image.grid[:, 0] >= 0).sum())) < 1
 
 
 @torch.no_grad()

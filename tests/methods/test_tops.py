@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import check_a_batch_is_its_rows, kept_of
+from checks import VIEWS, check_a_batch_is_its_rows, cls_attention, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import LONG_ROWS, SEVERAL, Picture, batch, visual, words
@@ -78,12 +78,10 @@ def test_raters_are_the_text_that_looks():
 @torch.no_grad()
 def test_the_entrance_pools_the_whole_image():
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, TOPSEntrance, keep=21, newline="drop")
-    maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, TOPSEntrance, keep=21, newline="drop")
     slots = (image.grid[:, 0] >= 0).nonzero()[:, 0]
     crop, line, column = image.grid[slots].unbind(1)
-    relevance = maps[crop, line * 4 + column]
+    relevance = cls_attention(model, image)[crop, line * 4 + column]
     want = slots[plain(image.features[slots].tolist(), relevance.tolist(), 21, 0.5, 0.5, "mean")]
     assert result.index.tolist() == want.sort().values.tolist()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import kept_of
+from checks import VIEWS, cls_attention, kept_of, views
 from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +11,7 @@ from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
 import vlmslim
+from vlmslim.engine.families import encoder_layers
 from vlmslim.methods.visionzip import VisionZip, zipped
 
 
@@ -54,22 +55,16 @@ def test_it_is_the_rule_patch_by_patch(seed, n, cls, data):
 def test_corrected_tokens_stand_at_their_places():
     """Each view by itself, merged before the projector, in reading order, with as many tokens as asked for."""
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, VisionZip, keep=25, contextual=0.4)
-    maps = model.model.vision_tower(image.pixels, output_attentions=True, output_hidden_states=True)
-    attention = maps.attentions[-2][:, :, 0, 1:].mean(1)
-    layer = model.model.vision_tower.vision_model if hasattr(model.model.vision_tower, "vision_model") else None
-    layer = (layer or model.model.vision_tower).encoder.layers[-2]
-    keys = layer.self_attn.k_proj(layer.layer_norm1(maps.hidden_states[-3]))[:, 1:].unflatten(-1, (2, -1)).mean(2)
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, VisionZip, keep=25, contextual=0.4)
+    attention, tower = cls_attention(model, image), model.model.vision_tower
+    layer, states = encoder_layers(model.model)[-2], tower(image.pixels, output_hidden_states=True).hidden_states
+    keys = layer.self_attn.k_proj(layer.layer_norm1(states[-3]))[:, 1:].unflatten(-1, (2, -1)).mean(2)
     assert len(result) == 25 and (result.index.diff() > 0).all() and (image.grid[result.index, 0] >= 0).all()
-    for view in range(len(image.pixels)):
-        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-        inside = torch.isin(result.index, slots)
-        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-        k = int(inside.sum())
-        given = image.tower[view][place], keys[view][place], attention[view][place].tolist()
+    for i, view in enumerate(views(image, result)):
+        inside, place, slots, k = torch.isin(result.index, view.slots), view.place, view.slots, len(view.own)
+        given = image.tower[i][place], keys[i][place], attention[i][place].tolist()
         made, dominant, targets = plain(*given, k, round(0.4 * k), "mean")
-        order = sorted(range(k), key=lambda i: [*dominant, *targets][i])
+        order = sorted(range(k), key=lambda j: [*dominant, *targets][j])
         assert result.index[inside].tolist() == slots[sorted([*dominant, *targets])].tolist()
         close(result.features[inside], model.model.multi_modal_projector(torch.stack(made)[order]), 1e-4)
 
@@ -90,8 +85,7 @@ def test_released_sends_cls_first():
 @torch.no_grad()
 def test_released_views_have_equal_budgets():
     model = tiny("next")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, VisionZip, keep=28, mode="released")
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, VisionZip, keep=28, mode="released")
     assert len(image.pixels) == 5 and len(result) == 25
 
 

@@ -1,12 +1,11 @@
 """VisPruner against plain loops, and its views in models."""
 
 import torch
-from checks import kept_of
+from checks import VIEWS, cls_attention, kept_of, views
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import Picture, words
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, tiny
+from tiny import tiny
 
 from vlmslim.methods.vispruner import VisPruner
 
@@ -50,12 +49,7 @@ def test_fastervlm_is_attention_alone():
 @torch.no_grad()
 def test_views_are_pruned_by_themselves():
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, VisPruner, keep=21, newline="drop", step=2)
-    attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
-    for view in range(len(image.pixels)):
-        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
-        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
-        place = image.grid[slots, 1] * 4 + image.grid[slots, 2]
-        want = plain(image.tower[view][place].tolist(), attention[view][place].tolist(), len(own), 0.5, 2, False)
-        assert sorted(want) == own
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, VisPruner, keep=21, newline="drop", step=2)
+    for x, attention, view in zip(image.tower, cls_attention(model, image), views(image, result), strict=True):
+        given = x[view.place].tolist(), attention[view.place].tolist()
+        assert sorted(plain(*given, len(view.own), 0.5, 2, False)) == view.own

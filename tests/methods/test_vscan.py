@@ -3,13 +3,13 @@
 import pytest
 import torch
 from by_hand import ByHand
-from checks import check_a_batch_is_its_rows, kept_of
+from checks import VIEWS, check_a_batch_is_its_rows, kept_of
 from compare import close, greedy
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import LONG_ROWS, Picture, batch, words
+from prompts import LONG_ROWS, batch
 from strategies import cosine, noise, seeds, some
-from tiny import BOS, DEPTH, tiny
+from tiny import DEPTH, tiny
 
 import vlmslim
 from vlmslim.methods.vscan import VScan, VScanEntrance, local_and_global, merged, windows
@@ -67,8 +67,7 @@ def test_merging_is_a_mean_with_the_most_similar(seed, n, data):
 @torch.no_grad()
 def test_crops_are_chosen_and_merged_by_themselves():
     model = tiny("next", "eager")
-    row = [BOS, Picture(1, (60, 60)), *words(0, 4)]
-    _, _, ((image, result),), _ = kept_of(model, row, VScanEntrance, keep=30, newline="drop", window=2, shallow=0)
+    _, _, ((image, result),), _ = kept_of(model, VIEWS, VScanEntrance, keep=30, newline="drop", window=2, shallow=0)
     maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions
     shallow, deep = (maps[i][:, :, 0, 1:].mean(1) for i in (0, -2))
     grid, index = image.grid.tolist(), result.index.tolist()

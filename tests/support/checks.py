@@ -1,12 +1,17 @@
 """Properties that hold for every method, whatever its options."""
 
+from dataclasses import dataclass
+
 import torch
 from compare import close, greedy
 from doubles import watched
-from prompts import batch
+from prompts import Picture, batch, words
+from tiny import BOS
 from torch import Tensor
 
 import vlmslim
+
+VIEWS = [BOS, Picture(1, (60, 60)), *words(0, 4)]  # a thumbnail and four tiles
 
 
 def check_changes_nothing(model, inputs: dict, method) -> None:
@@ -39,6 +44,36 @@ def kept_of(model, row: list, cls, **options) -> tuple[dict, Tensor, list, dict]
     with vlmslim.patch(model, method) as slim:
         logits = model(**inputs).logits[0]
     return inputs, logits, seen, slim.receipt.summary()
+
+
+@dataclass
+class View:
+    """One view of a picture.
+
+    slots : (n,) its tokens among those of the image
+    place : (n,) their patches in the tower
+    own   : which of them a method kept, as indices into `slots`
+    """
+
+    slots: Tensor
+    place: Tensor
+    own: list[int]
+
+
+def views(image, result) -> list[View]:
+    """Tell apart what a method kept of each view, on a tower of 4 x 4 patches."""
+    found = []
+    for view in range(len(image.pixels)):
+        slots = (image.grid[:, 0] == view).nonzero()[:, 0]
+        own = (result.index[:, None] == slots).any(0).nonzero()[:, 0].tolist()
+        found.append(View(slots, image.grid[slots, 1] * 4 + image.grid[slots, 2], own))
+    return found
+
+
+@torch.no_grad()
+def cls_attention(model, image) -> Tensor:
+    """(views, patches): what CLS pays to each patch in the last layer but one, in the mean over heads."""
+    return model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
 
 
 @torch.no_grad()

@@ -14,6 +14,14 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def tied_tokens(seed: int, n: int, d: int, low: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sets of signed unit vectors (2, n, d) and scores in quarters (2, n): every product is exact, and many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.eye(d)[torch.randint(d, (2, n), generator=generator)]
+    x = x * (torch.randint(2, (2, n, 1), generator=generator) * 2 - 1)
+    return x, torch.randint(low, low + 4, (2, n), generator=generator) / 4
+
+
 def cosine(a, b) -> float:
     """The cosine of two vectors, in float64; 0 if one of them is zero."""
     a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))

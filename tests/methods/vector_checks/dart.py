@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from layer_inputs import one_image
 
 from vlmslim.compressor import LayerInput
 from vlmslim.methods.dart import DART
@@ -34,24 +35,12 @@ def check(arrays: dict[str, np.ndarray]) -> None:
 
 def kept(arrays: dict[str, np.ndarray], method: DART, start: int, n: int) -> np.ndarray:
     """(n,) bool of what a method keeps."""
-    hidden, keys = torch.from_numpy(arrays["hidden"])[None], torch.from_numpy(arrays["keys"])[None]
-    size = hidden.shape[1]
-    image = torch.zeros(1, size, dtype=torch.long)
-    image[:, start : start + n] = 1
-    everywhere = torch.arange(size)[None]
+    keys = torch.from_numpy(arrays["keys"])[None]
     weight, eps = torch.from_numpy(arrays["norm_weight"]), float(arrays["eps"])
     method.final_norm = lambda x: weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     tokens = LayerInput(
         layer=2,
-        hidden=hidden,
-        mask=torch.ones(1, size, dtype=torch.bool),
-        image=image,
-        slot=everywhere - start,
-        origin=everywhere,
-        last=torch.tensor([size - 1]),
-        entered=[[n]],
-        present=[[n]],
-        image_last=[False],
+        **one_image(torch.from_numpy(arrays["hidden"]), start, n),
         images=[[None]],
         previous=SimpleNamespace(attend=lambda mask, keys, blocks=None: DecoderAttention(None, mask, keys)),
         in_cache=keys,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from layer_inputs import one_image
 from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, LayerInput, Retained
@@ -77,26 +78,10 @@ def budget(arrays: dict[str, np.ndarray], version: str) -> dict:
 
 
 def layer_input(t: dict[str, Tensor], start: int, n: int) -> LayerInput:
-    hidden = t["layer_output"][None]
-    size = hidden.shape[1]
-    image = torch.zeros(1, size, dtype=torch.long)
-    image[:, start : start + n] = 1
+    size, features = len(t["layer_output"]), t["embeddings"][start : start + n]
     prompt = torch.arange(size - n)  # of the text, by its place
-    features = t["embeddings"][start : start + n]
-    everywhere = torch.arange(size)[None]
-    tokens = Given(
-        layer=1,
-        hidden=hidden,
-        mask=torch.ones(1, size, dtype=torch.bool),
-        image=image,
-        slot=everywhere - start,
-        origin=everywhere,
-        last=torch.tensor([size - 1]),
-        entered=[[n]],
-        present=[[n]],
-        image_last=[False],
-        images=[[ImageTokens(features, features[None], torch.zeros(1, 3, 2, 2), prompt=prompt)]],
-    )
+    image = ImageTokens(features, features[None], torch.zeros(1, 3, 2, 2), prompt=prompt)
+    tokens = Given(layer=1, **one_image(t["layer_output"], start, n), images=[[image]])
     tokens.given = t["attention"]
     if "head_dim" in t:
         width = int(t["head_dim"])
