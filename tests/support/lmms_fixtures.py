@@ -14,31 +14,20 @@ from datasets import Dataset, Features, Image, List, Value
 from lmms_eval.evaluator import simple_evaluate
 from loguru import logger
 from PIL import Image as Pillow
+from tiny import PINPOINTS, SIDE, TEXT, TOWER, config_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipVisionConfig,
 )
 
 FAMILIES = ("llava", "next", "onevision")
-SIDE, PATCH = 32, 8
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<video>"]
 TEMPLATE = (
@@ -76,50 +65,30 @@ def question(i: int) -> str:
 def _build(family: str):
     tokenizer = _tokenizer()
     image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-    size = dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, vocab_size=len(tokenizer)
-    )
-    size |= dict(num_key_value_heads=2, pad_token_id=3, bos_token_id=1, eos_token_id=2, max_position_embeddings=4096)
-    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
-    tower |= dict(image_size=SIDE, patch_size=PATCH)
-    clip = dict(vision_config=CLIPVisionConfig(projection_dim=16, **tower), image_token_id=image)
-    square = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    common = dict(tokenizer=tokenizer, patch_size=PATCH, chat_template=TEMPLATE)
-    if family == "llava":
-        config = LlavaConfig(text_config=LlamaConfig(**size), **clip)
-        model = LlavaForConditionalGeneration(config)
-        pictures = CLIPImageProcessor(**square)
-        processor = LlavaProcessor(
-            pictures, num_additional_image_tokens=1, vision_feature_select_strategy="default", **common
-        )
-    elif family == "next":
-        config = LlavaNextConfig(text_config=LlamaConfig(**size), image_grid_pinpoints=PINPOINTS, **clip)
-        model = LlavaNextForConditionalGeneration(config)
-        pictures = LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **square)
-        processor = LlavaNextProcessor(
-            pictures, num_additional_image_tokens=1, vision_feature_select_strategy="default", **common
-        )
-    else:
-        config = LlavaOnevisionConfig(
-            text_config=Qwen2Config(**size),
-            vision_config=SiglipVisionConfig(vision_use_head=False, **tower),
-            image_token_id=image,
-            video_token_id=video,
-            image_grid_pinpoints=PINPOINTS,
-            vision_feature_select_strategy="full",
-            vision_feature_layer=-1,
-            vision_aspect_ratio="anyres_max_9",
-        )
-        model = LlavaOnevisionForConditionalGeneration(config)
+    text = TEXT | dict(hidden_size=64, intermediate_size=96, vocab_size=len(tokenizer), max_position_embeddings=4096)
+    text |= dict(pad_token_id=3, bos_token_id=1, eos_token_id=2)
+    tower = TOWER | dict(hidden_size=32, intermediate_size=48)
+    tower |= dict(vision_use_head=False) if family == "onevision" else {}
+    config, cls = config_of(family, text, tower, image, video)
+    model = cls(config)
+    common = dict(tokenizer=tokenizer, chat_template=TEMPLATE)
+    common |= dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
+    if family == "onevision":
         edge = {"height": SIDE, "width": SIDE}
-        common.pop("patch_size")
         processor = LlavaOnevisionProcessor(
             LlavaOnevisionImageProcessor(size=edge, image_grid_pinpoints=PINPOINTS),
             video_processor=LlavaOnevisionVideoProcessor(size=edge),
-            num_image_tokens=(SIDE // PATCH) ** 2,
-            vision_feature_select_strategy="full",
+            num_image_tokens=16,
             **common,
         )
+    else:
+        square = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+        common |= dict(patch_size=TOWER["patch_size"], num_additional_image_tokens=1)
+        if family == "llava":
+            processor = LlavaProcessor(CLIPImageProcessor(**square), **common)
+        else:
+            pictures = LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **square)
+            processor = LlavaNextProcessor(pictures, **common)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

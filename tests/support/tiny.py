@@ -53,25 +53,28 @@ TOWER = dict(
 )
 
 
-def _config(family: str) -> tuple[PretrainedConfig, type[nn.Module]]:
-    clip = dict(vision_config=CLIPVisionConfig(**TOWER, projection_dim=16), image_token_id=IMAGE)
+def config_of(
+    family: str, text: dict = TEXT, tower: dict = TOWER, image: int = IMAGE, video: int = VIDEO
+) -> tuple[PretrainedConfig, type[nn.Module]]:
+    """Make the configuration of a family, and return it with the class of its model."""
+    clip = dict(vision_config=CLIPVisionConfig(**tower, projection_dim=16), image_token_id=image)
     siglip = dict(
-        vision_config=SiglipVisionConfig(**TOWER),
-        image_token_id=IMAGE,
+        vision_config=SiglipVisionConfig(**tower),
+        image_token_id=image,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
     if family in ("llava", "siglip"):
         parts = clip if family == "llava" else siglip
-        return LlavaConfig(text_config=LlamaConfig(**TEXT), **parts), LlavaForConditionalGeneration
+        return LlavaConfig(text_config=LlamaConfig(**text), **parts), LlavaForConditionalGeneration
     if family == "next":
-        text = MistralConfig(**TEXT, sliding_window=None)
-        config = LlavaNextConfig(text_config=text, image_grid_pinpoints=PINPOINTS, **clip)
+        mistral = MistralConfig(**text, sliding_window=None)
+        config = LlavaNextConfig(text_config=mistral, image_grid_pinpoints=PINPOINTS, **clip)
         return config, LlavaNextForConditionalGeneration
     config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(**TEXT),
+        text_config=Qwen2Config(**text),
         image_grid_pinpoints=PINPOINTS,
-        video_token_id=VIDEO,
+        video_token_id=video,
         vision_aspect_ratio="anyres_max_9",
         **siglip,
     )
@@ -100,7 +103,7 @@ def random_model(
 @cache
 def shared_model(family: str, backend: str) -> nn.Module:
     """Make a tiny model once, for callers that do not change it."""
-    config, cls = _config(family)
+    config, cls = config_of(family)
     return random_model(cls, config, backend)
 
 
