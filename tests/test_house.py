@@ -24,7 +24,7 @@ def modules() -> dict[str, Path]:
 
 
 def in_room(module: str, room: str) -> bool:
-    """Whether a module is `vlmslim.room` or lies inside it."""
+    """Tell if a module is `vlmslim.room` or lies inside it."""
     return f"{module}.".startswith(f"vlmslim.{room}.")
 
 

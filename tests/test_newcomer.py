@@ -36,7 +36,7 @@ def listed() -> dict[str, str]:
 
 
 def lines(shown) -> list[str]:
-    """What a command that failed says on the terminal."""
+    """Return what a command that failed says on the terminal."""
     assert shown.exit_code == 2, shown.output
     return [line for line in shown.stderr.splitlines() if line]
 

@@ -1,4 +1,4 @@
-"""What an installed package must have: its data files, and the packages that its base commands import."""
+"""An installed package has its data files, and the packages that its base commands import."""
 
 import subprocess
 import sys

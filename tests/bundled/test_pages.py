@@ -25,7 +25,7 @@ def text_of(marks):
 
 
 def lines(page):
-    """What is printed, line by line: the marks of every height, from left to right."""
+    """Read what is printed, line by line: the marks of every height, from left to right."""
     out = {}
     for mark in sorted(page.marks, key=lambda m: (m.y, m.x)):
         out.setdefault(round(mark.y, 3), []).append(mark)

@@ -1,4 +1,4 @@
-"""What `vlmslim bench` measures on: made-up prompts, random models of public sizes, and the ideal."""
+"""Subjects of `vlmslim bench`: made-up prompts, random models of public sizes, and the ideal."""
 
 from dataclasses import dataclass
 from typing import ClassVar

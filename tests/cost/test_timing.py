@@ -1,4 +1,4 @@
-"""What is timed from where to where, interleaved and in pairs; and peak memory."""
+"""Timing: its ends, interleaved and in pairs; and peak memory."""
 
 from contextlib import contextmanager, nullcontext
 from itertools import count, permutations

@@ -1,4 +1,4 @@
-"""What a visitor of the demo gets: own answers, whoever else asks, and a sentence for every mistake."""
+"""A visitor of the demo gets own answers, whoever else asks, and a sentence for every mistake."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -95,7 +95,7 @@ class Lax(Late):
 
 @fails("budget", says="stage 2 (idle, before layer 2) acted on 0 of 3 prompts", after=Plain(keep=0.5))
 class Idle(Late):
-    """Trap 15: a stage does nothing, and nobody notices."""
+    """Trap 15: a stage does nothing, and no check notices."""
 
     def retain(self, tokens):
         return tokens.mask

@@ -1,4 +1,4 @@
-"""What a method returns is checked: every slip gets a sentence that names the method, the answer and what to return."""
+"""Checks of a method's answers: every slip gets a sentence that names the method, the answer and what to return."""
 
 import pytest
 import torch

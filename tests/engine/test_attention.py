@@ -105,7 +105,7 @@ def test_keys_of_the_kv_cache_serve_as_recomputed_ones(family, backend):
 @pytest.mark.parametrize("name", [name for name in BUDGETED if name != "aim"])
 @torch.no_grad()
 def test_no_full_attention_map_is_made(family, name):
-    """Attention stays fused, nobody asks for weights, and no (heads, S, S) tensor is made in the language model.
+    """Attention stays fused, the engine asks for no weights, and no (heads, S, S) tensor is made in the language model.
 
     AIM reads every row, block by block, and a block of a tiny prompt looks like a map: see test_aim.
     """

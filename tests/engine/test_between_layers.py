@@ -1,4 +1,4 @@
-"""What methods between layers read and do, by hand: coming attention, keys, closed gaps, new states."""
+"""Methods between layers, by hand: coming attention, keys, closed gaps, new states."""
 
 from dataclasses import dataclass
 

@@ -83,7 +83,7 @@ def test_a_reset_cache_is_an_empty_one():
 @pytest.mark.parametrize("method", [Both(), BothOriginal(), Stairs()], ids=name_of)
 @torch.no_grad()
 def test_crops_of_a_cache(method):
-    """What came after the picture may be cropped. A crop into the shortened prompt is an error."""
+    """Tokens after the picture may be cropped. A crop into the shortened prompt is an error."""
     model = tiny("llava")
     with vlmslim.patch(model, method):
         cache, mask = prefilled(model, [ROWS[0]])

@@ -47,7 +47,7 @@ WAYS = {
 
 
 def beams_lose_images(model, *rows) -> bool:
-    """Whether this transformers, unpatched, gives beams the wrong images of a prompt with several, as 5.17 does."""
+    """Tell if this transformers, unpatched, gives beams the wrong images of a prompt with several, as 5.17 does."""
     options = dict(max_new_tokens=1, do_sample=False, num_beams=3, return_dict_in_generate=True, output_logits=True)
     want = [expect(model, row, Everything()).logits()[-1] for row in rows for _ in range(3)]
     (found,) = model.generate(**batch(model, rows), **options).logits

@@ -1,4 +1,4 @@
-"""What a method is shown: the records of images and of decoder layers, against unpatched models."""
+"""Records of images and of decoder layers that a method is shown, against unpatched models."""
 
 import weakref
 
@@ -60,7 +60,7 @@ def test_what_a_method_is_shown(family):
 
 @torch.no_grad()
 def test_a_method_is_shown_the_text_of_its_own_prompt(family):
-    """The whole prompt with the question behind the image; nothing of a neighbour's, no padding. In beams too."""
+    """The whole prompt with the question after the image; nothing of a neighbour's, no padding. In beams too."""
     model = tiny(family)
     inputs = batch(model, ROWS)
     for run in (model, lambda **inputs: model.generate(**inputs, num_beams=2, max_new_tokens=2)):

@@ -1,4 +1,4 @@
-"""What is replaced on a model before or while it is patched: the engine uses what is there, and puts back what was."""
+"""Parts of a model that are replaced before or during a patch: the engine uses them, and puts back the old ones."""
 
 from copy import deepcopy
 

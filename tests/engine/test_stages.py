@@ -1,4 +1,4 @@
-"""Where the stages of a patch act, in order; what cannot act is refused at the patch."""
+"""Stages act at their places, in order; a stage that cannot act is refused at the patch."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Whether every stage acted: what is refused, and what is said about stages that decide themselves."""
+"""Stages that did not act: refused, or reported if they decide by themselves."""
 
 import pytest
 from evaluation_doubles import stage

@@ -1,4 +1,4 @@
-"""What a cell was made with: code, weights and the task. A cell counts only while all of them are as they were."""
+"""Inputs of a cell: code, weights and the task. A cell counts only while all of them are as they were."""
 
 import json
 import shutil

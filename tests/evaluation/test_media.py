@@ -1,4 +1,4 @@
-"""What tasks hand over as pictures and videos: files of many kinds, arrays, lists of frames."""
+"""Pictures and videos as tasks hand them over: files of many kinds, arrays, lists of frames."""
 
 import numpy as np
 import pytest

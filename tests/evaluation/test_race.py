@@ -24,7 +24,7 @@ class Board:
 
     @property
     def values(self) -> np.ndarray:
-        """What each question adds to the average, which is the mean over tasks of the ratio to the unpatched model."""
+        """Compute what each question adds to the average: the mean over tasks of the ratio to the unpatched model."""
         names, sizes = np.unique(self.tasks, return_counts=True)
         right = {name: self.base[self.tasks == name].sum() for name in names}
         return np.array([len(self.tasks) / len(names) / right[name] for name in self.tasks])
@@ -48,7 +48,7 @@ class Board:
         return race, None if chosen is None else int(rows[chosen])
 
     def beaten(self, row: int) -> bool:
-        """Whether another row, or the unpatched model, is as good in cost and average and better in one of them."""
+        """Tell if another row, or the unpatched model, is as good in cost and average and better in one of them."""
         costs, averages = self.costs, self.averages
         as_good = (costs <= costs[row]) & (averages >= averages[row])
         return bool((as_good & ((costs < costs[row]) | (averages > averages[row]))).any())

@@ -1,4 +1,4 @@
-"""What the report draws: which tokens each row kept of flipped questions, recorded on the bundled model."""
+"""Recorded tokens that the report draws: those that each row kept of flipped questions, on the bundled model."""
 
 import base64
 

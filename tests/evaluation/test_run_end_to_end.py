@@ -240,7 +240,7 @@ def test_pictures_that_are_swapped_under_the_same_questions_are_noticed(folder, 
     assert "functions in utils.py" in now
 
 
-def test_a_stage_that_does_nothing_behind_one_that_keeps_all_is_noticed(folder, tmp_path, monkeypatch):
+def test_a_stage_that_does_nothing_after_one_that_keeps_all_is_noticed(folder, tmp_path, monkeypatch):
     stages = [{"method": "divprune", "keep": 1.0}, {"method": "fastv", "keep": 4}]
     config = load_config(folder / "config.yaml", output=tmp_path / "idle")
     loaded = Harness(config)

@@ -145,7 +145,7 @@ def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits for its parent does not."""
+    """Tell if a process runs; one that only waits for its parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""Which edits of a method's code count, and which files belong to a method."""
+"""Edits of a method's code that count, and the files that belong to a method."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Where numbers come from: checkpoints, commits, hardware."""
+"""Provenance of numbers: checkpoints, commits, hardware."""
 
 import subprocess
 from importlib import metadata

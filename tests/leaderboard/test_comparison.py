@@ -1,4 +1,4 @@
-"""What is read from lmms-eval's samples, and what the single questions say about the rows."""
+"""Samples of lmms-eval as they are read, and comparisons of rows by their single questions."""
 
 import numpy as np
 import pytest

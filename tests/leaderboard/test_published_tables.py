@@ -48,7 +48,7 @@ def test_spot_checks_against_the_papers(papers):
 
 
 def test_averages_are_those_of_their_cells(papers):
-    """Where a table has cells and an average, the mean over the columns, relative to its first row, is the average."""
+    """In a table with cells and an average, the mean over the columns, relative to the first row, is the average."""
     checked = 0
     for table in (table for paper in papers for table in paper.tables if table.columns and table.unpatched):
         whole = table.unpatched.scores

@@ -153,7 +153,7 @@ def test_the_schedule_is_the_papers(n, layer, start, width):
 
 
 def likeness_by_hand(model, inputs: dict):
-    """What merges and by which likeness, one row of one image: the definitions, on an unpatched model."""
+    """Compute the tokens that merge and the keys that compare them, of one image, on an unpatched model."""
     core = model.model
     tower = core.vision_tower(inputs["pixel_values"], output_hidden_states=True)
     layer = getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers[-1]

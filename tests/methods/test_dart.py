@@ -17,7 +17,7 @@ from vlmslim.methods.dart import DART, unlike
 
 
 def plain(norm: list, state: list, image: list[int], text: list[int], k: int, pivots=(4, 4)) -> set[int]:
-    """What stays of an image, by norms and states of the whole row."""
+    """Select the tokens that stay of an image, by norms and states of the whole row."""
     visual_pivots = sorted(image, key=lambda i: (-norm[i], i))[: min(pivots[0], k)]
     all_pivots = visual_pivots + sorted(text, key=lambda i: (-norm[i], i))[: pivots[1]]
     pool, kept = [i for i in image if i not in visual_pivots], set(visual_pivots)

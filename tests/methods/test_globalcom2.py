@@ -145,7 +145,7 @@ def test_the_release(shape, share):
 
 
 def planted(side, tiles, top, left, where, monkeypatch, **options):
-    """What is kept of an image whose scores are high at the mosaic positions `where` (component, row, column) alone."""
+    """Return the kept tokens of an image whose scores are high at `where` alone: (component, row, column)."""
     grid = mosaic(side, tiles, top, left)
     image = vlmslim.ImageTokens(
         features=torch.arange(len(grid) * 1.0)[:, None],

@@ -1,4 +1,4 @@
-"""What the selecting methods share: values at tokens, budgets of views, newlines, the releases' padded views."""
+"""Common parts of selecting methods: values at tokens, budgets of views, newlines, the releases' padded views."""
 
 from dataclasses import dataclass
 

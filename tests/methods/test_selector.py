@@ -53,7 +53,7 @@ def plain_merge(x: list, kept: list[int], free: list[int], anchors: int) -> dict
 @pytest.mark.parametrize("name", [name for name in SELECTORS if name not in MERGING])
 @torch.no_grad()
 def test_half_is_selected_and_half_is_merged(name, family):
-    """What the method selects of half the budget is sent as it is; every other patch is in the mean of some anchor."""
+    """The method sends what it selects of half the budget as it is; every other patch is in the mean of some anchor."""
     model, k = tiny(family), 9
     shared = options(name) | {"positions": "original"}
     cls = type(vlmslim.method(name, keep=k, **shared).stages()[0])

@@ -99,10 +99,10 @@ def by_rule(family: str, row: list, version: str, counts, layers=(1, 2, 3), head
         if layer in layers:
             stays, states = [], hand.x.clone()
             for i, place in enumerate(hand.images):
-                behind = [j for j in range(ends[i] + 1, len(ids)) if j not in everywhere.tolist()]
+                after = [j for j in range(ends[i] + 1, len(ids)) if j not in everywhere.tolist()]
                 raters = [int(hand.origin[-1])]  # without text after the image, the last token that is left
-                if behind:
-                    raters = [behind[j] for j in plain_raters(own[i], embeds[behind].double().numpy())]
+                if after:
+                    raters = [after[j] for j in plain_raters(own[i], embeds[after].double().numpy())]
                 rows, columns = (torch.searchsorted(hand.origin, torch.tensor(x)) for x in (raters, place.tolist()))
                 paid = hand.maps[layer - 1][:, rows][:, :, columns].double().numpy()
                 gravity = None

@@ -129,7 +129,7 @@ def crops_of(inputs: dict, family: str, i: int) -> torch.Tensor:
 
 
 def expected_tokens(model, inputs: dict, objective="max_sum", keep=5) -> list[list[int]]:
-    """What stage 1 keeps of each image of a CLIP model, by brute force on the tower's own attention maps."""
+    """Select what stage 1 keeps of each image of a CLIP model, by brute force on the tower's own attention maps."""
     family = "next" if "image_sizes" in inputs else "llava"
     extra = {"image_sizes": inputs["image_sizes"]} if family == "next" else {}
     features = model.model.get_image_features(inputs["pixel_values"], **extra).pooler_output

@@ -65,7 +65,7 @@ def test_absorption(seed, m, merge, neighbours):
 @some
 @given(seeds, st.integers(1, 14), st.integers(1, 3), st.floats(-0.5, 1))
 def test_order_of_novelty_agrees_with_alpha(seed, m, count, alpha):
-    """What comes in up to some alpha is what that alpha keeps."""
+    """Tokens that come in up to some alpha are those that this alpha keeps."""
     views = [view_of(seed + i, m, first=i * m) for i in range(count)]
     order = core.by_novelty(views).tolist()
     assert sorted(order) == list(range(count * m))

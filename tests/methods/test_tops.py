@@ -88,7 +88,7 @@ def test_the_entrance_pools_the_whole_image():
 
 @pytest.mark.parametrize("row", [LONG_ROWS[0], SEVERAL[0], [BOS, *words(1, 4), Picture(1)]], ids=["one", "two", "last"])
 @torch.no_grad()
-def test_a_layer_keeps_what_the_text_behind_each_image_asks_for(row):
+def test_a_layer_keeps_what_the_text_after_each_image_asks_for(row):
     """By attention of an unpatched eager model; an image at the end is rated by the last token."""
     model = tiny("llava", "eager")
     inputs = batch(model, [row])
@@ -98,8 +98,8 @@ def test_a_layer_keeps_what_the_text_behind_each_image_asks_for(row):
     everywhere = torch.cat(places)
     kept = []
     for place in places:
-        behind = [i for i in range(int(place[-1]) + 1, len(ids)) if i not in everywhere.tolist()] or [len(ids) - 1]
-        paid = attention[behind][:, place]
+        after = [i for i in range(int(place[-1]) + 1, len(ids)) if i not in everywhere.tolist()] or [len(ids) - 1]
+        paid = attention[after][:, place]
         mass = paid.sum(1)
         relevance = paid[mass >= mass.mean()].mean(0)
         chosen = plain(hidden[place].tolist(), relevance.tolist(), 8, 0.5, 0.5, "mean")

@@ -1,4 +1,4 @@
-"""What newline tokens belong to, and what they cost."""
+"""Newline tokens: their rows, and their cost."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which methods the contract tests examine: all that have a name, or those of the option `--method` alone."""
+"""Methods that the contract tests examine: all that have a name, or those of the option `--method` alone."""
 
 import pytest
 

@@ -263,7 +263,7 @@ def keeping_everything(name: str) -> Compressor:
 
 
 def every_method() -> list:
-    """What to run "under any method" with: rules of every kind, and the registered methods at a budget."""
+    """List methods for tests that hold under any: rules of every kind, and the registered methods at a budget."""
     return [Both(), Stairs(), [Strided(), Halve()], "none", *BUDGETED]
 
 

@@ -1,4 +1,4 @@
-"""What a method sees between layers, made by hand for one row with one image."""
+"""Inputs of a method between layers, made by hand for one row with one image."""
 
 import torch
 from torch import Tensor

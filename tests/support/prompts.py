@@ -43,7 +43,7 @@ def _pixels(seed: int, crops: int) -> Tensor:
 
 @cache
 def visual_tokens(family: str, size: tuple[int, int], alone: bool = True) -> int:
-    """How many tokens a picture of `size` has, by asking the model itself. `alone`: the only image of its row."""
+    """Count the tokens of a picture of `size`, by asking the model itself. `alone`: the only image of its row."""
     if family in ("llava", "siglip"):
         return 16
     extra = {} if alone or family == "next" else dict(batch_num_images=torch.tensor([2]))

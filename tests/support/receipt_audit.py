@@ -1,4 +1,4 @@
-"""What a receipt ought to say, counted without it."""
+"""Expected receipts, counted without the receipt."""
 
 import math
 from dataclasses import dataclass, field

@@ -22,7 +22,7 @@ class Feed(Compressor):
 
 
 def build(arrays: dict[str, np.ndarray]) -> tuple[LlavaForConditionalGeneration, dict, Tensor]:
-    """Make the model, its inputs, and the visual tokens to feed, of `inputs` (S, d) with `n` of them behind `first`."""
+    """Make the model, its inputs, and the visual tokens to feed, of `inputs` (S, d) with `n` of them after `first`."""
     x, first, n = torch.from_numpy(arrays["inputs"]), int(arrays["first"]), int(arrays["n"])
     words = torch.cat([x[:first], x[first + n :]])
     text = LlamaConfig(

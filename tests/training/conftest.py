@@ -1,4 +1,4 @@
-"""Training in one process leaves accelerate's shared state behind, which no other test must meet."""
+"""Training in one process leaves accelerate's shared state, which would change other tests."""
 
 import pytest
 

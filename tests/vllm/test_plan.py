@@ -1,4 +1,4 @@
-"""What the vLLM plug-in plans, promises and refuses; vLLM itself is not needed."""
+"""Plans, promises and refusals of the vLLM plug-in; vLLM itself is not needed."""
 
 import json
 import subprocess

@@ -125,7 +125,7 @@ def _schedule(arrays) -> None:
 
 
 class _Depth:
-    """As much of a model as the schedule looks at."""
+    """The parts of a model that the schedule reads."""
 
     def __init__(self, depth: int):
         self.model = self.language_model = self

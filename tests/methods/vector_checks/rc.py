@@ -44,7 +44,7 @@ def check_outliers(arrays: dict[str, np.ndarray]) -> None:
 
 
 def distances_differ(x: np.ndarray) -> bool:
-    """Whether no number has two others at the same distance."""
+    """Tell if no number has two others at the same distance."""
     distance = np.abs(x[:, None].astype(np.float64) - x)
     return len(np.unique(x)) == len(x) and bool((np.diff(np.sort(distance, axis=1), axis=1) > 0).all())
 

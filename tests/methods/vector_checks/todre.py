@@ -56,7 +56,7 @@ def _orders(arrays) -> None:
 
 
 def _near_best(unit, got, start: int, objective: str) -> None:
-    """Where the file's own decisions hang on less than fp32 can tell: every pick must be as good as the best."""
+    """Check decisions that hang on less than fp32 can tell: every pick must be as good as the best."""
     assert len(set(got)) == len(got)
     for i in range(start, len(got)):
         like = unit @ unit[got[:i]].T
