@@ -139,7 +139,7 @@ def test_attention_of_the_coming_layer_and_keys_of_the_last(family, backend, pos
 
 
 @torch.no_grad()
-def test_coming_attention_behind_a_cached_text():
+def test_coming_attention_after_a_cached_text():
     """Text in the KV cache takes its share of the attention that the layer is about to pay."""
     model, row, rule = tiny("llava"), [BOS, *words(1, 6), Picture(2), *words(3, 5)], looking()
     inputs = batch(model, [row])
