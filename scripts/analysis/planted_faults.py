@@ -2,27 +2,32 @@
 
     python scripts/analysis/planted_faults.py                      # all faults, two at a time
     python scripts/analysis/planted_faults.py --only engine stats  # those whose name or file contains a word
-    python scripts/analysis/planted_faults.py --jobs 1 --output assets/planted_faults.md
+    python scripts/analysis/planted_faults.py --jobs 1 --journal faults.jsonl --output assets/planted_faults.md
 
 A fault is an entry of `planted_faults.yaml`: the file, the text to replace (it must occur exactly once), the text to
-put there, and the tests that should fail. The script first runs these tests on the sound code, where they must pass. It
-exits with status 1 if a fault survives, or if an entry no longer fits the code.
+put there, and the tests that should fail. Each test that caught a fault must pass on the sound code, where the script
+runs all of them at the end. It exits with status 1 if a fault survives, or if an entry no longer fits the code.
+
+With a journal, a run that was interrupted goes on where it stopped: faults that were caught are not planted again.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
 import yaml
 
 from vlmslim.io.files import markdown_table
@@ -31,11 +36,18 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_suffix(".yaml")
 COPIED = ("vlmslim", "tests", "scripts", "docs", "eval_configs", "assets/bench", "pyproject.toml", "README.md")
 TIMEOUT = 900  # seconds that the tests of one fault may take
+#: what most tests import; a process of tests that starts with it saves its seconds
+LIBRARIES = (
+    "hypothesis",
+    "transformers.generation.utils",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llava", "llava_next", "llava_onevision")),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "clip", "siglip")),
+)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake that somebody could make.
+    """One mistake that a change of the code could make.
 
     name  : what is wrong then
     file  : path of the file in the repository
@@ -61,7 +73,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests answered one fault: `verdict` is caught, survived, timeout or stale."""
+    """The tests' answer to one fault: `verdict` is caught, survived, timeout or stale."""
 
     fault: Fault
     verdict: str
@@ -96,16 +108,47 @@ def copy_repository(folder: Path) -> None:
             shutil.copy2(source, target)
 
 
+def load_libraries() -> None:
+    """Import the libraries, of which every process of tests gets a copy."""
+    if not import_module("torch").cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py does, before anything imports Triton
+    for library in LIBRARIES:
+        import_module(library)
+
+
 def run_tests(folder: Path, tests: Sequence[str], timeout: float | None = None) -> tuple[bool, str]:
-    """Run tests in a copy of the repository: whether they passed, and the last line that says something."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
-    lines = done.stdout.splitlines()
+    """Run tests in a copy of the repository: whether they passed, and the last line that says something.
+
+    Raises:
+        TimeoutError: they take longer than `timeout` seconds.
+    """
+    output = folder / "output.txt"
+    process = get_context("fork").Process(target=_test_process, args=(folder, tests, output))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     telling = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
-    if done.returncode not in (0, 1, 2):  # 2: a module of tests could not be imported
-        raise RuntimeError(f"pytest could not run {' '.join(tests)}: {(done.stderr or done.stdout)[-500:]}")
-    return done.returncode == 0, telling[0] if telling else ""
+    if process.exitcode not in (0, 1, 2, 5):  # 2: a module of tests could not be imported; 5: no test was selected
+        raise RuntimeError(f"pytest could not run {' '.join(tests)}: {' '.join(lines[-5:])}")
+    return process.exitcode in (0, 5), telling[0] if telling else ""
+
+
+def _test_process(folder: Path, tests: Sequence[str], output: Path) -> None:
+    """Be a process of pytest. It has the libraries that the script has imported, but vlmslim from `folder`."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    paths = [str(folder), str(folder / "scripts" / "analysis")]
+    sys.path[:0] = paths
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+    sys.dont_write_bytecode = True
+    for name in [name for name in sys.modules if name.split(".")[0] == "vlmslim"]:
+        del sys.modules[name]
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no_shrinking", *tests])))
 
 
 def plant(fault: Fault, folder: Path) -> Outcome:
@@ -116,15 +159,27 @@ def plant(fault: Fault, folder: Path) -> Outcome:
     try:
         passed, line = run_tests(folder, fault.tests, TIMEOUT)
         verdict, detail = ("survived", " ".join(fault.tests)) if passed else ("caught", line)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         verdict, detail = "timeout", " ".join(fault.tests)
     finally:
         path.write_text(sound, encoding="utf-8")
     return Outcome(fault, verdict, detail, time.perf_counter() - start)
 
 
-def examine(faults: Sequence[Fault], jobs: int, check_first: bool) -> list[Outcome]:
-    """Plant every fault, `jobs` at a time, each job in a copy of its own."""
+def read_journal(path: Path | None) -> dict[Fault, Outcome]:
+    """Read the faults that earlier runs caught, by what was planted."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    outcomes = []
+    for entry in map(json.loads, lines):
+        fault = Fault(**entry["fault"] | {"tests": tuple(entry["fault"]["tests"])})
+        outcomes.append(Outcome(**entry | {"fault": fault}))
+    return {outcome.fault: outcome for outcome in outcomes if outcome.verdict == "caught"}
+
+
+def examine(faults: Sequence[Fault], jobs: int, journal: Path | None, check: bool) -> list[Outcome]:
+    """Plant every fault that is not in the journal, `jobs` at a time, each job in a copy of its own."""
+    known = read_journal(journal)
+    load_libraries()
     with tempfile.TemporaryDirectory(prefix="planted-faults-") as place:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):
@@ -132,32 +187,56 @@ def examine(faults: Sequence[Fault], jobs: int, check_first: bool) -> list[Outco
             copy_repository(folder)
             free.put(folder)
 
-        if check_first:
-            tests = sorted({test for fault in faults for test in fault.tests if test.startswith("tests/")})
-            passed, line = run_tests(Path(place) / "0", ["-n", str(jobs), *tests])
-            if not passed:
-                raise SystemExit(f"the tests fail on the sound code, so that no fault can be told: {line}")
-
         def examine_one(fault: Fault) -> Outcome:
             if reason := fault.stale():
                 return Outcome(fault, "stale", reason, 0.0)
+            if fault in known:
+                return known[fault]
             folder = free.get()
             try:
                 outcome = plant(fault, folder)
             finally:
                 free.put(folder)
             print(f"{outcome.verdict:9s} {outcome.seconds:5.0f} s  {fault.name}", flush=True)
+            if journal:
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(outcome)) + "\n")
             return outcome
 
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(examine_one, faults))
+            outcomes = list(pool.map(examine_one, faults))
+        if check:
+            check_sound(Path(place) / "0", outcomes)
+        return outcomes
+
+
+def failed_test(outcome: Outcome) -> str:
+    """Name the test that caught a fault."""
+    return outcome.detail.split(" ", 1)[1].split(" - ")[0]
+
+
+def check_sound(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Run the tests that caught faults on the sound code.
+
+    Raises:
+        SystemExit: one of them fails there too.
+    """
+    tests = sorted({failed_test(outcome) for outcome in outcomes if outcome.verdict == "caught"})
+    passed, line = run_tests(folder, tests) if tests else (True, "")
+    if not passed:
+        raise SystemExit(f"this test fails on the sound code too, so it tells nothing about its fault: {line}")
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Write the outcomes as a page in Markdown."""
     caught = sum(outcome.verdict == "caught" for outcome in outcomes)
     rows = [
-        [outcome.fault.name, f"`{outcome.fault.file}`", outcome.verdict, f"`{outcome.detail.split(' - ')[0]}`"]
+        [
+            outcome.fault.name,
+            f"`{outcome.fault.file}`",
+            outcome.verdict,
+            f"`{failed_test(outcome) if outcome.verdict == 'caught' else outcome.detail}`",
+        ]
         for outcome in outcomes
     ]
     head = f"# Planted faults\n\nThe suite catches {caught} of {len(outcomes)} planted faults."
@@ -171,12 +250,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="faults whose name or file has a word")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     parser.add_argument("--output", type=Path, help="write the outcomes to this file in Markdown")
-    parser.add_argument("--suite-passed", action="store_true", help="do not run the tests on the sound code first")
+    parser.add_argument("--journal", type=Path, help="note each outcome in this file, and plant no caught fault again")
+    parser.add_argument("--suite-passed", action="store_true", help="do not run the tests on the sound code at the end")
     given = parser.parse_args()
     faults = read_faults()
     if given.only:
         faults = [f for f in faults if any(word in f"{f.name} {f.file}" for word in given.only)]
-    outcomes = examine(faults, given.jobs, check_first=not given.suite_passed)
+    outcomes = examine(faults, given.jobs, given.journal, check=not given.suite_passed)
     failures = [outcome for outcome in outcomes if outcome.verdict != "caught"]
     for outcome in failures:
         print(f"{outcome.verdict}: {outcome.fault.name}: {outcome.detail}")
