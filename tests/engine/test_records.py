@@ -3,6 +3,7 @@
 import weakref
 
 import torch
+from checks import kept_of
 from compare import close
 from doubles import Both, First, watched
 from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual
@@ -77,17 +78,11 @@ def test_the_grid_locates_every_token(family):
     """Project the tower's features by hand at (crop, row, column): that must be the token."""
     model = tiny(family)
     rows = [*LONG_ROWS, SEVERAL[0], [BOS, Picture(9, (40, 64)), 5], [BOS, Picture(10, (64, 23)), 5]]
-    seen = []
-
-    class Spy(First):
-        def compress(self, image):
-            seen.append(image)
-            return super().compress(image)
-
+    spy, seen = watched(First)
     newline = getattr(model.model, "image_newline", None)
-    with vlmslim.patch(model, Spy()):
+    with vlmslim.patch(model, spy):
         model(**batch(model, rows))
-    for image in seen:
+    for image, _ in seen:
         projected = model.model.multi_modal_projector(image.tower)
         crop, row, column = image.grid.unbind(1)
         patch = crop >= 0
@@ -100,16 +95,7 @@ def test_the_grid_locates_every_token(family):
 @torch.no_grad()
 def test_the_grid_of_a_video_locates_every_token():
     model = tiny("onevision")
-    seen = []
-
-    class Spy(First):
-        def compress(self, image):
-            seen.append(image)
-            return super().compress(image)
-
-    with vlmslim.patch(model, Spy()):
-        model(**batch(model, [[BOS, Clip(0, 3), 5, 6]]))
-    (image,) = seen
+    _, _, ((image, _),), _ = kept_of(model, [BOS, Clip(0, 3), 5, 6], First)
     assert image.video
     frame, row, column = image.grid.unbind(1)
     assert (frame[:12].view(3, 4) == torch.arange(3)[:, None]).all()

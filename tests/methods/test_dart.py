@@ -85,5 +85,4 @@ def test_what_the_release_makes_of_a_budget():
 
 
 def test_a_batch_is_its_rows(family):
-    check_a_batch_is_its_rows(tiny(family), LONG_ROWS, DART(keep=6))
     check_a_batch_is_its_rows(tiny(family), LONG_ROWS, DART(keep=9, mode="released"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import VIEWS, check_a_batch_is_its_rows, cls_attention, kept_of
+from checks import VIEWS, cls_attention, kept_of
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import LONG_ROWS, SEVERAL, Picture, batch, visual, words
@@ -123,10 +123,6 @@ def test_the_steps_are_half_and_an_eighth():
     assert [type(stage).__name__ for stage in method.stages()] == ["TOPSEntrance", "TOPSLayers"]
     assert method.stages()[1].visual_tokens(16, 32) == [16] * 12 + [8] * 12 + [2] * 8
     assert len(TOPS(keep=1.0).stages()) == len(TOPS(keep=5, layer=(), parts=()).stages()) == 1
-
-
-def test_a_batch_is_its_rows(family):
-    check_a_batch_is_its_rows(tiny(family), LONG_ROWS, TOPS(keep=6))
 
 
 def test_layers_that_do_not_ascend():

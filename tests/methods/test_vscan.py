@@ -3,7 +3,7 @@
 import pytest
 import torch
 from by_hand import ByHand
-from checks import VIEWS, check_a_batch_is_its_rows, kept_of
+from checks import VIEWS, kept_of
 from compare import close, greedy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,10 +116,6 @@ def test_two_stages(family):
                 hand.drop([stay], closed=True)
             hand.run(layer)
     close(logits[0], hand.logits()[-len(answer) - 1 : -1])
-
-
-def test_a_batch_is_its_rows(family):
-    check_a_batch_is_its_rows(tiny(family), LONG_ROWS, VScan(keep=6))
 
 
 def test_stages_that_are_left_out():

@@ -3,25 +3,27 @@
 from dataclasses import dataclass
 
 import torch
-from compare import close, greedy
+from compare import close, greedy, same_cache
 from doubles import watched
 from prompts import Picture, batch, words
 from tiny import BOS
 from torch import Tensor
 
 import vlmslim
+from vlmslim.engine.families import kv_cache
 
 VIEWS = [BOS, Picture(1, (60, 60)), *words(0, 4)]  # a thumbnail and four tiles
 
 
 def check_changes_nothing(model, inputs: dict, method) -> None:
-    """Under `method` greedy decoding is what it is without a patch, bit for bit."""
+    """Under `method` greedy decoding and its cache are what they are without a patch, bit for bit."""
     want, want_logits = greedy(model, inputs)
     with vlmslim.patch(model, method) as slim:
         got, logits = greedy(model, inputs)
         assert not slim.receipt.had_effect
     assert torch.equal(got.sequences, want.sequences)
     assert torch.equal(logits, want_logits)
+    same_cache(kv_cache(got), kv_cache(want))
 
 
 def check_a_batch_is_its_rows(model, rows: list, method, inputs_of=batch) -> dict:
