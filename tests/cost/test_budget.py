@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evaluation_doubles import write_config
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import Clip, Picture, batch, words
@@ -362,17 +363,14 @@ def test_a_run_at_equal_cost(tmp_path):
     from vlmslim.evaluation.run import run
     from vlmslim.evaluation.store import Store
 
-    config = {
+    settings = {
         "model": {"pretrained": "bundled/tiny-llava", "device": "cpu"},
         "tasks": ["scenes_count"],
-        "budgets": [{"equivalent_tokens": 48}, {"flops_ratio": 0.5}],
         "methods": ["divprune", "fastv", "aim", "todre"],
         "limit": 3,
         "timing": None,
-        "output": str(tmp_path / "out"),
     }
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
+    path = write_config(tmp_path, **settings, budgets=[{"equivalent_tokens": 48}, {"flops_ratio": 0.5}])
     board = run(load_config(path))
     rows = {row.label: row for row in board.rows}
     for method in ("random", "divprune", "fastv", "aim", "todre"):
@@ -385,6 +383,6 @@ def test_a_run_at_equal_cost(tmp_path):
     run(load_config(path))
     assert (tmp_path / "out" / "leaderboard.json").read_bytes() == saved
 
-    path.write_text(json.dumps(config | {"budgets": [{"equivalent_tokens": 30}]}))
+    write_config(tmp_path, **settings, budgets=[{"equivalent_tokens": 30}])
     with pytest.raises(ConfigError, match="fastv cannot cost equivalent_tokens=30 .* nearest is keep=1 with 36.75"):
         run(load_config(path))

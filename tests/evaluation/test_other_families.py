@@ -1,7 +1,7 @@
 """Families beyond LLaVA with real processors, through the real lmms-eval: pictures, prompts, scores, receipts."""
 
 import pytest
-import yaml
+from evaluation_doubles import write_config
 from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
@@ -37,19 +37,17 @@ def test_a_picture_of_the_processor_is_one_image(name, tmp_path):
 
 @every_family
 def test_a_run(name, tmp_path):
-    config = {
-        "model": {"pretrained": checkpoint(name, tmp_path / "model"), "device": "cpu"},
-        "tasks": ["scenes_colour", "scenes_choice"],
-        "methods": ["divprune", {"method": "fastv", "layer": 2}],
-        "budgets": [0.5],
-        "baselines": ["random"],
-        "batch_size": 2,
-        "limit": 2,
-        "timing": {"prompts": 1, "repeats": 1, "new_tokens": 2},
-        "output": str(tmp_path / "run"),
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    board = run(load_config(tmp_path / "config.yaml"))
+    path = write_config(
+        tmp_path,
+        model={"pretrained": checkpoint(name, tmp_path / "model"), "device": "cpu"},
+        tasks=["scenes_colour", "scenes_choice"],
+        methods=["divprune", {"method": "fastv", "layer": 2}],
+        budgets=[0.5],
+        batch_size=2,
+        limit=2,
+        timing={"prompts": 1, "repeats": 1, "new_tokens": 2},
+    )
+    board = run(load_config(path))
     rows = {row.label: row.cost for row in board.rows}
     assert list(rows) == ["none", "random-0.5", "divprune-0.5", "fastv-0.5-layer=2"]
     assert rows["divprune-0.5"].kept == rows["divprune-0.5"].requested < rows["none"].kept

@@ -8,10 +8,10 @@ from compare import close, greedy, lengths
 from doubles import name_of, watched
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, visual, words
+from prompts import LONG_ROWS, ROWS, SEVERAL, Clip, Picture, batch, words
 from strategies import cosine, thorough
 from tiny import BOS, DEPTH, IMAGE, tiny
-from unpatched import merged_embeddings, reference
+from unpatched import keep_only, merged_embeddings, reference
 
 import vlmslim
 from vlmslim.engine.families import kv_cache
@@ -162,15 +162,12 @@ def test_stage_one_equals_the_packed_prompt(family, objective):
     for row in (*ROWS, SEVERAL[0]):
         inputs = batch(model, [row])
         kept = expected_tokens(model, inputs, objective, keep=9)
-        alive = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
-        for place, index in zip(visual(inputs), kept, strict=True):
-            alive[place] = False
-            alive[place[index]] = True
-        want = reference(model, inputs, alive.nonzero()[:, 0], positions="original")
+        alive = keep_only(inputs, [torch.tensor(index) for index in kept])
+        want = reference(model, inputs, alive, positions="original")
         with vlmslim.patch(model, "todre", keep=9, objective=objective, layer=None):
             out = model(**inputs)
         close(out.logits[0], want.full_logits())
-        assert lengths(kv_cache(out)) == [int(alive.sum())] * DEPTH
+        assert lengths(kv_cache(out)) == [len(alive)] * DEPTH
 
 
 def kept_by(model, inputs: dict, **options):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
+from evaluation_doubles import write_config
 from original_checkpoints import ROWS, original
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
@@ -106,16 +106,13 @@ def test_a_run(originals, tmp_path):
     from vlmslim.evaluation.config import load_config
     from vlmslim.evaluation.run import run
 
-    config = {
-        "model": {"pretrained": str(originals["llava"]), "device": "cpu"},
-        "tasks": ["scenes_colour"],
-        "methods": ["divprune"],
-        "budgets": [4],
-        "baselines": ["random"],
-        "limit": 2,
-        "timing": {"prompts": 1, "repeats": 1, "new_tokens": 2},
-        "output": str(tmp_path / "run"),
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    board = run(load_config(tmp_path / "config.yaml"))
+    path = write_config(
+        tmp_path,
+        model={"pretrained": str(originals["llava"]), "device": "cpu"},
+        tasks=["scenes_colour"],
+        budgets=[4],
+        limit=2,
+        timing={"prompts": 1, "repeats": 1, "new_tokens": 2},
+    )
+    board = run(load_config(path))
     assert {row.label: row.cost.kept for row in board.rows} == {"none": 16, "random-4": 4, "divprune-4": 4}
