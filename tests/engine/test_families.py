@@ -8,6 +8,7 @@ import method_table
 import numpy as np
 import pytest
 import torch
+from compare import close
 from doubles import BothClosed, Halve, Rule, Strided, StridedOriginal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,10 +32,6 @@ def families(names=ZOO):
 
 every_family = pytest.mark.parametrize("name", families())
 of_video = pytest.mark.parametrize("name", families(VIDEO))
-
-
-def close(a, b, tolerance=2e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def one(name, model, row):
