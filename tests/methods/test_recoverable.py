@@ -318,7 +318,7 @@ def test_the_bundled_checkpoint_needs_no_options(keep):
     with vlmslim.patch(model, method) as slim:
         model.generate(**processor(text=text, images=picture, return_tensors="pt"), max_new_tokens=2)
         kept, image = slim.receipt.summary()["kept"], seen[0][0]
-        assert slim.methods[0].text_of(image) == question
+        assert slim.stages[0].method.text_of(image) == question
     assert kept == keep or (keep is None and 1 <= kept < len(image.features))
 
 
@@ -377,7 +377,7 @@ def test_the_tokenizer_of_the_checkpoint_is_the_default(hf_folder, tmp_path):
         with vlmslim.patch(model, method) as slim:
             model(**inputs)
             ((image, result),) = seen
-            assert slim.methods[0].text_of(image) == "w20 w21 w22 w23 w24"
+            assert slim.stages[0].method.text_of(image) == "w20 w21 w22 w23 w24"
             found.append(result.vectors(image))
     assert torch.equal(*found)
 
@@ -389,7 +389,7 @@ def test_clip_reads_the_first_line_as_it_was_decoded(hf_folder, preset):
     method, seen = method_for(hf_folder, preset=preset, pad_length=12)
     with vlmslim.patch(model, method) as slim:
         model(**batch(model, [ROWS[1]]))
-        assert slim.methods[0].text_of(seen[0][0]) == "<s> SYSTEM SYSTEM SYSTEM USER: "
+        assert slim.stages[0].method.text_of(seen[0][0]) == "<s> SYSTEM SYSTEM SYSTEM USER: "
 
 
 def test_embeddings_hide_the_question(hf_folder):
