@@ -1,6 +1,6 @@
 """Let the documentation site show pages that live outside `docs/`, and notebooks, so that one link works everywhere.
 
-A page of `docs/` links to the rest of the repository as `../assets/leaderboard_scenes.md` or `../vlmslim/cli.py`.
+A page of `docs/` links to the rest of the repository as `../assets/leaderboard_scenes.md` or `../vlmslim/patching.py`.
 The site has pages for `CHANGELOG.md`, `CONTRIBUTING.md` and everything in Markdown under `assets/`. Links to other
 files lead to the repository. A notebook becomes a page with its text and its code; links to `x.ipynb` lead there.
 """

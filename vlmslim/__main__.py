@@ -1,0 +1,5 @@
+"""Runs the command as `python -m vlmslim`."""
+
+from vlmslim.cli import app
+
+app()
