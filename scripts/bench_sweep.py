@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vlmslim.cost.bench.shapes import SHAPES
+from vlmslim.cost.bench.shapes import shape_config
 from vlmslim.cost.flops import Ledger, crop_tokens
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.harness import Harness
@@ -88,7 +88,7 @@ def model(methods: int) -> None:
     print(f"\nmodel: {methods} methods that keep {KEEP:.0%} before the language model, {TEXT} text tokens")
     print(f"{'shape':<26}{'nothing shared':>18}{'prefill':>18}{'encoding':>18}{'both':>18}")
     for name, crops in MODELLED:
-        config = SHAPES[name]()
+        config = shape_config(name)
         visual = crops * crop_tokens(config)
         full, kept = (Ledger.of(config, TEXT + tokens, crops=crops) for tokens in (visual, round(KEEP * visual)))
         encode = full.tower + full.projector

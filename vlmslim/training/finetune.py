@@ -10,21 +10,16 @@ interrupted run continues from its last checkpoint and reaches the same loss, be
 draws of a method follow from the seed and the step alone.
 """
 
-import argparse
-import csv
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
-from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
-from pydantic.dataclasses import dataclass as checked
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin
@@ -32,85 +27,26 @@ from transformers import PreTrainedModel, ProcessorMixin
 import vlmslim
 from vlmslim import loading
 from vlmslim.engine.families import language_model, projector
-from vlmslim.io.files import atomically
-from vlmslim.training.config import command_line, override, read_config
 from vlmslim.training.conversations import IGNORED, Collator, Conversations, Items
+from vlmslim.training.run_folder import RunFolder
+from vlmslim.training.settings import Settings, parse_arguments, read_settings
 
-#: YAML reads a bare `no` as false.
-Precision = Annotated[Literal["bf16", "fp16", "no"], BeforeValidator(lambda given: "no" if given is False else given)]
-
-
-@checked
-class Settings:
-    """A run. A batch has `batch` pictures in each process; a step takes `accumulate` batches of every process."""
-
-    model: str = "bundled/tiny-llava"
-    dtype: str = "float32"  # of frozen weights; bfloat16 halves their memory on a GPU. Trained weights are float32
-    attn_implementation: str = "sdpa"
-    data: str = "scenes"  # a .json or .jsonl file of conversations; "scenes" is the data set of the project's scripts
-    images: str = "."  # the folder of the conversations' pictures
-    on_error: Literal["raise", "skip"] = "raise"  # "skip" leaves bad records out and counts them
-    pictures: PositiveInt = 2400  # scenes
-    questions: PositiveInt = 8  # about each scene
-    steps: NonNegativeInt = 300  # 0: as many as `epochs` take
-    epochs: PositiveFloat = 1.0  # over the data, if `steps` is 0
-    batch: PositiveInt = 8
-    accumulate: PositiveInt = 1
-    lr: PositiveFloat = 1e-3
-    warmup: float = 0.03  # share of the steps
-    decay: float = 0.0
-    clip: PositiveFloat = 1.0
-    precision: Precision = "bf16"
-    seed: int = 0
-    train_decoder: bool = False  # train the language model and the projector as well
-    gradient_checkpointing: bool = False
-    device: Literal["auto", "cpu"] = "auto"  # "cpu" forces the CPU
-    workers: NonNegativeInt = 1
-    log_every: PositiveInt = 10
-    save_every: PositiveInt = 100
-    method: dict = field(default_factory=dict)  # options of the method
-    script: dict = field(default_factory=dict)  # options of the method's own training
-
-    #: Settings that a continued run may change.
-    MAY_CHANGE: ClassVar = ("workers", "device", "log_every", "save_every", "images")
-
-
-def parse_arguments(description: str, config: Path) -> tuple[Settings, argparse.Namespace]:
-    """Read the command line: `--config FILE --out DIR [--stop STEP] [--train-decoder] [KEY=VALUE ...]`.
-
-    A mistake ends the program with a message.
-
-    Returns:
-        The settings, and the arguments `out` and `stop`.
-    """
-    parser = command_line(description, config, "the trained part ends up in OUT/final")
-    parser.add_argument("--train-decoder", action="store_true", help="train the language model and projector as well")
-    args = parser.parse_intermixed_args()
-    try:
-        settings = read_settings(args.config, args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
-    settings.train_decoder |= args.train_decoder
-    return settings, args
-
-
-def read_settings(config: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read the settings in a YAML file; `overrides` are KEY=VALUE, or `method.KEY=VALUE` for one option of the method.
-
-    Raises:
-        ValueError: an unknown setting, a wrong value, or `epochs` beside a number of steps.
-    """
-    defaults, given = asdict(Settings()), read_config(config)
-    if unknown := given.keys() - defaults.keys():
-        raise ValueError(f"{config}: no setting {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-    try:
-        settings = Settings(**override(defaults | given, overrides))
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{config}: {'; '.join(wrong)}") from error
-    if settings.steps and "epochs" in {*given, *(text.partition("=")[0] for text in overrides)}:
-        raise ValueError(f"steps={settings.steps} leaves epochs without effect: give steps=0 with them")
-    return settings
+__all__ = [
+    "Answers",
+    "Batches",
+    "Loss",
+    "RunFolder",
+    "Settings",
+    "Tuned",
+    "answer_loss",
+    "finetune",
+    "learning_rate_factor",
+    "load",
+    "open_conversations",
+    "parse_arguments",
+    "prepare",
+    "read_settings",
+]
 
 
 def load(settings: Settings) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -300,109 +236,6 @@ class Batches(Sampler[list[int]]):
                     order = torch.randperm(self.size, generator=generator).tolist()
                 indices.append(order[at % self.size])
             yield indices
-
-
-class RunFolder:
-    """The folder of a run: log.csv, TensorBoard's events if TensorBoard is installed, and the checkpoint last.pt.
-
-    Files are replaced atomically.
-    """
-
-    def __init__(self, out: Path, settings: Settings, accelerator: Accelerator):
-        self.out, self.settings, self.accelerator = Path(out), settings, accelerator
-        self.started, self.seconds_before = time.time(), 0.0  # seconds of earlier calls
-        self.sums: dict[str, tuple[float, int]] = {}  # of each number since the last line: total, and how many
-        self.skipped = 0
-        self.lines: list[dict[str, Any]] = []
-        self.board: Any = None
-        if accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:  # the CSV has the same numbers
-                return
-            self.board = SummaryWriter(str(self.out / "tensorboard"))
-
-    def count(self, skipped: int) -> None:
-        """Count records that were left out because their pictures cannot be read."""
-        self.skipped += skipped
-
-    def mean(self, **numbers: float | Tensor) -> None:
-        """Note numbers; the log shows the mean of each since the last line, over all processes."""
-        for name, value in numbers.items():
-            number = value.detach().float().item() if isinstance(value, Tensor) else float(value)
-            total, times = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + number, times + 1
-
-    def log(self, step: int, **numbers: float) -> None:
-        """Write one line. Every process must call this."""
-        everyone = gather_object([(self.sums, self.skipped)])
-        self.sums = {}
-        if not self.accelerator.is_main_process:
-            return
-        line: dict[str, Any] = {"step": step}
-        for name in dict.fromkeys(name for sums, _ in everyone for name in sums):  # a process may have seen no picture
-            totals, times = zip(*(sums[name] for sums, _ in everyone if name in sums), strict=True)
-            line[name] = sum(totals) / sum(times)
-        line |= numbers | {"skipped": sum(n for _, n in everyone)}
-        line["seconds"] = self.seconds_before + time.time() - self.started
-        self.lines.append(line)
-        with atomically(self.out / "log.csv") as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in self.lines for name in line)))
-            writer.writeheader()
-            writer.writerows(self.lines)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
-        if self.board:
-            for name, value in line.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-    def save(self, step: int, named: dict[str, nn.Parameter], optimizer: Any, state: nn.Module) -> None:
-        """Write a checkpoint after `step` steps."""
-        if not self.accelerator.is_main_process:
-            return
-        saved = {"step": step, "settings": asdict(self.settings), "optimizer": optimizer.state_dict()}
-        saved["processes"] = self.accelerator.num_processes
-        saved["parameters"] = {name: p.detach() for name, p in named.items()}
-        saved["state"] = state.state_dict()
-        if self.accelerator.scaler is not None:
-            saved["scaler"] = self.accelerator.scaler.state_dict()
-        with atomically(self.out / "last.pt") as part:
-            torch.save(saved, part)
-
-    def resume(self, named: dict[str, nn.Parameter], optimizer: Any, state: nn.Module) -> int:
-        """Load the last checkpoint, if there is one; return the steps done.
-
-        Raises:
-            ValueError: the checkpoint is of a run with other settings, with another number of processes, or of another
-                version of vlmslim.
-        """
-        path = self.out / "last.pt"
-        if not path.exists():
-            return 0
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        ours = asdict(self.settings) | {"processes": self.accelerator.num_processes}
-        theirs = saved["settings"] | {"processes": saved["processes"]}
-        differs = [k for k in ours if k not in Settings.MAY_CHANGE and ours[k] != theirs.get(k)]
-        if differs:
-            raise ValueError(f"{path} was trained with other values of {', '.join(differs)}: use another --out")
-        if saved.get("state", {}).keys() != state.state_dict().keys():
-            raise ValueError(f"{path} is of a version of vlmslim that trained by other rules: use another --out")
-        state.load_state_dict(saved.get("state", {}))
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(saved["parameters"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        if self.accelerator.is_main_process and (self.out / "log.csv").exists():
-            with (self.out / "log.csv").open(newline="") as file:  # the run repeats the steps after the checkpoint
-                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= saved["step"]]
-            if self.lines:
-                self.seconds_before = float(self.lines[-1]["seconds"])
-                self.skipped = int(self.lines[-1]["skipped"])
-        return saved["step"]
 
 
 def prepare(slim: vlmslim.Slim, settings: Settings) -> Tuned:

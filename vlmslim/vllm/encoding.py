@@ -5,7 +5,6 @@ its towers), which is why the extra `vlmslim[vllm]` names a range of versions.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     get_tp_group,
-    tensor_model_parallel_all_gather,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MMEncoderAttention
@@ -29,6 +27,8 @@ from vlmslim.saving import backbone
 from vlmslim.saving.folder import read
 from vlmslim.vllm.plan import plan_of, skeleton_of
 from vlmslim.vllm.processing import Mixin
+from vlmslim.vllm.seen import Seen
+from vlmslim.vllm.slots import with_slots, without_slots
 
 logger = init_logger("vllm.vlmslim")  # below "vllm", whose handler and level it shares
 
@@ -276,7 +276,7 @@ class SlimModel(Mixin):
         return super().forward(input_ids, positions, *args, **kwargs)
 
     @contextmanager
-    def _watched(self) -> Iterator["Seen"]:
+    def _watched(self) -> Iterator[Seen]:
         """Note what passes through tower and projector."""
         seen = Seen(self.config.vision_config.num_attention_heads)
         hooks = [
@@ -293,7 +293,7 @@ class SlimModel(Mixin):
             for hook in hooks:
                 hook.remove()
 
-    def _images(self, image_input: Any, features: Any, seen: "Seen") -> list[ImageTokens]:
+    def _images(self, image_input: Any, features: Any, seen: Seen) -> list[ImageTokens]:
         """Make what a method is shown of each image."""
         vision, crops = self.config.vision_config, self._crops(image_input)
         side = vision.image_size // vision.patch_size
@@ -353,51 +353,3 @@ class AnyresModel(SlimModel):
 
     def _newline(self, newline: Tensor) -> dict[str, Tensor]:
         return {}
-
-
-BASE = 128  # bfloat16 has all integers up to twice this
-
-
-def with_slots(kept: Tensor, index: Tensor | None) -> Tensor:
-    """Append to kept tokens (k, d) the slots that they take, as two digits: (k, d + 2).
-
-    vLLM moves nothing but embeddings from the encoder to where positions are needed. As everywhere in vlmslim, the i-th
-    token takes the i-th slot in reading order; tokens that a method made without saying where take the first k.
-    """
-    slots = torch.arange(len(kept), device=kept.device) if index is None else index.sort().values
-    return torch.cat([kept, torch.stack([slots // BASE, slots % BASE], dim=1).to(kept)], dim=1)
-
-
-def without_slots(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `with_slots`: the tokens (k, d), and their slots (k,)."""
-    high, low = kept[:, -2:].round().long().unbind(1)
-    return kept[:, :-2], high * BASE + low
-
-
-class Seen:
-    """What passed through tower and projector while images were encoded.
-
-    pixels, tower : of all crops, one entry for each run
-    layers        : tower layer, as the method names it -> its inputs, likewise
-    heads         : tower layer, as the method names it -> queries and keys (c, heads, p, d) of all crops
-    """
-
-    def __init__(self, heads: int) -> None:
-        self.count = heads
-        self.pixels: list[Tensor] = []
-        self.tower: list[Tensor] = []
-        self.layers: defaultdict[int, list[Tensor]] = defaultdict(list)
-        self.heads: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def note(into: list[Tensor], module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note what goes into a module."""
-        into.append(args[0] if args else next(iter(kwargs.values())))
-
-    def heads_of(self, layer: int, projection: Any, args: tuple, output: Any) -> None:
-        """Note queries and keys, of all heads where tensor parallelism spreads them over ranks."""
-        q, k, _ = output[0].chunk(3, dim=-1)
-        if projection.tp_size > 1:
-            q, k = (tensor_model_parallel_all_gather(x.contiguous(), dim=-1) for x in (q, k))
-        q, k = (x.unflatten(-1, (self.count, -1)).transpose(1, 2) for x in (q, k))
-        self.heads[layer] = q, k

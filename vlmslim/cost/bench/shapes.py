@@ -1,226 +1,112 @@
 """The exact sizes of public models with random weights, which measure speed without a download."""
 
-from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     InternVLConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
-    MistralConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
-    Qwen2Config,
     Qwen3VLConfig,
-    SiglipVisionConfig,
     SmolVLMConfig,
 )
 
 
-def _clip_large() -> CLIPVisionConfig:
-    """Make the config of CLIP ViT-L/14 at 336 pixels."""
-    return CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+class Shape(NamedTuple):
+    """The configuration of a public model: its class, its language model, its vision tower, and all else."""
+
+    config: type[PreTrainedConfig]
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    rest: dict[str, Any]
+
+    def build(self, layers: int | None = None) -> PreTrainedConfig:
+        """Make the configuration, with `layers` decoder layers if they are given."""
+        text = self.text if layers is None else self.text | {"num_hidden_layers": layers}
+        own = deepcopy({"text_config": text, "vision_config": self.vision, **self.rest})  # for the caller to change
+        return self.config(**own)
 
 
-def _siglip_so400m() -> SiglipVisionConfig:
-    """Make the config of SigLIP so400m/14 at 384 pixels, without its last layer and its head, as in LLaVA-OneVision."""
-    return SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=26,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-
-
-def _vicuna(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32064,
-        hidden_size=hidden,
+def _text(vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int, **rest: Any) -> dict[str, Any]:
+    """Name the sizes of a language model."""
+    return dict(
+        vocab_size=vocabulary,
+        hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
+        num_key_value_heads=kv_heads,
+        **rest,
     )
 
 
-def _llava_15(text: LlamaConfig) -> LlavaConfig:
-    return LlavaConfig(vision_config=_clip_large(), text_config=text, image_token_index=32000)
+def _vit(width: int, mlp: int, layers: int, heads: int, **rest: Any) -> dict[str, Any]:
+    """Name the sizes of a vision tower."""
+    return dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, **rest)
 
 
-def _llava_next_7b() -> LlavaNextConfig:
-    text = MistralConfig(
-        vocab_size=32064,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    return LlavaNextConfig(
-        vision_config=_clip_large(), text_config=text, image_grid_pinpoints=pinpoints, image_token_index=32000
-    )
+def _rope(theta: float, **rest: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **rest}}
 
 
-def _qwen2_5_vl_7b() -> Qwen2_5_VLConfig:
-    text = dict(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=128000,
-        rms_norm_eps=1e-6,
-        use_sliding_window=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    )
-    vision = dict(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        out_hidden_size=3584,
-        window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-    )
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+_VICUNA = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
+_MISTRAL = dict(model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=None)
+_QWEN2 = dict(model_type="qwen2", max_position_embeddings=32768, rms_norm_eps=1e-6)
+_CLIP = _vit(1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768)
+# LLaVA-OneVision leaves out the last layer and the head of its tower, SigLIP so400m.
+_SIGLIP = _vit(1152, 4304, 26, 16, image_size=384, patch_size=14, vision_use_head=False)
+_TILES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
-
-def _qwen3_vl_8b() -> Qwen3VLConfig:
-    text = dict(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=262144,
-        rms_norm_eps=1e-6,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-    )
-    vision = dict(
-        depth=27,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_heads=16,
-        patch_size=16,
-        out_hidden_size=4096,
-        num_position_embeddings=2304,
-        deepstack_visual_indexes=[8, 16, 24],
-    )
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-
-
-def _internvl3_8b() -> InternVLConfig:
-    text = Qwen2Config(
-        vocab_size=151674,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    vision = dict(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=[448, 448],
-        patch_size=[14, 14],
-        attention_bias=True,
-    )
-    return InternVLConfig(
-        text_config=text.to_dict(), vision_config=vision, image_token_id=151667, tie_word_embeddings=False
-    )
-
-
-def _smolvlm_256m() -> SmolVLMConfig:
-    text = LlamaConfig(
-        vocab_size=49280,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    )
-    vision = dict(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=512,
-        patch_size=16,
-    )
-    return SmolVLMConfig(
-        text_config=text.to_dict(),
-        vision_config=vision,
-        scale_factor=4,
-        image_token_id=49190,
-        tie_word_embeddings=False,
-    )
-
-
-def _llava_onevision_7b() -> LlavaOnevisionConfig:
-    text = Qwen2Config(
-        vocab_size=152000,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    return LlavaOnevisionConfig(vision_config=_siglip_so400m(), text_config=text)  # tiles as by default
-
-
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llava-1.5-7b": lambda: _llava_15(_vicuna(4096, 11008, 32, 32)),
-    "llava-1.5-13b": lambda: _llava_15(_vicuna(5120, 13824, 40, 40)),
-    "llava-next-7b": _llava_next_7b,  # llava-v1.6-mistral-7b
-    "llava-onevision-7b": _llava_onevision_7b,
-    "qwen2.5-vl-7b": _qwen2_5_vl_7b,
-    "qwen3-vl-8b": _qwen3_vl_8b,
-    "internvl3-8b": _internvl3_8b,
-    "smolvlm-256m": _smolvlm_256m,
+SHAPES = {
+    "llava-1.5-7b": Shape(
+        LlavaConfig, _text(32064, 4096, 11008, 32, 32, 32, **_VICUNA), _CLIP, dict(image_token_index=32000)
+    ),
+    "llava-1.5-13b": Shape(
+        LlavaConfig, _text(32064, 5120, 13824, 40, 40, 40, **_VICUNA), _CLIP, dict(image_token_index=32000)
+    ),
+    "llava-next-7b": Shape(  # llava-v1.6-mistral-7b
+        LlavaNextConfig,
+        _text(32064, 4096, 14336, 32, 32, 8, **_MISTRAL, **_rope(1e6)),
+        _CLIP,
+        dict(image_grid_pinpoints=_TILES, image_token_index=32000),
+    ),
+    "llava-onevision-7b": Shape(  # with the tiles of LlavaOnevisionConfig
+        LlavaOnevisionConfig, _text(152000, 3584, 18944, 28, 28, 4, **_QWEN2, **_rope(1e6)), _SIGLIP, {}
+    ),
+    "qwen2.5-vl-7b": Shape(
+        Qwen2_5_VLConfig,
+        _text(152064, 3584, 18944, 28, 28, 4, max_position_embeddings=128000, rms_norm_eps=1e-6)
+        | dict(use_sliding_window=False, **_rope(1e6, mrope_section=[16, 24, 24])),
+        dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+        | dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        dict(tie_word_embeddings=False),
+    ),
+    "qwen3-vl-8b": Shape(
+        Qwen3VLConfig,
+        _text(151936, 4096, 12288, 36, 32, 8, head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-6)
+        | _rope(5e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
+        dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096)
+        | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24]),
+        dict(tie_word_embeddings=False),
+    ),
+    "internvl3-8b": Shape(
+        InternVLConfig,
+        _text(151674, 3584, 18944, 28, 28, 4, **_QWEN2, **_rope(1e6)),
+        _vit(1024, 4096, 24, 16, image_size=[448, 448], patch_size=[14, 14], attention_bias=True),
+        dict(image_token_id=151667, tie_word_embeddings=False),
+    ),
+    "smolvlm-256m": Shape(
+        SmolVLMConfig,
+        _text(49280, 576, 1536, 30, 9, 3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5, **_rope(1e5)),
+        _vit(768, 3072, 12, 12, image_size=512, patch_size=16),
+        dict(scale_factor=4, image_token_id=49190, tie_word_embeddings=False),
+    ),
 }
 
 
@@ -232,15 +118,10 @@ def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
     """
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}; choose from {', '.join(SHAPES)}")
-    config: Any = SHAPES[name]()
-    depth = config.text_config.num_hidden_layers
-    if layers is not None:
-        if not 1 <= layers <= depth:
-            raise ValueError(f"layers={layers}: {name} has {depth} decoder layers; use 1 to {depth}")
-        config.text_config.num_hidden_layers = layers
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = config.text_config.layer_types[:layers]
-    return config
+    depth = SHAPES[name].text["num_hidden_layers"]
+    if layers is not None and not 1 <= layers <= depth:
+        raise ValueError(f"layers={layers}: {name} has {depth} decoder layers; use 1 to {depth}")
+    return SHAPES[name].build(layers)
 
 
 def random_model(
