@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pages import CROP, LABELS, LETTERS, PATCH, PINPOINTS, SIDE, SMALL_PRINT, TASKS, Page, ask, labels, make_page
 from scenes import CHARACTERS, Question
+from tiny_llava import CHAT_TEMPLATE, IMAGE, load_weights
 from train_common import (
     MEAN,
     STD,
@@ -26,7 +27,7 @@ from train_common import (
     standardise_inputs,
     start,
 )
-from train_tiny_llava import CHAT_TEMPLATE, IMAGE, load_weights, pack, pad_packed, whole_answers
+from train_tiny_llava import pack, pad_packed, whole_answers
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
