@@ -2,7 +2,7 @@
 
     python scripts/soak_workers.py --units 200 --kills 5
 
-Two tasks are split into units of one question each. The cells must equal those of one process that nobody killed.
+Two tasks are split into units of one question each. The cells must equal those of one process that runs undisturbed.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def picture(row: dict, blind: bool) -> Image.Image:
 
 @torch.no_grad()
 def accuracy(model, processor, rows: list[dict], keep: float | None, blind: bool, seed: int = 0) -> list[bool]:
-    """Whether each row is answered right.
+    """Answer each row, and return which of the answers are right.
 
     `keep`: visual tokens kept at random, in order, a count (int) or a share (float); None = all.
     """

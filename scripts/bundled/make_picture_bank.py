@@ -136,7 +136,7 @@ def look(image: Image.Image) -> np.ndarray:
 
 
 def choose(art: dict[str, dict[str, Image.Image]]) -> dict[str, float]:
-    """Pick the things whose held-out look agrees with the training styles, and is nobody else's.
+    """Pick the things whose held-out look agrees with the training styles and with no other thing.
 
     Agreement = mean correlation of the held-out look with the training looks. Greedily from the highest agreement;
     a thing is skipped when a look of its own correlates more with another picked thing than with itself.

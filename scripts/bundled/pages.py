@@ -1,6 +1,6 @@
 """Seeded generator of rendered pages - forms, tables, small print - with true answers.
 
-A page is a pure function of (split, seed). Fonts, photographs behind the text and codes of the two splits are disjoint
+A page is a pure function of (split, seed). Fonts, background photographs and codes of the two splits are disjoint
 (``assets/bank/sources.json``; codes by hash). Pages are printed at the size at which LLaVA-NeXT's anyres cuts them: up
 to four crops of 144 pixels, nothing resized but the thumbnail, no character across a crop's edge.
 """
@@ -135,12 +135,12 @@ class _Press:
         self.lines = [self.size[1] / 2 + (i - count / 2 + 0.5) * LINE + jitter for i in range(count)]
 
     def room(self, x: float) -> int:
-        """How many characters fit between `x` and the right margin, whatever falls on folds."""
+        """Count the characters that fit between `x` and the right margin, whatever falls on folds."""
         folds = sum(x < fold for fold in self.folds)
         return int((self.size[0] - 5 - x - folds * self.advance) / self.advance)
 
     def print(self, text: str, x: float, y: float, *, small: bool = False, **role) -> float:
-        """Print `text` (blanks advance) from `x` on, its middle at height `y`; returns where it ends."""
+        """Print `text` (blanks advance) from `x` on, its middle at height `y`; return where it ends."""
         advance, cell = (self.advance * 0.82, round(self.cell * 0.7)) if small else (self.advance, self.cell)
         half = cell * 0.36  # what a character needs on either side
         for i, char in enumerate(text):

@@ -72,7 +72,7 @@ class Scene:
     split: str
 
     def named(self, kind: str) -> dict[str, list[Item]]:
-        """Items of a kind by name."""
+        """Group the items of a kind by name."""
         out: dict[str, list[Item]] = {}
         for item in self.items:
             if item.kind == kind:
@@ -93,7 +93,7 @@ class Question:
 
 
 def code_split(code: str) -> str:
-    """Split that a sign's code belongs to: one in five is held out."""
+    """Return the split that a sign's code belongs to: one code in five is held out."""
     return "test" if hashlib.sha256(code.encode()).digest()[0] % 5 == 0 else "train"
 
 
@@ -218,7 +218,7 @@ def article(noun: str) -> str:
 
 
 def relation(a: Item, b: Item) -> str:
-    """Where `a` is, seen from `b`: left, right, above, below, or "" when that is not clear-cut."""
+    """Say where `a` is, seen from `b`: left, right, above, below, or "" if that is not clear-cut."""
     dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
     if max(abs(dx), abs(dy)) < 30 or max(abs(dx), abs(dy)) < 1.7 * min(abs(dx), abs(dy)):
         return ""
@@ -245,7 +245,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def ask(scene: Scene, task: str, rng: np.random.Generator) -> Question | None:
-    """One question of a task about the scene, or None when the scene offers none."""
+    """Ask one question of a task about the scene; None if the scene offers none."""
     things, shapes = scene.named("thing"), scene.named("shape")
     absent = [t for t in THINGS if t not in things]
     single = [n for n, group in things.items() if len(group) == 1]

@@ -26,7 +26,7 @@ from vlmslim.training.config import command_line, read_config
 
 
 def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Token ids (144, 4) of the words for what a patch shows - kind, colour, character, tag's owner; -100 = none."""
+    """Return token ids (144, 4) of the words for each patch: kind, colour, character, tag's owner; -100 = none."""
     words = {"kind": [f" {k}" for k in KINDS], "colour": ["", *(f" {c}" for c in COLOURS)],
              "character": ["", *CHARACTERS], "owner": ["", *(f" {t}" for t in THINGS)]}  # fmt: skip
     columns = []
@@ -37,7 +37,7 @@ def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch
 
 
 def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torch.Tensor:
-    """Patches (answer_tokens, 2, 144) that each answer token is read from; the second axis is for two kinds of head.
+    """Return the patches (answer_tokens, 2, 144) that each answer token is read from, for two kinds of head.
 
     Both see the same patches, but for a side question the first sees one item and the second the other. For
     counting they are the copies' centres; for the end token none.
@@ -60,7 +60,7 @@ def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torc
 
 
 def evidence_mass(evidence: torch.Tensor, count: bool) -> torch.Tensor:
-    """Share of the attention (answer_tokens, 2) that evidence shall get: all, but n / (n + 2) for n counted centres.
+    """Return the share of attention (answer_tokens, 2) that evidence shall get: all, or n / (n + 2) for n centres.
 
     An average over copies would lose their number; a share that grows with it keeps it.
     """
@@ -71,7 +71,7 @@ def evidence_mass(evidence: torch.Tensor, count: bool) -> torch.Tensor:
 def pack(
     tokenizer: PreTrainedTokenizerFast, questions: list[Question], chat: bool, visual: int = GRID**2
 ) -> dict[str, torch.Tensor]:
-    """Tokens of one sequence: ids, labels (-100 where not supervised), positions, and each token's turn.
+    """Pack questions into one sequence: ids, labels (-100 where not supervised), positions, and each token's turn.
 
     Turn 0 is what every turn sees: "<s>USER: <image>", `visual` visual tokens. In a `chat` all turns are number 1 and
     follow on.
@@ -149,7 +149,7 @@ def collate(samples: list[dict], pad: int) -> dict:
 def answer_logits(
     model: LlavaForConditionalGeneration, batch: dict
 ) -> tuple[torch.Tensor, torch.Tensor, LlavaModelOutputWithPast]:
-    """Logits (N, vocabulary) and targets (N,) at the supervised positions, and the model's outputs."""
+    """Return logits (N, vocabulary) and targets (N,) at the supervised positions, and the model's outputs."""
     out = model.model(
         input_ids=batch["ids"], pixel_values=normalise(batch["image"]), attention_mask=batch["mask"],
         position_ids=batch["positions"], use_cache=False, output_attentions=True,
@@ -165,7 +165,7 @@ def visual_tokens(out: LlavaModelOutputWithPast) -> torch.Tensor:
 
 
 def pointing_loss(attention: torch.Tensor, batch: dict, image_token: int) -> torch.Tensor:
-    """Cross-entropy between the share of one layer's attention (B, heads, L, L) on the evidence and its target."""
+    """Compare the share of one layer's attention (B, heads, L, L) on the evidence with its target, by cross-entropy."""
     asking = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     first = int((batch["ids"][0] == image_token).nonzero()[0])
     rows = attention.transpose(1, 2)[asking][..., first : first + GRID * GRID].float()  # (N, heads, 144)
@@ -176,7 +176,7 @@ def pointing_loss(attention: torch.Tensor, batch: dict, image_token: int) -> tor
 
 
 def alignment_loss(model: LlavaForConditionalGeneration, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the words for each patch, given its visual token read as if it were the decoder's output.
+    """Compute the cross-entropy of the words for each patch, its visual token read as if it were the decoder's output.
 
     It plays the part of LLaVA's first stage: visual tokens come to lie near the embeddings of the words for them.
     """
@@ -186,7 +186,7 @@ def alignment_loss(model: LlavaForConditionalGeneration, tokens: torch.Tensor, w
 
 
 def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Squared error of column, row and is-an-item's-centre (B, 144), read from visual tokens (B * 144, hidden).
+    """Compute the squared error of column, row and centre (B, 144), read from visual tokens (B * 144, hidden).
 
     They are read along three fixed directions, so that nothing has to be thrown away after training.
     """
@@ -200,7 +200,7 @@ def layout_loss(tokens: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
 
 
 def whole_answers(logits: torch.Tensor, target: torch.Tensor, eos: int) -> list[bool]:
-    """Whether each answer - target tokens (N,) up to and including an `eos` - is the greedy one throughout."""
+    """Return for each answer whether it is greedy throughout; it is the target tokens (N,) up to and with an `eos`."""
     correct = (logits.argmax(-1) == target).tolist()
     ends = (target == eos).nonzero().flatten().tolist()
     return [all(correct[first : end + 1]) for first, end in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
@@ -208,7 +208,7 @@ def whole_answers(logits: torch.Tensor, target: torch.Tensor, eos: int) -> list[
 
 @torch.no_grad()
 def evaluate(model: LlavaForConditionalGeneration, batches: list[dict], accelerator) -> dict[str, float]:
-    """Share of held-out questions whose whole answer is the greedy one, by task."""
+    """Return the share of held-out questions whose whole answer is the greedy one, by task."""
     right: dict[str, list[float]] = {task: [] for task in FAMILIES}
     model.eval()
     for batch in batches:

@@ -46,7 +46,7 @@ class Timer:
 
     @property
     def finished(self) -> bool:
-        """Whether `ms` can be read without waiting for the device."""
+        """Return whether `ms` can be read without waiting for the device."""
         return self._ms is not None or self._stream is None or self._stop.query()
 
     @property

@@ -190,8 +190,8 @@ def time_warm(model: Any, inputs: Mapping, new_tokens: int, clock: ReadClock = t
 def interleave(actions: Mapping[Key, Callable[[], Result]], repeats: int, warmup: int = 1) -> dict[Key, list[Result]]:
     """Call several actions in rounds, because drift of the machine then affects all of them alike.
 
-    Each round has another random order, the same in every run: so the caches and the allocator that an action leaves
-    behind affect all of them alike, too.
+    Each round has another random order, which is the same in every run. So the state in which an action leaves the
+    caches and the allocator affects all of them alike, too.
 
     Returns:
         name -> results of the action in each of `repeats` rounds, after `warmup` rounds that are not recorded.

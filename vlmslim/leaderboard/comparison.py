@@ -64,7 +64,7 @@ class Pair:
 
     @property
     def significant(self) -> bool:
-        """Whether the adjusted p value is below the level."""
+        """True if the adjusted p value is below the level."""
         return self.p_adjusted < LEVEL
 
     def reversed(self) -> "Pair":
@@ -82,7 +82,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stability:
-    """How the answers of a row relate to those of the unpatched model, as shares of the questions.
+    """Answers of a row compared with those of the unpatched model, as shares of the questions.
 
     loyalty   : questions with the same answer
     lost, won : questions whose score fell, and rose; None for a task without scores of single questions
@@ -95,7 +95,7 @@ class Stability:
 
 @dataclass
 class Comparison:
-    """What the single questions say about the rows of a leaderboard.
+    """Results of comparing the rows of a leaderboard question by question.
 
     means     : (label, task) -> mean question score
     intervals : (label, task) -> its 95 % interval, where it is known

@@ -1,4 +1,4 @@
-"""What rows cost, counted in four ways, and where the way of counting decides which method is ahead."""
+"""Costs of rows, counted in four ways, and the pairs of methods whose order depends on the way of counting."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -102,8 +102,8 @@ def _swaps(board: "Leaderboard", here: list[Row], there: list[Row]) -> Iterator[
                 continue
             before, after = (pair.difference for pair in pairs if pair)
             if before * after < 0:
-                ahead, behind = (first, second) if before > 0 else (second, first)
-                yield ahead.label, behind.label, here[0].budget_name, there[0].budget_name
+                better, worse = (first, second) if before > 0 else (second, first)
+                yield better.label, worse.label, here[0].budget_name, there[0].budget_name
 
 
 def _kind(row: Row) -> tuple[str, ...]:

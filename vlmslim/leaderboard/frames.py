@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Frames(NamedTuple):
-    """What a leaderboard holds, one line for each row, cell, answer or pair.
+    """Data frames of a leaderboard, with one line for each row, cell, answer or pair.
 
     rows    : label, budget, stages, the average and its interval, rank, cost, times, provenance
     cells   : label, task, metric, and the score with its interval, the questions lost and won, the loyalty

@@ -16,7 +16,7 @@ PROVENANCE = ("config_hash", "seed", "versions", "git_commit", "method_versions"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a prompt costs, averaged over the images or prompts of all tasks.
+    """Cost of a prompt, averaged over the images or prompts of all tasks.
 
     requested  : visual tokens that the budget asks for, per image; None where the method decides
     kept       : visual tokens that enter the language model, per image
@@ -90,7 +90,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StageActivity:
-    """How often one stage of a row acted, over the prompts of all tasks.
+    """Prompts of all tasks on which one stage of a row acted.
 
     name      : the stage's method
     layers    : decoder layers at which the stage acts; empty before the language model
@@ -125,7 +125,7 @@ class StageActivity:
 
     @property
     def never_acted(self) -> bool:
-        """Whether the stage dropped nothing, although it was not asked to keep all tokens."""
+        """True if the stage dropped nothing, although it was not asked to keep all tokens."""
         return self.acted == 0 < self.prompts and not self.keeps_all
 
 

@@ -59,7 +59,7 @@ class ScoredTask:
 
     @property
     def right_or_wrong(self) -> bool:
-        """Whether every question is either right (1) or wrong (0)."""
+        """True if every question is either right (1) or wrong (0)."""
         return bool(np.isin(self.scores, (0.0, 1.0)).all())
 
 

@@ -1,4 +1,4 @@
-"""How far papers lie apart that report the same method at the same budget on the same model."""
+"""Differences between papers that report the same method at the same budget on the same model."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from vlmslim.leaderboard.published_tables import Paper
 
 @dataclass(frozen=True)
 class Report:
-    """What one table says about a method at a budget.
+    """One table's average of a method at a budget.
 
     average : in per cent of the unpatched model, over the paper's own tasks
     known   : what is known of the table's choices
@@ -21,7 +21,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Spread:
-    """What papers report for one method at one budget on one model, the lowest first."""
+    """Averages that papers report for one method at one budget on one model, the lowest first."""
 
     name: str
     keep: int | float

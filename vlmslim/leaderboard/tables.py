@@ -22,7 +22,7 @@ class Column:
 
     texts  : one text per row
     medals : label -> 1 for the best row, 2 for a row that is not significantly worse
-    task   : whose questions stand behind the texts; None where they are not of one task
+    task   : the task whose questions the texts are about; None if they are not about one task
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What runs in vLLM's workers: the stock tower and projector encode images, and a method compresses them.
+"""Encode images in vLLM's workers: vLLM's own tower and projector encode them, and a method compresses them.
 
 The classes are mixed into vLLM's models. They rely on some of vLLM's internals (`_process_image_input`, the layers of
 its towers), which is why the extra `vlmslim[vllm]` names a range of versions.

@@ -1,4 +1,4 @@
-"""What a vLLM engine is asked to do to its images, or why it cannot. Nothing here imports vLLM."""
+"""Plan how a vLLM engine compresses its images, or say why it cannot. Nothing here imports vLLM."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def command(method: str, checkpoint: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one engine compresses.
+    """The method of one engine.
 
     method : the one stage, set up on the model that transformers would build
     digest : changes with the method, its options and its trained weights

@@ -1,4 +1,4 @@
-"""What runs in vLLM's API server: a prompt gets as many placeholders as its images keep tokens."""
+"""Give a prompt in vLLM's API server as many placeholders as its images keep tokens."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

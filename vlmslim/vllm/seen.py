@@ -8,7 +8,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 
 
 class Seen:
-    """What passed through tower and projector while images were encoded.
+    """Tensors that passed through tower and projector while images were encoded.
 
     pixels, tower : of all crops, one entry for each run
     layers        : tower layer, as the method names it -> its inputs, likewise
