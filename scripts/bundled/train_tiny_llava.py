@@ -39,7 +39,7 @@ def patch_words(labels: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> torch
 def evidence(labels: np.ndarray, question: Question, answer_tokens: int) -> torch.Tensor:
     """Return the patches (answer_tokens, 2, 144) that each answer token is read from, for two kinds of head.
 
-    Both see the same patches, but for a side question the first sees one item and the second the other. For
+    Both see the same patches, except in a side question: there the first sees one item and the second the other. For
     counting they are the copies' centres; for the end token none.
     """
     column = {name: labels[:, i] for i, name in enumerate(LABELS)}
