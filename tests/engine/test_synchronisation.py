@@ -28,7 +28,7 @@ from watch import Watch
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
-from vlmslim.registry import options_of
+from vlmslim.registry import options_of, parse_method
 
 LOOKS = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -103,6 +103,23 @@ def test_a_method_waits_for_the_device_only_if_it_says_so(name, family, device, 
             return
     assert logits.device.type == "cuda" and logits.shape[:2] == inputs["input_ids"].shape
     assert not reasons, f"{name} says {reasons}, but looks at no value"
+
+
+@pytest.mark.parametrize(
+    "family, spec",
+    [
+        ("llava", "tokencorr:beta=0.1"),
+        ("llava", "tokencorr:keep=5:sampling=multinomial"),
+        ("next", "globalcom2:mode=released"),
+    ],
+)
+@torch.no_grad()
+def test_an_option_may_make_a_method_wait(family, spec, device, monkeypatch):
+    model, inputs = on_device(family, [*ROWS, SEVERAL[0]], monkeypatch)
+    with vlmslim.patch(model, [parse_method(spec)]) as slim:
+        assert slim.stages[0].method.reads_back
+        with pytest.raises((*LOOKS, RuntimeError)):
+            model(**inputs)
 
 
 @pytest.mark.parametrize(

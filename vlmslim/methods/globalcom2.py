@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector, check_choices
 from vlmslim.engine.families import family_of, has_cls
+from vlmslim.engine.layout import to_device
 from vlmslim.ops.attention import cls_attention, cls_logits
 from vlmslim.ops.newlines import NEWLINES, fill_budget
 from vlmslim.ops.ranking import full_precision, rank_within_groups
@@ -47,8 +49,6 @@ class GlobalCom2(Selector):
     positions   : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
-    reads_back = "budgets of crops are shared out on the host, in fp64"
-
     keep: Keep = 0.25
     mode: str = "corrected"
     score: str = "auto"
@@ -65,6 +65,8 @@ class GlobalCom2(Selector):
         )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: give a positive number; the paper uses 10")
+        if self.mode == "released":
+            self.reads_back = "the budget of each crop is rounded down, so the scores decide how many tokens stay"
 
     def setup(self, model: Any) -> None:
         """Choose `score` for this tower.
@@ -89,19 +91,17 @@ class GlobalCom2(Selector):
         self.tower_layers = () if self.score == "distance" else (-1,)  # the last, whose CLS query scores the patches
 
     def compress(self, image: ImageTokens) -> Compressed:
-        """Score on the device, and decide on the CPU in fp64, which costs one copy of n numbers."""
+        """Score and decide on the device, in fp64; the host knows the places of all tokens."""
         n, device = len(image.features), image.features.device
         k = self.budget(image)
-        grid = torch.from_numpy(image.grid_on_host)
-        tiled = bool((grid[:, 0] > 0).any())  # unpadding leaves nothing of the mosaic of a very narrow strip
+        tiled = bool((image.grid_on_host[:, 0] > 0).any())  # unpadding leaves nothing of a very narrow strip's mosaic
         if k == n or self.mode == "released" and (image.video or not tiled):
             return image.pick(torch.arange(n, device=device))
         image.score = self.own_scores(image)
-        score = image.score.cpu().double()
         if self.mode == "corrected":
-            return image.pick(self._corrected(image, grid, score, k).to(device))
-        share = self.keep if isinstance(self.keep, float) else k / n
-        order = release_order(score, grid, image.tiles, image.side, share, self.temperature)
+            return image.pick(self._corrected(image, image.score.double(), k))
+        grid, share = torch.from_numpy(image.grid_on_host), self.keep if isinstance(self.keep, float) else k / n
+        order = release_order(image.score.cpu().double(), grid, image.tiles, image.side, share, self.temperature)
         newlines = (grid[:, 0] < 0).nonzero()[:, 0]  # all are the same vector
         number = (order < 0).cumsum(0).sub(1).clamp(min=0, max=len(newlines) - 1)
         index = torch.where(order < 0, newlines[number], order)
@@ -110,61 +110,70 @@ class GlobalCom2(Selector):
     def own_scores(self, image: ImageTokens) -> Tensor:
         """Score each patch within its own view: (n,) fp32, meaningless at newlines."""
         if self.score == "distance" or image.video:
-            return unlikeness(image.features, image.grid[:, 0])
+            return unlikeness(image.features, image.grid[:, 0], views=int(image.grid_on_host[:, 0].max()) + 1)
         return image.at_tokens({"logit": cls_logits, "softmax": cls_attention}[self.score](*image.qk(-1)))
 
-    def _corrected(self, image: ImageTokens, grid: Tensor, score: Tensor, k: int) -> Tensor:
+    def _corrected(self, image: ImageTokens, score: Tensor, k: int) -> Tensor:
         """Return the k tokens to keep, ascending."""
-        patch = (grid[:, 1] >= 0).nonzero()[:, 0]
-        view, score = grid[patch, 0], score[patch]
-        weight = torch.ones(1, dtype=score.dtype)
+        grid = image.grid_on_host
+        patches = np.flatnonzero(grid[:, 1] >= 0)
+        patch, view = to_device(score.device, patches, grid[patches, 0])
+        views, score = int(grid[:, 0].max()) + 1, score[patch]
         if image.video:
-            global_score = unlikeness(image.features, image.grid[:, 0].clamp(max=0)).cpu().double()[patch]
-            total = torch.zeros(int(view.max()) + 1, dtype=score.dtype).index_add(0, view, global_score)
-            weight, score = crop_weights(total, self.temperature), combined_score(score, global_score, view)
-        elif image.tiles[1] and (view > 0).any():
-            weight, score = self._led_by_thumbnail(image, view, score, lines=int((grid[:, 0] < 0).sum()))
+            global_score = unlikeness(image.features, image.grid[:, 0].clamp(max=0), views=1).double()[patch]
+            weight = crop_weights(sums_within(global_score, view, views), self.temperature)
+            score = combined_score(score, global_score, view, views)
+        elif image.tiles[1] and views > 1:
+            weight, score = self._led_by_thumbnail(image, score)
+        else:
+            weight = score.new_ones(views)
         order = patch[merge_rankings_by_quota(score, view, weight)]
-        return fill_budget(order, grid.numpy(), image.tiles, k, self.newline).sort().values
+        return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
 
-    def _led_by_thumbnail(self, image: ImageTokens, view: Tensor, score: Tensor, lines: int) -> tuple[Tensor, Tensor]:
+    def _led_by_thumbnail(self, image: ImageTokens, score: Tensor) -> tuple[Tensor, Tensor]:
         """Let the thumbnail weigh the crops and their patches.
 
         Args:
-            image: the image.
-            view: (t,) the view of each patch, 0 for the thumbnail.
+            image: the image, whose thumbnail comes first.
             score: (t,) each patch's score within its view.
-            lines: rows of tokens in the mosaic.
 
         Returns:
             Weights (1 + crops,) of the views, thumbnail first, and final scores (t,).
         """
-        tiled = view > 0
-        thumbnail, tile = score[~tiled].view(image.side, image.side), view[tiled] - 1
+        crop, own = image.grid_on_host[:, 0], image.side**2
+        tile, lines = crop[crop > 0] - 1, int((crop < 0).sum())
+        thumbnail, score_of_crops = score[:own], score[own:]
+        thumbnail = thumbnail.view(image.side, image.side)
         weight = crop_weights(covered_sums(thumbnail, tile, image.tiles), self.temperature)
         global_score = stretch(thumbnail, lines, len(tile) // lines).flatten()
-        final = score.clone()
-        final[tiled] = combined_score(score[tiled], global_score, tile)
-        return torch.cat([weight.new_ones(1), weight]), final
+        (group,) = to_device(score.device, tile)
+        final = combined_score(score_of_crops, global_score, group, len(weight))
+        return torch.cat([weight.new_ones(1), weight]), torch.cat([score[:own], final])
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
+def sums_within(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum x (t, ...) within groups (t,): (groups, ...). The product, unlike a scattered sum, repeats on a GPU."""
+    return F.one_hot(group, groups).T.to(x) @ x
+
+
 @full_precision
-def unlikeness(x: Tensor, group: Tensor) -> Tensor:
-    """Compute minus the cosine between each token and the mean token of its group.
+def unlikeness(x: Tensor, view: Tensor, views: int) -> Tensor:
+    """Compute minus the cosine between each token and the mean token of its view.
 
     Args:
         x: (n, d) tokens.
-        group: (n,) integers >= -1.
+        view: (n,) integers in [-1, views); newlines, at -1, are a view of their own.
+        views: number of views.
 
     Returns:
         (n,).
     """
-    total = F.one_hot(group + 1).T.to(x) @ x  # because scattered sums on a GPU do not repeat to the last bit
-    cosine = F.normalize(x, dim=-1) @ F.normalize(total, dim=-1).T  # with the mean of every group: there are few
-    return -cosine.gather(1, group[:, None] + 1)[:, 0]
+    total = sums_within(x, view + 1, views + 1)
+    cosine = F.normalize(x, dim=-1) @ F.normalize(total, dim=-1).T  # with the mean of every view: there are few
+    return -cosine.gather(1, view[:, None] + 1)[:, 0]
 
 
 def stretch(thumbnail: Tensor, height: int, width: int) -> Tensor:
@@ -172,14 +181,13 @@ def stretch(thumbnail: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(thumbnail[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
 
-def combined_score(own: Tensor, global_score: Tensor, crop: Tensor) -> Tensor:
-    """Add own and global scores, each scaled to unit length within a crop: (t,), (t,) and (t,) >= 0 -> (t,)."""
-    return _unit_within(own, crop) + _unit_within(global_score, crop)
+def combined_score(own: Tensor, global_score: Tensor, crop: Tensor, crops: int) -> Tensor:
+    """Add own and global scores (t,), each scaled to unit length within its crop (t,): (t,)."""
+    return _unit_within(own, crop, crops) + _unit_within(global_score, crop, crops)
 
 
-def _unit_within(x: Tensor, group: Tensor) -> Tensor:
-    norm = x.new_zeros(int(group.max()) + 1).index_add(0, group, x.square()).sqrt().clamp(min=1e-12)
-    return x / norm[group]
+def _unit_within(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    return x / sums_within(x.square(), group, groups).sqrt().clamp(min=1e-12)[group]
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------
@@ -200,7 +208,7 @@ def crop_weights(total: Tensor, temperature: float) -> Tensor:
     return 1 + share - share.mean()
 
 
-def covered_sums(thumbnail: Tensor, tile: Tensor, tiles: tuple[int, int]) -> Tensor:
+def covered_sums(thumbnail: Tensor, tile: np.ndarray, tiles: tuple[int, int]) -> Tensor:
     """Sum the thumbnail's score over the part that each crop covers, scaled to parts of average size.
 
     The thumbnail shows the picture without padding, so the outer crops of a padded mosaic cover less of it. Means of
@@ -216,19 +224,22 @@ def covered_sums(thumbnail: Tensor, tile: Tensor, tiles: tuple[int, int]) -> Ten
         (rows * columns,); -inf for a crop that consists of padding.
     """
     side, (rows, columns) = len(thumbnail), tiles
-    down = _overlap((tile // columns).bincount(minlength=rows), side)
-    across = _overlap((tile % columns).bincount(minlength=columns), side)
+    down, across = to_device(
+        thumbnail.device,
+        _overlap(np.bincount(tile // columns, minlength=rows), side),
+        _overlap(np.bincount(tile % columns, minlength=columns), side),
+    )
     area = down.sum(1)[:, None] * across.sum(1)
     mean = (down @ thumbnail.double() @ across.T) / area
     return torch.where(area > 0, mean, -torch.inf).flatten() * (side**2 / (rows * columns))
 
 
-def _overlap(length: Tensor, cells: int) -> Tensor:
+def _overlap(length: np.ndarray, cells: int) -> np.ndarray:
     """Cut a line into `cells` equal cells, and into parts of `length` (parts,); return overlaps (parts, cells)."""
-    end = length.cumsum(0)[:, None].double() * cells / length.sum()
-    start = torch.cat([end.new_zeros(1, 1), end[:-1]])
-    cell = torch.arange(cells, device=end.device)
-    return (torch.minimum(end, cell + 1) - torch.maximum(start, cell)).clamp(min=0)
+    end = length.cumsum() * cells / length.sum()
+    start = np.append(0, end[:-1])
+    cell = np.arange(cells)
+    return (np.minimum(end[:, None], cell + 1) - np.maximum(start[:, None], cell)).clip(min=0)
 
 
 def merge_rankings_by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Tensor:
@@ -247,7 +258,7 @@ def merge_rankings_by_quota(score: Tensor, group: Tensor, weight: Tensor) -> Ten
         (t,) indices, first turn first.
     """
     rank = rank_within_groups(score[None], group[None])[0]
-    size = group.bincount(minlength=len(weight))
+    size = sums_within(torch.ones_like(score), group, len(weight))
     return ((rank + 0.5) / (weight.double() * size)[group]).argsort(stable=True)
 
 
@@ -289,7 +300,8 @@ def release_order(
     ratio = (share * crop_weights(release_sums(thumbnail, tiles), temperature)).clamp(max=1)
     count = (tile.bincount(minlength=len(ratio)) * ratio).long()
     height = int((crop < 0).sum())
-    final = combined_score(score[mosaic], stretch(thumbnail, height, len(mosaic) // height).flatten(), tile)
+    global_score = stretch(thumbnail, height, len(mosaic) // height).flatten()
+    final = combined_score(score[mosaic], global_score, tile, len(ratio))
     kept = rank_within_groups(final[None], tile[None])[0] < count[tile]
     # The fault: a token's number among the valid tokens of its crop is taken for its place in the padded crop.
     number = rank_within_groups(torch.zeros(1, len(tile)), tile[None])[0]

@@ -70,7 +70,7 @@ def _check_selection(arrays: dict[str, np.ndarray]) -> None:
     command = stretch(thumbnail, height, len(at) // height).flatten()
     by_crop = tile.argsort(stable=True)
     np.testing.assert_allclose(command[by_crop].numpy(), arrays["global_on_crops"], rtol=1e-5, atol=1e-5)
-    weight, final = crop_weights(release_sums(thumbnail, tiles), 10.0), combined_score(score[at], command, tile)
+    weight, final = crop_weights(release_sums(thumbnail, tiles), 10.0), combined_score(score[at], command, tile, crops)
     for share in arrays["ratios"].tolist():
         want = {k.split("_", 1)[1]: v for k, v in arrays.items() if k.startswith(f"R{round(share * 100):03d}_")}
         ratio = (share * weight).clamp(max=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from vlmslim.compressor import (
     settle_positions,
 )
 from vlmslim.engine.families import encoder_layers, feature_layers, has_cls
+from vlmslim.engine.layout import to_device
 from vlmslim.ops.attention import cls_attention, received_attention
 from vlmslim.ops.newlines import NEWLINES, fill_budget, row_end_newline
 from vlmslim.ops.ranking import full_precision
@@ -29,7 +31,7 @@ from vlmslim.ops.ranking import full_precision
 
 @dataclass
 class View:
-    """The scores of one crop (or frame) of m patches. All but `keys` are on the CPU.
+    """The scores of one crop (or frame) of m patches.
 
     slots  : (m,) where its patches are among the image's tokens
     keys   : (m, v) keys of the low layer, all heads side by side
@@ -109,8 +111,6 @@ class TokenCorr(Compressor):
     positions  : rotary positions: "auto", "original" or "renumbered"
     """
 
-    reads_back = "repetition decides how many patches stay, crop by crop"
-
     keep: Keep | None = None
     alpha: float = 0.8
     beta: float = 0.05
@@ -150,6 +150,10 @@ class TokenCorr(Compressor):
             raise ValueError(f"iqr={self.iqr}: give a number from 0 on; the usual factor is 1.5")
         if self.neighbours < 1:
             raise ValueError(f"neighbours={self.neighbours}: give at least 1, or use merge='none'")
+        if self.keep is None:
+            self.reads_back = "repetition decides how many patches stay"
+        elif self.sampling == "multinomial":
+            self.reads_back = "the draw is seeded by a hash of the pixels"
 
     def setup(self, model: Any) -> None:
         """Find the tower's layers."""
@@ -164,40 +168,42 @@ class TokenCorr(Compressor):
         self.substitutes = () if self.cls else ("received",)
 
     def compress(self, image: ImageTokens) -> Compressed:
-        """Score on the device, decide on the CPU, merge on the device."""
+        """Score, sample and merge on the device."""
         n, device = len(image.features), image.features.device
         k = None if self.keep is None else resolve_keep(self.keep, n)
         if k == n:
             return image.pick(torch.arange(n, device=device))
-        grid, views = torch.from_numpy(image.grid_on_host), self.views(image)
-        index = self._by_density(grid, views, image.tiles) if k is None else self._by_rank(grid, views, image.tiles, k)
-        if self.merge == "none":
-            return image.pick(index.to(device))
-        features = self._merged(image, views, index)
+        views = self.views(image)
+        index = self._by_density(image, views) if k is None else self._by_rank(image, views, k)
+        if self.merge == "none" or not views:
+            return image.pick(index)
         made_of = partial(self._made_of, n, views, index)
-        return Compressed(features[index.to(device)], index.to(device), made_of=made_of)
+        return Compressed(self._merged(image, views, index), index, made_of=made_of)
 
     def views(self, image: ImageTokens) -> list[View]:
         """Score each crop that is to be compressed."""
-        grid, grid_cpu = image.grid, torch.from_numpy(image.grid_on_host)
+        grid, device = image.grid_on_host, image.features.device
         low_keys, *attention = self._maps(image)
         noise = None
         if self.sampling == "multinomial":
-            noise = torch.rand(len(grid), generator=image.generator(self.seed), dtype=torch.float64)
-        beside_crops = self.thumbnail == "auto" and self.keep is None and image.tiles[1] > 0
-        spared = not image.video and (self.thumbnail == "keep" or beside_crops)
+            noise = torch.rand(len(grid), generator=image.generator(self.seed), dtype=torch.float64).to(device)
         views = []
-        for crop in range(1 if spared else 0, int(grid_cpu[:, 0].max()) + 1):
-            slots = ((grid_cpu[:, 0] == crop) & (grid_cpu[:, 1] >= 0)).nonzero()[:, 0]
-            if not len(slots):
+        for crop in range(self._spares_thumbnail(image), int(grid[:, 0].max()) + 1):
+            places = np.flatnonzero((grid[:, 0] == crop) & (grid[:, 1] >= 0))
+            if not len(places):
                 continue  # the crop consists of padding
-            row, column = grid[slots.to(grid.device), 1:].unbind(1)
+            slots, row, column = to_device(device, places, *grid[places, 1:].T)
             keys = low_keys[crop][row, column]
-            low, deep = (x[crop][row, column].cpu() for x in attention)
-            repeat = repetition(keys, int(self.beta * len(slots))).cpu()
+            low, deep = (x[crop][row, column] for x in attention)
+            repeat = repetition(keys, int(self.beta * len(places)))
             draw = low if noise is None else gumbel(low, noise[slots])
             views.append(View(slots, keys, repeat, low, deep, draw, self.iqr))
         return views
+
+    def _spares_thumbnail(self, image: ImageTokens) -> bool:
+        """Tell whether crop 0 is kept whole."""
+        beside_crops = self.thumbnail == "auto" and self.keep is None and image.tiles[1] > 0
+        return not image.video and (self.thumbnail == "keep" or beside_crops)
 
     def _maps(self, image: ImageTokens) -> tuple[Tensor, Tensor, Tensor]:
         """Return low keys (c, side, side, v), low and deep attention (c, side, side), on the grid of the tokens."""
@@ -214,69 +220,55 @@ class TokenCorr(Compressor):
             low, deep = (_resized(x[:, None], side)[:, 0] for x in (low, deep))
         return keys, low, deep
 
-    def _by_density(self, grid: Tensor, views: list[View], tiles: tuple[int, int]) -> Tensor:
+    def _by_density(self, image: ImageTokens, views: list[View]) -> Tensor:
         """Return the tokens that the page's density asks for, ascending."""
-        keep = torch.ones(len(grid), dtype=torch.bool)
+        newline = image.grid[:, 0] < 0
+        keep = torch.ones_like(newline)
         for view in views:
             keep[view.slots] = view.keep(self.alpha)
         if self.newline != "all":
-            keep &= grid[:, 0] >= 0
+            keep &= ~newline
         if self.newline == "rows":
-            end = torch.from_numpy(row_end_newline(grid.numpy(), tiles))
+            (end,) = to_device(keep.device, row_end_newline(image.grid_on_host, image.tiles))
             keep[end[keep & (end >= 0)]] = True
         return keep.nonzero()[:, 0]
 
-    def _by_rank(self, grid: Tensor, views: list[View], tiles: tuple[int, int], k: int) -> Tensor:
+    def _by_rank(self, image: ImageTokens, views: list[View], k: int) -> Tensor:
         """Return the k tokens that are kept when sampling stops at k, ascending."""
-        rest = grid[:, 1] >= 0  # patches without a view come first: a thumbnail that is kept whole
-        for view in views:
-            rest[view.slots] = False
-        first = rest.nonzero()[:, 0]
-        if k <= len(first):
+        grid = image.grid_on_host
+        whole = np.flatnonzero((grid[:, 0] == 0) & (grid[:, 1] >= 0) & self._spares_thumbnail(image))
+        if k <= len(whole):
             raise ValueError(
-                f"keep={k} leaves no room for crops beside the thumbnail's {len(first)} tokens; "
+                f"keep={k} leaves no room for crops beside the thumbnail's {len(whole)} tokens; "
                 "keep more, or use thumbnail='compress'"
             )
-        return fill_budget(torch.cat([first, by_novelty(views)]), grid.numpy(), tiles, k, self.newline).sort().values
+        first = to_device(image.features.device, whole)
+        order = torch.cat([*first, by_novelty(views)]) if views else first[0]
+        return fill_budget(order, grid, image.tiles, k, self.newline).sort().values
 
     def _merged(self, image: ImageTokens, views: list[View], index: Tensor) -> Tensor:
-        """Return the image's features (n, d), in which kept patches have taken in dropped ones."""
-        device, grid = image.features.device, image.grid
-        kept = torch.zeros(len(image.features), dtype=torch.bool)
-        kept[index] = True
+        """Return the image's tokens at `index` (k,), which have taken in dropped ones: (k, d)."""
+        features = image.features
+        kept = torch.zeros(len(features), dtype=torch.bool, device=features.device).index_fill(0, index, True)
         before_projector = _one_patch_each(image)
-        places, merged = [], []
-        for view in views:
-            keep = kept[view.slots]
-            if keep.all() or not keep.any():
-                continue
-            slots, keep = view.slots.to(device), keep.to(device)
-            if before_projector:
-                crop, row, column = grid[slots].unbind(1)
-                ahead = image.tower.shape[1] - image.side**2  # a CLS token among the features
-                x = image.tower[crop, ahead + row * image.side + column]
-            else:
-                x = image.features[slots]
-            merged.append(absorb(x, view.keys, view.low.to(device), keep, self.merge, self.neighbours))
-            places.append(slots[keep])
-        if not merged:
-            return image.features
-        y = torch.cat(merged)
+        own = image.tower_tokens if before_projector else features
+        slots = torch.cat([view.slots for view in views])
+        merged = [absorb(own[v.slots], v.keys, v.low, kept[v.slots], self.merge, self.neighbours) for v in views]
+        takes = [(~kept[v.slots]).any().expand(len(v.slots)) for v in views]  # else its tokens stay as they are
+        y = own.float().index_copy(0, slots, torch.cat(merged))[index]
+        changed = torch.zeros_like(kept).index_copy(0, slots, torch.cat(takes))[index]
         if before_projector:
             y = image.project(y)
-        return image.features.index_copy(0, torch.cat(places), y.to(image.features))
+        return torch.where(changed[:, None], y.to(features), features[index])
 
     def _made_of(self, n: int, views: list[View], index: Tensor) -> Tensor:
         """Return how much of each of the image's n tokens is in each kept one, as `Compressed.made_of`."""
-        weights, kept = torch.eye(n), torch.zeros(n, dtype=torch.bool)
-        kept[index] = True
+        weights = torch.eye(n, device=index.device)
+        kept = torch.zeros(n, dtype=torch.bool, device=index.device).index_fill(0, index, True)
         for view in views:
-            slots, keep = view.slots, kept[view.slots]
-            if not keep.all() and keep.any():
-                device = view.keys.device
-                own = torch.eye(len(slots), device=device), view.keys, view.low.to(device), keep.to(device)
-                taken = absorb(*own, self.merge, self.neighbours).cpu()
-                weights[slots[keep]] = torch.zeros(len(taken), n).index_copy(1, slots, taken)
+            own = torch.eye(len(view.slots), device=index.device)
+            taken = absorb(own, view.keys, view.low, kept[view.slots], self.merge, self.neighbours)
+            weights[view.slots] = weights.new_zeros(len(own), n).index_copy(1, view.slots, taken)
         return weights[index]
 
 
@@ -295,7 +287,7 @@ def _one_patch_each(image: ImageTokens) -> bool:
     """
     if image.video:
         return False
-    component, row, column = image.mosaic.unbind(1)
+    component, row, column = image.mosaic_on_host.T
     tiled = component == 1
     if not image.tiles[1] or not tiled.any():
         return True
@@ -330,7 +322,7 @@ def repetition(keys: Tensor, limit: int) -> Tensor:
 
 def beyond_quartiles(x: Tensor, factor: float = 1.5) -> Tensor:
     """Mark the numbers x (m,) that lie more than `factor` interquartile ranges above the third quartile: (m,) bool."""
-    low, high = x.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    low, high = (x.double().quantile(share) for share in (0.25, 0.75))
     return x > high + factor * (high - low)
 
 
@@ -351,12 +343,10 @@ def by_novelty(views: list[View]) -> Tensor:
     Returns:
         (t,) tokens of the image.
     """
-    if not views:
-        return torch.empty(0, dtype=torch.long)
     ranked = [(v.slots[v.ranked], v.repeat.sort().values, v.outlier[v.ranked], v.deep[v.ranked]) for v in views]
     slots, due, outlier, deep = map(torch.cat, zip(*ranked, strict=True))
-    first = slots[outlier][deep[outlier].argsort(descending=True, stable=True)]
-    return torch.cat([first, slots[~outlier][due[~outlier].argsort(stable=True)]])
+    order = torch.where(outlier, -deep, due).argsort(stable=True)
+    return slots[order[(~outlier[order]).byte().argsort(stable=True)]]
 
 
 def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "knn", neighbours: int = 32) -> Tensor:
@@ -366,17 +356,18 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
         x: (m, v) features; gradients pass.
         keys: (m, w), by whose cosine patches are similar.
         weight: (m,) positive.
-        keep: (m,) bool, neither all nor none.
+        keep: (m,) bool.
         merge: "knn" or "assign", as in `TokenCorr`.
         neighbours: of each kept patch for "knn"; several kept patches may take in the same dropped patch.
 
     Returns:
-        (kept, v) in fp32.
+        (m, v) in fp32, of which the rows of kept patches count.
     """
     with torch.autocast(x.device.type, enabled=False):
         with torch.no_grad():
             keys = F.normalize(keys.float(), dim=-1)
-            similarity = keys[keep] @ keys[~keep].T  # (kept, dropped)
+            pairs = keep[:, None] & ~keep  # (m, m) a kept patch in the row, a dropped one in the column
+            similarity = (keys @ keys.T).masked_fill(~pairs, -torch.inf)
             taken = torch.zeros_like(similarity)
             if merge == "knn":
                 nearest = similarity.sort(dim=1, descending=True, stable=True).indices[:, :neighbours]
@@ -384,6 +375,7 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
             else:
                 taken.scatter_(0, similarity.sort(dim=0, descending=True, stable=True).indices[:1], 1)
             weight = weight.float().clamp(min=torch.finfo(torch.float32).tiny)  # a softmax may underflow
-            own, share = weight[keep][:, None], taken * weight[~keep]
-            total = own + share.sum(1, keepdim=True)
-        return (own * x[keep].float() + share @ x[~keep].float()) / total
+            share = taken * pairs * weight
+            total = weight + share.sum(1)
+        x = x.float()
+        return (weight[:, None] * x + share @ x) / total[:, None]
