@@ -53,6 +53,13 @@ def test_exact_ties_go_to_the_lower_index():
     assert conditional_diversity(x, relevance, 8)[0].tolist()[-1] == 3
 
 
+@some
+@given(seeds, st.integers(2, 40))
+def test_equally_relevant_tokens_tie(seed, n):
+    """The norms of normalised tokens differ in their last bits, and these must not pick the first token."""
+    assert int(conditional_diversity(noise(seed, 1, n, 24), torch.ones(1, n), 1)) == 0
+
+
 def test_relevance_is_scaled_over_the_tokens_that_count():
     score, counts = torch.tensor([1.0, 3.0, 2.0, 99.0]), torch.tensor([True, True, True, False])
     torch.testing.assert_close(scaled(score, counts)[:3], torch.tensor([0, 1, 0.5]), atol=1e-5, rtol=0)
