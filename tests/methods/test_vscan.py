@@ -48,7 +48,7 @@ def test_it_is_the_rule_of_windows(seed, rows, columns, side, data):
     generator = torch.Generator().manual_seed(seed)
     shallow, deep = torch.randint(1, 5, (2, n), generator=generator) / 4
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(n, 2)
-    local, others = local_and_global(shallow, deep, windows(place, side), k, half)
+    local, others = local_and_global(shallow, deep, windows(place.numpy(), side), k, half)
     got = local.tolist() + others.tolist()
     assert got == plain(shallow.tolist(), deep.tolist(), place.tolist(), side, k, half)
 

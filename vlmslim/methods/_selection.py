@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from vlmslim.compressor import Compressed, ImageTokens, Selector, check_choices
 from vlmslim.engine.families import family_of, has_cls, tower
+from vlmslim.engine.layout import to_device
 from vlmslim.ops.attention import cls_attention, received_attention
 from vlmslim.ops.budgets import share_out
 from vlmslim.ops.centring import centred
@@ -27,12 +28,14 @@ class Pool:
     slots : (m,) their positions among the image's tokens
     k     : how many of them to choose
     read  : tensors (m, ...) with what the search reads of each token
+    slots_on_host : the same as `slots`, so that what follows from places needs no waiting for the device
     """
 
     image: ImageTokens
     slots: Tensor
     k: int
     read: tuple[Tensor, ...]
+    slots_on_host: np.ndarray
 
 
 @dataclass
@@ -153,20 +156,19 @@ class Selection(Selector):
     def pools(self, image: ImageTokens, k: int) -> list[Pool]:
         """Return the pools of an image of which k tokens are to be kept; those without a budget are left out."""
         n, device = len(image.features), image.features.device
-        slots = [torch.arange(n, device=device)]
+        own = [np.arange(n)]
         if k < n and (self.newline != "pool" or self.pool == "view"):
             crop = image.grid_on_host[:, 0]
             kinds = np.unique(crop[crop >= 0]) if self.pool == "view" else [None]
             own = [np.flatnonzero(crop >= 0 if kind is None else crop == kind) for kind in kinds]
-            slots = [torch.from_numpy(each).to(device, non_blocking=True) for each in own]
-        sizes = [len(own) for own in slots]
+        sizes = [len(places) for places in own]
         budgets = share_out(min(k, sum(sizes)), sizes)
-        if self.mode == "released" and len(slots) > 1:
-            budgets = [min(max(1, k // len(slots)), size) for size in sizes]
+        if self.mode == "released" and len(own) > 1:
+            budgets = [min(max(1, k // len(own)), size) for size in sizes]
         read = self.read(image)
         return [
-            Pool(image, own, budget, tuple(x[own] for x in read))
-            for own, budget in zip(slots, budgets, strict=True)
+            Pool(image, slots, budget, tuple(x[slots] for x in read), places)
+            for slots, places, budget in zip(to_device(device, *own), own, budgets, strict=True)
             if budget
         ]
 

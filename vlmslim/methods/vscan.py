@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
 from vlmslim.engine.families import encoder_layers
+from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, interleave
 from vlmslim.methods.pyramiddrop import PyramidDrop
 from vlmslim.ops.ranking import full_precision, rank_within_groups
@@ -21,8 +23,6 @@ class VScanEntrance(ScoredSelection):
 
     The options are those of `VScan`.
     """
-
-    reads_back = "windows have as many patches as the picture leaves them"
 
     pool = "view"
     compares = False
@@ -45,6 +45,8 @@ class VScanEntrance(ScoredSelection):
             raise ValueError(f"window={self.window}: a window has one patch on each side at least; the paper uses 6")
         if self.shallow < 0 or (isinstance(self.shallow, float) and self.shallow >= 1):
             raise ValueError(f"shallow={self.shallow}: give a tower layer from 0 on, or a share of the depth below 1")
+        if self.mode == "released":
+            self.reads_back = "attention decides how much of the budget is lost"
 
     def setup(self, model: Any) -> None:
         """Find the shallow layer of this tower."""
@@ -58,15 +60,15 @@ class VScanEntrance(ScoredSelection):
         return self.requested(n) if self.mode == "corrected" else None
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
-        """Return attention in both layers, and rows and columns."""
-        shallow, deep = self.scores(image, self.local_layer), self.scores(image)
-        return shallow, deep, image.grid[:, 1:].to(deep.device)
+        """Return attention in both layers."""
+        return self.scores(image, self.local_layer), self.scores(image)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Take local and global tokens in turns."""
         orders = []
-        for shallow, deep, place in zip(*read, strict=True):
-            local, others = local_and_global(shallow, deep, windows(place, self.window), k, int(k * self.local))
+        for pool, shallow, deep in zip(pools, *read, strict=True):
+            window = windows(pool.image.grid_on_host[pool.slots_on_host, 1:], self.window)
+            local, others = local_and_global(shallow, deep, window, k, int(k * self.local))
             orders.append(interleave([local, others]))
         return torch.stack(orders)
 
@@ -171,30 +173,32 @@ class VScan(VScanEntrance):
         return [first, PyramidDrop(keep=self.deep, layer=(self.layer,), layer_positions=self.layer_positions)]
 
 
-def windows(place: Tensor, side: int) -> Tensor:
+def windows(place: np.ndarray, side: int) -> np.ndarray:
     """Return the window (m,) of patches at rows and columns (m, 2); the last windows take what is left over."""
-    count = (place.amax(0) + 1).div(side, rounding_mode="floor").clamp(min=1)
-    row, column = torch.minimum(place.div(side, rounding_mode="floor"), count - 1).unbind(1)
+    count = ((place.max(0) + 1) // side).clip(min=1)
+    row, column = np.minimum(place // side, count - 1).T
     return row * count[1] + column
 
 
-def local_and_global(shallow: Tensor, deep: Tensor, window: Tensor, k: int, half: int) -> tuple[Tensor, Tensor]:
+def local_and_global(shallow: Tensor, deep: Tensor, window: np.ndarray, k: int, half: int) -> tuple[Tensor, Tensor]:
     """Choose k of m patches.
 
     Args:
         shallow: (m,) attention that decides on local tokens.
         deep: (m,) attention that decides on global tokens.
-        window: (m,) the window of each patch.
+        window: (m,) the window of each patch, on the host.
         k: number of picks.
         half: number of local ones, as far as their windows have room.
 
     Returns:
         Local tokens and global ones, best first.
     """
-    room = -(-half // len(window.unique()))
-    fits = rank_within_groups(shallow[None], window[None])[0] < room
+    sizes = np.unique(window, return_counts=True)[1]
+    room = -(-half // len(sizes))
+    (group,) = to_device(shallow.device, window)
+    full = rank_within_groups(shallow[None], group[None])[0] >= room
     order = shallow.argsort(descending=True, stable=True)
-    local = order[fits[order]][:half]
+    local = order[full[order].byte().argsort(stable=True)][: min(half, int(sizes.clip(max=room).sum()))]
     rest = deep.index_fill(0, local, float("-inf"))
     return local, rest.argsort(descending=True, stable=True)[: k - len(local)]
 
@@ -221,7 +225,8 @@ def merged(x: Tensor, kept: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (k, d), and (n - k,) the place among the kept that each other token joins, -1 where there is none in its group.
     """
-    left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, kept, False).nonzero()[:, 0]
+    stays = torch.zeros(len(x), dtype=torch.uint8, device=x.device).index_fill(0, kept, 1)
+    left = stays.argsort(stable=True)[: len(x) - len(kept)]
     unit = F.normalize(x, dim=-1)
     allowed = (group[left][:, None] == group[kept]) & (group[left] >= 0)[:, None]
     best, near = (unit[left] @ unit[kept].T).masked_fill(~allowed, float("-inf")).max(1)

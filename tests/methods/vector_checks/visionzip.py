@@ -43,7 +43,7 @@ def check_crop(arrays, suffix, crop, given, hidden, dominant: int, contextual: i
         want, clear = arrays[f"assign{suffix}"][crop], arrays[f"margin_assign{suffix}"][crop] > 1e-6
         np.testing.assert_array_equal(assigned(given[1], others, target).numpy()[clear], want[clear])
     view = ImageTokens(given[0], given[0][None], torch.zeros(1), recorded_layers={-1: (nn.Identity(), hidden[None])})
-    pool = Pool(view, torch.arange(len(given[0])), dominant + contextual, ())
+    pool = Pool(view, torch.arange(len(given[0])), dominant + contextual, (), np.arange(len(given[0])))
     sequence = released_sequence(view.cls, [pool], [parts])
     np.testing.assert_allclose(sequence.numpy(), arrays[f"out{suffix}"][crop], rtol=1e-5, atol=1e-5)
     _, means, at, also = zipped(*given, dominant - 1 + contextual, contextual, 0)
@@ -62,7 +62,7 @@ def check_mosaic(arrays: dict[str, np.ndarray]) -> None:
         names = torch.stack([torch.full_like(at, i - 1), at], dim=1)
         merged = torch.tensor([[i - 1, side**2 + 1 + j] for j in range(contextual)])
         slots = torch.arange(side**2) if i == 0 else side**2 + slot.flatten(0, 1)[i - 1]
-        pools.append(Pool(None, slots, 0, ()))
+        pools.append(Pool(None, slots, 0, (), slots.numpy()))
         parts.append((names, merged, at, at[:0]))
     cls = torch.tensor([[[i - 1, side**2]] for i in range(len(pools))])
     sequence = released_sequence(cls[:, 0], pools, parts)
