@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep, check_choices, resolve_keep
+from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.ranking import full_precision, rank_within_groups
 
@@ -36,8 +38,6 @@ class HoloV(ScoredSelection):
     positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
-    reads_back = "quotas of chunks are shared out on the host"
-
     keep: Keep = 0.111
     mode: str = "corrected"
     chunks: int = 16
@@ -65,12 +65,10 @@ class HoloV(ScoredSelection):
         """Fill each chunk's quota with its best tokens."""
         orders = []
         for x, attention in zip(*read, strict=True):
-            chunk = chunks_of(len(x), self.chunks, x.device)
-            quota = quotas(chunk_means(attention, chunk), chunk.bincount().tolist(), k)
-            rank = attention
+            sizes, rank = chunk_sizes(len(x), self.chunks), attention
             if self.within == "holistic":
-                rank = holistic_score(self.compared(x[None])[0][0], attention, chunk)[0]
-            kept = rank_within_groups(rank[None], chunk[None])[0] < torch.tensor(quota, device=x.device)[chunk]
+                rank = holistic_score(self.compared(x[None])[0][0], attention, sizes)[0]
+            kept = best_of_chunks(rank, chunk_means(attention, sizes), sizes, k)
             orders.append(torch.where(kept, rank, -torch.inf).argsort(descending=True, stable=True)[:k])
         return torch.stack(orders)
 
@@ -78,7 +76,7 @@ class HoloV(ScoredSelection):
         n, features = len(image.features), image.features
         if (k := resolve_keep(self.keep, n)) == n:
             return image.pick(torch.arange(n, device=features.device))
-        slots = (image.grid[:, 0] >= 0).nonzero()[:, 0]
+        (slots,) = to_device(features.device, np.flatnonzero(image.grid_on_host[:, 0] >= 0))
         order = released_order(features[slots], self.scores(image)[slots], min(k, len(slots)), self.chunks)
 
         def chosen(x: Tensor) -> Tensor:
@@ -88,34 +86,38 @@ class HoloV(ScoredSelection):
         return Compressed(chosen(features), made_of=lambda: chosen(torch.eye(n, device=features.device)))
 
 
-def chunks_of(n: int, chunks: int, device: torch.device | None = None) -> Tensor:
-    """Return the chunk of each of n tokens, (n,): sizes differ by one at most, larger ones first, none is empty."""
-    sizes = [n // chunks + (i < n % chunks) for i in range(min(chunks, n))]
-    return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device), output_size=n)
+def chunk_sizes(n: int, chunks: int) -> list[int]:
+    """Cut n tokens into chunks: sizes differ by one at most, larger ones first, none is empty."""
+    return [n // chunks + (i < n % chunks) for i in range(min(chunks, n))]
+
+
+def chunks_of(sizes: list[int], device: torch.device | None = None) -> Tensor:
+    """Return the chunk of each token, (n,)."""
+    return to_device(device or torch.device("cpu"), np.repeat(np.arange(len(sizes)), sizes))[0]
 
 
 @full_precision
-def chunk_means(score: Tensor, chunk: Tensor) -> Tensor:
-    """Average scores (n,) within chunks (n,): (c,)."""
-    member = F.one_hot(chunk).T.to(score)  # a product, because scattered sums on a GPU do not repeat to the last bit
-    return member @ score / member.sum(1)
+def chunk_means(score: Tensor, sizes: list[int]) -> Tensor:
+    """Average scores (n,) within chunks of these sizes: (c,)."""
+    member = F.one_hot(chunks_of(sizes, score.device), len(sizes)).T.to(score)
+    return member @ score / member.sum(1)  # a product, because scattered sums on a GPU do not repeat to the last bit
 
 
 @full_precision
-def holistic_score(x: Tensor, attention: Tensor, chunk: Tensor, weight: float = 0.09) -> tuple[Tensor, Tensor]:
+def holistic_score(x: Tensor, attention: Tensor, sizes: list[int], weight: float = 0.09) -> tuple[Tensor, Tensor]:
     """Compute what ranks the tokens of a chunk in the paper (equation 5), and each chunk's score in the release.
 
     Args:
         x: (n, d) tokens.
         attention: (n,).
-        chunk: (n,) the chunk of each token, contiguous.
+        sizes: of the chunks.
         weight: of the variance of similarities in the release's chunk score.
 
     Returns:
         (n,) the score of each token, and (c,) that of each chunk.
     """
     ranks, totals = [], []
-    for own, a in zip(*(t.split(chunk.bincount().tolist()) for t in (x, attention.float())), strict=True):
+    for own, a in zip(*(t.split(sizes) for t in (x, attention.float())), strict=True):
         if len(own) == 1:
             ranks.append(a * 1000)
             totals.append(a[0])
@@ -130,37 +132,48 @@ def holistic_score(x: Tensor, attention: Tensor, chunk: Tensor, weight: float = 
     return torch.cat(ranks), torch.stack(totals)
 
 
-def quotas(weight: Tensor, sizes: list[int], k: int, overflow: bool = False) -> list[int]:
-    """Share k tokens out over chunks.
+def quotas(weight: Tensor, k: int, released: bool = False) -> Tensor:
+    """Share k tokens out over chunks by their weights (c,), whatever their sizes: (c,) integers whose sum is k."""
+    share = (weight / (weight.sum() + 1e-6 * released)).double()
+    quota = (share * k).long()
+    return quota + (standing(share) < k - quota.sum())
+
+
+def standing(x: Tensor) -> Tensor:
+    """Rank x (n,): 0 for the largest, ties to the lower index."""
+    return x.argsort(descending=True, stable=True).argsort()
+
+
+def best_of_chunks(rank: Tensor, weight: Tensor, sizes: list[int], k: int) -> Tensor:
+    """Choose the best tokens of each chunk, as many as its quota.
+
+    What a full chunk cannot take goes to the others, one each in turns, those of most weight first.
 
     Args:
+        rank: (n,) by which tokens are chosen within a chunk.
         weight: (c,) of the chunks.
         sizes: of the chunks.
-        k: tokens to share out, at most their number.
-        overflow: let a quota exceed the size of its chunk, as the release does.
+        k: tokens to choose, at most n.
+
+    Returns:
+        (n,) bool.
     """
-    share = (weight / (weight.sum() + 1e-6 * overflow)).tolist()
-    quota, by_share = [int(part * k) for part in share], sorted(range(len(share)), key=lambda i: -share[i])
-    for i in by_share[: k - sum(quota)]:
-        quota[i] += 1
-    if overflow:
-        return quota
-    quota = [min(q, size) for q, size in zip(quota, sizes, strict=True)]
-    while missing := k - sum(quota):
-        for i in [i for i in by_share if quota[i] < sizes[i]][:missing]:
-            quota[i] += 1
-    return quota
+    chunk = chunks_of(sizes, rank.device)
+    beyond = rank_within_groups(rank[None], chunk[None])[0] - quotas(weight, k)[chunk]
+    turn = torch.where(beyond < 0, -1, beyond * len(sizes) + standing(weight)[chunk])
+    return torch.zeros_like(rank, dtype=torch.bool).index_fill(0, turn.argsort(stable=True)[:k], True)
 
 
 @full_precision
 def released_order(x: Tensor, attention: Tensor, k: int, chunks: int = 16, weight: float = 0.09) -> Tensor:
     """Return the sequence that the release sends, (k,): indices of the tokens, and -1 for zero vectors at the end."""
-    chunk = chunks_of(len(x), chunks, x.device)
-    _, total = holistic_score(x, attention, chunk, weight)
-    quota = torch.tensor(quotas(total, chunk.bincount().tolist(), k, overflow=True), device=x.device)
+    n, sizes = len(x), chunk_sizes(len(x), chunks)
+    chunk = chunks_of(sizes, x.device)
+    quota = quotas(holistic_score(x, attention, sizes, weight)[1], k, released=True)[chunk]
+    (size,) = to_device(x.device, np.repeat(sizes, sizes))
     rank = rank_within_groups(attention[None], chunk[None])[0]
-    whole = quota >= chunk.bincount()  # such a chunk enters in reading order
-    place = torch.where(whole[chunk], torch.arange(len(x), device=x.device), rank + chunk * len(x))
-    key = (chunk * len(x) * (chunks + 1) + place).masked_fill(rank >= quota[chunk], torch.iinfo(torch.long).max)
-    order = key.argsort(stable=True)[: int((rank < quota[chunk]).sum())]
-    return F.pad(order, (0, k - len(order)), value=-1)
+    place = torch.where(quota >= size, torch.arange(n, device=x.device), chunk * n + rank)  # a full one: reading order
+    last = torch.iinfo(torch.long).max
+    turn = (chunk * n * (chunks + 1) + place).masked_fill(rank >= quota, last)
+    order = turn.argsort(stable=True)[:k]
+    return torch.where(turn[order] == last, -1, order)

@@ -3,7 +3,16 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.holov import HoloV, chunk_means, chunks_of, holistic_score, quotas, released_order
+from vlmslim.methods.holov import (
+    HoloV,
+    best_of_chunks,
+    chunk_means,
+    chunk_sizes,
+    chunks_of,
+    holistic_score,
+    quotas,
+    released_order,
+)
 from vlmslim.ops.rectification import anchor_scores, distance_decay, merge_rest, merged_key_bias
 
 CLEAR = 1e-5
@@ -58,10 +67,9 @@ def check_bias(arrays: dict[str, np.ndarray]) -> None:
 def check_selection(arrays: dict[str, np.ndarray]) -> None:
     x, attention = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["attn"])
     chunks, weight = int(arrays["chunks"]), float(arrays["weight"])
-    chunk = chunks_of(len(x), chunks)
-    sizes = chunk.bincount().tolist()
+    sizes = chunk_sizes(len(x), chunks)
     assert sizes == [size for size in arrays["sizes"].tolist() if size]
-    total = holistic_score(x, attention, chunk, weight)[1]
+    total = holistic_score(x, attention, sizes, weight)[1]
     np.testing.assert_allclose(total.numpy(), arrays["chunk_score"][: len(total)], rtol=1e-4)
     share = (total / (total.sum() + 1e-6)).numpy()
     np.testing.assert_allclose(share, arrays["share"][: len(total)], rtol=1e-4)
@@ -70,13 +78,14 @@ def check_selection(arrays: dict[str, np.ndarray]) -> None:
     for k in arrays["keeps"].tolist():
         if min(arrays[f"floor_margin_k{k}"], arrays[f"extra_margin_k{k}"]) >= CLEAR:
             want = arrays[f"quota_k{k}"].tolist()
-            assert quotas(total, sizes, k, overflow=True) == want[: len(sizes)]
+            assert quotas(total, k, released=True).tolist() == want[: len(sizes)]
             order = released_order(x, attention, k, chunks, weight).numpy()
             same(order, arrays[f"order_k{k}"], attention, ties)
             assert (order < 0).sum() == arrays[f"zeros_k{k}"]
             checked += 1
         if arrays[f"fixed_margin_k{k}"] >= CLEAR:
-            quota = quotas(chunk_means(attention, chunk), sizes, k)
+            kept = best_of_chunks(attention, chunk_means(attention, sizes), sizes, k)
+            quota = chunks_of(sizes)[kept].bincount(minlength=len(sizes)).tolist()
             assert quota == arrays[f"fixed_quota_k{k}"].tolist()[: len(sizes)]
             checked += 1
         for name, within in (("fixed", "attention"), ("holistic", "holistic")):
