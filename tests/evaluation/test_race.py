@@ -71,11 +71,17 @@ def recorded() -> Board:
     )
 
 
-@pytest.mark.parametrize("target, most_cost", [(0.87, 1), (0.8, 1), (0.7, 1), (None, 0.45)])
+@pytest.mark.parametrize("target, most_cost", [(0.92, 0.6), (0.9, 0.6), (0.87, 1), (0.8, 1), (0.7, 1), (None, 0.45)])
 def test_the_choice_is_on_the_front_of_the_full_board_at_a_quarter_of_its_cost(recorded, target, most_cost):
     rows = np.flatnonzero(recorded.costs <= most_cost)
     chosen = [recorded.race(target, seed, rows)[1] for seed in range(10)]
     assert sum(row is not None and not recorded.beaten(row) for row in chosen) >= 9
+
+
+def test_an_estimate_is_exact_after_the_last_question(recorded):
+    race = Race(recorded.values, recorded.base, recorded.costs, None, 0.05, 10**6, block=8)
+    race.add(0, recorded.scores[0])
+    assert race.estimate(0) == pytest.approx(recorded.averages[0])
 
 
 def test_a_target_that_no_row_reaches(recorded):

@@ -15,6 +15,12 @@ board is dropped with probability at most `level`.
 
 Where the race must end before all others are dropped, because it has spent its share of the full board's cost, the row
 with the best estimate is chosen, and the result lists the rows that are still in the race.
+
+Estimates are stratified, because the unpatched model was asked every question: a row is right more often where the
+unpatched model is right, and how often that is on all questions is known. So each task is split into the questions
+that the unpatched model answers rightly and the others. A row's score in each part is estimated from its own answers,
+and the parts count by their true sizes. Rows that are close are told apart with far fewer questions than by the mean of
+their answers.
 """
 
 from dataclasses import dataclass, field
@@ -72,6 +78,10 @@ class Race:
     def __post_init__(self) -> None:
         self.scores = [np.empty(0) for _ in self.costs]
         self.dropped = np.zeros(len(self.costs), dtype=bool)
+        parts, stratum, sizes = np.unique(
+            np.stack([self.values, self.base >= 0.5]), axis=1, return_inverse=True, return_counts=True
+        )
+        self._stratum, self._sizes, self._worths, self._right = stratum.ravel(), sizes, parts[0], parts[1] > 0
 
     @property
     def asked(self) -> np.ndarray:
@@ -109,8 +119,27 @@ class Race:
         return min(reaching, key=lambda row: (self.costs[row], -self.estimate(row)), default=None)
 
     def estimate(self, row: int) -> float:
-        """Estimate the average of a row by its difference to the unpatched model, whose average is 1."""
-        return 1.0 + float(self._gains(row).mean())
+        """Estimate the average of a row; the unpatched model's is 1. After the last question this is no estimate."""
+        return self._estimate(row)[0]
+
+    def _estimate(self, row: int) -> tuple[float, float]:
+        """Estimate the average of a row by strata, and the standard error of the estimate.
+
+        Of a stratum that was asked little, the row's rate on all questions that the unpatched model answers as well (or
+        as badly) says more, so it counts as one more answer.
+        """
+        own = self.scores[row]
+        strata, count = self._stratum[: len(own)], len(self._sizes)
+        total, asked = np.bincount(strata, own, count), np.bincount(strata, minlength=count)
+        prior = np.empty(count)
+        for alike in (self._right, ~self._right):
+            prior[alike] = (total[alike].sum() + 0.5) / (asked[alike].sum() + 1)
+        rate = (total + prior) / (asked + 1)
+        left = self._sizes - asked
+        mean = float(((total + left * rate) * self._worths).sum()) / len(self.values)
+        doubt = (total + prior + 0.5) / (asked + 2)  # half right in one more answer, because the first may be all alike
+        variance = self._worths**2 * doubt * (1 - doubt) * left * self._sizes / (asked + 1)
+        return mean, float(np.sqrt(variance.sum())) / len(self.values)
 
     def _next_of_target(self, target: float) -> int | None:
         """Choose the cheapest row that may reach the target; when it has, rows that cost no more and are in doubt."""
@@ -134,22 +163,14 @@ class Race:
         """Return what each answer of a row adds to its average."""
         return self.values[: len(self.scores[row])] * self.scores[row]
 
-    def _gains(self, row: int) -> np.ndarray:
-        """Return what each answer of a row adds to the difference to the unpatched model."""
-        return self._worth(row) - (self.values * self.base)[: len(self.scores[row])]
-
     def _upper(self, row: int) -> float:
         """Return what a row's average may well be. It decides who is asked next, not who is dropped.
 
-        0.7 standard errors above the estimate are few, because there are many rows and few answers: a row that is asked
-        again only if its luck turns does no harm, as long as it is not dropped.
+        Half a standard error above the estimate is little, because there are many rows and few answers: a row that is
+        asked again only if its luck turns does no harm, as long as it is not dropped.
         """
-        if not len(self.scores[row]):
-            return np.inf
-        gains, most = self._gains(row), self.values.max()
-        spread = np.append(gains, [most, -most]).std()  # two more, because the first few may be all alike
-        rest = 1 - len(gains) / len(self.values)
-        return self.estimate(row) + 0.7 * float(spread * np.sqrt(rest / len(gains)))
+        mean, error = self._estimate(row)
+        return mean + 0.5 * error if len(self.scores[row]) else np.inf
 
     def _is_below(self, row: int, other: np.ndarray) -> bool:
         """Tell whether a row's average is below that of other numbers, of which the first may be known only."""
