@@ -3,8 +3,9 @@
     python scripts/bench_sweep.py bundled/tiny-llava bundled/tiny-llava-next
 
 An unpatched run shares nothing: it encodes its pictures, and prefills a multiple-choice question once for each choice.
-All numbers are processor time of one process, so a busy machine changes them little. The table after it is a model of
-larger checkpoints from the FLOPs of their parts; decoding and the methods themselves are not in it.
+All numbers are processor time of one process, so a busy machine changes them little. The tables after it are models of
+larger checkpoints from the FLOPs of their parts, without decoding and the methods themselves. The last one says what a
+shared KV cache for the constant beginning of all prompts would save.
 """
 
 import argparse
@@ -31,6 +32,7 @@ METHODS = [
 ]
 MODELLED = [("llava-1.5-7b", 1), ("llava-next-7b", 5)]
 TEXT, CHOICES = 60, 4  # tokens of a prompt, and choices of a question
+PREFIX = 35  # of the text tokens: the start token, the system prompt of vicuna_v1 and "USER:"
 
 
 def cost(work: Callable[[], Any], repeats: int) -> float:
@@ -104,8 +106,31 @@ def model(methods: int) -> None:
             print(f"{name + kind:<26}" + "".join(f"{r:>10.1f} ({r / methods:.2f})" for r in ratios))
 
 
+def prefix(methods: int) -> None:
+    """Print what a KV cache of the constant beginning of all prompts would save of the FLOPs of larger checkpoints.
+
+    Of n tokens the first `PREFIX` take the part PREFIX / n of the language model's FLOPs.
+    """
+    print(f"\nmodel: the first {PREFIX} of {TEXT} text tokens from a shared KV cache, saved share of all FLOPs")
+    print(f"{'shape':<26}{'visual tokens':>18}{'one run':>18}{f'{methods} methods':>18}")
+    for name, crops in MODELLED:
+        config = SHAPES[name]()
+        visual = crops * crop_tokens(config)
+        full = Ledger.of(config, TEXT + visual, crops=crops)
+        saved = PREFIX / (TEXT + visual) * full.language_model
+        for share in (1.0, KEEP, 0.111):
+            tokens = TEXT + round(share * visual)
+            kept = Ledger.of(config, tokens, crops=crops)
+            own = PREFIX / tokens * kept.language_model
+            sweep = full.total + (methods - 1) * (kept.total - kept.tower - kept.projector)  # encoded once
+            print(
+                f"{name:<26}{round(share * visual):>18}{own / kept.total:>18.1%}"
+                f"{(saved + (methods - 1) * own) / sweep:>18.1%}"
+            )
+
+
 def main() -> None:
-    """Parse the arguments and print both tables."""
+    """Parse the arguments and print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", default=["bundled/tiny-llava", "bundled/tiny-llava-next"])
     parser.add_argument("--tasks", default="scenes_presence,scenes_choice", help="comma-separated")
@@ -119,6 +144,7 @@ def main() -> None:
             tasks = args.tasks.split(",")
             measure(checkpoint, tasks, args.limit, args.batch_size, args.repeats, Path(folder))
     model(len(METHODS) + 1)
+    prefix(len(METHODS) + 1)
 
 
 if __name__ == "__main__":
