@@ -4,7 +4,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from itertools import chain
 from typing import NamedTuple
@@ -139,6 +139,11 @@ class StageCounts:
         )
 
 
+_TALLIES = ("tokens", "requested", "kept")
+_TOTALS = ("prompts", "text_prompts", "text_tokens")
+_BY_LAYER = ("visual", "sequence", "kv")
+
+
 @dataclass
 class Receipt:
     """What a patched model did, counted since the patch or the last reset. No number is derived from the settings.
@@ -230,13 +235,35 @@ class Receipt:
 
     def _merge(self, other: "Receipt") -> "Receipt":
         both = replace(self)
-        for name in ("tokens", "requested", "kept", "prompts", "text_prompts", "text_tokens"):
+        for name in (*_TALLIES, *_TOTALS):
             setattr(both, name, getattr(self, name) + getattr(other, name))
-        for name in ("visual", "sequence", "kv"):
+        for name in _BY_LAYER:
             setattr(both, name, _plus(getattr(self, name), getattr(other, name)))
         both.stages = [a + b for a, b in zip(self.stages, other.stages, strict=True)]
         both._last, both._ms = other._last or self._last, self.selection_ms + other.selection_ms
         return both
+
+    def as_record(self) -> dict:
+        """Return all counts, ready for JSON. `of_record` makes a receipt of them, without the last prefill."""
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        tallies = {name: asdict(getattr(self, name)) for name in _TALLIES}
+        counts = {name: getattr(self, name) for name in (*_TOTALS, *_BY_LAYER)}
+        stages = [asdict(stage) for stage in self.stages]
+        return told | tallies | counts | {"stages": stages, "selection_ms": self.selection_ms}
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Receipt":
+        """Make a receipt of what `as_record` returned, also after JSON has turned tuples into lists."""
+        told = {f.name: record[f.name] for f in fields(cls)}
+        places = tuple((name, tuple(layers)) for name, layers in told.pop("places"))
+        receipt = cls(**told, places=places)
+        for name in _TALLIES:
+            setattr(receipt, name, Tally(**record[name]))
+        for name in (*_TOTALS, *_BY_LAYER):
+            setattr(receipt, name, record[name])
+        receipt.stages = [StageCounts(**stage) for stage in record["stages"]]
+        receipt._ms = record["selection_ms"]
+        return receipt
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,6 +1,7 @@
 """`vlmslim verify`: a run that is repeated passes, and every drift that is planted here is found."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def folder(tmp_path_factory) -> Path:
     assert done.exit_code == 0, done.output
     assert "Not verified yet" in done.stdout
     return folder
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_gives_the_same_answers(folder, plain):
+    if find_spec("ray") is None:  # vlmslim sets the environment of Ray before it imports Ray
+        pytest.skip("the extra vlmslim[ray] is not installed")
+    shown = call("verify", plain, "--questions", 8, "--workers", 2)
+    assert shown.exit_code == 0, shown.output
+    assert "the shortest prompts first, with --workers 2. float32: 0 of 16 answers" in shown.stdout
 
 
 @pytest.fixture

@@ -14,14 +14,17 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installed")
 
+from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_fixtures import checkpoint, metrics, write_task
 
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.harness import Answers
+from vlmslim.evaluation.queries import Score
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.evaluation.workers import RayHarness, check_workers
+from vlmslim.receipt import Image, Prefill, Receipt, StagePass
 
 MORTAL = """
 import os, signal
@@ -112,7 +115,7 @@ def test_workers_shards_and_a_kill_change_no_byte(config, whole, workers, lives)
 
 @pytest.mark.slow
 def test_a_unit_that_kills_three_workers_is_reported_and_the_rest_goes_on(config, whole):
-    made = config("killer", lives=3)
+    made = config("killer", lives=5, resources={})  # two units, which take turns until one has killed three workers
     with pytest.raises(CellError, match=r"killed 3 workers \(.*\); its log .*worker-0.log ends with\n") as error:
         run(made, workers=1)
     lost = str(error.value).split(" failed")[0]
@@ -122,26 +125,53 @@ def test_a_unit_that_kills_three_workers_is_reported_and_the_rest_goes_on(config
     assert cells(made.output) == whole
 
 
-@pytest.mark.slow
-def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
-    made = config("driver")
-    path = made.output.parent / "driver.yaml"
+def kill_driver(made: RunConfig, ready: str) -> None:
+    """Start a run on two workers, kill it with -9 when files match `ready`, and check that no worker outlives it."""
+    path = made.output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude={"model"}) | {"model": made.model.arguments()}))
     command = [sys.executable, "-m", "vlmslim.cli", "run", str(path), "--workers", "2"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        while not list(made.output.glob("cells/*/*.json")):
+        while not list(made.output.glob(ready)):
             assert driver.poll() is None
-            time.sleep(0.1)
+            time.sleep(0.05)
         driver.send_signal(signal.SIGKILL)
     pids = [int(log.read_text().split()[4]) for log in (made.output / "workers").glob("worker-*.log")]
     deadline = time.monotonic() + 120
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
+    made = config("driver")
+    kill_driver(made, "cells/*/*.json")
     done = {p: p.stat().st_mtime_ns for p in made.output.glob("cells/*/*.json")}
     run(made, workers=2)
     assert all(p.stat().st_mtime_ns == when for p, when in done.items())
     assert cells(made.output) == whole
+
+
+@pytest.mark.slow
+def test_parts_that_a_dead_driver_has_are_not_asked_again(config, whole):
+    made = config("parts", resources={"shard": 2})
+    kill_driver(made, "parts/divprune-4/*/*.json")  # the last row of a part
+    kept = {path.parts[-3:] for path in made.output.glob("parts/*/*/*.json")}
+    assert kept
+    for change, message in (
+        ({"seed": 1}, "holds results of another run"),
+        ({"methods": [{"method": "divprune", "keep": 5, "label": "mortal"}]}, "changed in the middle of the run"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(config("parts", **change), workers=2)
+    for log in (made.output / "workers").glob("worker-*.log"):
+        log.unlink()
+    run(made, workers=2)
+    assert cells(made.output) == whole and not (made.output / "parts").exists()
+    logs = "".join(log.read_text() for log in (made.output / "workers").glob("worker-*.log"))
+    asked = re.findall(r"^(\w+) (\d+-of-\d+): (.*)$", logs, re.MULTILINE)
+    again = {(label, task, f"{part}.json") for task, part, labels in asked for label in labels.split(", ")}
+    assert again and not again & kept
 
 
 def alive(pid: int) -> bool:
@@ -173,10 +203,27 @@ def test_more_gpus_than_there_are(config, monkeypatch):
 def test_a_limit_that_splits_nothing(config, whole):
     made = config("unsplit", resources={"shard": 500})
     harness = RayHarness(made, workers=1)
-    with pytest.raises(ConfigError, match="resources.shard: 500 splits nothing, because no unfinished task has more"):
-        harness.check_split({"texts": made.variants()})
+    with pytest.raises(ConfigError, match="resources.shard: 500 splits nothing, because no task has more than 500"):
+        harness.check_split({"texts": made.variants(), "choices": made.variants()})
+    harness.check_split({"texts": made.variants()})  # the other task is finished, and may have been split
     units = RayHarness(config("split"), workers=1).units({"choices": made.variants(), "texts": made.variants()})
     assert [(unit.part, unit.parts) for unit in units if unit.task == "texts"] == [(0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    "kind, result",
+    [("generate_until", GenerationResult("red", TokenCounts(21, 2))), ("loglikelihood", Score(0.1 + 0.2, True))],
+)
+def test_answers_and_receipts_survive_the_way_to_the_disk(kind, result):
+    receipt = Receipt("M()", "original", "sdpa", "float32", 8, 2, (("fastv", (1,)),))
+    stage = StagePass([16], [4], acted=1, keeps_all=False, decides=False)
+    receipt.saw_prefill(Prefill([[Image(16, 4, 4)]], [5], [[16], [4]], [21, 9], [21, 9], [stage]))
+    given = Answers(kind, "hash", {3: result}, receipt, {"protocol": "hf"}, 1.5, 0.25, "a card", 4)
+    back = Answers.of_record(json.loads(json.dumps(given.as_record())))
+    assert back == given and type(back.results[3]) is type(result)
+    assert back.receipt.summary() == receipt.summary()
+    merged, expected = (Receipt.pooled([one, receipt]).summary() for one in (back.receipt, receipt))
+    assert merged == expected
 
 
 def test_parts_of_other_questions_are_not_merged():

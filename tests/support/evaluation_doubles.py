@@ -122,7 +122,7 @@ class FakeHarness:
     def close(self):
         pass
 
-    def answer_all(self, todo, begin):
+    def answer_all(self, todo, begin, parts=None):
         for task, variants in todo.items():
             yield task, {variant.label: None for variant in variants}
 

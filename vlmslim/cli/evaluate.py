@@ -153,18 +153,25 @@ def verify(
     questions: Annotated[int, typer.Option(min=1, help="Questions of each cell that are asked again.")] = 16,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: half of the run's, or 2.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which questions are asked.")] = 0,
+    workers: Annotated[
+        str | None, typer.Option(help="Ray workers that answer in turn: a number, auto, or ray://HEAD:10001.")
+    ] = None,
 ) -> None:
     """Ask a sample of a run's questions again, in other batches. Exit status 1: something changed that should not."""
     with evaluation_command():
         from vlmslim.evaluation.progress import RichDisplay, log_to
         from vlmslim.evaluation.verify import verify
+        from vlmslim.evaluation.workers import check_workers
         from vlmslim.leaderboard.board import Leaderboard
         from vlmslim.leaderboard.report import write_all
 
         log_to(None)
         spare_modules()
+        crew = None if workers is None else check_workers(workers)
         with RichDisplay() as display:
-            found = verify(directory, questions=questions, batch_size=batch_size, seed=seed, display=display)
+            found = verify(
+                directory, questions=questions, batch_size=batch_size, seed=seed, workers=crew, display=display
+            )
         write_all(Leaderboard.read(directory), directory)
     typer.echo(found.text(), nl=False)
     raise typer.Exit(0 if found.passed else 1)

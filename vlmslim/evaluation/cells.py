@@ -1,11 +1,11 @@
 """Records that pass between a harness and a run: requests of a task, the answers to them, and graded cells."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
-from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.instance import GenerationResult, TokenCounts
 
-from vlmslim.evaluation.queries import Query
+from vlmslim.evaluation.queries import Query, Score
 from vlmslim.evaluation.variants import Variant
 from vlmslim.receipt import Receipt
 
@@ -23,6 +23,7 @@ class Cell:
     method_flops : of the method itself, for a prompt
     seconds      : the method's own, and an equal part of what the methods shared
     hardware     : that answered; "" for that of this process
+    batch_size   : prompts of a batch; with `batch_size: auto`, the number that was found
     """
 
     results: dict
@@ -32,6 +33,7 @@ class Cell:
     method_flops: float = 0.0
     seconds: float = 0.0
     hardware: str = ""
+    batch_size: int = 1
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Answers:
     receipt : of these answers alone
     whole   : the finished cell, where lmms-eval had to ask on and on; then there are no results
     failure : why there are none
-    protocol, method_flops, seconds, hardware : as in `Cell`
+    protocol, method_flops, seconds, hardware, batch_size : as in `Cell`
     """
 
     kind: str = ""
@@ -55,8 +57,27 @@ class Answers:
     method_flops: float = 0.0
     seconds: float = 0.0
     hardware: str = ""
+    batch_size: int = 1
     whole: Cell | None = None
     failure: Exception | None = None
+
+    def as_record(self) -> dict:
+        """Return everything, ready for JSON, of answers without a failure to requests that do not depend on answers."""
+        assert self.receipt is not None
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "results": {str(number): _as_record(result) for number, result in self.results.items()},
+            "receipt": self.receipt.as_record(),
+        }
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Answers":
+        """Read what `as_record` returned."""
+        return cls(
+            **{name: record[name] for name in _PLAIN},
+            results={int(number): _result(told) for number, told in record["results"].items()},
+            receipt=Receipt.of_record(record["receipt"]),
+        )
 
     @classmethod
     def merged(cls, parts: "Sequence[Answers]") -> "Answers":
@@ -75,7 +96,26 @@ class Answers:
             results={number: result for part in parts for number, result in part.results.items()},
             receipt=Receipt.pooled([part.receipt for part in parts if part.receipt is not None]),
             seconds=sum(part.seconds for part in parts),
+            batch_size=min(part.batch_size for part in parts),
         )
+
+
+_PLAIN = ("kind", "hash", "protocol", "method_flops", "seconds", "hardware", "batch_size")
+
+
+def _as_record(result: GenerationResult) -> dict:
+    """Write a text with the tokens that it took, or the loss of a continuation."""
+    if isinstance(result, Score):
+        loss, greedy = result
+        return {"loss": loss, "greedy": greedy}
+    return {"text": result.text, "tokens": asdict(result.token_counts or TokenCounts())}
+
+
+def _result(told: dict) -> GenerationResult:
+    """Read what `_as_record` wrote."""
+    if "loss" in told:
+        return Score(told["loss"], told["greedy"])
+    return GenerationResult(told["text"], TokenCounts(**told["tokens"]))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.schema import (
+    BatchSize,
     Budget,
     Count,
     MethodConfig,
@@ -47,7 +48,7 @@ class RunConfig(Strict):
     budgets: list[Budget] = []
     budget_prompts: Count = 16
     baselines: list[str] | Literal[False] = ["random", "uniform", "blind", "downsample"]  # a good method beats them
-    batch_size: Count = 1
+    batch_size: BatchSize = 1
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0  # NumPy takes no others
     limit: Count | None = None
     output: Path

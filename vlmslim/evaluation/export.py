@@ -7,6 +7,7 @@ import yaml
 
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.evaluation.schema import AUTO
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.variants import Variant
 from vlmslim.io.files import check_writable, write_atomically
@@ -16,9 +17,11 @@ def export_cells(config: RunConfig, directory: Path) -> list[Path]:
     """Write one file a cell, for `python -m lmms_eval --config FILE`.
 
     Raises:
-        ConfigError: the directory cannot be written to, a budget is a cost, which only `vlmslim run` can solve, or an
-            argument cannot be written in lmms-eval's form `key=value,...`.
+        ConfigError: the directory cannot be written to, a budget is a cost, which only `vlmslim run` can solve,
+            the batch size is "auto", or an argument cannot be written in lmms-eval's form `key=value,...`.
     """
+    if config.batch_size == AUTO:
+        raise ConfigError("batch_size: auto is found by vlmslim run; for plain files write a number, such as 8")
     variants, tasks = config.variants(), Tasks(config)
     for variant in variants:
         if variant.unsolved:

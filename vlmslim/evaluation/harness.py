@@ -1,11 +1,10 @@
 """Drives lmms-eval for `vlmslim run`: one loaded checkpoint, evaluated and timed under many methods."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,13 +16,20 @@ from vlmslim.evaluation.checkpoint import Checkpoint
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.measuring import Measurements
 from vlmslim.evaluation.progress import Bar, Display, MakeBar
-from vlmslim.evaluation.queries import naming_all
+from vlmslim.evaluation.queries import RequestError
 from vlmslim.evaluation.questions import Questions
 from vlmslim.evaluation.replay import Replay
-from vlmslim.evaluation.schema import TimingConfig
+from vlmslim.evaluation.schema import AUTO, TimingConfig
 from vlmslim.evaluation.tasks import Tasks
+from vlmslim.evaluation.turns import Turns, ran_out_of_memory
 from vlmslim.evaluation.variants import Variant
-from vlmslim.patching import shared_encoding
+
+if TYPE_CHECKING:
+    from vlmslim.evaluation.parts import Parts
+
+#: Most prompts of a batch that `batch_size: auto` tries. A GPU says when its memory is full. A CPU machine ends the
+#: process instead, and larger batches hardly run faster there.
+LARGEST, LARGEST_ON_CPU = 128, 8
 
 
 class Harness:
@@ -42,6 +48,7 @@ class Harness:
         self.tasks = Tasks(config)
         self._questions = Questions(config, self.tasks)
         self._checkpoint = Checkpoint(config, make_bar)
+        self._fitting: dict[str, int] = {}  # task -> prompts of a batch that fit so far
         self._measurements = Measurements(config, self._checkpoint, self.tasks, self._questions)
 
     # ------------------------------------------------------------------ the checkpoint and the tasks
@@ -89,10 +96,17 @@ class Harness:
         """Return the requests of a task as lmms-eval makes them; None if they depend on answers."""
         return self._questions.asked(task)
 
+    def largest_batch(self) -> int:
+        """Return the prompts of a batch; with `batch_size: auto`, the most that are tried."""
+        if self.config.batch_size != AUTO:
+            return self.config.batch_size
+        most = LARGEST_ON_CPU if self.model.device.type == "cpu" else LARGEST
+        return min(most, self.config.resources.shard or most)
+
     def batches(self, task: str) -> int | None:
         """Count the batches of a task, the most parts that it can have; None if its questions depend on answers."""
         asked = self.asked(task)
-        return None if asked is None else len(batches_of(asked.queries, self.config.batch_size))
+        return None if asked is None else len(batches_of(asked.queries, self.largest_batch()))
 
     def shuffle(self) -> dict[str, int]:
         """Put the questions of each task into a random order from now on, those within the limit only.
@@ -105,11 +119,14 @@ class Harness:
     # ------------------------------------------------------------------ answers
 
     def answer_all(
-        self, todo: Todo, begin: Callable[[str, str], object]
+        self, todo: Todo, begin: Callable[[str, str], object], parts: "Parts | None" = None
     ) -> Iterator[tuple[str, dict[str, Answers] | Exception]]:
         """Answer whole tasks, one after the other; yield each with the answers of its methods, or with what failed.
 
-        `begin` is called with what is at work, and where.
+        Args:
+            todo: the tasks, and the methods that are to answer each.
+            begin: is called with what is at work, and where.
+            parts: keeps answered parts of tasks. One process does not split tasks, so it keeps none.
         """
         for task, variants in todo.items():
             begin(variants[0].label if len(variants) == 1 else f"{len(variants)} methods", task)
@@ -121,8 +138,7 @@ class Harness:
     def answer(self, variants: Sequence[Variant], task: str, part: int = 0, parts: int = 1) -> dict[str, Answers]:
         """Answer the requests of a task under each method. The methods take turns on each batch, which is encoded once.
 
-        What they share are the pictures, their preprocessing, the vision tower and the projector, of one batch at a
-        time. A method that fails sits out the rest, and its answers carry the failure.
+        With `batch_size: auto` a batch that does not fit into memory is answered in halves, and so are all later ones.
 
         Args:
             variants: the methods.
@@ -134,38 +150,19 @@ class Harness:
         if asked is None:
             return {variant.label: self._answer_dialogues(variant, task) for variant in variants}
         counted = self._measurements.method_flops(variants, task) if part == 0 else {}
-        slims = {variant.label: self._checkpoint.kept_patch(variant) for variant in variants}
-        shared = shared_encoding(slims.values())
-        answerer, protocol, where = self._checkpoint.answerer, self._checkpoint.protocol, self._checkpoint.hardware
-        answers = {
-            label: Answers(
-                asked.kind, asked.hash, protocol=protocol, method_flops=counted.get(label, 0.0), hardware=where
-            )
-            for label in slims
-        }
-        batches = list(enumerate(batches_of(asked.queries, self.config.batch_size)))[part::parts]
-        started, own = time.perf_counter(), 0.0
-        with self._bar(len(variants) * sum(len(own) for _, own in batches)) as bar, torch.inference_mode():
+        turns = Turns(asked, self._checkpoint, variants, self.config.seed)
+        shrinks, largest = self.config.batch_size == AUTO, self.largest_batch()
+        size = self._fitting.get(task, largest)
+        batches = list(enumerate(batches_of(asked.queries, largest)))[part::parts]
+        total = len(variants) * sum(len(batch) for _, batch in batches)
+        with self._bar(total) as bar, torch.inference_mode():
             for number, batch in batches:
-                queries = [asked.queries[i] for i in batch]
-                with naming_all(queries):
-                    read = answerer.read(queries)
-                for label, slim in slims.items():
-                    turn, begun = answers[label], time.perf_counter()
-                    if turn.failure is None:
-                        torch.manual_seed(self.config.seed + number)  # so a batch draws the same after any other
-                        try:
-                            with slim.attach(shared), naming_all(queries):
-                                turn.results.update(zip(batch, answerer.answer(read), strict=True))
-                        except Exception as error:  # a method may raise anything; its own cell fails, with this error
-                            turn.failure = error
-                    turn.seconds += time.perf_counter() - begun
-                    own += time.perf_counter() - begun
-                    bar.update(len(batch))
-        common = (time.perf_counter() - started - own) / len(variants)
-        shared.forget()
-        for label, slim in slims.items():
-            answers[label].receipt, answers[label].seconds = copy.copy(slim.receipt), answers[label].seconds + common
+                size = turns.take(number, batch, bar, size, shrinks)
+        answers = turns.end()
+        self._fitting[task] = size
+        prompts = len(batches_of(asked.queries, 1))
+        for label, own in answers.items():
+            own.method_flops, own.batch_size = counted.get(label, 0.0), min(size, prompts) if shrinks else size
         return answers
 
     def _bar(self, total: int) -> AbstractContextManager[Bar]:
@@ -176,13 +173,27 @@ class Harness:
         started = time.perf_counter()
         answers = Answers(hardware=self._checkpoint.hardware)
         try:
-            whole = self.ask(variant, task, Sample(count=self.config.limit))
+            whole = self._shrinking(variant, task)
             flops = self._measurements.method_flops([variant], task)[variant.label]
             answers.whole = replace(whole, method_flops=flops)
         except Exception as error:  # a method or a task may raise anything; the cell fails with this error
             answers.failure = error
         answers.seconds = time.perf_counter() - started
         return answers
+
+    def _shrinking(self, variant: Variant, task: str) -> Cell:
+        """Evaluate a task through lmms-eval alone; with `batch_size: auto`, halve the batch while memory runs out."""
+        size = self._fitting.get(task, self.largest_batch())
+        while True:
+            self._fitting[task] = size
+            try:
+                return replace(
+                    self.ask(variant, task, Sample(count=self.config.limit, batch_size=size)), batch_size=size
+                )
+            except RequestError as error:
+                if self.config.batch_size != AUTO or size == 1 or not ran_out_of_memory(error):
+                    raise
+            size //= 2
 
     # ------------------------------------------------------------------ cells
 
@@ -199,7 +210,7 @@ class Harness:
         assert answers.receipt is not None
         results = [answers.results[number] for number in range(len(answers.results))]
         replay = Replay(answers.kind, results, answers.hash)
-        graded, samples = self._questions.grade(replay, variant, task, self.config.batch_size)
+        graded, samples = self._questions.grade(replay, variant, task, answers.batch_size)
         return Cell(
             graded,
             samples,
@@ -208,6 +219,7 @@ class Harness:
             answers.method_flops,
             answers.seconds,
             answers.hardware,
+            answers.batch_size,
         )
 
     def evaluate(self, variant: Variant, task: str) -> Cell:
@@ -217,7 +229,7 @@ class Harness:
 
     def ask(self, variant: Variant, task: str, sample: Sample) -> Cell:
         """Evaluate a method on a sample of a task's questions, by itself and through lmms-eval alone."""
-        batch_size = sample.batch_size or self.config.batch_size
+        batch_size = sample.batch_size or self.largest_batch()
         lm = self._checkpoint.lmms_model(variant, batch_size)
         lm.shortest_first = sample.shortest_first
         try:

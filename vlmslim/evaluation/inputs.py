@@ -1,10 +1,12 @@
 """Hashes of the inputs of a cell: code, weights and the task. A finished cell counts while they are the same."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlmslim import bundled
 from vlmslim.evaluation.errors import CellError, ConfigError
+from vlmslim.evaluation.failures import as_written
 from vlmslim.evaluation.store import digest
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.variants import Variant
@@ -76,6 +78,20 @@ class Inputs:
                     f"{directory} holds its cell {task}, made when {name} held {before[:12]}; it holds {holds} now",
                     "Give the new ones another 'label'",
                 )
+
+    def check_stages(self, cell: dict, variant: Variant, directory: Path) -> None:
+        """Refuse a finished cell that other stages made under the same label.
+
+        Raises:
+            ConfigError: the message shows both, and says how to continue.
+        """
+        now = json.loads(json.dumps(variant.stages))
+        if cell["stages"] != now:
+            raise ConfigError(
+                f"{variant.label} was changed in the middle of the run: {directory} holds its cell {cell['task']}, "
+                f"made with\n  {as_written(cell['stages'])}\nand now it is\n  {as_written(now)}\n"
+                f"Give the changed method another 'label', {HOW_TO_CONTINUE}"
+            )
 
     def _changed_code(self, cell: dict, variant: Variant) -> list[str]:
         """List the files that changed; none if the label stands for other methods now, which is refused elsewhere."""

@@ -1,6 +1,5 @@
 """`vlmslim run`: evaluate every method at every budget on every task, and survive interruptions."""
 
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +13,9 @@ from vlmslim.evaluation import preflight
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.effect import abstentions, check_effect
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.failures import as_written, cell_failure, message_of, refusing
+from vlmslim.evaluation.failures import cell_failure, message_of, refusing
 from vlmslim.evaluation.inputs import HOW_TO_CONTINUE, Inputs, questions_hash, shortened
+from vlmslim.evaluation.parts import Parts
 from vlmslim.evaluation.progress import Display, RowLine
 from vlmslim.evaluation.recording import record_flips
 from vlmslim.evaluation.solutions import Solutions
@@ -109,6 +109,7 @@ class _Run:
         with reading(store.directory):
             self.hash = digest(self.shared) if fresh else store.check_run(self.shared)
         self._check_counts(checkpoint.get("visual_tokens"))
+        self.parts = Parts(store, self.hash, self.inputs)
         self.solutions = Solutions(store, self.hash, self.inputs, fresh=fresh, solve=self._solve)
         self._loaded = False
 
@@ -136,13 +137,17 @@ class _Run:
                 (variant, task)
                 for variant in self.variants
                 for task in self.tasks
-                if not self._is_finished(variant, stored[variant.label, task])
+                if stored[variant.label, task] is None
             ]
+            self._check_started(stored)
         rows = list(dict.fromkeys(variant for variant, _ in todo))
         by_task = {task: [variant for variant in rows if (variant, task) in todo] for task in self.tasks}
         missing = {task: variants for task, variants in by_task.items() if variants}
         self._open(missing)
         self._begin()
+        for (label, task), cell in stored.items():
+            if cell is not None:  # a run may have been killed after it had saved the cell
+                self.store.delete_parts(label, task)
         total = len(self.variants) * len(self.tasks)
         self.display.start(total, total - len(todo), max(len(variant.label) for variant in self.variants))
         self._evaluate(missing, rows)
@@ -238,28 +243,29 @@ class _Run:
             ConfigError: its numbers must not be mixed with those of this run.
         """
         cell = None if self.fresh else self.store.cell(variant.label, task)
-        if cell is None:
-            return None
+        if cell is not None:
+            self._check_same(cell, variant)
+        return cell
+
+    def _check_started(self, stored: dict[tuple[str, str], dict | None]) -> None:
+        """Refuse finished cells of other stages, and answered parts of other cells that must not be mixed with ours."""
+        for variant in self.variants:
+            for task in self.tasks:
+                if (cell := stored[variant.label, task]) is not None:
+                    self.inputs.check_stages(cell, variant, self.store.directory)
+                elif not self.fresh:
+                    for part in self.store.parts(variant.label, task):
+                        self._check_same(part, variant)
+                        self.inputs.check_stages(part, variant, self.store.directory)
+
+    def _check_same(self, cell: dict, variant: Variant) -> None:
+        """Refuse a cell, or a part of one, of another run, or of other code, weights or questions."""
         if cell["config_hash"] != self.hash:
             raise ConfigError(
-                f"{self.store.directory} holds a cell {variant.label} / {task} of another run (configuration "
+                f"{self.store.directory} holds a cell {variant.label} / {cell['task']} of another run (configuration "
                 f"{cell['config_hash'][:12]}, now {self.hash[:12]}), and numbers must not be mixed; {HOW_TO_CONTINUE}"
             )
         self.inputs.check_stored(cell, variant, self.store.directory)
-        return cell
-
-    def _is_finished(self, variant: Variant, cell: dict | None) -> bool:
-        """Tell whether a cell is there, and refuse one of other stages."""
-        if cell is None:
-            return False
-        now = json.loads(json.dumps(variant.stages))
-        if cell["stages"] != now:
-            raise ConfigError(
-                f"{variant.label} was changed in the middle of the run: {self.store.directory} holds its cell "
-                f"{cell['task']}, made with\n  {as_written(cell['stages'])}\nand now it is\n  {as_written(now)}\n"
-                f"Give the changed method another 'label', {HOW_TO_CONTINUE}"
-            )
-        return True
 
     def _sum_up(self, rows: list[Variant]) -> None:
         """Tell the user what rows kept, scored and took, as far as they are finished."""
@@ -289,12 +295,14 @@ class _Run:
             CellError: cells failed.
         """
         failed: list[CellError] = []
-        answered = self.harness.answer_all(todo, self.display.start_cell) if todo else ()
+        answered = self.harness.answer_all(todo, self.display.start_cell, self.parts) if todo else ()
         for number, (task, answers) in enumerate(answered, 1):
             if isinstance(answers, Exception):
                 failed.append(cell_failure(task, answers))
             else:
                 failed += [error for variant in todo[task] if (error := self._grade(variant, task, answers))]
+                for variant in todo[task]:  # finished, or failed and to be done afresh
+                    self.store.delete_parts(variant.label, task)
             if number == 1 < len(todo) and not failed:
                 self.display.message(f"a first look, at {task} alone:")
                 self._sum_up(rows)
@@ -323,6 +331,7 @@ class _Run:
             **self.record,
             "hardware": cell.hardware or self.record["hardware"],
             "seconds": round(cell.seconds, 3),
+            "batch_size": cell.batch_size,
             "definition": self.inputs.definitions[task],
             "questions": questions_hash(cell.samples, cell.results.get("configs", {}).get(task, {})),
             "receipt": cell.receipt,

@@ -21,6 +21,17 @@ from vlmslim.originals.templates import conversation
 Keep = Annotated[StrictInt, Field(lt=2**63)] | Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
+AUTO: Literal["auto"] = "auto"  # a batch size that is found by trying
+
+
+def _batch_kind(value: object) -> str:
+    return "[auto]" if isinstance(value, str) and not value.isdecimal() else "[count]"
+
+
+BatchSize = Annotated[
+    Annotated[Count, Tag("[count]")] | Annotated[Literal["auto"], Tag("[auto]")], Discriminator(_batch_kind)
+]
+
 
 class Strict(BaseModel):
     """Refuses unknown keys by naming the nearest known one."""

@@ -5,6 +5,7 @@ cells/LABEL/TASK.json        lmms-eval's results of one cell, with the record of
 cells/LABEL/TASK.jsonl       the samples of the cell, one question per line
 solutions.json               how budgets that are costs were solved
 verification.json            what `vlmslim verify` found
+parts/LABEL/TASK/PART.json   answers to a part of a task that is not finished; `vlmslim.evaluation.parts`
 tokens/TASK/QUESTION.json    where the visual tokens of a question went, under every row
 timing.json                  prefill and decode times of all methods, measured together
 leaderboard.{md,csv,json,html}
@@ -162,8 +163,8 @@ class Store:
             ConfigError: the directory holds results that are not comparable; the message names what differs.
         """
         before = self.run
-        if not any(self.directory.glob("cells/*/*.json")):
-            return digest(shared)  # an earlier run failed before its first cell: there is nothing to mix with
+        if not any(self.directory.glob("cells/*/*.json")) and not any(self.directory.glob("parts/*/*/*.json")):
+            return digest(shared)  # an earlier run failed before its first answers: there is nothing to mix with
         if before is None:
             raise ConfigError(f"{self.directory} holds cells but no readable run.json; use another --output or --fresh")
         if lines := differences(before["shared"], json.loads(json.dumps(shared))):
@@ -184,13 +185,15 @@ class Store:
             if _unsealed(path) is not None:
                 path.unlink()
                 path.with_suffix(".jsonl").unlink(missing_ok=True)
-        for path in self.directory.glob("tokens/*/*.json"):
+        for path in (*self.directory.glob("tokens/*/*.json"), *self.directory.glob("parts/*/*/*.json")):
             if _unsealed(path) is not None:
                 path.unlink()
         for path in (*(self.directory / name for name in RESULTS), *self.directory.glob("report/data/*.js")):
             path.unlink(missing_ok=True)
-        emptied = ("cells", "tokens", "report/data", "report", "frames")
-        folders = [path for name in ("cells", "tokens") for path in self.directory.glob(f"{name}/*")]
+        emptied = ("cells", "tokens", "parts", "report/data", "report", "frames")
+        folders = [
+            path for name in ("cells/*", "tokens/*", "parts/*/*", "parts/*") for path in self.directory.glob(name)
+        ]
         for folder in (*folders, *(self.directory / name for name in emptied)):
             with suppress(OSError):  # something else is in it
                 folder.rmdir()
@@ -240,6 +243,36 @@ class Store:
         """Return the hash of the samples of a cell; None where there is no cell that is whole."""
         cell = self.cell(label, task)
         return None if cell is None else cell["samples_sha256"]
+
+    # ------------------------------------------------------------------ parts of unfinished cells
+
+    def _parts_path(self, label: str, task: str) -> Path:
+        return self.directory / "parts" / label / file_name(task)
+
+    def save_part(self, label: str, task: str, name: str, record: dict) -> None:
+        """Write the answers to a part of a task that is not finished."""
+        path = self._parts_path(label, task) / f"{name}.json"
+        write_atomically(path, _sealed({**record, "label": label, "task": task, "name": name}))
+
+    def part(self, label: str, task: str, name: str) -> dict | None:
+        """Read what `save_part` wrote; None if it is absent, moved from elsewhere, or not whole."""
+        record = _unsealed(self._parts_path(label, task) / f"{name}.json")
+        place = {"label": label, "task": task, "name": name}
+        return record if record is not None and record | place == record else None
+
+    def parts(self, label: str, task: str) -> list[dict]:
+        """Read all parts of an unfinished cell that are whole."""
+        names = sorted(path.stem for path in self._parts_path(label, task).glob("*.json"))
+        return [record for name in names if (record := self.part(label, task, name)) is not None]
+
+    def delete_parts(self, label: str, task: str) -> None:
+        """Delete the parts of a cell, which is finished or has failed."""
+        folder = self._parts_path(label, task)
+        for path in folder.glob("*.json"):
+            path.unlink()
+        for empty in (folder, folder.parent, folder.parent.parent):
+            with suppress(OSError):  # something else is in it, or there was no part
+                empty.rmdir()
 
     # ------------------------------------------------------------------ tokens
 

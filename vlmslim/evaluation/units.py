@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vlmslim.evaluation.cells import Answers, Todo
-from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.variants import Variant
 
 SHARD = 256  # prompts of a task that a worker answers at a time, by default
@@ -21,6 +20,7 @@ class Unit:
 
     prompts : about how many
     deaths  : of workers that were at it
+    known   : answers of other methods, which were given before the run was interrupted
     """
 
     task: str
@@ -29,6 +29,12 @@ class Unit:
     parts: int
     prompts: int
     deaths: int = 0
+    known: dict[str, Answers] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The part, as in "2-of-5". Parts of another split have other names, so they are answered anew."""
+        return f"{self.part + 1}-of-{self.parts}"
 
 
 def split(todo: Todo, batches: Callable[[str], int | None], batch_size: int, shard: int | None) -> list[Unit]:
@@ -39,9 +45,6 @@ def split(todo: Todo, batches: Callable[[str], int | None], batch_size: int, sha
         batches: counts the batches of a task; None for dialogues, which cannot be split.
         batch_size: prompts of a batch.
         shard: most prompts of a unit; by default `SHARD`.
-
-    Raises:
-        ConfigError: `shard` splits no task.
     """
     most = max((shard or SHARD) // batch_size, 1)
     units = []
@@ -50,11 +53,6 @@ def split(todo: Todo, batches: Callable[[str], int | None], batch_size: int, sha
         parts = 1 if count is None else -(-count // most)
         prompts = (UNKNOWN if count is None else count) * batch_size
         units += [Unit(task, variants, part, parts, -(-prompts // parts)) for part in range(parts)]
-    if shard is not None and all(unit.parts == 1 for unit in units):
-        raise ConfigError(
-            f"resources.shard: {shard} splits nothing, because no unfinished task has more than "
-            f"{max(shard, batch_size)} prompts; give fewer, or leave it out"
-        )
     return sorted(units, key=lambda unit: -unit.prompts)
 
 
@@ -71,13 +69,13 @@ class Outcomes:
 
     def add(self, unit: Unit, outcome: dict[str, Answers] | Exception) -> dict[str, Answers] | Exception | None:
         """Take in a part; return the answers of the whole task with its last part, else None."""
-        known = self.outcomes.setdefault(unit.task, {})
-        known[unit.part] = outcome
-        if len(known) < self.parts[unit.task]:
+        done = self.outcomes.setdefault(unit.task, {})
+        done[unit.part] = outcome if isinstance(outcome, Exception) else unit.known | outcome
+        if len(done) < self.parts[unit.task]:
             return None
-        parts = [known[part] for part in sorted(known)]
+        parts = [done[part] for part in sorted(done)]
         for part in parts:
             if isinstance(part, Exception):
                 return part
         answers = [part for part in parts if not isinstance(part, Exception)]
-        return {v.label: Answers.merged([part[v.label] for part in answers]) for v in unit.variants}
+        return {label: Answers.merged([part[label] for part in answers]) for label in answers[0]}

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.harness import Harness, Sample
 from vlmslim.evaluation.inputs import Inputs, changed_parts, shortened
 from vlmslim.evaluation.progress import Display
+from vlmslim.evaluation.schema import AUTO
 from vlmslim.evaluation.store import differences, digest, reading
 from vlmslim.evaluation.variants import Variant, classes_of
+from vlmslim.evaluation.workers import RayHarness
 from vlmslim.io import provenance
 from vlmslim.leaderboard.board import UNPATCHED, Leaderboard, open_run
 from vlmslim.leaderboard.published import Published, load_papers
@@ -119,6 +122,7 @@ def verify(
     questions: int = 16,
     batch_size: int | None = None,
     seed: int = 0,
+    workers: str | int | None = None,
     display: Display | None = None,
     harness: Callable[..., Any] | None = None,
 ) -> Verification:
@@ -129,20 +133,32 @@ def verify(
         questions: of each cell: a block of neighbours, the same for all rows of a task.
         batch_size: by default half of the run's; 2 where that is 1.
         seed: places the blocks.
+        workers: Ray actors that answer in turn, as in `vlmslim.evaluation.run.run`; by default this process answers.
         display: shows progress.
         harness: makes what evaluates cells; by default `Harness`.
 
     Raises:
         ConfigError: the directory holds no run with a finished cell, or the run cannot be repeated here.
     """
+    make = harness or (Harness if workers is None else partial(RayHarness, workers=workers))
+    where = "" if workers is None else f", with --workers {workers}"
     with reading(directory):
-        return _Verify(directory, questions, batch_size, seed, display or Display(), harness or Harness).complete()
+        return _Verify(directory, questions, batch_size, seed, display or Display(), make, where).complete()
 
 
 class _Verify:
     """One call of `verify`."""
 
-    def __init__(self, directory: Any, questions: int, batch_size: int | None, seed: int, display: Display, make: Any):
+    def __init__(
+        self,
+        directory: Any,
+        questions: int,
+        batch_size: int | None,
+        seed: int,
+        display: Display,
+        make: Callable[..., Any],
+        where: str,
+    ):
         self.store, self.run = open_run(directory)
         self.questions, self.seed, self.display = questions, seed, display
         self.shared, self.config = self.run["shared"], self.run["config"]
@@ -151,9 +167,10 @@ class _Verify:
         if not self.cells:
             raise ConfigError(f"{directory} has no finished cell yet")
         before = self.shared["batch_size"]
-        self.batch_size = batch_size or (max(1, before // 2) if before > 1 else 2)
+        self.before = min(cell["batch_size"] for cell in self.cells.values()) if before == AUTO else before
+        self.batch_size = batch_size or (max(1, self.before // 2) if self.before > 1 else 2)
         self.variants = {label: _variant(cell, self.config) for (label, _), cell in self.cells.items()}
-        self.make = make
+        self.make, self.where = make, where
 
     def complete(self) -> Verification:
         """Compare what the run was made with, then ask its questions again."""
@@ -164,7 +181,7 @@ class _Verify:
                     "tasks": self.config["tasks"],
                     "methods": ["none"],
                     "baselines": False,
-                    "batch_size": self.shared["batch_size"],
+                    "batch_size": self.before,
                     "seed": self.shared["seed"],
                     "include_path": self.config.get("include_path", []),
                     "output": scratch,
@@ -173,15 +190,18 @@ class _Verify:
             self.harness = self.make(config, self.display.bar)
             found = Verification(
                 f"{self.questions} questions of each of {len(self.cells)} cells asked again at batch size "
-                f"{self.batch_size} instead of {self.shared['batch_size']}, the shortest prompts first"
+                f"{self.batch_size} instead of {self.before}, the shortest prompts first{self.where}"
             )
             self._compare_origin(found)
-            self.harness.load()
-            self.display.start(len(self.cells), 0, max(map(len, self.variants)))
-            for (label, task), cell in self.cells.items():
-                self.display.start_cell(label, task)
-                found.cells.append(self._check(label, task, cell))
-                self.display.finish_cell()
+            try:
+                self.harness.load()
+                self.display.start(len(self.cells), 0, max(map(len, self.variants)))
+                for (label, task), cell in self.cells.items():
+                    self.display.start_cell(label, task)
+                    found.cells.append(self._check(label, task, cell))
+                    self.display.finish_cell()
+            finally:
+                self.harness.close()
         found.published = list(self._published())
         self.store.save_verification(
             {
@@ -229,7 +249,7 @@ class _Verify:
         changed = _changed(then, now)
         metric, dtype, cause = self._metric(task, cell), cell["receipt"]["dtype"], ""
         if changed:
-            as_before = Sample(first, count, self.shared["batch_size"])
+            as_before = Sample(first, count, cell.get("batch_size", self.before))
             again, once_more = self._ask(label, task, as_before), self._ask(label, task, as_before)
             repeated = CHANGED if _changed(then, again) else BATCHES
             cause = NOT_DETERMINISTIC if _changed(again, once_more) else repeated

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from vlmslim.evaluation.cells import Answers
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.harness import Harness
 from vlmslim.evaluation.progress import log_to
 from vlmslim.evaluation.schema import TimingConfig
+from vlmslim.evaluation.units import Unit
 from vlmslim.evaluation.variants import Variant
 
 
@@ -57,6 +59,11 @@ class Worker:
         """Load the checkpoint, and return the number of this process."""
         self.harness.load()
         return os.getpid()
+
+    def answer(self, unit: Unit) -> dict[str, Answers]:
+        """Answer a part of a task; the log says which."""
+        print(f"{unit.task} {unit.name}: {', '.join(variant.label for variant in unit.variants)}", flush=True)
+        return self.harness.answer(unit.variants, unit.task, unit.part, unit.parts)
 
     def time(self, variants: Sequence[Variant], timing: TimingConfig) -> dict[str, dict]:
         """Time methods, without showing progress."""

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from vlmslim.cost.budget import Solution
-from vlmslim.evaluation.cells import Answers, Todo
+from vlmslim.evaluation.cells import Answers, Cell, Sample, Todo
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.harness import Harness
+from vlmslim.evaluation.parts import Parts
 from vlmslim.evaluation.progress import MakeBar, output_to
 from vlmslim.evaluation.ray_cluster import check_workers, connect, import_ray
-from vlmslim.evaluation.schema import TimingConfig
+from vlmslim.evaluation.schema import AUTO, TimingConfig
+from vlmslim.evaluation.store import reading
 from vlmslim.evaluation.units import Outcomes, Unit, UnitError, split
 from vlmslim.evaluation.variants import Variant
 from vlmslim.evaluation.worker import Worker, log_of
@@ -72,6 +74,7 @@ class RayHarness(Harness):
         super().__init__(config, make_bar)
         self.workers, self.ray = workers, import_ray()
         self._seats: list[_Seat] = []
+        self._latest = -1  # the worker that `ask` has called
         self._quiet = ExitStack()
 
     # ------------------------------------------------------------------ starting and stopping
@@ -85,7 +88,7 @@ class RayHarness(Harness):
         options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 2}  # it tells its progress while it works
         self._actor = self.ray.remote(**options)(Worker)
         self._seats = [_Seat(number, self._hire(number)) for number in range(count)]
-        self._on_first("load", own=True, timeout=START_SECONDS)
+        self._call("load", own=True, timeout=START_SECONDS)
 
     def _hire(self, number: int) -> Any:
         """Start a worker. It loads the checkpoint with its first task."""
@@ -100,12 +103,12 @@ class RayHarness(Harness):
             self.ray.shutdown()
         self._quiet.close()
 
-    # ------------------------------------------------------------------ what needs the checkpoint, once
+    # ------------------------------------------------------------------ what needs the checkpoint of one worker
 
-    def _on_first(self, name: str, *args: Any, own: bool = False, timeout: float | None = None) -> Any:
-        """Call a function of the first worker, or of its harness; an exception arrives as it was raised."""
+    def _call(self, name: str, *args: Any, number: int = 0, own: bool = False, timeout: float | None = None) -> Any:
+        """Call a function of a worker, or of its harness; an exception arrives as it was raised."""
         self.load()
-        actor = self._seats[0].actor
+        actor = self._seats[number].actor
         try:
             task = getattr(actor, name).remote(*args) if own else actor.call.remote(name, *args)
             return self.ray.get(task, timeout=timeout)
@@ -114,46 +117,77 @@ class RayHarness(Harness):
         except self.ray.exceptions.GetTimeoutError as error:
             raise ConfigError(
                 f"no worker has loaded the checkpoint in {timeout:g} seconds; are the GPUs in use? "
-                f"{self._end_of_log(0)}"
+                f"{self._end_of_log(number)}"
             ) from error
         except self.ray.exceptions.RayError as error:
-            raise UnitError(f"the first worker died: {self._end_of_log(0)}") from error
+            raise UnitError(f"worker {number} died: {self._end_of_log(number)}") from error
 
     def check_method(self, variant: Variant) -> None:
         """Attach a row to the model of a worker and take it off again."""
-        self._on_first("check_method", *_bare([variant]))
+        self._call("check_method", *_bare([variant]))
+
+    def largest_batch(self) -> int:
+        """Return the prompts of a batch; with `batch_size: auto`, the most that a worker tries."""
+        if self.config.batch_size != AUTO:
+            return self.config.batch_size
+        return self._call("largest_batch")
 
     def solve(self, variant: Variant) -> Solution:
         """Make a method cost its budget."""
-        return self._on_first("solve", *_bare([variant]))
+        return self._call("solve", *_bare([variant]))
 
     def time(self, variants: Sequence[Variant], timing: TimingConfig, tick: Callable[[], object]) -> dict[str, dict]:
         """Time all methods on one worker, while the others rest."""
-        return self._on_first("time", _bare(variants), timing, own=True)
+        return self._call("time", _bare(variants), timing, own=True)
 
     def record(self, variants: Sequence[Variant], task: str, questions: Sequence[int]) -> Iterator[tuple[int, dict]]:
         """Record on one worker where visual tokens went."""
-        yield from self._on_first("record", _bare(variants), task, list(questions), own=True)
+        yield from self._call("record", _bare(variants), task, list(questions), own=True)
+
+    def ask(self, variant: Variant, task: str, sample: Sample) -> Cell:
+        """Evaluate a method on a sample of a task's questions; each call takes the next worker."""
+        self.load()
+        self._latest = (self._latest + 1) % len(self._seats)
+        return self._call("ask", *_bare([variant]), task, sample, number=self._latest)
 
     # ------------------------------------------------------------------ units
 
     def check_split(self, todo: Todo) -> None:
-        """Refuse a limit of parts that splits no task."""
-        self.units(todo)
-
-    def units(self, todo: Todo) -> list[Unit]:
-        """Split tasks into units, the longest first.
+        """Refuse a limit that splits no task, unless finished tasks may have been split.
 
         Raises:
-            ConfigError: `resources.shard` splits no task.
+            ConfigError: the message says how many prompts a task has to have.
         """
-        return split(todo, self.batches, self.config.batch_size, self.config.resources.shard)
+        shard = self.config.resources.shard
+        if shard is None or len(todo) < len(self.tasks.leaves):
+            return
+        if all(unit.parts == 1 for unit in self.units(todo)):
+            raise ConfigError(
+                f"resources.shard: {shard} splits nothing, because no task has more than "
+                f"{max(shard, self.largest_batch())} prompts; give fewer, or leave it out"
+            )
 
-    def answer_all(self, todo: Todo, begin: Begin) -> Iterator[tuple[str, dict[str, Answers] | Exception]]:
-        """Answer tasks on all workers; yield each when its last part is answered."""
+    def units(self, todo: Todo) -> list[Unit]:
+        """Split tasks into units, the longest first."""
+        return split(todo, self.batches, self.largest_batch(), self.config.resources.shard)
+
+    def answer_all(
+        self, todo: Todo, begin: Begin, parts: Parts | None = None
+    ) -> Iterator[tuple[str, dict[str, Answers] | Exception]]:
+        """Answer tasks on all workers; yield each when its last part is answered.
+
+        Args:
+            todo: the tasks, and the methods that are to answer each.
+            begin: is called with what is at work, and where.
+            parts: keeps each part that is answered, and has those that were answered before; by default nothing does.
+        """
         self.load()
-        units = deque(self.units(todo))
-        outcomes = Outcomes({unit.task: unit.parts for unit in units})
+        every = [self._resumed(unit, parts) for unit in self.units(todo)]
+        outcomes = Outcomes({unit.task: unit.parts for unit in every})
+        for unit in every:
+            if not unit.variants and (whole := outcomes.add(unit, {})) is not None:
+                yield unit.task, whole
+        units = deque(unit for unit in every if unit.variants)
         total = sum(len(unit.variants) * unit.prompts for unit in units)
         running: dict[Any, _Seat] = {}
         for seat in self._seats:
@@ -166,23 +200,31 @@ class RayHarness(Harness):
                 self._show(list(running.values()), bar)
                 for task in ready:
                     seat = running.pop(task)
-                    unit, seat.unit = seat.unit, None
-                    assert unit is not None
-                    outcome, whole = self._outcome(task, seat, unit), None
+                    done, seat.unit = seat.unit, None
+                    assert done is not None
+                    outcome, whole = self._outcome(task, seat, done), None
                     if outcome is None:
-                        units.appendleft(unit)  # once more, on this worker or another
+                        units.append(done)  # after the others, so that bad luck does not strike it three times
                     else:
-                        whole = outcomes.add(unit, outcome)
+                        if parts is not None and not isinstance(outcome, Exception):
+                            parts.save(done, outcome)
+                        whole = outcomes.add(done, outcome)
                     self._next(seat, units, running)
                     if whole is not None:
-                        yield unit.task, whole
+                        yield done.task, whole
+
+    def _resumed(self, unit: Unit, parts: Parts | None) -> Unit:
+        """Leave only the methods in a unit that have not answered it before; the answers of the others are kept."""
+        records = parts.find(unit) if parts is not None else {}
+        with reading(self.config.output):
+            known = {label: Answers.of_record(record) for label, record in records.items()}
+        return replace(unit, variants=[v for v in unit.variants if v.label not in known], known=known)
 
     def _next(self, seat: _Seat, units: "deque[Unit]", running: dict[Any, _Seat]) -> None:
         """Give a worker the next unit."""
         if units:
             seat.unit = unit = units.popleft()
-            task = seat.actor.call.remote("answer", _bare(unit.variants), unit.task, unit.part, unit.parts)
-            running[task] = seat
+            running[seat.actor.answer.remote(replace(unit, variants=_bare(unit.variants), known={}))] = seat
 
     def _outcome(self, task: Any, seat: _Seat, unit: Unit) -> dict[str, Answers] | Exception | None:
         """Return what a unit gave; None if its worker died and another should try."""
@@ -218,5 +260,5 @@ class RayHarness(Harness):
                 count = self.ray.get(task)
             except self.ray.exceptions.RayError:
                 continue  # it died; its unit says so
-            bar.update(max(count - asked[task].shown, 0))
+            bar.update(count - asked[task].shown)  # less than 0 after a batch that did not fit into memory
             asked[task].shown = count

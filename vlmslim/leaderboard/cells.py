@@ -77,6 +77,13 @@ def _asked(cell: dict, task: str) -> dict:
     return {"split": split, "ocr": special.get("ocr")}
 
 
+def _batch_size(run: dict, cells: Cells) -> int | str | None:
+    """Return the batch size of a run; where it is "auto", with the sizes that were found."""
+    asked = run["shared"].get("batch_size")
+    found = sorted({cell["batch_size"] for cell in cells.values()}) if asked == "auto" else []
+    return f"auto ({' to '.join(str(size) for size in dict.fromkeys([found[0], found[-1]]))})" if found else asked
+
+
 def facts_of(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
     """Collect what the numbers depend on, as the last note and the JSON show it."""
     config = run["config"]
@@ -94,7 +101,7 @@ def facts_of(run: dict, cells: Cells, timing: dict, damaged: list[str]) -> dict:
         "seed": config["seed"],
         "limit": config["limit"],
         "protocol": next((cell["protocol"] for cell in cells.values() if cell.get("protocol")), None),
-        "batch_size": run["shared"].get("batch_size"),
+        "batch_size": _batch_size(run, cells),
         "asked": {task: _asked(cell, task) for (_, task), cell in cells.items()},
         "versions": run["shared"]["versions"],
         "git_commits": distinct("git_commit"),
