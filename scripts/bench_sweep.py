@@ -114,7 +114,7 @@ def prefix(methods: int) -> None:
     print(f"\nmodel: the first {PREFIX} of {TEXT} text tokens from a shared KV cache, saved share of all FLOPs")
     print(f"{'shape':<26}{'visual tokens':>18}{'one run':>18}{f'{methods} methods':>18}")
     for name, crops in MODELLED:
-        config = SHAPES[name]()
+        config = shape_config(name)
         visual = crops * crop_tokens(config)
         full = Ledger.of(config, TEXT + visual, crops=crops)
         saved = PREFIX / (TEXT + visual) * full.language_model
