@@ -117,20 +117,6 @@ def test_padding_is_picked_last():
     assert len(set(index)) == 10 and set(range(4, 12)) <= set(index)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(temperature=0.0), "positive"),
-        (dict(alpha=-1.0), "positive"),
-        (dict(tokenizer=3), "hub id"),
-        (dict(newline="all"), "'rows'"),
-    ],
-)
-def test_bad_options_say_what_to_type(options, message):
-    with pytest.raises(ValueError, match=message):
-        vlmslim.method("mmtok", **options)
-
-
 def test_a_model_that_does_not_tell_its_tokenizer():
     with pytest.raises(ValueError, match="give tokenizer="):
         vlmslim.patch(tiny("llava"), "mmtok")
