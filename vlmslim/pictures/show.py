@@ -72,7 +72,7 @@ def page(question: str, answers: Sequence[Answer], processor: Any, size: int = 3
             ]
             stages = [
                 {"title": panel.title, "caption": panel.caption, "src": _source(panel.picture)}
-                for panel in panels(trace, processor, size)
+                for panel in panels(trace, processor, size)[1:]  # the first is the image as it came, shown above
             ]
             images.append({"cuts": cuts, "stages": stages})
         shown.append({"answer": answer, "images": images, "flops": answer.flops / unpatched.flops})
