@@ -96,7 +96,10 @@ function filter() {
 
 // ------------------------------------------------------------------ chart
 
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // told apart by the colour-blind
+// Told apart by the colour-blind; the second row stands out on a dark ground.
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+const ON_DARK = ["#56b4e9", "#ff9e4a", "#35d3a2", "#f0a6cf", "#f0e442", "#9fc5ff"];
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const digits = (value) => value === null ? NOTHING : Number(value.toPrecision(4)).toLocaleString("en", { useGrouping: false });
 
@@ -135,7 +138,7 @@ function draw() {
         array: own.map(({ y }) => y[2] === null ? 0 : y[2] - y[0]), arrayminus: own.map(({ y }) => y[1] === null ? 0 : y[0] - y[1]),
       } : { visible: false },
       marker: {
-        color: COLOURS[i % COLOURS.length], size: own.map((point) => point.front ? 11 : 8),
+        opacity: 1, color: (dark.matches ? ON_DARK : COLOURS)[i % COLOURS.length], size: own.map((point) => point.front ? 11 : 8),
         symbol: own.map(({ row }) => row.unpatched ? "star" : row.baseline ? "circle-open" : "circle"),
       },
     });
@@ -389,7 +392,7 @@ $("question").addEventListener("close", () => { state.question = null; remember(
 $("previous").addEventListener("click", () => open(listed[listed.indexOf(state.question) - 1]));
 $("next").addEventListener("click", () => open(listed[listed.indexOf(state.question) + 1]));
 window.addEventListener("hashchange", follow);
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+dark.addEventListener("change", draw);
 
 filter();
 if (board.hasQuestions) list().then(follow);
