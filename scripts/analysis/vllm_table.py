@@ -1,7 +1,7 @@
 """Compare vLLM with transformers: the same checkpoints, pictures, questions and methods; print a table in Markdown.
 
     scripts/test_vllm.sh --table                     # makes the environment; prints the tables of both checkpoints
-    scripts/test_vllm.sh --table tiny-llava-next     # of one
+    scripts/test_vllm.sh --table tiny-llava-next     # of one; methods after its name replace those below
 
 Greedy answers to the first questions of each bundled task, in fp32. vLLM runs a copy of the checkpoint with wider heads
 (`padded.py`) where its CPU kernels ask for it; transformers runs the checkpoint itself. Everything runs in one thread,
@@ -229,20 +229,20 @@ def compare(checkpoint: str, method: str | None, base: float | None) -> tuple[st
     return f"| {' | '.join(cells)} |", seconds
 
 
-def main(checkpoints: Sequence[str]) -> None:
-    """Print a table for each checkpoint."""
+def main(tables: dict[str, list[str]]) -> None:
+    """Print a table for each checkpoint, with its methods."""
     packages = {"vlmslim": "vlmslim", "torch": "torch", "transformers": "transformers"}
     import vllm
 
     found = ", ".join(f"{name} {version(package)}" for name, package in packages.items())
     print(f"vllm {vllm.__version__}, {found}, Python {platform.python_version()}, {platform.machine()}, fp32, eager\n")
-    for checkpoint in checkpoints:
+    for checkpoint, methods in tables.items():
         print(
             f"| {checkpoint} | prompt tokens, mean | same answer as transformers | right | KV blocks, peak | CPU time |"
         )
         print("|---|---:|---:|---:|---:|---:|")
         base = None
-        for method in [None, *METHODS[checkpoint]]:
+        for method in [None, *methods]:
             line, seconds = compare(checkpoint, method, base)
             base = base or seconds
             print(line, flush=True)
@@ -250,4 +250,5 @@ def main(checkpoints: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(METHODS))
+    asked = sys.argv[1:]
+    main({asked[0]: asked[1:] or METHODS[asked[0]]} if asked else METHODS)
