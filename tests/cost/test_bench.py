@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,6 +12,7 @@ import pytest
 import torch
 from snapshots import changes, model_state
 from tiny import FAMILIES, tiny
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from vlmslim.cli import app
@@ -201,6 +203,11 @@ def test_the_proof_on_a_gpu_prints_its_commands():
         assert f"vlmslim bench --shape {shape} " in done.stdout
     for command in ("pytest -m gpu", "--dtype bfloat16 --attention flash_attention_2", "scripts/bench_selection.py"):
         assert command in done.stdout
+    for line in done.stdout.splitlines():
+        program, *words = shlex.split(line.partition(" > ")[0])
+        if program == "vlmslim":
+            command = get_command(app).get_command(None, words[0])
+            command.make_context(words[0], words[1:])  # refuses arguments that the command does not know
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would start the proof")

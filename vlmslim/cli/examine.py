@@ -93,7 +93,10 @@ def bench(
     checkpoint: Annotated[str | None, typer.Argument(help="A path, a hub id, or bundled/NAME.")] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b or llava-onevision-7b: random weights."),
+        typer.Option(
+            help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-onevision-7b, qwen2.5-vl-7b, qwen3-vl-8b, "
+            "internvl3-8b or smolvlm-256m: random weights."
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,
