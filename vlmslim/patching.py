@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vlmslim import registry
 from vlmslim.compressor import Compressor
 from vlmslim.engine.embeddings import compressed_prompt
-from vlmslim.engine.encoder import SharedEncoding
 from vlmslim.engine.families import (
     check_decoder,
     check_patches,
@@ -26,6 +25,7 @@ from vlmslim.engine.families import (
 )
 from vlmslim.engine.hooks import Hooks
 from vlmslim.engine.own_budgets import check_own_budget
+from vlmslim.engine.shared_encoding import SharedEncoding
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
 from vlmslim.registry import build, is_method_name, name_of

@@ -11,7 +11,7 @@ from transformers import Cache
 from vlmslim.compressor import Compressed, Compressor, ImageTokens
 from vlmslim.cost.timer import Timer
 from vlmslim.engine.attention import LayerAttention, Rotary
-from vlmslim.engine.encoder import Encoded
+from vlmslim.engine.encoded import Encoded
 from vlmslim.engine.families import causal_mask, layer_type, rotary
 from vlmslim.engine.layout import Segment, concat_masks
 from vlmslim.engine.packed import Packed

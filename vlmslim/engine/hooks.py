@@ -22,7 +22,8 @@ from transformers.utils import ModelOutput
 from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_counts, check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
-from vlmslim.engine.encoder import Encoded, RecordingEncoder, SharedEncoding, is_recorded
+from vlmslim.engine.encoded import Encoded, record_of
+from vlmslim.engine.encoder import RecordingEncoder
 from vlmslim.engine.entrance import (
     Entrance,
     check_kinds,
@@ -48,6 +49,7 @@ from vlmslim.engine.layout import Segment
 from vlmslim.engine.packed import BOUNDARIES, Packed
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.recorder import Recorder
+from vlmslim.engine.shared_encoding import SharedEncoding
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Receipt
@@ -185,7 +187,7 @@ class Hooks:
         for kind, output in outputs.items():
             self.encoders[kind].recognise(output)
         if self.removed or not self.entrance.any_acts:  # images encoded elsewhere cannot be counted, and need not be
-            outputs = {kind: output for kind, output in outputs.items() if is_recorded(output) and not self.removed}
+            outputs = {kind: output for kind, output in outputs.items() if record_of(output) and not self.removed}
         encoded = {kind: Encoded.of(output) for kind, output in outputs.items()}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
