@@ -111,7 +111,7 @@ class Hooks:
         """Register the hooks, on this instance only."""
         for encoder in self.encoders.values():
             encoder.attach()
-        self.gate = Gate.of(self.core)
+        self.gate = Gate.on(self.core)
         add = self.handles.append
         add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         add(self.lm.register_forward_pre_hook(self._enter_lm, with_kwargs=True))

@@ -5,14 +5,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_LOCK = threading.Lock()
+#: The lock of all shadows, one because Python may free a KV cache in the middle of any of these functions, which then
+#: may lift the shadow of a `forward`. It is no attribute, because models are copied and pickled, and locks cannot be.
+LOCK = threading.RLock()
 
 
 class Shadow:
     """Stands in for the function `name` of one object, until it is lifted.
 
-    What was there before is called, and put back: a method of the class, or a function that somebody set on the object.
-    If somebody sets another function while the stand-in is there, `stay_on_top` stands in for that one too.
+    The function that was there before is called, and put back: a method of the class, or a function that a user set on
+    the object. If a user sets another function while the stand-in is there, `stay_on_top` stands in for that one too.
 
     Args:
         owner: the object.
@@ -24,16 +26,22 @@ class Shadow:
         self.owner, self.name, self.call = owner, name, call
         self.top: StandIn | None = None
 
+    @staticmethod
+    def of(owner: Any, name: str) -> "Shadow | None":
+        """Return the shadow that stands in for a function of an object now; None without one."""
+        found = vars(owner).get(name)
+        return found.shadow if isinstance(found, StandIn) else None
+
     def stay_on_top(self) -> None:
-        """Stand in for whatever is there now."""
-        with _LOCK:
+        """Stand in for the function that is there now."""
+        with LOCK:
             if self.top is None or vars(self.owner).get(self.name) is not self.top:
                 self.top = StandIn(self, getattr(self.owner, self.name), vars(self.owner).get(self.name))
                 setattr(self.owner, self.name, self.top)
 
     def lift(self) -> None:
         """Put back what was there. A function that was set later stays, and may go on calling the stand-in."""
-        with _LOCK:
+        with LOCK:
             top, self.top = self.top, None
             if top is None or vars(self.owner).get(self.name) is not top:
                 return
@@ -47,9 +55,9 @@ class StandIn:
     """The function that a `Shadow` puts on its object.
 
     Args:
-        shadow: whose it is.
+        shadow: the shadow to which it belongs.
         below: the function that it stands in for.
-        own: the same, if somebody set it on the object; None if it is of the class.
+        own: the same, if a user set it on the object; None if it is of the class.
     """
 
     def __init__(self, shadow: Shadow, below: Callable[..., Any], own: Any):
