@@ -13,15 +13,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from vlmslim.compressor import LayerInput
-from vlmslim.engine.answers import check_counts, check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
+from vlmslim.engine.drop import drop
 from vlmslim.engine.encoded import Encoded, record_of
 from vlmslim.engine.encoder import RecordingEncoder
 from vlmslim.engine.entrance import (
@@ -35,23 +33,20 @@ from vlmslim.engine.entrance import (
 from vlmslim.engine.families import (
     added_layers,
     blocks_of,
-    cached_keys,
     encoder_layers,
     family_of,
     kv_cache,
     language_model,
     layer_type,
 )
-from vlmslim.engine.forward import Call, Run, Visit
+from vlmslim.engine.forward import Call
 from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.later import Later
-from vlmslim.engine.layout import Segment
-from vlmslim.engine.packed import BOUNDARIES, Packed
+from vlmslim.engine.packed import BOUNDARIES, packed_samples
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.shared_encoding import SharedEncoding
 from vlmslim.engine.stages import Stage
-from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Receipt
 
 _MERGED = (
@@ -152,7 +147,7 @@ class Hooks:
 
     @property
     def _gaps_at_entrance(self) -> bool:
-        """Whether dropping tokens before the language model leaves gaps in the rotary positions."""
+        """True if dropping tokens before the language model leaves gaps in the rotary positions."""
         return self.entrance.stage is not None and self.entrance.stage.method.positions == "original"
 
     def _on_encoded(self, kind: str, output: ModelOutput) -> None:
@@ -163,7 +158,7 @@ class Hooks:
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note whose logits the caller asks for."""
+        """Note for how many tokens the caller wants logits."""
         keep = kwargs.get("logits_to_keep")
         _LOGITS.set(keep if isinstance(keep, int) and kwargs.get("labels") is None else 0)
 
@@ -217,6 +212,7 @@ class Hooks:
     # -- the language model ------------------------------------------------------------------------------------------
 
     def _enter_lm(self, lm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Compress the images of the prompts, and close the gaps."""
         call = self.call
         if call is None:
             return None  # the language model is used alone
@@ -224,22 +220,13 @@ class Hooks:
         mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if self.family.masks_by_type:
             mask = call.given_mask
-        if self.entrance.any_acts and not self.removed and call.given - call.encoded.keys():
-            raise ValueError(
-                "the images of this prompt were encoded by a function that was set on the model after the patch, and "
-                "that does not call the one before it, so nothing can be compressed; set it before the patch"
-            )
+        self._check_encoded(call)
         if not call.encoded and call.past is None:
-            if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
-                self.receipt.saw_text(len(embeds))
-                if call.embeds is not None and embeds.shape[1] > 1 and self.entrance.any_acts:
-                    warnings.warn(_MERGED, stacklevel=2)
-            elif self.entrance.any_acts:
-                check_length(cache, mask, embeds.shape[1])
+            self._see_text(call, embeds, cache, mask)
             return None
-        if call.encoded:
+        if call.encoded and self.entrance.any_acts:
             self._check_images_allowed(cache, call.past)
-            call.packed = self._packed(kwargs, cache)
+            call.packed = packed_samples(kwargs, cache, self.lm.config.use_cache)
         if call.packed is not None and position is not None:
             position = call.packed.unpack(position.expand(embeds.shape[:2]))
             embeds = call.packed.unpack(embeds)
@@ -248,51 +235,50 @@ class Hooks:
             mask, call.guess = call.packed.mask, 0
             kwargs = {k: v for k, v in kwargs.items() if k not in BOUNDARIES}
         call.describe(embeds, cache, mask, position, self.entrance.any_acts)
-        changed: dict[str, Any] = {}
         if call.encoded and self.entrance.any_acts and kwargs.get("deepstack_visual_embeds"):
-            visual = kwargs["visual_pos_masks"].cpu().numpy()
-            call.added, changed["deepstack_visual_embeds"] = kwargs["deepstack_visual_embeds"], None
+            call.added, visual = kwargs["deepstack_visual_embeds"], kwargs["visual_pos_masks"].cpu().numpy()
             call.number = np.where(visual, visual.cumsum().reshape(visual.shape) - 1, -1)
+            kwargs = kwargs | {"deepstack_visual_embeds": None}  # `_leave_layer` adds them
         if call.encoded:
             embeds = self.entrance.compress(call, embeds)
         if any(run.size is not None for run in call.runs):
             self._hook_layers(0)
-        changed["inputs_embeds"] = embeds
-        if call.altered or call.packed is not None:
-            first = call.runs[0]
-            changed["position_ids"] = first.tokens.position
-            if isinstance(kwargs.get("attention_mask"), dict):
-                layers = {layer_type(self.lm, i): i for i in reversed(range(self.depth))}
-                masks = {
-                    kind: first.attention_mask(self.lm, i, embeds, cache, call.blocks) for kind, i in layers.items()
-                }
-                changed["attention_mask"] = masks
-            elif call.encoded or call.padded:
-                changed["attention_mask"] = first.mask
-        return args, kwargs | changed
+        return args, kwargs | {"inputs_embeds": embeds} | self._places(call, embeds, cache, kwargs)
 
-    def _packed(self, kwargs: dict, cache: Cache | None) -> Packed | None:
-        """Find samples that the caller packed into rows. Only a forward without a mask and a cache can have them."""
-        position = kwargs.get("position_ids")
-        if position is None or position.ndim != 2 or kwargs.get("attention_mask") is not None:
-            return None
-        if not self.entrance.any_acts:
-            return None
-        if cache is not None and cache.get_seq_length() > 0:
-            return None
-        packed = Packed.of(position)
-        use_cache = kwargs.get("use_cache")
-        if packed is not None and (cache is not None or (self.lm.config.use_cache if use_cache is None else use_cache)):
+    def _check_encoded(self, call: Call) -> None:
+        """Refuse images that passed a function of the user's in place of the patched encoder."""
+        if self.entrance.any_acts and not self.removed and call.given - call.encoded.keys():
             raise ValueError(
-                "rotary positions that start again inside a row pack several samples into it, and transformers keeps "
-                "them apart only without a KV cache: pass use_cache=False, or give each sample a row of its own"
+                "the images of this prompt were encoded by a function that was set on the model after the patch, and "
+                "that does not call the one before it, so nothing can be compressed; set it before the patch"
             )
-        return packed
+
+    def _see_text(self, call: Call, embeds: Tensor, cache: Any, mask: Any) -> None:
+        """Count prompts without images; check a KV cache that they go on with."""
+        if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
+            self.receipt.saw_text(len(embeds))
+            if call.embeds is not None and embeds.shape[1] > 1 and self.entrance.any_acts:
+                warnings.warn(_MERGED, stacklevel=3)
+        elif self.entrance.any_acts:
+            check_length(cache, mask, embeds.shape[1])
+
+    def _places(self, call: Call, embeds: Tensor, cache: Cache | None, kwargs: dict) -> dict[str, Any]:
+        """Return the positions and masks of the tokens that enter the language model, where the caller's do not fit."""
+        if not call.altered and call.packed is None:
+            return {}
+        first = call.runs[0]
+        places: dict[str, Any] = {"position_ids": first.tokens.position}
+        if isinstance(kwargs.get("attention_mask"), dict):
+            layers = {layer_type(self.lm, i): i for i in reversed(range(self.depth))}
+            places["attention_mask"] = {
+                kind: first.attention_mask(self.lm, i, embeds, cache, call.blocks) for kind, i in layers.items()
+            }
+        elif call.encoded or call.padded:
+            places["attention_mask"] = first.mask
+        return places
 
     def _check_images_allowed(self, cache: Cache | None, past: Plan | None) -> None:
-        """Refuse what a forward with images cannot have."""
-        if not self.entrance.any_acts:
-            return
+        """Refuse a KV cache or a training setting in which the visual tokens of a forward cannot be removed."""
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
                 f"visual tokens cannot be removed from a {type(cache).__name__}; continuous batching takes text "
@@ -317,6 +303,7 @@ class Hooks:
             )
 
     def _leave_lm(self, lm: Any, args: tuple, output: Any) -> Any:
+        """Count what happened, and put every token back at its place."""
         call, cache = self.call, kv_cache(output)
         if call is None or not call.runs:
             return output
@@ -365,12 +352,13 @@ class Hooks:
     # -- the decoder layers ------------------------------------------------------------------------------------------
 
     def _enter_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Drop tokens if a stage acts before layer `i`, and give the layer its run's mask and positions."""
         call = self.call
         if call is None or not call.runs:
             return None
         hidden, kwargs, cache = args[0], dict(kwargs), kv_cache(kwargs)
         if i in self.at_layer and call.encoded:
-            hidden = self._drop(i, call, hidden, cache, kwargs)
+            hidden = drop(self.at_layer[i], i, self.lm, call, hidden, cache, kwargs, self.later)
         run, first = call.run(i), call.runs[0]
         if run.size is not None:
             kwargs["attention_mask"] = run.attention_mask(self.lm, i, hidden, cache, call.blocks)
@@ -398,103 +386,6 @@ class Hooks:
         number = call.run(i).tokens.of_callers(call.number, fill=-1)
         added = call.added[i].to(hidden)[number.clamp(min=0).to(hidden.device)]
         return hidden + added.masked_fill((number < 0).to(hidden.device)[..., None], 0)
-
-    def _drop(self, i: int, call: Call, hidden: Tensor, cache: Cache | None, kwargs: dict) -> Tensor:
-        """Ask which visual tokens stay from layer `i` on, and drop the others: (B, S, d) -> (B, S', d)."""
-        stage, run = self.at_layer[i], call.run(i)
-        layout, device = run.tokens.layout, run.tokens.mask.device
-        assert layout is not None
-        held = 0 if run.cached is None else run.cached.shape[1]
-        keys = cached_keys(cache, i - 1, hidden, held)
-        if held and keys is None:
-            raise ValueError(
-                f"{stage.method} reads attention to the {held} tokens that the KV cache held before the image, and a "
-                f"{type(cache).__name__} does not give their keys; prefill text and image together"
-            )
-
-        def coming() -> LayerAttention:
-            own = cached_keys(cache, i, hidden[:, :0], held) if held else None
-            if held and own is None:
-                raise ValueError(
-                    f"{stage.method} reads attention to the {held} tokens that the KV cache held before the image, and "
-                    f"this {type(cache).__name__} does not give their keys of layer {i}; prefill text and image "
-                    "together"
-                )
-            given = kwargs
-            if run.tokens is not call.runs[0].tokens:
-                given = kwargs | {"position_embeddings": run.rotary(self.lm, i, hidden)}
-            return LayerAttention.coming(self.lm.layers[i], hidden, given, own)
-
-        tokens = LayerInput(
-            layer=i,
-            hidden=hidden,
-            mask=run.tokens.mask,
-            image=layout.image,
-            slot=layout.slot,
-            origin=layout.origin,
-            last=layout.last,
-            entered=call.entered,
-            present=run.present,
-            image_last=call.image_last,
-            images=call.images,
-            weight=run.weight,
-            previous=call.previous,
-            coming=coming,
-            in_cache=keys,
-            cached=run.cached,
-            size=run.size,
-            blocks=None if call.blocks is None else run.tokens.of_callers(call.blocks, fill=-1),
-        ).without_last(call.guess)
-        with call.timed(hidden.device):
-            weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
-            if weight is None:
-                with torch.no_grad():
-                    keep, states = check_retained(stage.method, tokens, stage.method.retain(tokens))
-                    keep = nn.functional.pad(keep, (0, call.guess), value=True)
-        if call.recorder is not None:
-            call.recorder.note(i, tokens)
-        call.previous = None
-        renumber = stage.method.layer_positions == "renumbered"
-        if weight is not None:
-            if run.size is not None:
-                raise ValueError(
-                    f"{stage.method} hides tokens in training, and rectify=True counts merged ones; leave out rectify"
-                )
-            if renumber:
-                raise ValueError(
-                    f"{stage.method} hides tokens in training instead of dropping them, so there are no gaps to close; "
-                    "use layer_positions='original' with it"
-                )
-            weight = weight.to(device).masked_fill(layout.image == 0, 1)
-            weight = weight if run.weight is None else run.weight * weight
-            call.runs.append(Run(i, run.tokens, run.visual, run.present, run.cached, weight))
-            call.visits.append(Visit(stage, run.visual, run.visual))
-            return hidden
-        if states is not None:
-            made = torch.cat([states.to(hidden), hidden[:, states.shape[1] :]], dim=1)
-            hidden = torch.where((layout.image > 0).to(hidden.device)[..., None], made, hidden)
-        keep = keep.to(device) | (layout.image == 0)  # text stays whatever the method says
-        known, counts = stage.method.known_counts(tokens), None
-        if known is not None:
-            visual = [sum(row) for row in known]
-            kept = (keep & (layout.image > 0)).sum(1)
-            self.later.check(kept, partial(check_counts, stage.method, visual))
-            counts = [each + text for each, text in zip(visual, call.text, strict=True)]
-        selection = layout.select(keep, renumber, counts)
-        if selection is None:
-            call.visits.append(Visit(stage, run.visual, run.visual))
-            return hidden
-        visual = [count - text for count, text in zip(selection.layout.counts, call.text, strict=True)]
-        index = selection.index
-        weight = None if run.weight is None else run.weight.gather(1, index)
-        size = None if run.size is None else torch.cat([run.size[:, :held], run.size[:, held:].gather(1, index)], 1)
-        lower = run.lower
-        if renumber:
-            lower = selection.shift if lower is None else lower + selection.shift
-        present = known or [[count] for count in visual]
-        call.runs.append(Run(i, Segment.of(selection.layout), visual, present, run.cached, weight, lower, size))
-        call.visits.append(Visit(stage, run.visual, visual))
-        return gather_rows(hidden, index.to(hidden.device))
 
 
 def _tower_layers(stages: tuple[Stage, ...], core: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache
 
 #: How flash attention is told where packed samples end, among the arguments of a forward.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -12,7 +13,7 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 
 @dataclass
 class Packed:
-    """Where the tokens of packed rows (B, L) stand once each of the n samples has a row of its own: (n, W).
+    """The places of the tokens of packed rows (B, L) when each of the n samples has a row of its own: (n, W).
 
     Inside the language model a patched forward gives each sample its own row, padded on the left. So the samples cannot
     see each other whatever the attention back end, and a method is shown one sample at a time.
@@ -56,3 +57,28 @@ class Packed:
     def pack(self, x: Tensor) -> Tensor:
         """Put the samples back: (n, W, ...) -> (B, L, ...)."""
         return x[self.row.to(x.device), self.column.to(x.device)]
+
+
+def packed_samples(kwargs: dict, cache: Cache | None, uses_cache: bool) -> Packed | None:
+    """Find samples that the caller packed into rows. Only a forward without a mask and a filled cache can have them.
+
+    Args:
+        kwargs: the arguments of the language model.
+        cache: the KV cache; None without one.
+        uses_cache: the language model makes a cache if the caller does not say otherwise.
+
+    Raises:
+        ValueError: the rows are packed, and the forward fills a KV cache.
+    """
+    position = kwargs.get("position_ids")
+    if position is None or position.ndim != 2 or kwargs.get("attention_mask") is not None:
+        return None
+    if cache is not None and cache.get_seq_length() > 0:
+        return None
+    packed, asked = Packed.of(position), kwargs.get("use_cache")
+    if packed is not None and (cache is not None or (uses_cache if asked is None else asked)):
+        raise ValueError(
+            "rotary positions that start again inside a row pack several samples into it, and transformers keeps "
+            "them apart only without a KV cache: pass use_cache=False, or give each sample a row of its own"
+        )
+    return packed
