@@ -95,13 +95,13 @@ class Compressor:
 
     @property
     def acts_before_llm(self) -> bool:
-        """Whether this class overrides `compress` or `compress_images`."""
+        """True if this class overrides `compress` or `compress_images`."""
         cls = type(self)
         return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
 
     @property
     def drops_between_layers(self) -> bool:
-        """Whether this class overrides `retain` or `soft_retain`."""
+        """True if this class overrides `retain` or `soft_retain`."""
         cls = type(self)
         return cls.retain is not Compressor.retain or cls.soft_retain is not Compressor.soft_retain
 

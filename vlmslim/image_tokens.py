@@ -17,7 +17,7 @@ from vlmslim.ops.effective_rank import effective_rank
 
 @dataclass
 class Compressed:
-    """What one image sends to the language model: k tokens, in the order the language model reads them.
+    """The k tokens that one image sends to the language model, in the order in which the language model reads them.
 
     features : (k, d), or None for the image's own tokens at `index`, unchanged. The prompt already contains those, so
                the engine moves them by index and never copies their features
@@ -170,7 +170,7 @@ class ImageTokens:
 
     @cached_property
     def effective_rank(self) -> float:
-        """How complex the image is: the effective rank of its features, the mean over its crops or frames.
+        """The complexity of the image: the effective rank of its features, the mean over its crops or frames.
 
         Newlines do not count.
         """

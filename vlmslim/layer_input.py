@@ -16,7 +16,7 @@ from vlmslim.ops.ranking import rank_within_groups
 
 
 class Attends(Protocol):
-    """What a decoder layer attends with, as `vlmslim.engine.attention.LayerAttention`."""
+    """Queries, keys and positions with which a decoder layer attends: `vlmslim.engine.attention.LayerAttention`."""
 
     @property
     def rotary(self) -> Tensor | tuple[Tensor, ...] | None:
@@ -204,7 +204,7 @@ class LayerInput:
 
 @dataclass
 class Retained:
-    """What stays from a decoder layer on, where a method changes the states of visual tokens: what `retain` returns.
+    """The answer of a `retain` that changes the states of visual tokens: the places that stay, and the new states.
 
     A token that the method made, such as a mean of dropped ones, takes the place of one of them. It then is a token
     like any other: it has the slot and the rotary position of that place, and counts in caches, receipts and drops.

@@ -29,7 +29,7 @@ Name = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Located:
-    """Where a checkpoint is, and which methods its name brings.
+    """The place of a checkpoint, and the methods that its name brings.
 
     checkpoint : a folder, or the id of a repository on the hub
     revision   : branch, tag or commit of the repository; None for its main branch

@@ -176,7 +176,7 @@ class Slim:
 
     @property
     def receipt(self) -> Receipt:
-        """What happened since the patch or the last `reset_receipt()`.
+        """The count of what happened since the patch or the last `reset_receipt()`.
 
         Raises:
             ValueError: a check of the last prefill, which had to wait for the device, fails.

@@ -1,4 +1,4 @@
-"""What a patched model really did: the answer to "is it even on?"."""
+"""The receipt of a patched model: what it really did. It answers the question "is it even on?"."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ class Image(NamedTuple):
 
 
 class StagePass(NamedTuple):
-    """What one stage did in one prefill.
+    """The work of one stage in one prefill.
 
     tokens_in, tokens_out : visual tokens of each prompt, before and after the stage
     acted     : prompts in which the stage dropped or merged at least one visual token
@@ -116,7 +116,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class StageCounts:
-    """What one stage did, summed over prompts; see `StagePass`."""
+    """The work of one stage, summed over prompts; see `StagePass`."""
 
     tokens_in: int = 0
     tokens_out: int = 0
@@ -146,7 +146,7 @@ _BY_LAYER = ("visual", "sequence", "kv")
 
 @dataclass
 class Receipt:
-    """What a patched model did, counted since the patch or the last reset. No number is derived from the settings.
+    """The count of what a patched model did since the patch or the last reset. No number is derived from the settings.
 
     The receipt does not grow with the run: it keeps single values of the last prefill only.
 
@@ -285,7 +285,7 @@ class Receipt:
 
     @property
     def had_effect(self) -> bool:
-        """Whether any stage dropped or merged a visual token."""
+        """True if any stage dropped or merged a visual token."""
         return any(total < self.tokens.total for total in self.visual)
 
     def summary(self) -> dict:

@@ -192,7 +192,7 @@ def _class_of(method: "Compressor | type[Compressor]") -> type["Compressor"]:
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is to say about a built-in or installed method.
+    """The entry of a built-in or installed method in the list of methods.
 
     name    : as it is asked for
     source  : "built-in", or the package that brings the method
@@ -207,7 +207,7 @@ class Listing:
 
     @property
     def kind(self) -> str:
-        """What the method is for, or where it acts."""
+        """The use of the method, or the place where it acts."""
         from vlmslim.compressor import Compressor
 
         def overrides(*names: str) -> bool:

@@ -12,8 +12,8 @@ reference.py  the patched model computed by hand, without the engine
 checks.py     the checks
 report.py     findings, as a table and as JSON
 
-`docs/trust.md` says what each check is for, and why its tolerance is what it is. What a patch leaves behind, and what
-a receipt says, is the same on every checkpoint, so the tests of this package examine it.
+`docs/trust.md` says what each check is for, and why its tolerance is what it is. The tests of this package
+examine what is the same on every checkpoint: that nothing of a removed patch stays, and what a receipt says.
 """
 
 from vlmslim.doctor.examine import examine, parse

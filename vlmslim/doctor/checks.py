@@ -40,7 +40,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check measured.
+    """The measurement of one check.
 
     measured  : in `unit`
     tolerance : the largest value that passes
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance."""
+        """True if the difference is within the tolerance."""
         return self.measured <= self.tolerance
 
 
@@ -71,7 +71,7 @@ class Subject(ModelRun):
 
     @property
     def prunes(self) -> bool:
-        """Whether a stage drops tokens between decoder layers, where the last token of the prompt decides."""
+        """True if a stage drops tokens between decoder layers, where the last token of the prompt decides."""
         return any(stage.layers for stage in self.slim.stages)
 
     def rounding(self, difference: float) -> Outcome:

@@ -18,7 +18,7 @@ from vlmslim.engine.families import family_of
 from vlmslim.patching import Method, Slim, check_unpatched, patch
 from vlmslim.registry import BrokenMethod, build, is_method_name, label, method_names, options_of, parse_method
 
-SHARE = 0.25  # of the visual tokens, which a method keeps if nobody says otherwise
+SHARE = 0.25  # of the visual tokens, which a method keeps unless the caller says otherwise
 #: How a method says that it does not go with a checkpoint, or that something which it needs is missing.
 _REFUSALS = ValueError, ImportError, OSError
 
@@ -77,7 +77,7 @@ def examine(
         name = label(os.fspath(given) if isinstance(given, os.PathLike) else given)
         try:
             slim = _patch(model, given, keep)
-        except Exception as error:
+        except Exception as error:  # a method may fail in any way, and the others are still examined
             if methods is not None and isinstance(error, _REFUSALS):
                 raise
             refused = isinstance(error, _REFUSALS) and not isinstance(error, BrokenMethod)
@@ -140,7 +140,7 @@ def _find(name: str, check: str, subject: Subject) -> Finding:
         outcome = CHECKS[check](subject)
     except NotApplicable as why:
         return Finding(name, check, "n/a", note=str(why))
-    except Exception as error:
+    except Exception as error:  # a method may fail in any way, and that is a finding
         return Finding(name, check, "fail", note=_one_line(error))
     status = "pass" if outcome.passed else "fail"
     return Finding(name, check, status, outcome.measured, outcome.tolerance, outcome.unit, outcome.note)

@@ -16,7 +16,7 @@ from vlmslim.engine.families import family_of, images_of_prompts, merge
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says in one turn.
+    """The user's part of one turn.
 
     pictures : (width, height) of each, in units of `picture_side`
     frames   : of a video; 0 for none

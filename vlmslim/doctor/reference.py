@@ -22,7 +22,7 @@ from vlmslim.patching import Slim
 
 @dataclass(frozen=True)
 class Sent:
-    """What a method made of one image.
+    """The answer of a method to one image.
 
     before   : (n, d) the image's tokens
     features : (k, d) the tokens that the method sends to the language model
@@ -68,7 +68,7 @@ class Sent:
 
 @dataclass
 class Notes:
-    """What a method answered in one prefill.
+    """The answers of a method in one prefill.
 
     sent   : of each image, before the language model; empty if no stage acts there
     kept   : by layer, (B, S) bool, what stays by the answer of `retain`
@@ -159,7 +159,7 @@ class _Entered(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What enters the language model of a prompt of L tokens, and what the model adds to it later.
+    """The L tokens of a prompt as they enter the language model, and the features that the model adds to them later.
 
     embeds   : (L, d)
     visual   : (L,) bool, True at visual tokens

@@ -1,4 +1,4 @@
-"""What an examination found: as records, as JSON, and as a table."""
+"""The findings of an examination: as records, as JSON, and as a table."""
 
 import json
 import math
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked, and nothing failed."""
+        """True if something was checked, and nothing failed."""
         return not self.failures and any(finding.status == "pass" for finding in self.findings)
 
     def to_json(self, indent: int | None = 2) -> str:

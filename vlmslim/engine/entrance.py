@@ -37,7 +37,7 @@ class Placed:
 
 
 class Entrance:
-    """What happens to the images between the encoder and the first decoder layer.
+    """Takes the images of a forward from the encoder to the first decoder layer.
 
     Args:
         core: the model without its head.

@@ -160,7 +160,7 @@ class Call:
     number   : (B, L) which of these each of the caller's tokens gets, -1 for none
     delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
-    recorder : keeps what pictures show; None if nobody asked for it
+    recorder : keeps what pictures show; None if the patch records no tokens
     read     : what the host knows of ids and mask since before the encoder started, by the name of the argument
     """
 
@@ -313,7 +313,7 @@ class Call:
 
     @property
     def altered(self) -> bool:
-        """Whether some layer sees, or has seen, other tokens than the caller sent."""
+        """True if some layer sees, or has seen, other tokens than the caller sent."""
         return self.past is not None or self.runs[-1].tokens.shortened
 
     def restore(self, run: Run, hidden: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class Call:
         )
 
     def _traces(self, stages: tuple[Stage, ...], depth: int) -> list[list[Trace]] | None:
-        """Return where the tokens of each image went, if somebody asked for it."""
+        """Return where the tokens of each image went; None if the patch records no tokens."""
         if self.recorder is None:
             return None
         layouts = {run.first: run.tokens.layout for run in self.runs}

@@ -1,4 +1,4 @@
-"""Where each visual token of an image stands: `ImageTokens.grid`."""
+"""The places of an image's visual tokens: `ImageTokens.grid`."""
 
 import math
 from collections.abc import Callable

@@ -173,12 +173,12 @@ class Segment:
 
     @property
     def shortened(self) -> bool:
-        """Whether tokens have been dropped."""
+        """True if tokens have been dropped."""
         return self.source is not None
 
     @property
     def gapped(self) -> bool:
-        """Whether the rotary positions have gaps where tokens were dropped."""
+        """True if the rotary positions have gaps where tokens were dropped."""
         return self.layout is not None and self.layout.gapped
 
     def of_callers(self, values: np.ndarray | Tensor, fill: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which methods may have budgets of each image's own: keep={"auto": 64, "average": 31.5}, more for complex images.
+"""Budgets of each image's own, keep={"auto": 64, "average": 31.5}, and the methods that may have them.
 
-A complex image has features of large effective rank: "An Empirical Study of Attention and Diversity for Adaptive Visual
-Token Pruning" (AgilePruner, ICLR 2026, arXiv 2603.01236), which thins such images harder. Here the rank sets the budget
-of any method before the language model, as vlmslim's own reading of that observation.
+A complex image, whose features have a large effective rank, gets more tokens: "An Empirical Study of Attention and
+Diversity for Adaptive Visual Token Pruning" (AgilePruner, ICLR 2026, arXiv 2603.01236), which thins such images harder.
+Here the rank sets the budget of any method before the language model, as vlmslim's own reading of that observation.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a KV cache holds after a prefill that dropped tokens.
+"""The record of what a KV cache holds after a prefill that dropped tokens.
 
 A `Plan` is an attribute of the cache that it describes. So it dies with the cache, two conversations cannot mix, and
 there is no state to forget to reset.
@@ -17,7 +17,7 @@ from vlmslim.engine.gate import RUNNING
 
 @dataclass
 class Plan:
-    """What a KV cache holds after the last forward that dropped tokens.
+    """The record of what a KV cache holds after the last forward that dropped tokens.
 
     length : tokens of the caller's sequence that the cache accounts for
     shift  : (B, 1) how far the rotary positions of later tokens move down

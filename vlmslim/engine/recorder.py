@@ -1,4 +1,4 @@
-"""What a forward keeps for pictures, if the patch was asked to record tokens."""
+"""The way of each token through a forward, kept for pictures if the patch was asked to record tokens."""
 
 from collections.abc import Sequence
 

@@ -62,7 +62,7 @@ def outside_files(classes: Iterable[type]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What counts of a file: a hash, and the names of the modules that it may import, split at their dots."""
+    """The part of a file that counts: a hash, and the names of the modules that it may import, split at their dots."""
 
     hash: str
     imports: frozenset[tuple[str, ...]] = frozenset()
@@ -82,12 +82,12 @@ class _Source:
 
     @property
     def is_outside(self) -> bool:
-        """Whether the file belongs to another author."""
+        """True if the file belongs to another author."""
         return not self.file.is_relative_to(_PACKAGE)
 
     @property
     def contents(self) -> _Contents:
-        """What counts of the file, read again only after the file was written again."""
+        """The part of the file that counts, read again only after the file was written again."""
         stat = self.file.stat()
         return _read(self.file, self.file.relative_to(self.root).parent.parts, stat.st_size, stat.st_mtime_ns)
 

@@ -34,7 +34,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def _delete_abandoned(path: Path) -> None:
-    """Delete temporary files of `path` that nobody has written to for an hour."""
+    """Delete temporary files of `path` that were last written to more than an hour ago."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(OSError):  # another process deleted it first, or owns it
             if time.time() - part.lstat().st_mtime > ABANDONED:

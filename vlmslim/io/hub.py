@@ -1,4 +1,4 @@
-"""Whether the hub answers, asked once, because its client repeats every request for half a minute."""
+"""Ask once whether the hub answers, because its client repeats every request for half a minute."""
 
 import os
 import threading

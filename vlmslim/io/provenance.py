@@ -1,4 +1,4 @@
-"""Where numbers come from: library versions, git commit, hardware, and the identity of checkpoints and weights."""
+"""The origin of numbers: library versions, git commit, hardware, and the identity of checkpoints and weights."""
 
 import hashlib
 import platform

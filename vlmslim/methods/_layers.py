@@ -1,4 +1,4 @@
-"""What the methods share that drop tokens before several decoder layers."""
+"""Helpers of the methods that drop tokens before several decoder layers."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the methods share that select an image's tokens before the language model."""
+"""Helpers of the methods that select an image's tokens before the language model."""
 
 import math
 from collections.abc import Sequence

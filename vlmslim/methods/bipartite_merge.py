@@ -54,7 +54,7 @@ class BipartiteMerge(Compressor):
         self.before_projector = False
 
     def setup(self, model: Any) -> None:
-        """Merge before the projector where it maps patch by patch, else behind it."""
+        """Merge before the projector where it maps patch by patch, else after it."""
         self.ends_with_newline = family_of(model).anyres  # an image without tiles does
         if model.config.model_type == "llava_onevision":
             return

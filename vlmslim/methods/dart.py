@@ -88,10 +88,10 @@ class DART(Compressor):
                 k = resolve_keep(self.keep, n)
                 if not len(place) or k >= len(place):
                     continue
-                behind = text[row].nonzero()[:, 0]
-                behind = behind[behind > place[-1]]
+                after = text[row].nonzero()[:, 0]
+                after = after[after > place[-1]]
                 visual, words = (
-                    at[largest(norms[row, at], m)] for at, m in zip((place, behind), self.pivots, strict=True)
+                    at[largest(norms[row, at], m)] for at, m in zip((place, after), self.pivots, strict=True)
                 )
                 visual = visual[:k]
                 pivots = torch.cat([visual, words])

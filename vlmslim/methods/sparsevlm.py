@@ -199,13 +199,13 @@ class SparseVLM(Compressor):
     def raters(self, tokens: LayerInput, row: int, place: Tensor, image: ImageTokens) -> Tensor:
         """Find the text tokens after an image that rate its tokens at `place`: their places."""
         text = tokens.mask[row] & (tokens.image[row] == 0)
-        behind = text & (torch.arange(len(text), device=text.device) > place[-1])
-        at = behind.nonzero()[:, 0]
+        after = text & (torch.arange(len(text), device=text.device) > place[-1])
+        at = after.nonzero()[:, 0]
         if not len(at):
             return tokens.last[row, None]
         if image.prompt is None:
             return at
-        words = image.prompt.to(text.device)[behind[text]]  # text is never dropped, so its order is that of the prompt
+        words = image.prompt.to(text.device)[after[text]]  # text is never dropped, so its order is that of the prompt
         return at[visual_words(image.features, self.embedding(words).to(image.features.device)).to(at.device)]
 
     def gravity(self, tokens: LayerInput, row: int, raters: Tensor, place: Tensor) -> Tensor | None:

@@ -107,8 +107,8 @@ class TOPSLayers(Compressor):
                 place = (tokens.image[row] == number).nonzero()[:, 0]
                 if (k := left_of(n, part)) >= len(place):
                     continue
-                behind = (rows[row] > place[-1]) & tokens.mask[row, rows[row]] & ~visual[row, rows[row]]
-                rated = paid[row, behind][:, place]
+                after = (rows[row] > place[-1]) & tokens.mask[row, rows[row]] & ~visual[row, rows[row]]
+                rated = paid[row, after][:, place]
                 if not len(rated):
                     rated = tokens.attention(tokens.last[:, None]).mean(1)[row][:, place]
                 score = text_relevance(rated, self.raters)

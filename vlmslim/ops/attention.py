@@ -92,7 +92,7 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class QueriesKeys:
-    """What an attention module attends with, normalised and rotated.
+    """Queries and keys with which an attention module attends, normalised and rotated.
 
     q       : (B, heads, s, head_dim)
     k       : (B, kv heads, s, head_dim)

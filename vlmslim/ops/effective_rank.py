@@ -1,4 +1,4 @@
-"""How complex an image is: the effective rank of its features, and the budget that follows from it."""
+"""The complexity of an image, measured by the effective rank of its features, and the budget that follows from it."""
 
 from collections.abc import Sequence
 

@@ -25,7 +25,7 @@ BLOCK = 384
 
 
 class Rule(Protocol):
-    """What tells one greedy search from another."""
+    """The rule by which a greedy search picks its next token; searches differ in nothing else."""
 
     def score(self) -> Tensor:
         """Score all tokens of each image, higher is better: (b, n). What is picked already may get any score."""

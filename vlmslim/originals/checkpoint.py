@@ -62,12 +62,12 @@ class Original:
 
     @property
     def tower_name(self) -> str:
-        """Where the vision tower comes from: a hub id, or a folder."""
+        """The source of the vision tower: a hub id, or a folder."""
         return self.raw.get("mm_vision_tower") or ""
 
     @property
     def aspect(self) -> str:
-        """How the authors' code fits a picture to the tower: square, pad, anyres or anyres_max_N."""
+        """The way in which the authors' code fits a picture to the tower: square, pad, anyres or anyres_max_N."""
         return self.raw.get("image_aspect_ratio") or "square"
 
     @property

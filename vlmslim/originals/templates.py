@@ -13,7 +13,7 @@ from vlmslim.io.messages import did_you_mean
 
 @dataclass(frozen=True)
 class Conversation:
-    """How a conversation is written.
+    """The written form of a conversation.
 
     system    : the system prompt, unless the first message gives another
     head      : what stands before and after the system prompt

@@ -22,7 +22,7 @@ UNPATCHED = "unpatched"
 
 @dataclass
 class Answer:
-    """What a model answered under one method.
+    """The answer of a model under one method.
 
     method : as the user wrote it, or `UNPATCHED`
     text   : the answer

@@ -1,4 +1,4 @@
-"""Where the visual tokens of an image went, layer by layer: all that a picture of kept tokens shows."""
+"""The way of an image's visual tokens through the layers: all that a picture of kept tokens shows."""
 
 from dataclasses import dataclass
 

@@ -103,7 +103,7 @@ class Saved:
 
     @property
     def checkpoint(self) -> tuple[str, str | None]:
-        """Where the checkpoint under the patch is, and its commit on the hub.
+        """The place of the checkpoint under the patch, and its commit on the hub.
 
         Raises:
             ValueError: the checkpoint has no name, or was a local folder that is gone.

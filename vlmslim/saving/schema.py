@@ -1,4 +1,4 @@
-"""What `vlmslim.json` contains. Every damage to the file is a sentence."""
+"""The contents of `vlmslim.json`. Every damage to the file is a sentence."""
 
 import json
 from typing import Annotated, Any, Literal, NoReturn, Self
