@@ -11,8 +11,9 @@ from vlmslim.compressor import LayerInput
 from vlmslim.engine.answers import check_counts, check_retained, check_weight
 from vlmslim.engine.attention import LayerAttention
 from vlmslim.engine.families import cached_keys
-from vlmslim.engine.forward import Call, Run, Visit
+from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.later import Later
+from vlmslim.engine.layer_run import Run
 from vlmslim.engine.layout import Segment
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows

@@ -1,39 +1,23 @@
-"""The entrance of the language model: find the images in the prompts, compress them, close the gaps."""
+"""The entrance of the language model: compress the images of the prompts, and close the gaps."""
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import Cache
+from torch import Tensor
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens
 from vlmslim.engine.answers import check_compressed, check_indices
-from vlmslim.engine.families import FAMILIES, Family, placeholders
+from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.later import Later
 from vlmslim.engine.layout import Layout, Segment, to_device
+from vlmslim.engine.locate import Placed, locate
 from vlmslim.engine.stages import Stage
 from vlmslim.ops.attention import gather_rows
 from vlmslim.receipt import Image
-
-
-@dataclass
-class Placed:
-    """An image in a prompt.
-
-    row     : of the batch
-    columns : (n,) indices of the image's placeholders in that row
-    tokens  : the image
-    """
-
-    row: int
-    columns: np.ndarray
-    tokens: ImageTokens
 
 
 class Entrance:
@@ -198,186 +182,3 @@ def _slots(results: list[Compressed], sizes: list[int], device: torch.device) ->
     taken = [x if r.index is None else x.sort().values for x, r in zip(picked, results, strict=True)]
     picked = [t if r.features is not None else p for t, p, r in zip(taken, picked, results, strict=True)]
     return torch.cat(picked), torch.cat(taken)
-
-
-def check_kinds(family: Family, kinds: Collection[str]) -> None:
-    """Refuse a forward with pictures and videos of a family that has one placeholder for both.
-
-    Raises:
-        ValueError: transformers cannot tell whose features go where, and its own message compares counts only.
-    """
-    if len(kinds) > 1 and family.video_token == "image_token_id":
-        raise ValueError(
-            f"{family.name} has one placeholder for pictures and videos, so transformers takes no batch with both: "
-            "send pictures and videos in separate calls, or give the video as pictures, one for each frame"
-        )
-
-
-def read_prompt(kwargs: dict) -> dict[str, np.ndarray]:
-    """Copy ids and mask of a forward with images to the host, where the images are found.
-
-    This comes before the vision tower starts, so that the host has nothing else to wait for.
-    """
-    sent = {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
-    return {name: x.cpu().numpy() for name, x in sent.items() if isinstance(x, Tensor) and x.ndim == 2}
-
-
-def locate(
-    core: nn.Module,
-    call: Call,
-    mask: np.ndarray,
-    ids: np.ndarray | None,
-    family: Family,
-) -> tuple[list[Placed], np.ndarray]:
-    """Find the images in the prompts.
-
-    An image whose placeholders the caller's mask hides, all or in part, is left alone: what is visible of it stays.
-    `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
-
-    Args:
-        core: the model without its head.
-        call: the forward.
-        mask: (B, L) False at padding.
-        ids: (B, L) of the tokens; None if the caller gave embeddings.
-        family: tells which views belong to one picture.
-
-    Returns:
-        The images by row and position in the prompt, and (B, L) bool, the text tokens.
-
-    Raises:
-        ValueError: a row has more placeholders than images.
-    """
-    placed: list[Placed] = []
-    hidden: list[tuple[int, np.ndarray]] = []
-    is_text = mask
-    for kind, encoded in call.encoded.items():
-        is_placeholder = placeholders(core, kind, ids, call.embeds)
-        is_text = is_text & ~is_placeholder
-        first = 0  # the first image of the row
-        for row, there in enumerate(is_placeholder):
-            (columns,) = there.nonzero()
-            number = first
-            while len(columns):
-                if number == len(encoded.images):
-                    raise ValueError(
-                        f"row {row} has more {kind} placeholders than there are {kind}s left for it; every prompt "
-                        f"needs its own {kind}s (transformers 5.17 mixes them up itself where beams share a prompt)"
-                    )
-                image = encoded.images[number]
-                n = len(image.features)
-                if mask[row, columns[:n]].all():
-                    placed.append(Placed(row, columns[:n], image))
-                else:
-                    hidden.append((row, columns[:n]))
-                columns, number = columns[n:], number + 1
-            if row % encoded.copies == encoded.copies - 1:
-                first = number
-    for row, columns in hidden:
-        is_text[row, columns] = mask[row, columns]
-    if family.joins is not None and ids is not None:
-        placed = _joined(placed, ids, family.joins, family.thumbnail)
-    placed.sort(key=lambda image: (image.row, image.columns[0]))
-    return placed, is_text
-
-
-def _joined(placed: list[Placed], ids: np.ndarray, joins: Callable[[np.ndarray], bool], thumbnail: int) -> list[Placed]:
-    """Make one picture of the views that belong to one, as the tokens between them tell."""
-    groups: list[list[Placed]] = []
-    for image in placed:
-        last = groups[-1][-1] if groups else None
-        if last is not None and last.row == image.row:
-            between = ids[image.row, last.columns[-1] + 1 : image.columns[0]]
-            if joins(between):
-                groups[-1].append(image)
-                continue
-        groups.append([image])
-    return [
-        Placed(
-            group[0].row,
-            np.concatenate([x.columns for x in group]),
-            ImageTokens.joined([x.tokens for x in group], thumbnail),
-        )
-        if len(group) > 1
-        else group[0]
-        for group in groups
-    ]
-
-
-def resumed_position(kwargs: dict, seen: int, delta: Tensor) -> Tensor:
-    """Return the rotary positions (1, B, S) of what follows a KV cache, in models whose positions have several numbers.
-
-    Such a model would count on from the length of the compressed cache.
-
-    Args:
-        kwargs: of the forward.
-        seen: tokens of the conversation that the cache accounts for.
-        delta: (B, 1) `Plan.delta`.
-    """
-    tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    size, mask = tokens.shape[1], kwargs.get("attention_mask")
-    if mask is None:
-        position = torch.arange(seen, seen + size, device=tokens.device)[None]
-    else:
-        position = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -size:]
-    return (position + delta.to(tokens.device))[None]
-
-
-def check_length(cache: Cache, mask: Any, size: int) -> None:
-    """Refuse a KV cache that is shorter than the conversation that its caller describes.
-
-    Args:
-        cache: without a plan.
-        mask: the caller's, over the whole conversation; None without one.
-        size: tokens that come in.
-
-    Raises:
-        ValueError: the cache lacks tokens, so a patch dropped them and its record is lost.
-    """
-    held = cache.get_seq_length(0)
-    whole = isinstance(mask, Tensor) and mask.ndim == 2
-    if whole and mask.shape[1] > held + size and not cache.is_compileable:
-        raise ValueError(
-            f"the attention mask covers {mask.shape[1]} tokens, but the KV cache holds {held} and {size} come in: a "
-            "patch shortened this cache, and what it dropped is not recorded in it; copy caches with copy.deepcopy, or "
-            "prefill again"
-        )
-
-
-def trim_cached_prefix(kwargs: dict, seen: int) -> dict:
-    """Drop leading tokens that the cache already accounts for from the arguments of a forward.
-
-    A caller who continues a conversation asks the cache how long it is and sends the rest. The compressed cache is
-    shorter than the conversation, so the rest is too long by the number of dropped tokens.
-
-    Args:
-        kwargs: of the forward.
-        seen: tokens of the conversation that the cache accounts for.
-
-    Raises:
-        ValueError: mask or positions do not cover the conversation.
-    """
-    name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
-    size = kwargs[name].shape[1]
-    mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and mask.ndim == 2:
-        fresh = mask.shape[1] - seen
-        if fresh > size or fresh < 1:
-            raise ValueError(
-                f"the attention mask covers {mask.shape[1]} tokens, the cache stands for {seen} and {size} more "
-                "came in; the mask must cover the whole conversation, dropped visual tokens included"
-            )
-    elif position is not None and size > 1:
-        fresh = int(position.max()) + 1 - seen  # without a mask there is no padding
-        if fresh < 1:
-            raise ValueError(
-                f"positions end at {fresh + seen - 1}, but the cache already stands for {seen} tokens; pass an "
-                "attention mask that covers the whole conversation, dropped visual tokens included"
-            )
-    else:
-        return kwargs
-    if fresh >= size:
-        return kwargs
-    trimmed = {name: kwargs[name][:, -fresh:]}
-    if position is not None:
-        trimmed["position_ids"] = position[..., -fresh:]
-    return kwargs | trimmed

@@ -22,14 +22,7 @@ from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_comin
 from vlmslim.engine.drop import drop
 from vlmslim.engine.encoded import Encoded, record_of
 from vlmslim.engine.encoder import RecordingEncoder
-from vlmslim.engine.entrance import (
-    Entrance,
-    check_kinds,
-    check_length,
-    read_prompt,
-    resumed_position,
-    trim_cached_prefix,
-)
+from vlmslim.engine.entrance import Entrance
 from vlmslim.engine.families import (
     added_layers,
     blocks_of,
@@ -42,9 +35,11 @@ from vlmslim.engine.families import (
 from vlmslim.engine.forward import Call
 from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.later import Later
+from vlmslim.engine.locate import check_kinds, read_prompt
 from vlmslim.engine.packed import BOUNDARIES, packed_samples
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.recorder import Recorder
+from vlmslim.engine.resume import check_length, resumed_position, trim_cached_prefix
 from vlmslim.engine.shared_encoding import SharedEncoding
 from vlmslim.engine.stages import Stage
 from vlmslim.receipt import Receipt
