@@ -80,9 +80,7 @@ def examine(
         except Exception as error:  # a method may fail in any way, and the others are still examined
             if methods is not None and isinstance(error, _REFUSALS):
                 raise
-            refused = isinstance(error, _REFUSALS) and not isinstance(error, BrokenMethod)
-            why = str(error) if isinstance(error, _REFUSALS) else _one_line(error)
-            note(Finding(name, "patch", "n/a" if refused else "fail", note=why))
+            note(_not_patched(name, error))
         else:
             with slim:
                 if methods is not None:
@@ -97,6 +95,13 @@ def examine(
             note(Finding(name, "restore", "fail", difference, tolerated, "logits", why))
             break
     return report
+
+
+def _not_patched(name: str, error: Exception) -> Finding:
+    """Return the finding about a method with which the model could not be patched."""
+    if not isinstance(error, _REFUSALS):
+        return Finding(name, "patch", "fail", note=_one_line(error))
+    return Finding(name, "patch", "fail" if isinstance(error, BrokenMethod) else "n/a", note=str(error))
 
 
 def _patch(model: PreTrainedModel, given: Method, keep: Keep | None) -> Slim:

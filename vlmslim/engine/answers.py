@@ -42,35 +42,9 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
     if features is None and index is None:
         raise ValueError(f"{name} Compressed(None, None): return image.pick(index), or Compressed(features)")
     if index is not None:
-        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-            raise ValueError(
-                f"{name} a mask for an index, {_described(index)}: return image.pick(mask.nonzero()[:, 0])"
-            )
-        if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
-            raise ValueError(
-                f"{name} {_described(index)} for an index: give the positions of the tokens that stay as a tensor (k,) "
-                "of integers"
-            )
+        _check_index(name, index)
     if features is not None:
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            raise ValueError(
-                f"{name} {_described(features)} for features: give a tensor (k, {width}) of floating-point numbers"
-            )
-        if features.ndim != 2 or features.shape[1] != width:
-            raise ValueError(
-                f"{name} features of shape {tuple(features.shape)}: give (k, {width}), because the language model "
-                f"reads tokens of {width} numbers"
-            )
-        size = result.size
-        if size is not None and (index is None or not isinstance(size, Tensor) or size.shape != index.shape):
-            raise ValueError(
-                f"{name} {_described(size)} for sizes: give one number to each token, and say which slots they take: "
-                "Compressed(features, index, size)"
-            )
-        if index is not None and len(index) != len(features):
-            raise ValueError(
-                f"{name} {len(features)} tokens with an index of {len(index)}: give one slot to each token"
-            )
+        _check_features(name, width, features, index, result.size)
     k = len(result)
     if k == 0 and not method.may_keep_none:
         raise ValueError(f"{name} no token of {which}, which has {n}: keep at least one")
@@ -81,6 +55,35 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
             f"{name} {k} tokens for {which} without saying which slots they take: return Compressed(features, index), "
             "or set positions='renumbered'"
         )
+
+
+def _check_index(name: str, index: object) -> None:
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+        raise ValueError(f"{name} a mask for an index, {_described(index)}: return image.pick(mask.nonzero()[:, 0])")
+    if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
+        raise ValueError(
+            f"{name} {_described(index)} for an index: give the positions of the tokens that stay as a tensor (k,) "
+            "of integers"
+        )
+
+
+def _check_features(name: str, width: int, features: object, index: Tensor | None, size: object) -> None:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise ValueError(
+            f"{name} {_described(features)} for features: give a tensor (k, {width}) of floating-point numbers"
+        )
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(
+            f"{name} features of shape {tuple(features.shape)}: give (k, {width}), because the language model "
+            f"reads tokens of {width} numbers"
+        )
+    if size is not None and (index is None or not isinstance(size, Tensor) or size.shape != index.shape):
+        raise ValueError(
+            f"{name} {_described(size)} for sizes: give one number to each token, and say which slots they take: "
+            "Compressed(features, index, size)"
+        )
+    if index is not None and len(index) != len(features):
+        raise ValueError(f"{name} {len(features)} tokens with an index of {len(index)}: give one slot to each token")
 
 
 def check_indices(method: Compressor, sizes: list[int], lengths: list[int], values: np.ndarray) -> None:

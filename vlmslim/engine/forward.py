@@ -114,13 +114,20 @@ class Call:
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True
     ) -> None:
-        """Write down what enters the language model, `embeds` (B, L, d): the runs before anything is dropped.
+        """Write down what enters the language model: the runs of layers before anything is dropped.
 
-        `drops`: whether some stage may drop tokens.
+        Args:
+            embeds: (B, L, d) the caller's tokens in this forward.
+            cache: the KV cache; None without one.
+            mask: (B, P + L) False at padding, over the whole conversation; None without padding.
+            position: (B or 1, L) or (axes, B, L), rotary positions; None if they count up.
+            drops: some stage may drop tokens.
+
+        Raises:
+            ValueError: the mask or the rows do not fit the conversation that the cache holds.
         """
         batch, self.length = embeds.shape[:2]
-        device, past = embeds.device, self.past
-        self.cache = cache
+        past, self.cache = self.past, cache
         if past and past.rows != batch:
             raise ValueError(
                 f"the KV cache holds {past.rows} rows and {batch} came in; select, reorder or repeat its rows by the "
@@ -128,10 +135,25 @@ class Call:
             )
         if cache is not None:
             self.seen = past.seen(cache) if past else cache.get_seq_length(0)
-        total = self.seen + self.length
         self.padded = mask is not None or bool(past and past.padded)
+        whole = self._whole_mask(mask, embeds, drops)
+        tokens = Segment(whole[:, self.seen :], self._positions(position, whole), self.padded)
+        if past:
+            decoded = whole[:, past.length : self.seen]
+            held = [(first, torch.cat([mask.to(embeds.device), decoded], dim=1)) for first, mask in past.masks]
+            more = whole.shape[1] - past.length
+            self.runs = [
+                Run(first, tokens.lowered(lower), cached=mask, lower=lower, size=wider(size, more))
+                for (first, mask), lower, size in zip(held, past.lower, past.sizes, strict=True)
+            ]
+        else:
+            self.runs = [Run(0, tokens, cached=whole[:, : self.seen] if self.seen else None)]
+
+    def _whole_mask(self, mask: Any, embeds: Tensor, drops: bool) -> Tensor:
+        """Return the mask (B, P + L) of the whole conversation, False at padding."""
+        batch, total = len(embeds), self.seen + self.length
         if mask is None:
-            mask = torch.ones(batch, total, dtype=torch.bool, device=device)
+            mask = torch.ones(batch, total, dtype=torch.bool, device=embeds.device)
         if not drops:  # a patch that only counts takes any mask
             mask = padding_of(mask, batch, total)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != total:
@@ -140,29 +162,29 @@ class Call:
                 f"a patched model needs a 2-D attention mask over the whole conversation, ({batch}, {total}) here, "
                 f"dropped visual tokens included; this one is {given}"
             )
-        mask = mask.to(device=device, dtype=torch.bool)
+        return mask.to(device=embeds.device, dtype=torch.bool)
+
+    def _positions(self, position: Tensor | None, mask: Tensor) -> Tensor:
+        """Return the rotary positions of the tokens, (B, L) or (axes, B, L), and note how later tokens go on from them.
+
+        Args:
+            position: as the caller gave them.
+            mask: (B, P + L) of the whole conversation.
+        """
+        batch, total = mask.shape
         if position is None:
-            position = torch.arange(self.seen, total, device=device)[None]
-        position = position.to(device)
+            position = torch.arange(self.seen, total, device=mask.device)[None]
+        position = position.to(mask.device)
         if position.ndim == 3 and len(position) == 4:  # `generate` puts the text's own in front, for packed rows
             position = position[1:]
         position = position.expand(*position.shape[:-2], batch, -1)
-        if past:
-            self.shift, self.delta = past.shift.to(device), past.delta
+        if self.past:
+            self.shift, self.delta = self.past.shift.to(mask.device), self.past.delta
             position = position - self.shift
         elif position.ndim == 3:
             end = position.masked_fill(~mask[:, self.seen :], 0).amax((0, 2))[:, None]
             self.delta = end + 1 - mask.sum(1, keepdim=True)
-        tokens = Segment(mask[:, self.seen :], position, self.padded)
-        if past:
-            decoded = mask[:, past.length : self.seen]
-            held = [(first, torch.cat([mask.to(device), decoded], dim=1)) for first, mask in past.masks]
-            self.runs = [
-                Run(first, tokens.lowered(lower), cached=mask, lower=lower, size=wider(size, total - past.length))
-                for (first, mask), lower, size in zip(held, past.lower, past.sizes, strict=True)
-            ]
-        else:
-            self.runs = [Run(0, tokens, cached=mask[:, : self.seen] if self.seen else None)]
+        return position
 
     def merge_added(
         self, row: int, columns: np.ndarray, taken: np.ndarray, method: Compressor, result: Compressed
