@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from vlmslim.engine.families import (
 )
 from vlmslim.engine.hooks import Hooks
 from vlmslim.engine.own_budgets import check_own_budget
+from vlmslim.engine.shadow import Shadow
 from vlmslim.engine.shared_encoding import SharedEncoding
 from vlmslim.engine.stages import Stage, in_order
 from vlmslim.receipt import Receipt
@@ -81,7 +82,8 @@ class Slim:
         check_unpatched(self.model)
         self._hooks = Hooks(self.model, self.stages, self._receipt, self._records, shared)
         self._hooks.attach()
-        self._saving = self.model.save_pretrained = _Saving(self)
+        self._saving = Shadow(self.model, "save_pretrained", self._save_unpatched)
+        self._saving.stay_on_top()
         self.model._vlmslim = self
         return self
 
@@ -94,7 +96,7 @@ class Slim:
         if getattr(self.model, "_vlmslim", None) is self:
             self._hooks.remove()
             del self.model._vlmslim
-            self._saving.take_off()
+            self._saving.lift()
             self._hooks.later.settle()
 
     def save_pretrained(self, folder: str | os.PathLike, with_base: bool = False, processor: Any = None) -> None:
@@ -114,6 +116,15 @@ class Slim:
         """
         processor = processor or self.processor
         save(folder, self.model, self.methods, self.trained, with_base=with_base, processor=processor)
+
+    def _save_unpatched(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Save the checkpoint as the model does, and warn that it does not contain the patch."""
+        warnings.warn(
+            f"the checkpoint is saved without its patch ({self}); slim.save_pretrained(folder) saves the patch, "
+            "with_base=True both; or call vlmslim.patch again after loading",
+            stacklevel=3,
+        )
+        return save(*args, **kwargs)
 
     def picture(
         self, processor: Any = None, *, row: int = 0, layer: int | None = None, size: int = 320
@@ -254,30 +265,6 @@ def _trained(parts: list[Compressor]) -> nn.ModuleDict:
                 raise ValueError(f"two stages with a trained part have the name {name}; rename the class of one")
             trained[name] = module
     return trained
-
-
-class _Saving:
-    """Stands in for `save_pretrained` of a patched model, and warns that a checkpoint does not contain the patch."""
-
-    def __init__(self, slim: Slim):
-        self.slim, self.save = slim, slim.model.save_pretrained
-        self.own = vars(slim.model).get("save_pretrained")  # that the user set on the model
-
-    def take_off(self) -> None:
-        """Put back what was there before. What was set later stays."""
-        model = self.slim.model
-        if vars(model).get("save_pretrained") is self:
-            del model.save_pretrained
-            if self.own is not None:
-                model.save_pretrained = self.own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        warnings.warn(
-            f"the checkpoint is saved without its patch ({self.slim}); slim.save_pretrained(folder) saves the patch, "
-            "with_base=True both; or call vlmslim.patch again after loading",
-            stacklevel=2,
-        )
-        return self.save(*args, **kwargs)
 
 
 def patch(model: nn.Module, method: Method, *, record: str | None = None, **options) -> Slim:
