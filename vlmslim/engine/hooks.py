@@ -26,7 +26,6 @@ from vlmslim.engine.entrance import Entrance
 from vlmslim.engine.families import (
     added_layers,
     blocks_of,
-    encoder_layers,
     family_of,
     kv_cache,
     language_model,
@@ -41,7 +40,7 @@ from vlmslim.engine.plan import CompressedCache, Plan, compressed
 from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.resume import check_length, resumed_position, trim_cached_prefix
 from vlmslim.engine.shared_encoding import SharedEncoding
-from vlmslim.engine.stages import Stage
+from vlmslim.engine.stages import Stage, tower_layers
 from vlmslim.receipt import Receipt
 
 _MERGED = (
@@ -80,7 +79,7 @@ class Hooks:
         self.entrance = Entrance(self.core, stages, self.later)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
         kinds = ["image", "video"] if self.family.video else ["image"]
-        self.tower_layers = _tower_layers(stages, self.core)
+        self.tower_layers = tower_layers(stages, self.core)
         self.counts_only = not self.entrance.any_acts and not record
         self.encoders = {
             kind: RecordingEncoder(self.core, kind, self.tower_layers, self.counts_only, self._on_encoded, shared)
@@ -166,19 +165,11 @@ class Hooks:
         if past is None and self.removed:
             return None, kwargs
         if cache is not None and past is not None:
-            kwargs = trim_cached_prefix(kwargs, past.seen(cache))
-            self._hook_layers(min((first for first, _ in past.masks[1:]), default=self.depth))  # another patch's plan
-            if past.delta is not None and kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = resumed_position(kwargs, past.seen(cache), past.delta)
+            kwargs = self._resumed(kwargs, past, past.seen(cache))
         if not self.removed:
             for encoder in self.encoders.values():
                 encoder.attach()  # a function may have been set on the model since the last forward
-        outputs = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
-        for kind, output in outputs.items():
-            self.encoders[kind].recognise(output)
-        if self.removed or not self.entrance.any_acts:  # images encoded elsewhere cannot be counted, and need not be
-            outputs = {kind: output for kind, output in outputs.items() if record_of(output) and not self.removed}
-        encoded = {kind: Encoded.of(output) for kind, output in outputs.items()}
+        encoded = self._encoded_before(kwargs)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
@@ -191,6 +182,23 @@ class Hooks:
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs
+
+    def _resumed(self, kwargs: dict, past: Plan, seen: int) -> dict:
+        """Return the arguments of a forward that goes on with a shortened cache, which stands for `seen` tokens."""
+        kwargs = trim_cached_prefix(kwargs, seen)
+        self._hook_layers(min((first for first, _ in past.masks[1:]), default=self.depth))  # another patch's plan
+        if past.delta is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = resumed_position(kwargs, seen, past.delta)
+        return kwargs
+
+    def _encoded_before(self, kwargs: dict) -> dict[str, Encoded]:
+        """Return the images, by kind, that `generate` had encoded before it called `forward`."""
+        outputs = {kind: out for kind, out in (kwargs.get("mm_encoder_outputs") or {}).items() if out is not None}
+        for kind, output in outputs.items():
+            self.encoders[kind].recognise(output)
+        if self.removed or not self.entrance.any_acts:  # images encoded elsewhere cannot be counted, and need not be
+            outputs = {kind: output for kind, output in outputs.items() if record_of(output) and not self.removed}
+        return {kind: Encoded.of(output) for kind, output in outputs.items()}
 
     def check_ran(self, call: Call) -> None:
         """Refuse a forward with images that did not pass the language model which was there at the patch.
@@ -381,19 +389,3 @@ class Hooks:
         number = call.run(i).tokens.of_callers(call.number, fill=-1)
         added = call.added[i].to(hidden)[number.clamp(min=0).to(hidden.device)]
         return hidden + added.masked_fill((number < 0).to(hidden.device)[..., None], 0)
-
-
-def _tower_layers(stages: tuple[Stage, ...], core: Any) -> tuple[int, ...]:
-    """Collect the vision-tower layers that the stages read.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
-    wanted = set()
-    for stage in stages:
-        for layer in stage.method.tower_layers:
-            depth = len(encoder_layers(core))
-            if not -depth <= layer < depth:
-                raise ValueError(f"{stage.method}: the vision tower has {depth} layers, no layer {layer}")
-            wanted.add(layer)
-    return tuple(sorted(wanted))

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vlmslim.compressor import Compressor, resolve_layer
+from vlmslim.engine.families import encoder_layers
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,19 @@ def in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
                 raise ValueError(f"{at_layer[layer].method} and {stage.method} both drop tokens before layer {layer}")
             at_layer[layer] = stage
     return tuple(sorted(stages, key=lambda stage: (not stage.acts_before_llm, *stage.layers[:1])))
+
+
+def tower_layers(stages: tuple[Stage, ...], core: Any) -> tuple[int, ...]:
+    """Collect the vision-tower layers that the stages read.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    wanted = set()
+    for stage in stages:
+        for layer in stage.method.tower_layers:
+            depth = len(encoder_layers(core))
+            if not -depth <= layer < depth:
+                raise ValueError(f"{stage.method}: the vision tower has {depth} layers, no layer {layer}")
+            wanted.add(layer)
+    return tuple(sorted(wanted))
