@@ -351,7 +351,7 @@ class Receipt:
 
 
 def headline(summary: dict) -> str:
-    """Put a `Receipt.summary()` into one line. Summaries in old files, which lack some fields, will do too."""
+    """Put a `Receipt.summary()` into one line. Summaries in old files, which lack some fields, work too."""
     s = summary
     if not s["images"]:
         return f"{s['method']}: no image seen yet"

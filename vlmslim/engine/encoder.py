@@ -20,7 +20,7 @@ from vlmslim.engine.shared_encoding import SharedEncoding
 
 
 class RecordingEncoder:
-    """Stands in for `get_image_features` or `get_video_features` on one model instance.
+    """Stands in for `get_image_features` or `get_video_features` of one model instance.
 
     The model's own output comes back with the `ImageTokens` of each image on it. `generate` may encode the images long
     before it calls `forward`, so the record has to travel with the features.
@@ -29,7 +29,7 @@ class RecordingEncoder:
         core: the model without its head.
         kind: "image" or "video".
         tower_layers: the layers of the vision tower whose inputs are recorded.
-        counts_only: whether the images are counted and no method sees them, so that any tower will do.
+        counts_only: the images are counted and no method sees them, so that any tower is good enough.
         on_encoded: called with the kind and the output after each encoding.
         shared: with the patches that take turns; `tower_layers` and `counts_only` are then those of all of them.
     """

@@ -94,9 +94,10 @@ class Plan:
 
 
 class CompressedCache(Cache):
-    """A KV cache that holds a shortened prompt: its plan follows its rows, and no other model can use it unawares.
+    """A KV cache that holds a shortened prompt. Its plan follows its rows.
 
-    A cache becomes one by `compressed`, which changes the class of this one instance.
+    A model that does not know the plan cannot use the cache. `compressed` makes such a cache of another one, by a
+    change of the class of this one instance.
     """
 
     plan: Plan

@@ -44,7 +44,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    """Copy an output but not its tensors, because `generate` replaces them in it when it expands beams.
+    """Copy an output and share its tensors, because `generate` puts others in their place when it expands beams.
 
     The hidden states of all layers of the tower stay out of the copy, because they are the most of its memory and the
     model reads them no more.
