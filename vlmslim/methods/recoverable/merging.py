@@ -11,7 +11,7 @@ from vlmslim.ops.ranking import full_precision
 
 @dataclass(frozen=True)
 class Groups:
-    """What `Recoverable` does with the n tokens of one crop: it keeps some, and sums the rest in groups.
+    """The work of `Recoverable` on the n tokens of one crop: it keeps some, and sums the rest in groups.
 
     kept    : (m,) tokens that stay as they are, ascending
     rest    : (r,) the others, ascending
