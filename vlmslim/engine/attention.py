@@ -6,7 +6,7 @@ those of the module, whatever decoder it belongs to.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self, TypeAlias
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmslim.engine.sharding import gathered, is_sharded, tensor_parallel_mesh, whole_keys
-from vlmslim.ops.attention import DecoderAttention, QueriesKeys, gather_rows
+from vlmslim.ops.attention import DecoderAttention, Part, QueriesKeys, gather_rows
 
 _PROBE = "vlmslim_probe"
 #: Arguments by which no attention weight changes once rows, mask and positions are known.
@@ -27,6 +27,12 @@ _WITHOUT_EFFECT = {
 
 
 Rotary: TypeAlias = Tensor | tuple[Tensor, ...] | None
+#: The projections that need not run for what is read of the result.
+_IDLE: dict[Part, tuple[str, ...]] = {
+    "both": ("v_proj",),
+    "queries": ("k_proj", "v_proj"),
+    "keys": ("q_proj", "v_proj"),
+}
 
 
 class _Reached(Exception):
@@ -174,8 +180,13 @@ class LayerAttention:
             found.made = found.project()
         return found
 
-    def project(self, rows: Tensor | None = None) -> QueriesKeys:
-        """Make queries and keys of some rows (B, q), or of all; of all heads, on every process."""
+    def project(self, rows: Tensor | None = None, part: Part = "both") -> QueriesKeys:
+        """Make queries and keys of some rows (B, q), or of all; of all heads, on every process.
+
+        Args:
+            rows: indices (B, q); None for all.
+            part: what is read of the result, so that nothing else needs to be made.
+        """
         hidden, position = self.hidden, self.position
         rotary = _each(self.rotary, lambda x: x.to(hidden.device))
         if rows is not None:
@@ -184,8 +195,9 @@ class LayerAttention:
             rotary = _each(rotary, lambda x: gather_rows(x.expand(batch, -1, -1), at))
             if position is not None:
                 position = position.to(at.device).expand(batch, -1).gather(1, at)
-        found = probe(self.module, hidden, rotary, position)
-        return found if self.mesh is None else gathered(found, self.module, self.mesh)
+        if self.mesh is not None:
+            return gathered(probe(self.module, hidden, rotary, position), self.module, self.mesh)
+        return probe(self.module, hidden, rotary, position, part)
 
     def first(self, count: int) -> Self:
         """Return the same without the tokens after the first `count` of every row."""
@@ -248,17 +260,36 @@ def tower_heads(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, T
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = kwargs | {"cu_seqlens": kwargs["cu_seqlens"].new_tensor([0, len(hidden)])}
     try:
-        kind.forward(_twin(module), *args, **kwargs)
+        kind.forward(_twin(module, _IDLE["both"]), *args, **kwargs)
     except _Reached as reached:
         return reached.found.q[0], reached.found.k[0]
     raise RuntimeError(f"{kind.__name__} does not attend through transformers' attention interface")
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """Copy a module, without hooks and without the `forward` that accelerate puts on an instance."""
+def _twin(module: nn.Module, idle: Collection[str] = ()) -> nn.Module:
+    """Copy a module, without hooks and without the `forward` that accelerate puts on an instance.
+
+    Projections named in `idle` make zeros in the copy.
+    """
     twin = copy.copy(module)
     twin.config = _Probing(module.config)  # type: ignore[assignment]
+    twin._modules = dict(module._modules)
+    for name in idle:
+        width = getattr(twin._modules.get(name), "out_features", None)
+        if width is not None:
+            twin._modules[name] = _Zeros(width)
     return twin
+
+
+class _Zeros(nn.Module):
+    """Stands in for a linear layer whose output is not read, because making it takes as long as any other's."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.out_features = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 def probe(
@@ -266,6 +297,7 @@ def probe(
     hidden: Tensor,
     rotary: Rotary = None,
     position: Tensor | None = None,
+    part: Part = "both",
 ) -> QueriesKeys:
     """Run an attention module up to the point at which it would attend.
 
@@ -276,6 +308,7 @@ def probe(
         hidden: (B, s, d) its input.
         rotary: what turns the heads, cosine and sine (B or 1, s, head_dim) in most models.
         position: (B or 1, s) rotary positions.
+        part: what is read of the result. The rest may be zeros, in modules that make it by a projection of its own.
 
     Raises:
         RuntimeError: the module does not attend through transformers' attention interface.
@@ -288,7 +321,7 @@ def probe(
     named = {p.name for p in parameters}
     given = {name: x for name, x in offered.items() if name in named or takes_more and x is not None}
     try:
-        kind.forward(_twin(module), hidden, **required | given)
+        kind.forward(_twin(module, _IDLE[part]), hidden, **required | given)
     except _Reached as reached:
         return reached.found
     raise RuntimeError(f"{kind.__name__} does not attend through transformers' attention interface")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,6 +90,10 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 # --- decoders --------------------------------------------------------------------------------------------------------
 
 
+#: What is read of the queries and keys that a layer makes.
+Part: TypeAlias = Literal["both", "queries", "keys"]
+
+
 @dataclass
 class QueriesKeys:
     """Queries and keys with which an attention module attends, normalised and rotated.
@@ -110,13 +114,21 @@ class QueriesKeys:
     window: int | None = None
 
 
+class Project(Protocol):
+    """Makes queries and keys of some rows (B, q), or of all S rows for None."""
+
+    def __call__(self, rows: Tensor | None = None, part: Part = "both") -> QueriesKeys:
+        """Make at least the part that is read."""
+        ...
+
+
 class DecoderAttention:
     """Attention of one decoder layer, for the rows one asks for.
 
     Keys are taken from the KV cache, or projected once. Queries are projected on demand, and logits computed.
 
     Args:
-        project: queries and keys of some rows (B, q), or of all S rows for None.
+        project: makes queries and keys.
         mask: (B, P + S) False at padding, of P tokens that were cached before and of the S tokens of this forward.
         keys: (B, kv heads, P + S, head_dim) the layer's rotated keys; None projects them, where P is 0.
         prefix: P.
@@ -127,7 +139,7 @@ class DecoderAttention:
 
     def __init__(
         self,
-        project: Callable[[Tensor | None], QueriesKeys],
+        project: Project,
         mask: Tensor,
         keys: Tensor | None = None,
         prefix: int = 0,
@@ -136,11 +148,8 @@ class DecoderAttention:
     ):
         self._project, self.prefix, self.blocks = project, prefix, blocks
         self._sinks: Tensor | None = None
-        if keys is None and made is None:
-            made = project(None)
         if keys is None:
-            assert made is not None
-            keys = made.k
+            keys = (made or project(part="keys")).k
         self._all, self.keys = made, keys.float()
         self.mask = mask.to(keys.device)
 
@@ -176,7 +185,7 @@ class DecoderAttention:
 
     def _made(self, rows: Tensor) -> QueriesKeys:
         if self._all is None:
-            return self._project(rows)
+            return self._project(rows, "queries")
         q = self._all.q
         return replace(self._all, q=q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])))
 
