@@ -67,8 +67,7 @@ class ImageTokens:
     make_grid       : computes `grid` when a method asks for it
     make_views      : computes `views`, where `pixels` are no pictures
     recorded_layers : layer of the vision tower -> the module and its input (c, p', v), of a method's `tower_layers`
-    recorded_heads  : layer of the vision tower -> its queries and keys (c, heads, p, v / heads), where the tower turns
-                      them by position, or has its weights only while it runs
+    recorded_heads  : layer of the vision tower -> its queries and keys (c, heads, p, v / heads), as it made them
     """
 
     features: Tensor
@@ -189,7 +188,7 @@ class ImageTokens:
         return torch.Generator().manual_seed(mixed)
 
     def qk(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Compute queries and keys of a vision-tower layer, unscaled, CLS included: (c, heads, p', v / heads) each.
+        """Return queries and keys of a vision-tower layer, unscaled, CLS included: (c, heads, p', v / heads) each.
 
         Raises:
             RuntimeError: the method did not list `layer` in `tower_layers`.

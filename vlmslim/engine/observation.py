@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from vlmslim.engine.attention import attention_of, tower_heads
 from vlmslim.engine.families import attending_layer, encoder_layers, has_plain_heads, projector, tower
-from vlmslim.engine.sharding import is_sharded
-from vlmslim.ops.attention import tower_qk
+from vlmslim.ops.attention import head_makers, split_heads
 
 #: The observation of the images that are encoded in this thread or task. Hooks of other observations note nothing.
 _ENCODING: ContextVar["Observation | None"] = ContextVar("vlmslim_encoding", default=None)
@@ -43,6 +42,9 @@ def observe(core: Any, tower_layers: Sequence[int], encode: Callable[[], Any]) -
             layer = encoder_layers(core)[i]
             if has_plain_heads(layer):
                 noted.append((layer, partial(seen.note_layer, i)))
+                for part, module in zip("qk", head_makers(layer), strict=True):
+                    note = seen.unless_elsewhere(partial(seen.note_projection, i, part))
+                    hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
             elif (attention := attention_of(encoder_layers(core)[attending_layer(core, i)])) is not None:
                 noted.append((attention, partial(seen.note_heads, i)))
         for module, note in noted:
@@ -64,7 +66,7 @@ class Observation:
     all_features   : the same, as they enter the projector
     layers         : tower layer -> the module, and its inputs
     made           : tower layer -> queries and keys, where they depend on positions
-    sharded        : tower layer -> queries and keys of each run, where it has its weights only while it runs
+    projected      : tower layer, "q" or "k" -> what each run made, (c, p, v), where it depends on the input alone
     crops, sizes   : per image, the number of crops, and height and width; of anyres models only
     repack         : per image, sends other features through its packing; of anyres models only
     """
@@ -75,7 +77,7 @@ class Observation:
         self.all_features: list[Tensor] = []
         self.layers: dict[int, tuple[nn.Module, list[Tensor]]] = {}
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sharded: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.projected: dict[tuple[int, str], list[Tensor]] = {}
         self.crops: list[int] = []
         self.sizes: list[tuple[int, int]] = []
         self.repack: list[Callable[[Tensor], Tensor]] = []
@@ -90,12 +92,12 @@ class Observation:
         """Tower features of all crops or frames."""
         return _joined(self.all_features)
 
-    def unless_elsewhere(self, note: Callable[[nn.Module, tuple, dict], None]) -> Callable:
+    def unless_elsewhere(self, note: Callable[..., None]) -> Callable[..., None]:
         """Make a hook that notes nothing while the module runs for another encoding, in another thread."""
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(*passed: Any) -> None:
             if _ENCODING.get() is self:
-                note(module, args, kwargs)
+                note(*passed)
 
         return hook
 
@@ -113,8 +115,10 @@ class Observation:
         """Note what enters layer `i` of the tower."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self.layers.setdefault(i, (layer, []))[1].append(hidden)
-        if is_sharded(layer):  # its weights are gone when a method asks
-            self.sharded.setdefault(i, []).append(tower_qk(layer, hidden))
+
+    def note_projection(self, i: int, part: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        """Note what layer `i` of the tower makes, so that no method has to make it again."""
+        self.projected.setdefault((i, part), []).append(output)
 
     def note_heads(self, i: int, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note queries and keys of layer `i` of the tower."""
@@ -130,13 +134,23 @@ class Observation:
         self.crops += [len(features) for features in image_features]
         self.sizes += [(int(height), int(width)) for height, width in sizes]
 
+    def heads(self, i: int) -> tuple[Tensor, Tensor] | None:
+        """Return queries and keys that layer `i` of the tower made of all crops; None if its projections did not run.
+
+        (crops, heads, p, v / heads) each.
+        """
+        layer, runs = self.layers[i]
+        made = [self.projected.get((i, part), []) for part in "qk"]
+        if any(len(outputs) != len(runs) for outputs in made):
+            return None
+        q, k = (split_heads(layer, _joined(outputs)) for outputs in made)
+        return q, k
+
     def parts(self, counts: list[int]) -> list[dict[str, Any]]:
         """Split what passed into images of so many crops or frames each, as arguments of `ImageTokens`."""
         pixels, features = self.pixel_values.split(counts), self.tower_features.split(counts)
         layers = {i: (layer, _joined(x).split(counts)) for i, (layer, x) in self.layers.items()}
-        made = {
-            i: [_joined(part).split(counts) for part in zip(*parts, strict=True)] for i, parts in self.sharded.items()
-        }
+        made = {i: [part.split(counts) for part in heads] for i in layers if (heads := self.heads(i)) is not None}
         return [
             {
                 "tower": features[n],

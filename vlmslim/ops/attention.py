@@ -22,6 +22,18 @@ def tower_norm(layer: Any) -> Any:
     return getattr(layer, "layer_norm1", None) or getattr(layer, "layernorm_before", None)
 
 
+def head_makers(layer: Any) -> tuple[Any, Any]:
+    """Return the modules whose outputs are the queries and the keys of a CLIP, SigLIP or InternViT encoder layer."""
+    attention = tower_attention(layer)
+    kind = "norm" if hasattr(attention, "q_norm") else "proj"  # InternViT normalises them
+    return getattr(attention, f"q_{kind}"), getattr(attention, f"k_{kind}")
+
+
+def split_heads(layer: Any, projected: Tensor) -> Tensor:
+    """Split queries or keys of a tower layer: (c, p, v) -> (c, heads, p, v / heads)."""
+    return projected.unflatten(-1, (tower_attention(layer).num_heads, -1)).transpose(1, 2)
+
+
 def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the queries and keys of a CLIP, SigLIP or InternViT encoder layer, unscaled.
 
@@ -32,12 +44,11 @@ def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         q and k: (c, heads, p, v / heads) each.
     """
-    attn, x = tower_attention(layer), tower_norm(layer)(hidden)
-    q, k = attn.q_proj(x), attn.k_proj(x)
-    if hasattr(attn, "q_norm"):  # InternViT
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    q, k = (heads.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for heads in (q, k))
-    return q, k
+    attention, x = tower_attention(layer), tower_norm(layer)(hidden)
+    q, k = attention.q_proj(x), attention.k_proj(x)
+    if hasattr(attention, "q_norm"):  # InternViT
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return split_heads(layer, q), split_heads(layer, k)
 
 
 @full_precision

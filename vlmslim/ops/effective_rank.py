@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlmslim.ops.greedy import similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 
@@ -17,7 +18,7 @@ def effective_rank(x: Tensor) -> Tensor:
     """
     x = x - x.mean(1, keepdim=True)
     x = x if x.shape[1] < x.shape[2] else x.transpose(1, 2)  # the smaller product has the same spectrum
-    gram = torch.stack([own @ own.T for own in x.double()])
+    gram = similarity_matrix(x.double())
     value = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     part = value / value.sum(1, keepdim=True).clamp(min=1e-300)
     return torch.special.entr(part).sum(1).exp().float()
