@@ -38,6 +38,44 @@ def test_tower_queries_and_keys_give_the_towers_own_attention(family, layer):
     close(seen[0], maps[0][: len(seen[0])], 1e-5)
 
 
+@torch.no_grad()
+def test_a_look_at_attention_projects_only_what_it_reads(family):
+    """A tower layer is read, not run again; a decoder layer makes queries of the rows asked for, and keys once."""
+
+    class Look(First):
+        tower_layers, layers = (1,), (2,)
+
+        def compress(self, image):
+            assert image.qk(1)[0].isfinite().all()
+            return super().compress(image)
+
+        def retain(self, tokens):
+            for attention in (tokens.attention, tokens.coming_attention):
+                assert attention(tokens.last[:, None]).isfinite().all()
+            return tokens.mask
+
+    model = tiny(family, "sdpa")
+    core = model.model
+    encoder = getattr(core.vision_tower, "vision_model", core.vision_tower).encoder
+    watched = {
+        "tower": encoder.layers[1],
+        "before": core.language_model.layers[1],
+        "coming": core.language_model.layers[2],
+    }
+    lengths = {(place, part): [] for place in watched for part in "qkv"}
+    for (place, part), seen in lengths.items():
+        projection = getattr(watched[place].self_attn, f"{part}_proj")
+        projection.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.shape[1]))
+    with vlmslim.patch(model, Look()):
+        model(**batch(model, [ROWS[0]]))
+    patches, whole = lengths["tower", "v"][0], lengths["before", "v"][0]
+    assert lengths == {
+        **{("tower", part): [patches] for part in "qkv"},
+        **{("before", "q"): [whole, 1], ("before", "k"): [whole], ("before", "v"): [whole]},
+        **{("coming", "q"): [1, whole], ("coming", "k"): [whole, whole], ("coming", "v"): [whole]},
+    }
+
+
 @pytest.mark.parametrize("rule", [Everything(), Stairs(), Both(), BothOriginal()], ids=name_of)
 @torch.no_grad()
 def test_recomputed_attention_equals_the_models_own(family, backend, rule):

@@ -75,7 +75,7 @@ def test_looking_does_not_touch_what_other_threads_use():
     class Spying(Look):
         def retain(self, tokens):
             attention.register_forward_hook(lambda *_: calls.append(1))
-            hook = attention.k_proj.register_forward_hook(lambda *_: seen.append(attention.config._attn_implementation))
+            hook = attention.q_proj.register_forward_hook(lambda *_: seen.append(attention.config._attn_implementation))
             super().retain(tokens)
             hook.remove()
             return tokens.mask
