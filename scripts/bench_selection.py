@@ -25,6 +25,7 @@ from torch import Tensor
 
 import vlmslim
 from vlmslim import registry
+from vlmslim.bundled import resolve
 from vlmslim.cost.bench.prompt import SyntheticPrompt
 from vlmslim.cost.bench.shapes import random_model, shape_config
 from vlmslim.cost.timing import interleave
@@ -158,20 +159,23 @@ def _verdict(what: str, value: float, target: float) -> str:
 def time_methods(n: int, k: int, device: str, repeats: int, layers: int) -> list[dict]:
     """Time every training-free method inside one model with the widths of a 7B checkpoint and few layers.
 
-    Methods that need a tokenizer or a CLIP model of the checkpoint are named with the reason.
+    Methods that need more files of the checkpoint are named with the reason.
     """
     shape, size = SHAPES[n]
     config: Any = shape_config(shape, layers)
     config.text_config.intermediate_size = config.text_config.hidden_size  # no method looks into the MLP
     config.vision_config.num_hidden_layers = 4
     model: Any = random_model(config, dtype=torch.float32, device=device)
+    model.config.name_or_path = resolve("bundled/tiny-llava")  # its tokenizer serves methods that read the question
     prompt = SyntheticPrompt.make(model, image_size=size)
     rows: list[dict] = []
     actions = {}
     for listing in registry.listings():
         if listing.name in ("none", "blind") or listing.kind == "trained":
             continue
-        options = {"keep": k} if "keep" in registry.options_of(listing.name) else {}
+        options: dict[str, Any] = {"keep": k} if "keep" in registry.options_of(listing.name) else {}
+        if listing.name == "cdpruner":
+            options["relevance"] = "llm"  # the default needs the text tower of the checkpoint's CLIP
         try:
             vlmslim.patch(model, listing.name, **options).remove()
         except (ValueError, TypeError, ImportError) as error:

@@ -196,13 +196,15 @@ class _Preservation:
         self.relevance, self.similarity, self.row = relevance, similarity, Rows(similarity)
         self.alpha, self.coverage, self.normalise = alpha, coverage, normalise
         self.left = torch.ones_like(relevance)
+        self.gain = torch.empty_like(similarity)  # every step writes into it, because new memory takes most of its time
         self.nearest: Tensor | None = None
 
     def score(self) -> Tensor:
         if self.nearest is None:
             return self.relevance
-        gain = (self.similarity - self.nearest[:, None]).clamp_(min=0)  # symmetric: by kept token, then by candidate
-        covered = (gain * self.left[:, None]).sum(2)
+        # symmetric: by kept token, then by candidate
+        gain = torch.sub(self.similarity, self.nearest[:, None], out=self.gain).clamp_(min=0)
+        covered = gain.mul_(self.left[:, None]).sum(2)
         distance, fixed = 1 - self.nearest, torch.ones_like(self.left)
         relevance = self.comparable(self.relevance, fixed if self.normalise == "fixed" else self.left)
         return relevance + sum(
