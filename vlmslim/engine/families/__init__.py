@@ -42,7 +42,7 @@ from vlmslim.engine.families.prompts import (
     window_order,
     with_newlines,
 )
-from vlmslim.engine.families.rows import FAMILIES, family_of
+from vlmslim.engine.families.rows import FAMILIES, family_of, one_apart, same_mosaic, touching
 
 __all__ = [
     "FAMILIES",
@@ -70,11 +70,14 @@ __all__ = [
     "language_model",
     "layer_type",
     "merge",
+    "one_apart",
     "placeholders",
     "projector",
     "projects_patches",
     "rotary",
+    "same_mosaic",
     "sees_whole",
+    "touching",
     "tower",
     "window_order",
     "with_newlines",
