@@ -61,8 +61,9 @@ class Measurements:
 
     def flops(self, variant: Variant, task: str) -> dict[str, float]:
         """Count the FLOPs of a prefill by part, averaged over the task's first prompts."""
+        prompts = self._first_prompts(task)  # read before the patch, because the reader is made on a bare model
         with self._checkpoint.patch(variant):
-            counts = [count_flops(self._checkpoint.model, inputs) for inputs in self._first_prompts(task)]
+            counts = [count_flops(self._checkpoint.model, inputs) for inputs in prompts]
         return {part: statistics.fmean(count[part] for count in counts) for part in counts[0]}
 
     @cached_property
