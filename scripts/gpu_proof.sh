@@ -8,7 +8,7 @@
 #                                    attention; the tests of the kernels are only collected
 #
 # It needs `pip install -e ".[dev]" flash-attn` and downloads nothing. Weights take up to 17 GiB, and batch 8 of the
-# longest prompts takes about as much again; a rehearsal needs 8 GiB. Exit status 2: it cannot start.
+# longest prompts takes about as much again. Exit status 2: it cannot start.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
