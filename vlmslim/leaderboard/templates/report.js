@@ -301,7 +301,7 @@ function picture(image, record, label) {
   svg.append(make("image", { href: image.src, width: image.width, height: image.height }), overlay);
   const layer = make("input", { type: "range", min: 0, max: record.depth - 1, value: record.depth - 1, "aria-label": `decoder layer, ${label}` });
   const heat = make("input", { type: "checkbox" });
-  const single = make("input", { type: "number", min: 0, value: 0, "aria-label": `only merged token number, 0 for all, ${label}` });
+  const single = make("input", { type: "number", min: 0, value: 0, "aria-label": `only token, 0 for all, ${label}` });
   const told = make("output");
 
   function show() {
