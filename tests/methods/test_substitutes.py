@@ -1,4 +1,4 @@
-"""What methods read on models without what their papers read: named by the patch, and listed in docs/models.md."""
+"""Substitutes on models without what the papers read: named by the patch, and listed in docs/models.md."""
 
 import re
 
