@@ -177,12 +177,12 @@ def read_journal(path: Path | None) -> dict[Fault, Outcome]:
 
 
 def examine(faults: Sequence[Fault], jobs: int, journal: Path | None, check: bool) -> list[Outcome]:
-    """Plant every fault that is not in the journal, `jobs` at a time, each job in a copy of its own."""
+    """Plant the faults that are not in the journal, `jobs` at a time, each job in a copy; none if `jobs` is 0."""
     known = read_journal(journal)
     load_libraries()
     with tempfile.TemporaryDirectory(prefix="planted-faults-") as place:
         free: SimpleQueue[Path] = SimpleQueue()
-        for number in range(jobs):
+        for number in range(max(1, jobs)):
             folder = Path(place) / str(number)
             copy_repository(folder)
             free.put(folder)
@@ -192,6 +192,8 @@ def examine(faults: Sequence[Fault], jobs: int, journal: Path | None, check: boo
                 return Outcome(fault, "stale", reason, 0.0)
             if fault in known:
                 return known[fault]
+            if not jobs:
+                return Outcome(fault, "not planted", " ".join(fault.tests), 0.0)
             folder = free.get()
             try:
                 outcome = plant(fault, folder)
@@ -203,7 +205,7 @@ def examine(faults: Sequence[Fault], jobs: int, journal: Path | None, check: boo
                     file.write(json.dumps(asdict(outcome)) + "\n")
             return outcome
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
             outcomes = list(pool.map(examine_one, faults))
         if check:
             check_sound(Path(place) / "0", outcomes)
@@ -239,7 +241,10 @@ def report(outcomes: Sequence[Outcome]) -> str:
         ]
         for outcome in outcomes
     ]
-    head = f"# Planted faults\n\nThe suite catches {caught} of {len(outcomes)} planted faults."
+    planted = sum(outcome.verdict != "not planted" for outcome in outcomes)
+    head = f"# Planted faults\n\nThe suite catches {caught} of {planted} planted faults."
+    if planted < len(outcomes):
+        head += f" {len(outcomes) - planted} more of the list were not planted this time."
     table = markdown_table(["fault", "file", "verdict", "first test that failed"], rows)
     return f"{head} Made by `scripts/analysis/planted_faults.py`.\n\n{table}\n"
 
@@ -248,7 +253,7 @@ def main() -> None:
     """Read the command line, plant the faults, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="faults whose name or file has a word")
-    parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time; 0 reports the journal")
     parser.add_argument("--output", type=Path, help="write the outcomes to this file in Markdown")
     parser.add_argument("--journal", type=Path, help="note each outcome in this file, and plant no caught fault again")
     parser.add_argument("--suite-passed", action="store_true", help="do not run the tests on the sound code at the end")
@@ -257,10 +262,10 @@ def main() -> None:
     if given.only:
         faults = [f for f in faults if any(word in f"{f.name} {f.file}" for word in given.only)]
     outcomes = examine(faults, given.jobs, given.journal, check=not given.suite_passed)
-    failures = [outcome for outcome in outcomes if outcome.verdict != "caught"]
+    failures = [outcome for outcome in outcomes if outcome.verdict not in ("caught", "not planted")]
     for outcome in failures:
         print(f"{outcome.verdict}: {outcome.fault.name}: {outcome.detail}")
-    print(f"{len(outcomes) - len(failures)} of {len(outcomes)} faults are caught")
+    print(f"{sum(outcome.verdict == 'caught' for outcome in outcomes)} of {len(outcomes)} faults are caught")
     if given.output:
         given.output.write_text(report(outcomes), encoding="utf-8")
     sys.exit(bool(failures))
