@@ -73,7 +73,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The tests' answer to one fault: `verdict` is caught, survived, timeout or stale."""
+    """The tests' answer to one fault: `verdict` is caught, survived, unclear, timeout or stale."""
 
     fault: Fault
     verdict: str
@@ -159,6 +159,8 @@ def plant(fault: Fault, folder: Path) -> Outcome:
     try:
         passed, line = run_tests(folder, fault.tests, TIMEOUT)
         verdict, detail = ("survived", " ".join(fault.tests)) if passed else ("caught", line)
+        if verdict == "caught" and not line.startswith("FAILED"):
+            verdict = "unclear"  # no test failed: a file could not be imported, or pytest broke off
     except TimeoutError:
         verdict, detail = "timeout", " ".join(fault.tests)
     finally:
