@@ -313,10 +313,12 @@ def _entrance(prompt: Prompt, notes: Notes) -> tuple[Tensor, Tensor, list[Tensor
 
 
 def close_gaps(position: Tensor, keep: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Close the gaps that dropped tokens leave in rotary positions, run by run of visual tokens and axis by axis.
+    """Close the gaps that dropped tokens leave in rotary positions.
 
-    A coordinate that no kept token of the run has vanishes. What follows the run moves down by what the run lost in
-    height or in width, whichever is longer. Where positions have one number, this counts the kept tokens.
+    Where positions have one number, each token moves down by the number of tokens dropped before it; gaps that were
+    there stay. Otherwise gaps close run by run of visual tokens and axis by axis: a coordinate that no kept token of
+    the run has vanishes, and what follows the run moves down by what the run lost in height or in width, whichever is
+    longer.
 
     Args:
         position: (axes, L).
@@ -326,6 +328,9 @@ def close_gaps(position: Tensor, keep: Tensor, visual: Tensor) -> tuple[Tensor, 
     Returns:
         The positions (axes, L), and how far what follows the prompt moves down.
     """
+    if len(position) == 1:
+        gone = (~keep).to(position)
+        return position - (gone.cumsum(0) - gone), gone.sum()
     closed, fall, start = position.clone(), position.new_zeros(()), 0
     for is_visual, size in zip(*(x.tolist() for x in visual.unique_consecutive(return_counts=True)), strict=True):
         run = slice(start, start + size)
