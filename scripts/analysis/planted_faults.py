@@ -34,7 +34,17 @@ from vlmslim.io.files import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_suffix(".yaml")
-COPIED = ("vlmslim", "tests", "scripts", "docs", "eval_configs", "assets/bench", "pyproject.toml", "README.md")
+COPIED = (
+    "vlmslim",
+    "tests",
+    "scripts",
+    "docs",
+    "eval_configs",
+    "assets/bank",
+    "assets/bench",
+    "pyproject.toml",
+    "README.md",
+)
 TIMEOUT = 900  # seconds that the tests of one fault may take
 #: what most tests import; a process of tests that starts with it saves its seconds
 LIBRARIES = (
