@@ -40,7 +40,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
         outputs.append(tmp_path / name)
     first, second = outputs
     labels = sorted(path.name for path in (first / "cells").iterdir())
-    assert labels == ["divprune-16", "fastv-16", "none", "random-16", "uniform-16"]
+    assert labels == ["blind", "divprune-16", "downsample-16", "fastv-16", "none", "random-16", "uniform-16"]
     for label in labels:
         for task in CONFIG["tasks"]:
             samples = [(folder / "cells" / label / f"{task}.jsonl").read_text() for folder in outputs]
