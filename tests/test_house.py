@@ -1,4 +1,4 @@
-"""The rooms of the package import one another only as `docs/architecture.md` says."""
+"""The rooms of the package import one another only as `docs/architecture.md` says, and planted faults fit the code."""
 
 import ast
 import subprocess
@@ -9,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from planted_faults import read_faults
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,3 +96,8 @@ def test_the_leaderboard_loads_no_torch():
     board = [m for m in modules() if in_room(m, "leaderboard")]
     code = f"import sys, {', '.join(board)}\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_planted_fault_fits_the_code():
+    """Code that moves takes its faults along, or `scripts/analysis/planted_faults.py` would test less and less."""
+    assert [(fault.name, reason) for fault in read_faults() if (reason := fault.stale())] == []
