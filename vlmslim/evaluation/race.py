@@ -19,8 +19,7 @@ with the best estimate is chosen, and the result lists the rows that are still i
 Estimates are stratified, because the unpatched model was asked every question: a row is right more often where the
 unpatched model is right, and how often that is on all questions is known. So each task is split into the questions
 that the unpatched model answers rightly and the others. A row's score in each part is estimated from its own answers,
-and the parts count by their true sizes. Rows that are close are told apart with far fewer questions than by the mean of
-their answers.
+and the parts count by their true sizes.
 """
 
 from dataclasses import dataclass, field
