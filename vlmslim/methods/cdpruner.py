@@ -163,6 +163,7 @@ def conditional_diversity(x: Tensor, relevance: Tensor, k: int) -> Tensor:
     """
     r, kernel = relevance.float(), cosine_matrix(x)
     # Exactly 1, because the diagonal decides the first pick: where all are equally relevant, rounding would decide it.
-    kernel.diagonal(dim1=1, dim2=2).copy_((x != 0).any(2))
+    diagonal = kernel.diagonal(dim1=1, dim2=2)
+    diagonal.copy_(diagonal > 0)  # that of a zero token is 0
     kernel = kernel.mul_(r[:, :, None]).mul_(r[:, None])  # in place, because new memory takes longer
     return greedy(Determinant(kernel, r / r.amax(1, keepdim=True).clamp(min=1e-30), k), k)
