@@ -140,7 +140,8 @@ def test_a_common_offset_changes_nothing(name):
     """Cosines of centred tokens do not see what all tokens have in common; raw ones do."""
     given = options(name) | {"holov": {"within": "holistic"}, "agilepruner": {"threshold": 0.8}}.get(name, {})
     x = noise(0, 2, 40, 6)
-    others = [noise(2, 2, 40, 3) if name == "mmtok" else noise(1, 2, 40).exp()]
+    padding = torch.zeros(2, 40, dtype=torch.bool)
+    others = [noise(2, 2, 40, 3), padding] if name == "mmtok" else [noise(1, 2, 40).exp()]
     offset = 3 * noise(3, 6)
     found = {}
     for centre in (True, False):
