@@ -130,7 +130,7 @@ def test_the_engine_waits_no_more_often_than_the_family_does_unpatched(family, d
     model, inputs = on_device(family, ROWS, monkeypatch)
     try:
         model(**inputs)
-    except Exception as error:
+    except Exception as error:  # a read-back raises errors of many kinds; it is the model's own, and not ours to test
         pytest.skip(f"{family} itself looks at values: {error}")
     with vlmslim.patch(model, [{"method": "divprune", "keep": 3}, {"method": "fastv", "keep": 2, "layer": 1}]) as slim:
         assert model(**inputs).logits.device.type == "cuda"
