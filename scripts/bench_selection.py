@@ -141,9 +141,9 @@ def targets(rows: list[dict], device: str) -> list[str]:
     lines = []
     for row in rows:
         size = f"{row['name']}, {row['n']} to {row['k']}"
-        if device == "cpu" and row["name"] in ("max-min", "max-sum"):
+        if device == "cpu":
             lines.append(_verdict(f"{size}: selection over its product", row["over_product"], PRODUCT_TARGET))
-        elif device != "cpu" and row["name"] != "coverage":
+        elif row["name"] != "coverage":
             lines.append(_verdict(f"{size}: search, ms", row["search_ms"], KERNEL_TARGETS[row["n"]]))
             lines.append(_verdict(f"{size}: 8 images over one", row["batch_over_one"], BATCH_TARGET))
     return lines
@@ -214,8 +214,8 @@ def markdown(record: dict) -> str:
         lines += [
             "Product is the n x n product of the tokens by itself, and whole selection is everything that the method "
             "does to n tokens, its product included. Search is the choice of the tokens when the matrix is there: "
-            "by NumPy on a CPU and by the Triton kernel on a GPU (`vlmslim/ops/greedy.py`), except for coverage, and "
-            "for determinants on a CPU. Loop is the same search by the plain loop in PyTorch.",
+            "by NumPy on a CPU, and by the Triton kernel on a GPU except for coverage (`vlmslim/ops/greedy.py`). "
+            "Loop is the same search by the plain loop in PyTorch.",
             "",
             *(f"- {line}" for line in targets(record["searches"], record["device"])),
             "",
