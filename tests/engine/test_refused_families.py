@@ -1,8 +1,10 @@
 """Models and batches that no patch can take are refused in a sentence that says why."""
 
 from functools import partial
+from operator import attrgetter
 
 import pytest
+import torch
 import transformers as hf
 from zoo import Pic, batch, build
 
@@ -11,13 +13,53 @@ from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.unsupported import UNSUPPORTED
 
 
-def test_an_unsupported_model_is_told_the_nearest_one():
-    text = hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    with pytest.raises(TypeError, match=r"cannot patch Qwen2ForCausalLM; .*docs/models.md tells"):
-        vlmslim.patch(text, "none")
-    near = type("Qwen2_6_VLForConditionalGeneration", (hf.Qwen2ForCausalLM,), {})(text.config)
-    with pytest.raises(TypeError, match="the nearest supported class is Qwen2_5_VLForConditionalGeneration"):
-        vlmslim.patch(near, "none")
+def of_class(name: str) -> torch.nn.Module:
+    """Make a model of a class that has a name and nothing else."""
+    return type(name, (torch.nn.Module,), {})()
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("Qwen2_6_VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+        ("InternVLChatModel", "InternVLForConditionalGeneration"),
+        ("LlavaQwenForCausalLM", "LlavaForConditionalGeneration"),
+        ("InstructBlipForConditionalGeneration", None),  # the endings of names are alike and tell nothing
+    ],
+)
+def test_an_unsupported_model_is_told_the_nearest_one(name, nearest):
+    hint = f"the nearest supported class is {nearest}; " if nearest else ""
+    message = f"cannot patch {name}; {hint}vlmslim supports the families llava, .*; docs/models.md tells how to add one"
+    with pytest.raises(TypeError, match=message):
+        vlmslim.patch(of_class(name), "none")
+
+
+def test_a_wrapped_model_is_told_its_path():
+    model = build("qwen2_5_vl")
+    peft = pytest.importorskip("peft", reason="the extra vlmslim[train] is not installed")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    wraps = {
+        "module": torch.nn.DataParallel(build("qwen2_5_vl")),
+        "base_model.model": adapted,
+        "module.base_model.model": torch.nn.DataParallel(adapted),
+    }
+    for path, wrapped in wraps.items():
+        with pytest.raises(TypeError, match=f"wraps a model: patch the model inside, `model.{path}`"):
+            vlmslim.patch(wrapped, "none")
+        vlmslim.patch(attrgetter(path)(wrapped), "none").remove()
+
+
+def test_a_part_of_a_model_is_told_the_whole():
+    core = build("qwen2_5_vl").model
+    for part in (core, core.language_model, core.visual):
+        with pytest.raises(TypeError, match="a part of a model: pass the whole Qwen2_5_VLForConditionalGeneration"):
+            vlmslim.patch(part, "none")
+
+
+def test_a_name_is_told_what_loads_it():
+    with pytest.raises(TypeError, match=r"use vlmslim.from_pretrained\('llava-hf/llava-1.5-7b-hf', method"):
+        vlmslim.patch("llava-hf/llava-1.5-7b-hf", "none")
 
 
 def test_a_family_that_was_tried_is_refused_with_the_reason():

@@ -8,7 +8,13 @@ prompts.py   pictures in prompts and in outputs of the encoder
 decoder.py   masks, rotary positions and the KV cache
 """
 
-from vlmslim.engine.families.checks import check_decoder, check_patches, check_tower, check_tower_layers
+from vlmslim.engine.families.checks import (
+    check_decoder,
+    check_patches,
+    check_tower,
+    check_tower_layers,
+    family_of,
+)
 from vlmslim.engine.families.decoder import (
     KV_CACHE,
     blocks_of,
@@ -42,7 +48,7 @@ from vlmslim.engine.families.prompts import (
     window_order,
     with_newlines,
 )
-from vlmslim.engine.families.rows import FAMILIES, family_of, one_apart, same_mosaic, touching
+from vlmslim.engine.families.rows import FAMILIES, one_apart, same_mosaic, touching
 
 __all__ = [
     "FAMILIES",

@@ -1,5 +1,8 @@
 """Checks that refuse a model or a method on it, in a sentence that says what to do instead."""
 
+import re
+from difflib import get_close_matches
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -14,7 +17,70 @@ from vlmslim.engine.families.parts import (
     projects_patches,
     tower,
 )
-from vlmslim.engine.families.rows import row_of
+from vlmslim.engine.families.rows import FAMILIES, row_of
+from vlmslim.engine.unsupported import UNSUPPORTED
+
+_WRAPPED = ("module", "base_model.model", "module.base_model.model")  # DataParallel and DDP, PEFT, and both
+_ENDING = re.compile(r"For[A-Z]\w*$|(Text|Vision|Chat)?Model$")
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a loaded model.
+
+    Raises:
+        TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
+    """
+    family = _supported(model)
+    if family is None:
+        raise _refusal(model)
+    text = model.config.get_text_config()
+    types = getattr(text, "layer_types", None) or ()
+    if "chunked_attention" in types:
+        raise TypeError(
+            f"the language model of this {family.name} attends within chunks of the prompt, whose cache forgets by "
+            "position; use a checkpoint with full attention"
+        )
+    if not family.slides and ("sliding_attention" in types or (getattr(text, "sliding_window", None) and not types)):
+        raise TypeError(
+            f"the language model of this {family.name} uses sliding-window attention, whose cache forgets by position; "
+            "set `config.text_config.sliding_window = None` if the prompts are shorter than the window"
+        )
+    return family
+
+
+def _supported(model: Any) -> Family | None:
+    """Return the family of a model; None if the model is of none, is a part of one or is wrapped."""
+    family = FAMILIES.get(_model_type(model))
+    whole = family is not None and hasattr(model, "lm_head") and hasattr(model, "model")
+    return family if family is not None and whole and hasattr(model.model, family.language_model) else None
+
+
+def _model_type(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
+
+
+def _refusal(model: Any) -> TypeError:
+    """Say why a model cannot be patched, and what to do instead."""
+    if isinstance(model, str):
+        return TypeError(f"patch takes a loaded model; use vlmslim.from_pretrained({model!r}, method)")
+    name, model_type = type(model).__name__, _model_type(model)
+    for path in _WRAPPED:
+        try:
+            inside = attrgetter(path)(model)
+        except AttributeError:
+            continue
+        if _supported(inside):
+            return TypeError(f"cannot patch {name}, which wraps a model: patch the model inside, `model.{path}`")
+    if whole := FAMILIES.get(re.sub("_(text|vision)$", "", model_type)):
+        return TypeError(f"cannot patch {name}, which is a part of a model: pass the whole {whole.name}")
+    reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
+    stems = {_ENDING.sub("", family.name).lower(): family.name for family in FAMILIES.values()}
+    nearest = get_close_matches(_ENDING.sub("", name).lower(), stems, n=1)
+    hint = f"the nearest supported class is {stems[nearest[0]]}; " if nearest else ""
+    return TypeError(
+        f"cannot patch {name}{reason}; {hint}vlmslim supports the families {', '.join(FAMILIES)}; docs/models.md tells "
+        "how to add one"
+    )
 
 
 def check_decoder(core: Any, between_layers: str | None = None) -> None:

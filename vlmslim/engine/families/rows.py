@@ -1,12 +1,10 @@
 """The families that vlmslim knows, one row each. docs/models.md tells how to add one."""
 
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from vlmslim.engine.families.family import Family
-from vlmslim.engine.unsupported import UNSUPPORTED
 
 
 def touching(between: np.ndarray) -> bool:
@@ -104,36 +102,3 @@ FAMILIES: dict[str, Family] = {
 def row_of(core: Any) -> Family:
     """Return the row of a supported model, given without its head."""
     return FAMILIES[core.config.model_type]
-
-
-def family_of(model: Any) -> Family:
-    """Return the family of a loaded model.
-
-    Raises:
-        TypeError: the model is not one of the supported classes, or its language model uses sliding windows.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    family = FAMILIES.get(model_type)
-    core = getattr(model, "model", None)
-    if family is None or not hasattr(model, "lm_head") or not hasattr(core, family.language_model):
-        name, known = type(model).__name__, [f.name for f in FAMILIES.values()]
-        nearest = get_close_matches(name, known, n=1, cutoff=0.75)
-        hint = f"the nearest supported class is {nearest[0]}; " if nearest and nearest[0] != name else ""
-        reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
-        raise TypeError(
-            f"cannot patch {name}{reason}; {hint}vlmslim supports {', '.join(known)} (of a PEFT model, pass "
-            "`model.base_model.model`); docs/models.md tells how to add a family"
-        )
-    text = model.config.get_text_config()
-    types = getattr(text, "layer_types", None) or ()
-    if "chunked_attention" in types:
-        raise TypeError(
-            f"the language model of this {family.name} attends within chunks of the prompt, whose cache forgets by "
-            "position; use a checkpoint with full attention"
-        )
-    if not family.slides and ("sliding_attention" in types or (getattr(text, "sliding_window", None) and not types)):
-        raise TypeError(
-            f"the language model of this {family.name} uses sliding-window attention, whose cache forgets by position; "
-            "set `config.text_config.sliding_window = None` if the prompts are shorter than the window"
-        )
-    return family
