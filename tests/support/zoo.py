@@ -1,7 +1,7 @@
 """Tiny random models of the families beyond LLaVA, prompts for them, and a reference computed without vlmslim.
 
 Each configuration is small and awkward on purpose: attention windows that permute patches, pictures that are not
-square, features added inside the decoder, a window that is shorter than the prompt.
+square, features added inside the decoder.
 """
 
 from copy import deepcopy

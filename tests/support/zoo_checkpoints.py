@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SQUARE = {"height": 32, "width": 32}
+INDICATORS = [f"<IMG_{name}>" for name in ("START", "GRID", "COL", "ROW", "END")]  # of Ovis2
 
 
 def _template(image: str, video: str = "") -> str:
@@ -187,7 +188,7 @@ def _cohere2_vision():
 def _ovis2():
     return hf.Ovis2Processor(
         image_processor=hf.Ovis2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=4),
-        tokenizer=_tokenizer("<image>", "<IMG_ATOM>"),
+        tokenizer=_tokenizer("<image>", "<IMG_ATOM>", *INDICATORS),
         image_seq_length=4,
         chat_template=_template("<image>"),
     )
@@ -244,7 +245,7 @@ TOKENS = {
     "mistral3": {"image_token_id": "[IMG]"},
     "aya_vision": {"image_token_id": "<|IMG_PATCH|>"},
     "cohere2_vision": {"image_token_id": "<|IMG_PATCH|>"},
-    "ovis2": {"image_token_id": "<IMG_ATOM>"},
+    "ovis2": {"image_token_id": "<IMG_ATOM>", "visual_indicator_token_ids": INDICATORS},
 }
 
 
