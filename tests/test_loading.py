@@ -8,7 +8,7 @@ import torch
 from compare import close
 from prompts import ROWS, batch
 from tiny import tiny
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig
 
 import vlmslim
 from vlmslim import bundled
@@ -127,12 +127,14 @@ LLAVA = "bundled/tiny-llava"
         ("{folder}", {}, "the folder .* holds no model: there is no config.json in it"),
         ("{folder}/file", {}, "file is a file; give the folder of a checkpoint"),
         ("{folder}/broken", {}, "broken could not be loaded: "),
+        ("{folder}/tower", {}, "^.*/tower holds a clip_vision_model, which is no vision-language model$"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path, name, how, message):
     (tmp_path / "file").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
+    CLIPVisionConfig().save_pretrained(tmp_path / "tower")
     for loader in (load, load_model):
         with pytest.raises((OSError, ValueError), match=message) as error:
             loader(name.format(folder=tmp_path), **how)

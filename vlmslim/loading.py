@@ -8,10 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmslim import bundled
@@ -25,6 +34,12 @@ from vlmslim.registry import Spec, build
 from vlmslim.saving.folder import CONFIG, read
 
 Name = str | os.PathLike[str]
+
+#: What a folder without a model may hold, by a file in it.
+_NO_MODELS = {
+    "adapter_config.json": "the adapters of a LoRA, which go with a model, and no model",
+    "mm_projector.bin": "a projector alone, which goes with a language model, and no model",
+}
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,7 @@ def load_model(
             if asked := hub.how_to_load(place.checkpoint):
                 how["adapter_kwargs"] = asked  # because transformers looks for adapters on the hub all the same
             how |= _hub(place, trust_remote_code)
+            _check_kind(place, trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(place.checkpoint, **how)
     if device is not None and device_map is None:
         model = model.to(device)
@@ -232,6 +248,13 @@ def _hub(place: Located, trust_remote_code: bool) -> dict[str, Any]:
     return how | hub.how_to_load(place.checkpoint)
 
 
+def _check_kind(place: Located, trust_remote_code: bool) -> None:
+    """Refuse a checkpoint of a language model or a vision tower alone. Code of the checkpoint's own may load any."""
+    config = AutoConfig.from_pretrained(place.checkpoint, **_hub(place, trust_remote_code))
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"{place.checkpoint} holds a {config.model_type}, which is no vision-language model")
+
+
 def _check_trust(trust_remote_code: bool) -> None:
     if not isinstance(trust_remote_code, bool):
         raise ValueError(f"trust_remote_code={trust_remote_code!r}: give True or False")
@@ -242,12 +265,14 @@ def _naming(place: Located) -> Iterator[None]:
     """Name the checkpoint in what goes wrong, and say it in one line."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
         is_remote = not os.path.isdir(place.checkpoint)
         if is_remote and isinstance(error, OSError) and (hint := hub.hint(place.checkpoint)):
             raise OSError(hint) from error
-        kind = next(kind for kind in (ImportError, OSError, ValueError) if isinstance(error, kind))
-        raise kind(f"{place.checkpoint} could not be loaded: {one_line(error)}") from error
+        kind = next((kind for kind in (ImportError, OSError) if isinstance(error, kind)), ValueError)
+        said = one_line(error)
+        said = said if said.startswith(place.checkpoint) else f"{place.checkpoint} could not be loaded: {said}"
+        raise kind(said) from error
 
 
 def default_device() -> str:
@@ -270,7 +295,8 @@ def check_checkpoint(name: str) -> str:
     if not folder.is_dir():
         raise ValueError(f"{place} is a file; give the folder of a checkpoint")
     if not any((folder / file).is_file() for file in ("config.json", CONFIG)):
-        raise ValueError(f"the folder {place} holds no model: there is no config.json in it")
+        holds = next((what for file, what in _NO_MODELS.items() if (folder / file).is_file()), "no model")
+        raise ValueError(f"the folder {place} holds {holds}: there is no config.json in it")
     return place
 
 

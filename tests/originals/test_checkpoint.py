@@ -143,3 +143,28 @@ def test_no_weights(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no weights: there is none of model.safetensors"):
         load_model(folder)
+
+
+def test_no_tokenizer(tmp_path):
+    folder = original("llava", tmp_path / "mute")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="^.*mute holds no tokenizer: there is none of tokenizer.json, "):
+        load_model(folder)
+
+
+def test_a_file_that_is_cut_off(tmp_path):
+    folder = original("llava", tmp_path / "short")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="short could not be loaded: .*not fully covered"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [("adapter_config.json", "holds the adapters of a LoRA"), ("mm_projector.bin", "holds a projector alone")],
+)
+def test_a_part_without_a_configuration(tmp_path, file, message):
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=f"{message}.* and no model: there is no config.json"):
+        load_model(str(tmp_path))

@@ -21,6 +21,7 @@ from vlmslim.originals.checkpoint import TOWERS, Original
 from vlmslim.originals.templates import conversation, conversation_of
 
 IMAGE, VIDEO = "<image>", "<video>"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def tokenizer_of(original: Original) -> Any:
@@ -31,7 +32,10 @@ def tokenizer_of(original: Original) -> Any:
 
     Raises:
         ImportError: the tokenizer is a file of SentencePiece, and what reads it is not installed.
+        ValueError: the checkpoint has no tokenizer.
     """
+    if not any(map(original.has, _TOKENIZERS)):
+        raise ValueError(f"{original.checkpoint} holds no tokenizer: there is none of {', '.join(_TOKENIZERS)} in it")
     how = {"revision": original.revision or "main", "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(original.checkpoint, **how, **hub.how_to_load(original.checkpoint))
