@@ -5,7 +5,7 @@ The other parts of the contract can be imported from here too: `ImageTokens` and
 """
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -115,6 +115,11 @@ class Compressor:
     def stages(self) -> list["Compressor"]:
         """Return the stages that this method consists of, in order; by default itself."""
         return [self]
+
+    @classmethod
+    def stage_of(cls, method: "Compressor") -> Self:
+        """Make a stage of this class from the options of a method that have the same names."""
+        return cls(**{f.name: getattr(method, f.name) for f in fields(cls) if f.init})
 
     def requested(self, n: int) -> int | None:
         """Return how many of an image's `n` tokens this method was asked to keep; None if it decides itself."""

@@ -1,7 +1,6 @@
 """A method's view of one image, `ImageTokens`, and its answer before the language model, `Compressed`."""
 
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from vlmslim.ops.attention import tower_qk
 from vlmslim.ops.effective_rank import effective_rank
+from vlmslim.ops.noise import digest, uniform
 
 
 @dataclass
@@ -177,15 +177,9 @@ class ImageTokens:
         ranks = [effective_rank(self.features[crop == i][None]) for i in crop[crop >= 0].unique()]
         return float(sum(ranks) / len(ranks))
 
-    @property
-    def fingerprint(self) -> int:
-        """A number that depends on the pixels only, so that an image has the same one in any batch."""
-        return zlib.crc32(self.pixels.detach().float().cpu().contiguous().numpy().data)
-
-    def generator(self, seed: int) -> torch.Generator:
-        """Return a CPU generator of random numbers, the same for this image and seed in any batch and in any run."""
-        mixed = (seed * 0x9E3779B1 + self.fingerprint) % 2**32  # torch reads 32 bits of a CPU generator's seed
-        return torch.Generator().manual_seed(mixed)
+    def uniform(self, seed: int, count: int) -> Tensor:
+        """Draw random numbers in [0, 1), (count,) fp64, that depend on pixels and seed alone."""
+        return uniform(digest(self.pixels), seed, count).to(self.features.device)
 
     def qk(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return queries and keys of a vision-tower layer, unscaled, CLS included: (c, heads, p', v / heads) each.
@@ -255,3 +249,7 @@ class ImageTokens:
     def pick(self, index: Tensor) -> Compressed:
         """Keep the image's own tokens at `index` (k,), in that order."""
         return Compressed(None, index)
+
+    def pick_all(self) -> Compressed:
+        """Keep all of the image's own tokens."""
+        return self.pick(torch.arange(len(self.features), device=self.features.device))

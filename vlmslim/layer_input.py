@@ -45,6 +45,7 @@ class LayerInput:
     entered  : per row, how many visual tokens of each image entered the language model
     present  : per row, how many visual tokens of each image there are now; their sum alone, if no more is known
     image_last : per row, whether a visual token ends the prompt; None if tokens after the prompt are left out
+    text_after : per row, how many text tokens stand after each image
     images   : per row, the images themselves
     weight   : (B, S)    how strongly each token may be attended to at this layer; None if all count in full
     previous : what the layer before attends with; None before layer 0
@@ -68,6 +69,7 @@ class LayerInput:
     entered: list[list[int]]
     present: list[list[int]]
     image_last: list[bool] | None
+    text_after: list[list[int]]
     images: list[list[ImageTokens]]
     weight: Tensor | None = None
     previous: Attends | None = None

@@ -109,7 +109,8 @@ def test_a_method_waits_for_the_device_only_if_it_says_so(name, family, device, 
     "family, spec",
     [
         ("llava", "tokencorr:beta=0.1"),
-        ("llava", "tokencorr:keep=5:sampling=multinomial"),
+        ("llava", "dart:keep=5:mode=released"),
+        ("llava", "sparsevlm:version=1.0:layer=[1, 2]"),
         ("next", "globalcom2:mode=released"),
     ],
 )

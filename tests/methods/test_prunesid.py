@@ -15,7 +15,8 @@ from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
 import vlmslim
-from vlmslim.methods.prunesid import PruneSID, choose, loadings
+from vlmslim.methods.prunesid import PruneSID
+from vlmslim.methods.prunesid.groups import choose, loadings
 
 
 def plain(x: list, weight: list, score: list[float], k: int) -> list[int]:

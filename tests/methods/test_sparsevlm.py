@@ -15,7 +15,9 @@ from strategies import noise, seeds, some
 from tiny import BOS, DEPTH, tiny
 
 import vlmslim
-from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, recycled, visual_words
+from vlmslim.methods.sparsevlm import SparseVLM
+from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
+from vlmslim.methods.sparsevlm.recycling import clusters, recycled
 
 
 def plain_raters(x: np.ndarray, words: np.ndarray) -> list[int]:

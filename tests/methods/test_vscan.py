@@ -12,7 +12,8 @@ from strategies import cosine, noise, seeds, some
 from tiny import DEPTH, tiny
 
 import vlmslim
-from vlmslim.methods.vscan import VScan, VScanEntrance, local_and_global, merged, windows
+from vlmslim.methods.vscan import VScan, VScanEntrance
+from vlmslim.methods.vscan.patches import local_and_global, merged, windows
 
 
 def plain(shallow: list, deep: list, place: list, side: int, k: int, half: int) -> list[int]:

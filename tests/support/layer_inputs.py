@@ -20,4 +20,5 @@ def one_image(hidden: Tensor, start: int, n: int) -> dict:
         entered=[[n]],
         present=[[n]],
         image_last=[False],
+        text_after=[[size - start - n]],
     )

@@ -109,6 +109,7 @@ def _layer_input(
         entered=call.entered,
         present=run.present,
         image_last=call.image_last,
+        text_after=call.text_after,
         images=call.images,
         weight=run.weight,
         previous=call.previous,

@@ -54,6 +54,9 @@ class Entrance:
         results = None
         if placed and self.stage is not None:
             results = self._ask(self.stage, call, [image.tokens for image in placed])
+        call.text_after = [[] for _ in call.text]
+        for image in placed:
+            call.text_after[image.row].append(int(is_text[image.row, image.columns[-1] + 1 : end].sum()))
         tokens.layout = self._laid_out(call, tokens, mask, placed, results)
         return embeds if results is None else self._close_gaps(call, tokens.layout, embeds, placed, is_text, results)
 

@@ -52,6 +52,7 @@ class Call:
     counts   : per row, the token counts of the images
     text     : per row, text tokens
     image_last : per row, whether a visual token ends the prompt
+    text_after : per row, how many text tokens of the prompt stand after each image
     tail     : tokens after the last image of any row
     shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
     previous : the attention of the decoder layer before one that drops tokens
@@ -83,6 +84,7 @@ class Call:
     counts: list[list[Image]] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     image_last: list[bool] = field(default_factory=list)
+    text_after: list[list[int]] = field(default_factory=list)
     tail: int = 0
     shift: Tensor | None = None
     previous: LayerAttention | None = None

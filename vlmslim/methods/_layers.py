@@ -1,10 +1,27 @@
-"""Helpers of the methods that drop tokens before several decoder layers."""
+"""Helpers of the methods that drop tokens before decoder layers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from vlmslim.compressor import resolve_layer
+import torch
+from torch import Tensor
+
+from vlmslim.compressor import ImageTokens, LayerInput, check_layer, resolve_layer
 from vlmslim.engine.families import language_model
+
+
+def check_layers(layer: Sequence[int | float], counts: Sequence[Any], name: str) -> None:
+    """Refuse decoder layers before which nothing can be dropped, and counts that do not fit them.
+
+    Raises:
+        ValueError: names the option `layer`, or the option `name` with the counts.
+    """
+    if not layer or len(layer) != len(counts):
+        one = name.removesuffix("s")
+        raise ValueError(f"layer={tuple(layer)} and {name}={tuple(counts)}: give one {one} for each layer")
+    for each in layer:
+        check_layer(each)
 
 
 def ascending(layer: Sequence[int | float], model: Any, spread: bool = False) -> tuple[int, ...]:
@@ -35,3 +52,77 @@ def seen_by_layers(n: int, depth: int, layer: Sequence[int | float], counts: Seq
         at = resolve_layer(each, depth)
         seen[at:] = [min(seen[at], count)] * (depth - at)
     return seen
+
+
+@dataclass
+class PlacedImage:
+    """The tokens of one image that are about to enter a decoder layer, and the text after it.
+
+    image   : the image itself
+    row     : of the batch
+    number  : of the image in its row, from 1
+    entered : how many of its tokens entered the language model
+    place   : (v,) where its tokens stand in the row, ascending; v is not 0
+    text    : (t,) where the text after it stands, ascending
+    """
+
+    image: ImageTokens
+    row: int
+    number: int
+    entered: int
+    place: Tensor
+    text: Tensor
+
+
+def placed_images(tokens: LayerInput) -> list[PlacedImage]:
+    """Find the tokens of each image, and the text after it.
+
+    The numbers of tokens are known on the host, so nothing waits for the device. Only the tokens of several images in a
+    prompt are counted, if a stage before did not say how many of each it kept.
+    """
+    found = []
+    for row, (entered, present) in enumerate(zip(tokens.entered, tokens.present, strict=True)):
+        text = tokens.mask[row] & (tokens.image[row] == 0)
+        for i, n in enumerate(entered):
+            own = tokens.image[row] == i + 1
+            if count := present[i] if len(present) == len(entered) else int(own.sum()):
+                place = first_true(own, count)
+                after = text & (torch.arange(len(text), device=text.device) > place[-1])
+                words = first_true(after, tokens.text_after[row][i])
+                found.append(PlacedImage(tokens.images[row][i], row, i + 1, n, place, words))
+    return found
+
+
+def first_true(x: Tensor, count: int) -> Tensor:
+    """Return the indices of the first `count` True of x (n,), without waiting for the device as `nonzero` does."""
+    return x.byte().argsort(descending=True, stable=True)[:count]
+
+
+def attention_of_text(tokens: LayerInput, images: list[PlacedImage], heads: bool = False) -> list[Tensor]:
+    """Compute what the text after each image pays to its tokens, in the layer before.
+
+    Args:
+        tokens: the input of a decoder layer.
+        images: of these tokens, in the order of `placed_images`.
+        heads: keep the heads apart.
+
+    Returns:
+        (t, v) for each image, averaged over heads, or (heads, t, v). Without text after the image, t is 1, and the
+        prompt's last token pays.
+    """
+    if not images:
+        return []
+    lengths: dict[int, int] = {}
+    for image in images:
+        lengths.setdefault(image.row, len(image.text))
+    rows = tokens.last[:, None].repeat(1, max(lengths.values()) + any(len(image.text) == 0 for image in images))
+    for image in reversed(images):  # the text after an image ends the text after the image before it
+        rows[image.row, : len(image.text)] = image.text
+    steps = (tokens.attention(part).float() for part in rows.split(128, dim=1))  # a step's map is in memory at once
+    paid = torch.cat([step if heads else step.mean(1) for step in steps], dim=-2)
+    found = []
+    for image in images:
+        end = lengths[image.row]
+        own = slice(end - len(image.text), end) if len(image.text) else slice(-1, None)
+        found.append(paid[image.row][..., own, :][..., image.place])
+    return found

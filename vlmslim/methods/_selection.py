@@ -100,6 +100,10 @@ class Selection(Selector):
             return k
         return max(1, k // views) * views
 
+    def released(self, image: ImageTokens, k: int) -> Compressed:
+        """Compress one image to k tokens as a release does that does not choose as the corrected mode does."""
+        raise NotImplementedError
+
     def compared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what to take cosines of tokens x (b, n, d) from, and with `centre` how distinctive each is, (b, n)."""
         return centred(x) if self.centre else (x, None)
@@ -122,10 +126,13 @@ class Selection(Selector):
         Together, because the picks of a search follow one another: a loop over picks takes as long for many images as
         for one.
         """
-        seen = list(images)
-        if self.mode == "released":
-            seen = [with_padding(image) if image.tiles[1] else image for image in images]
         counts = [self.budget(image) for image in images]
+        if self.mode == "released" and type(self).released is not Selection.released:
+            return [
+                image.pick_all() if k == len(image.features) else self.released(image, k)
+                for image, k in zip(images, counts, strict=True)
+            ]
+        seen = [with_padding(image) for image in images] if self.mode == "released" else images
         pools = [
             [] if k == len(image.features) and self.order == "raster" else self.pools(given, k)
             for image, given, k in zip(images, seen, counts, strict=True)
@@ -141,7 +148,7 @@ class Selection(Selector):
         results = []
         for image, given, k, found in zip(images, seen, counts, pools, strict=True):
             if not found:
-                results.append(image.pick(torch.arange(len(image.features), device=image.features.device)))
+                results.append(image.pick_all())
                 continue
             order = interleave([picks[id(pool)] for pool in found])
             if given is image and sum(len(pool.slots) for pool in found) < len(image.features):
@@ -241,9 +248,11 @@ def interleave(orders: list[Tensor]) -> Tensor:
 def with_padding(image: ImageTokens) -> ImageTokens:
     """Return an image with tiles as releases see it that do not unpad: all patches, and no newline.
 
-    The thumbnail comes first, then the mosaic row by row, across tiles.
+    The thumbnail comes first, then the mosaic row by row, across tiles. An image without tiles is returned itself.
     """
     side, (rows, columns) = image.side, image.tiles
+    if not columns:
+        return image
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
     mosaic = torch.stack([1 + y // side * columns + x // side, y % side, x % side], dim=-1).flatten(0, 1)
     thumbnail = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(side), torch.arange(side))

@@ -76,7 +76,7 @@ class BipartiteMerge(Compressor):
         newlines = np.flatnonzero(crop < 0)
         k, spared = self._budget(image, len(newlines))
         if k + spared == n:
-            return image.pick(torch.arange(n, device=device))
+            return image.pick_all()
 
         x, metric = self._tokens_and_metric(image)
         crops = [np.flatnonzero(crop == c) for c in np.unique(crop[crop >= 0])]

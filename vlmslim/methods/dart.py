@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vlmslim.compressor import Compressor, LayerInput, check_choices, check_keep, check_layer, resolve_keep
 from vlmslim.engine.families import final_norm
+from vlmslim.methods._layers import placed_images
 from vlmslim.ops.ranking import full_precision
 
 
@@ -40,8 +41,6 @@ class DART(Compressor):
     pivots : visual and text pivots; the paper uses 4 of each
     """
 
-    reads_back = "pivots find their tokens image by image"
-
     budget_options: ClassVar = ("keep", "layer")
 
     keep: int | float
@@ -57,6 +56,8 @@ class DART(Compressor):
         self.norm = self.norm or ("l2" if self.mode == "corrected" else "l1")
         check_choices(self, norm=("l1", "l2"))
         self.layers, self.pivots = (self.layer,), tuple(self.pivots)
+        if self.mode == "released":
+            self.reads_back = "the places of the pivots in the prompt decide their order"
         if len(self.pivots) != 2 or min(self.pivots) < 0 or self.pivots[0] < 1:
             raise ValueError(
                 f"pivots={self.pivots}: give one visual pivot at least and a number of text pivots: (4, 4)"
@@ -81,37 +82,29 @@ class DART(Compressor):
         """Keep the pivots of every image, and what they add."""
         keep, norms = tokens.mask.clone(), key_norms(tokens.keys, self.norm)
         x = self.final_norm(tokens.hidden).to(tokens.hidden.device)
-        text = tokens.mask & (tokens.image == 0)
-        for row, entered in enumerate(tokens.entered):
-            for number, n in enumerate(entered, 1):
-                place = (tokens.image[row] == number).nonzero()[:, 0]
-                k = resolve_keep(self.keep, n)
-                if not len(place) or k >= len(place):
-                    continue
-                after = text[row].nonzero()[:, 0]
-                after = after[after > place[-1]]
-                visual, words = (
-                    at[largest(norms[row, at], m)] for at, m in zip((place, after), self.pivots, strict=True)
-                )
-                visual = visual[:k]
-                pivots = torch.cat([visual, words])
-                if self.mode == "released":
-                    numbers = (tokens.mask[row].cumsum(0) - 1)[pivots].tolist()  # padding does not count
-                    pivots = pivots[[numbers.index(i) for i in set(numbers)]]
-                    shares = [int(self._share(n) // sum(self.pivots))] * len(pivots)
-                else:
-                    each, more = divmod(k - len(visual), len(pivots))
-                    shares = [each + (i < more) for i in range(len(pivots))]
-                pool = place[~torch.isin(place, visual)]
-                keep[row, place] = False
-                keep[row, visual] = True
-                keep[row, pool[torch.cat(unlike(x[row, pool], x[row, pivots], shares))]] = True
+        for image in placed_images(tokens):
+            row, place, k = image.row, image.place, resolve_keep(self.keep, image.entered)
+            if k >= len(place):
+                continue
+            ranked = norms[row, place].argsort(descending=True, stable=True)
+            visual, others = place[ranked].tensor_split([min(k, self.pivots[0])])
+            words = image.text[norms[row, image.text].argsort(descending=True, stable=True)[: self.pivots[1]]]
+            pivots, pool = torch.cat([visual, words]), others.sort().values
+            if self.mode == "released":
+                numbers = (tokens.mask[row].cumsum(0) - 1)[pivots].tolist()  # padding does not count
+                pivots = pivots[[numbers.index(i) for i in set(numbers)]]
+                shares = [int(self._share(image.entered) // sum(self.pivots))] * len(pivots)
+            else:
+                each, more = divmod(k - len(visual), len(pivots))
+                shares = [each + (i < more) for i in range(len(pivots))]
+            taken = torch.cat(unlike(x[row, pool], x[row, pivots], shares))
+            keep[row, place] = False
+            keep[row, torch.cat([visual, pool[taken]])] = True
         return keep
 
-
-def largest(x: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest numbers of x (n,), falling, the lower index first on ties."""
-    return x.argsort(descending=True, stable=True)[:k]
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the budgets; the release keeps another number."""
+        return tokens.count_of_top(self.keep) if self.mode == "corrected" else None
 
 
 @full_precision
@@ -133,9 +126,9 @@ def unlike(pool: Tensor, pivots: Tensor, counts: Sequence[int]) -> tuple[Tensor,
         Of each pivot, the indices that it takes, the least similar first.
     """
     cosine = F.normalize(pivots.float(), dim=-1) @ F.normalize(pool, dim=-1).T
-    taken, picks = torch.zeros(len(pool), dtype=torch.bool, device=pool.device), []
+    picks = [cosine.new_empty(0, dtype=torch.long)]
     for row, count in zip(cosine, counts, strict=True):
-        pick = row.masked_fill(taken, float("inf")).argsort(stable=True)[: min(count, int((~taken).sum()))]
-        taken[pick] = True
-        picks.append(pick)
-    return tuple(picks)
+        taken = torch.cat(picks)
+        order = row.index_fill(0, taken, float("inf")).argsort(stable=True)
+        picks.append(order[: min(count, len(row) - len(taken))])
+    return tuple(picks[1:])

@@ -13,7 +13,7 @@ from vlmslim.engine.families import family_of, has_cls
 from vlmslim.engine.layout import to_device
 from vlmslim.ops.attention import cls_attention, cls_logits
 from vlmslim.ops.newlines import NEWLINES, fill_budget
-from vlmslim.ops.ranking import full_precision, rank_within_groups
+from vlmslim.ops.ranking import full_precision, membership, rank_within_groups
 
 
 @dataclass
@@ -96,7 +96,7 @@ class GlobalCom2(Selector):
         k = self.budget(image)
         tiled = bool((image.grid_on_host[:, 0] > 0).any())  # unpadding leaves nothing of a very narrow strip's mosaic
         if k == n or self.mode == "released" and (image.video or not tiled):
-            return image.pick(torch.arange(n, device=device))
+            return image.pick_all()
         image.score = self.own_scores(image)
         if self.mode == "corrected":
             return image.pick(self._corrected(image, image.score.double(), k))
@@ -155,8 +155,8 @@ class GlobalCom2(Selector):
 
 
 def sums_within(x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sum x (t, ...) within groups (t,): (groups, ...). The product, unlike a scattered sum, repeats on a GPU."""
-    return F.one_hot(group, groups).T.to(x) @ x
+    """Sum x (t, ...) within groups (t,): (groups, ...)."""
+    return membership(group, groups).to(x) @ x
 
 
 @full_precision

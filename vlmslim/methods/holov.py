@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, ImageTokens, Keep, check_choices, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep, check_choices
 from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
-from vlmslim.ops.ranking import full_precision, rank_within_groups
+from vlmslim.ops.ranking import full_precision, membership, rank_within_groups
 
 
 @dataclass
@@ -57,10 +56,6 @@ class HoloV(ScoredSelection):
         """Return features and attention."""
         return image.features, self.scores(image)
 
-    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Compress the images of a forward."""
-        return super().select_images(images) if self.mode == "corrected" else [self._released(x) for x in images]
-
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Fill each chunk's quota with its best tokens."""
         orders = []
@@ -72,18 +67,16 @@ class HoloV(ScoredSelection):
             orders.append(torch.where(kept, rank, -torch.inf).argsort(descending=True, stable=True)[:k])
         return torch.stack(orders)
 
-    def _released(self, image: ImageTokens) -> Compressed:
-        n, features = len(image.features), image.features
-        if (k := resolve_keep(self.keep, n)) == n:
-            return image.pick(torch.arange(n, device=features.device))
+    def released(self, image: ImageTokens, k: int) -> Compressed:
+        """Send chunks in the release's order, and zeros where it chooses too few tokens."""
+        features = image.features
         (slots,) = to_device(features.device, np.flatnonzero(image.grid_on_host[:, 0] >= 0))
         order = released_order(features[slots], self.scores(image)[slots], min(k, len(slots)), self.chunks)
 
         def chosen(x: Tensor) -> Tensor:
-            """Take tokens of x (n, d); the release leaves zeros where it chose too few."""
             return torch.where(order[:, None] < 0, 0, x[slots[order.clamp(min=0)]])
 
-        return Compressed(chosen(features), made_of=lambda: chosen(torch.eye(n, device=features.device)))
+        return Compressed(chosen(features), made_of=lambda: chosen(torch.eye(len(features), device=features.device)))
 
 
 def chunk_sizes(n: int, chunks: int) -> list[int]:
@@ -99,8 +92,8 @@ def chunks_of(sizes: list[int], device: torch.device | None = None) -> Tensor:
 @full_precision
 def chunk_means(score: Tensor, sizes: list[int]) -> Tensor:
     """Average scores (n,) within chunks of these sizes: (c,)."""
-    member = F.one_hot(chunks_of(sizes, score.device), len(sizes)).T.to(score)
-    return member @ score / member.sum(1)  # a product, because scattered sums on a GPU do not repeat to the last bit
+    member = membership(chunks_of(sizes, score.device), len(sizes)).to(score)
+    return member @ score / member.sum(1)
 
 
 @full_precision

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from vlmslim.compressor import Compressed, ImageTokens, Keep, Selector
 
 
@@ -19,13 +17,11 @@ class Random(Selector):
     positions : rotary positions: "auto", "original" or "renumbered"
     """
 
-    reads_back = "the draw is seeded by a hash of the pixels"
-
     keep: Keep
     seed: int = 0
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Draw k of n tokens."""
         n = len(image.features)
-        index = torch.randperm(n, generator=image.generator(self.seed))[: self.budget(image)]
-        return image.pick(index.sort().values.to(image.features.device))
+        order = image.uniform(self.seed, n).argsort(stable=True)
+        return image.pick(order[: self.budget(image)].sort().values)

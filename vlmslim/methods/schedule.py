@@ -7,15 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import (
-    Compressor,
-    LayerInput,
-    check_choices,
-    check_keep,
-    check_layer,
-    resolve_keep,
-)
-from vlmslim.methods._layers import ascending, seen_by_layers
+from vlmslim.compressor import Compressor, LayerInput, check_choices, check_keep, resolve_keep
+from vlmslim.methods._layers import ascending, check_layers, seen_by_layers
 
 
 @dataclass
@@ -43,17 +36,15 @@ class Schedule(Compressor):
     def __post_init__(self) -> None:
         self.layer, self.counts = tuple(self.layer), tuple(self.counts)
         check_choices(self, by=("attention", "random"))
-        if not self.layer or len(self.layer) != len(self.counts):
-            raise ValueError(f"layer={self.layer} and counts={self.counts}: give one count for each layer")
-        for layer, count in zip(self.layer, self.counts, strict=True):
-            check_layer(layer)
+        check_layers(self.layer, self.counts, "counts")
+        for count in self.counts:
             check_keep(count, "counts")
         for a, b in zip(self.counts, self.counts[1:], strict=False):
             if type(a) is type(b) and a < b:
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
         self.layers = self.layer
         if self.by == "random":
-            self.reads_back = "the draw is seeded by a hash of the pixels"
+            self.reads_back = "the draw is among an image's own tokens, so it looks for tokens that a method made"
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
@@ -81,7 +72,7 @@ class Schedule(Compressor):
         score = torch.zeros(tokens.image.shape, device=tokens.image.device)
         for row, images in enumerate(tokens.images):
             for number, image in enumerate(images, 1):
-                drawn = torch.rand(len(image.features), generator=image.generator(self.seed)).to(score.device)
+                drawn = image.uniform(self.seed, len(image.features)).to(score)
                 here = tokens.image[row] == number
                 slot = tokens.slot[row][here]
                 if (slot < 0).any():

@@ -1,7 +1,7 @@
 """ToDRE: "Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -70,8 +70,6 @@ class Diversify(Selection):
                 "use pivot='random', which is what 'auto' takes there"
             )
         self.tower_layers = (self.cls_layer,) if self.pivot == "cls" else ()
-        if self.pivot == "random":
-            self.reads_back = "the draw of the pivot is seeded by a hash of the pixels"
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Start from each image's pivot."""
@@ -81,7 +79,7 @@ class Diversify(Selection):
     def _pivot(self, image: ImageTokens, slots: Tensor) -> Tensor:
         """Find where in the candidates (m,) the search starts: a scalar."""
         if self.pivot == "random":
-            return torch.randint(len(slots), (), generator=image.generator(self.seed)).to(slots.device)
+            return (image.uniform(self.seed, 1)[0] * len(slots)).long()
         if self.pivot == "cls":
             attention = cls_attention(*image.qk(self.cls_layer))  # (c, p)
             attention = attention.unflatten(1, (image.side, -1)).to(slots.device)
@@ -121,7 +119,7 @@ class ToDRE(Diversify):
 
     def stages(self) -> list[Compressor]:
         """Return stage 1, and stage 2 unless `layer` is None."""
-        first = Diversify(**{f.name: getattr(self, f.name) for f in fields(Diversify) if f.init})
+        first = Diversify.stage_of(self)
         return [first] if self.layer is None else [first, DropVisual(self.layer, self.tau)]
 
 

@@ -159,7 +159,7 @@ class TokenFlex(Compressor):
         for i, image in enumerate(images):
             side = self._side(image, count)
             if self.projector is None and side**2 == image.tower.shape[1]:  # nothing to pool: keep every bit
-                results[i] = image.pick(torch.arange(len(image.features), device=image.features.device))
+                results[i] = image.pick_all()
             else:
                 groups.setdefault((side, image.tower.shape[1:]), []).append(i)
         for (side, _), members in groups.items():

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep
 from vlmslim.engine.families import projects_patches
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, one_hot, with_padding
-from vlmslim.ops.ranking import full_precision
+from vlmslim.ops.ranking import full_precision, membership
 
 
 @dataclass
@@ -76,42 +76,42 @@ class VisionZip(ScoredSelection):
 
     def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images one by one."""
-        return [self.compress(image) for image in images]
+        return super().select_images(images) if self.mode == "released" else [self.compress(x) for x in images]
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Merge within every view, then project."""
-        n, device = len(image.features), image.features.device
-        if (k := resolve_keep(self.keep, n)) == n:
-            return image.pick(torch.arange(n, device=device))
-        released = self.mode == "released"
-        given = with_padding(image) if released and image.tiles[1] else image
-        pools = self.pools(given, k)
-        parts = []
-        for pool in pools:
-            x, keys, attention = pool.read
-            merged = round(pool.k * self.contextual)
-            parts.append(zipped(x, self.compared(keys[None])[0][0], attention, pool.k, merged, int(released)))
-        if released:
-            sequence = self._project(released_sequence(image.cls, pools, parts), image)
-            return Compressed(sequence, made_of=partial(self._made_of, image, given, pools))
+        n, k = len(image.features), self.budget(image)
+        if k == n:
+            return image.pick_all()
+        pools = self.pools(image, k)
+        parts = [self._zipped(pool, pool.read[0]) for pool in pools]
         features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)
         index = torch.cat([pool.slots[at] for pool, part in zip(pools, parts, strict=True) for at in part[2:]])
-        sent = torch.zeros(n, dtype=torch.uint8, device=device).index_fill(0, index, 1)
+        sent = torch.zeros(n, dtype=torch.uint8, device=index.device).index_fill(0, index, 1)
         spare = sent.argsort(stable=True)[: k - len(index)]  # newlines, once all patches are sent
         index, order = torch.cat([index, spare]).sort()
         return Compressed(
             torch.cat([features, image.features[spare]])[order], index, partial(joined, index, pools, parts, n)
         )
 
-    def _made_of(self, image: ImageTokens, given: ImageTokens, pools: list[Pool]) -> Tensor:
-        """Return `Compressed.made_of` of the release's sequence; the CLS token is made of no patch."""
-        names = one_hot(image, given).to(image.features.device)
-        parts = []
-        for pool in pools:
-            _, keys, attention = pool.read
-            merged = round(pool.k * self.contextual)
-            parts.append(zipped(names[pool.slots], self.compared(keys[None])[0][0], attention, pool.k, merged, 1))
-        return released_sequence(names.new_zeros(len(pools), names.shape[1]), pools, parts)
+    def released(self, image: ImageTokens, k: int) -> Compressed:
+        """Merge within every view, padding included, and send CLS tokens too."""
+        given = with_padding(image)
+        pools = self.pools(given, k)
+        parts = [self._zipped(pool, pool.read[0]) for pool in pools]
+
+        def made_of() -> Tensor:
+            names = one_hot(image, given).to(image.features.device)
+            own = [self._zipped(pool, names[pool.slots]) for pool in pools]
+            return released_sequence(names.new_zeros(len(pools), names.shape[1]), pools, own)  # CLS has no patch
+
+        return Compressed(self._project(released_sequence(image.cls, pools, parts), image), made_of=made_of)
+
+    def _zipped(self, pool: Pool, x: Tensor) -> tuple[Tensor, ...]:
+        """Compress one view, of whose tokens x (m, v) is merged."""
+        _, keys, attention = pool.read
+        merged, released = round(pool.k * self.contextual), int(self.mode == "released")
+        return zipped(x, self.compared(keys[None])[0][0], attention, pool.k, merged, released)
 
     def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
         return image.project(x).to(image.features) if self.before_projector else x.to(image.features)
@@ -140,7 +140,7 @@ def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls:
     at = np.arange(len(left))[:: max(1, len(left) // merged)][:merged]
     rest = np.delete(np.arange(len(left)), at)
     target, others = (left[torch.from_numpy(x).to(left.device, non_blocking=True)] for x in (at, rest))
-    joins = F.one_hot(assigned(keys, others, target), merged).T.float()
+    joins = membership(assigned(keys, others, target), merged).float()
     size = joins.sum(1, keepdim=True)
     with torch.autocast(x.device.type, enabled=False):
         total, own = joins @ x[others].float(), x[target].float()

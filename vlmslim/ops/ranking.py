@@ -1,4 +1,4 @@
-"""Ranks within groups, and a decorator that keeps scores in full precision."""
+"""Groups of tokens, ranks within them, and a decorator that keeps scores in full precision."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -25,6 +25,14 @@ def full_precision(function: Score[Options, Result]) -> Score[Options, Result]:
             return function(x.float(), *args, **kwargs)
 
     return scored
+
+
+def membership(group: Tensor, groups: int) -> Tensor:
+    """Tell which tokens are in each group: (groups, n) bool of the groups (n,), where -1 is none.
+
+    A product with it sums within groups. Unlike scattered sums, products on a GPU repeat to the last bit.
+    """
+    return group == torch.arange(groups, device=group.device)[:, None]
 
 
 def rank_within_groups(score: Tensor, group: Tensor) -> Tensor:

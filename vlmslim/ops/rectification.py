@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmslim.ops.ranking import full_precision
+from vlmslim.ops.ranking import full_precision, membership
 
 
 @full_precision
@@ -51,7 +51,7 @@ def merge_rest(x: Tensor, kept: Tensor, k: int, superior: str = "released") -> t
     anchors = anchor_scores(x[free], superior).argsort(descending=True, stable=True)[: k - len(kept)]
     own = torch.arange(len(anchors), device=x.device)
     group = (unit @ unit[anchors].T).argmax(1).index_copy(0, anchors, own)
-    joins = F.one_hot(group, len(anchors)).T.to(x)  # a product repeats on a GPU, a scatter does not
+    joins = membership(group, len(anchors)).to(x)
     size = joins.sum(1).long()
     order = group.argsort(stable=True)  # group by group, places ascending
     median = free[order[size.cumsum(0) - size + (size - 1) // 2]]

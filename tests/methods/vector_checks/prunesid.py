@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.prunesid import choose, loadings, quotas, released_sequence, unsuppressed
+from vlmslim.methods.prunesid import released_sequence
+from vlmslim.methods.prunesid.groups import choose, loadings, quotas, unsuppressed
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:

@@ -6,7 +6,9 @@ from layer_inputs import one_image
 from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, LayerInput, Retained
-from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, recycled, visual_words
+from vlmslim.methods.sparsevlm import SparseVLM
+from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
+from vlmslim.methods.sparsevlm.recycling import clusters, recycled
 
 
 class Given(LayerInput):

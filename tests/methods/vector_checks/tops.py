@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.tops import preserve, text_relevance
+from vlmslim.methods.tops import text_relevance
+from vlmslim.methods.tops.preservation import preserve
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:

@@ -6,7 +6,8 @@ from released_decoders import run
 from vector_checks.pyramiddrop import Noted
 
 from vlmslim.compressor import ImageTokens
-from vlmslim.methods.vscan import VScanEntrance, local_and_global, merged, released_mask, windows
+from vlmslim.methods.vscan import VScanEntrance
+from vlmslim.methods.vscan.patches import local_and_global, merged, released_mask, windows
 
 CLEAR = 1e-6
 

@@ -152,8 +152,6 @@ class TokenCorr(Compressor):
             raise ValueError(f"neighbours={self.neighbours}: give at least 1, or use merge='none'")
         if self.keep is None:
             self.reads_back = "repetition decides how many patches stay"
-        elif self.sampling == "multinomial":
-            self.reads_back = "the draw is seeded by a hash of the pixels"
 
     def setup(self, model: Any) -> None:
         """Find the tower's layers."""
@@ -169,10 +167,10 @@ class TokenCorr(Compressor):
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Score, sample and merge on the device."""
-        n, device = len(image.features), image.features.device
+        n = len(image.features)
         k = None if self.keep is None else resolve_keep(self.keep, n)
         if k == n:
-            return image.pick(torch.arange(n, device=device))
+            return image.pick_all()
         views = self.views(image)
         index = self._by_density(image, views) if k is None else self._by_rank(image, views, k)
         if self.merge == "none" or not views:
@@ -186,7 +184,7 @@ class TokenCorr(Compressor):
         low_keys, *attention = self._maps(image)
         noise = None
         if self.sampling == "multinomial":
-            noise = torch.rand(len(grid), generator=image.generator(self.seed), dtype=torch.float64).to(device)
+            noise = image.uniform(self.seed, len(grid))
         views = []
         for crop in range(self._spares_thumbnail(image), int(grid[:, 0].max()) + 1):
             places = np.flatnonzero((grid[:, 0] == crop) & (grid[:, 1] >= 0))

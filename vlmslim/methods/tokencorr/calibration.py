@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, prompts: Iterable[Mapping], share: float, **opti
     class Probe(TokenCorr):
         def compress(self, image: ImageTokens) -> Compressed:
             views.extend(replace(view, keys=view.keys[:0]) for view in self.views(image))  # because keys are large
-            return image.pick(torch.arange(len(image.features), device=image.features.device))
+            return image.pick_all()
 
     with patch(model, Probe(**options)), torch.no_grad():
         for inputs in prompts:

@@ -3,18 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, ImageTokens, Keep, resolve_keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep
 from vlmslim.engine.families import has_cls
 from vlmslim.methods._selection import Pool, ScoredSelection, Selection, check_selection, one_hot, with_padding
-from vlmslim.ops.ranking import full_precision
+from vlmslim.methods.prunesid.groups import choose, loadings
 
 
 @dataclass
@@ -47,7 +44,7 @@ class PruneSID(ScoredSelection):
     positions : rotary positions: "auto", "original" or "renumbered" (as released)
     """
 
-    reads_back = "patches are suppressed one after the other on the host"
+    reads_back = "eigenvectors make PyTorch wait, and patches are suppressed one after the other on the host"
 
     pool = "view"
     compares = False  # its threshold is a multiple of the mean cosine, which centring takes away
@@ -96,20 +93,15 @@ class PruneSID(ScoredSelection):
             orders.append(order[score[order].argsort(descending=True, stable=True)])
         return torch.stack(orders)
 
-    def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
-        """Compress the images of a forward."""
-        return super().select_images(images) if self.mode == "corrected" else [self._released(x) for x in images]
-
-    def _released(self, image: ImageTokens) -> Compressed:
-        n = len(image.features)
-        if (k := resolve_keep(self.keep, n)) == n:
-            return image.pick(torch.arange(n, device=image.features.device))
-        given = with_padding(image) if image.tiles[1] else image
+    def released(self, image: ImageTokens, k: int) -> Compressed:
+        """Choose in every view, and send CLS tokens and patches in the release's order."""
+        given = with_padding(image)
         pools = self.pools(given, k)
-        generator, orders = image.generator(self.seed), []
+        orders = []
         for pool in pools:
             x, q = pool.read[0], max(1, pool.k // 4)
-            weight = loadings(x, q, torch.randn(min(x.shape), q, generator=generator).to(x.device))
+            start = image.uniform(self.seed, min(x.shape) * q).view(-1, q).to(x) - 0.5
+            weight = loadings(x, q, start)
             score = pool.read[1] if self.score == "cls" else weight.amax(1)
             orders.append(choose(x, weight, score, pool.k, pool.k - 1))
         x = released_sequence(image.cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
@@ -118,89 +110,10 @@ class PruneSID(ScoredSelection):
             names = one_hot(image, given)
             own = [names[pool.slots.cpu()] for pool in pools]
             chosen = [order.cpu() for order in orders]
-            none = names.new_zeros(len(pools), n)  # the CLS tokens
+            none = names.new_zeros(len(pools), names.shape[1])  # the CLS tokens
             return released_sequence(none, own, [pool.slots.cpu() for pool in pools], chosen)
 
         return Compressed(image.project(x).to(image.features), made_of=made_of)
-
-
-@full_precision
-def loadings(x: Tensor, q: int, start: Tensor | None = None) -> Tensor:
-    """Compute how strongly each patch loads on each of the first q principal components.
-
-    Args:
-        x: (n, d) patches.
-        q: number of components; at most n count.
-        start: (min(n, d), q) of two subspace iterations, as released; None for exact components.
-
-    Returns:
-        (n, q) not negative.
-    """
-    sample = torch.sigmoid(x)
-    sample = sample - sample.mean(1, keepdim=True)
-    if start is None:
-        vectors = torch.linalg.eigh(sample.double() @ sample.double().T)[1].flip(1)  # the largest first
-        return vectors[:, :q].abs().to(x)
-    wide = sample.T if x.shape[1] >= len(x) else sample  # (d, n), or (n, d) if that is taller
-    basis = torch.linalg.qr(wide @ start)[0]
-    for _ in range(2):
-        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
-    left, _, right = torch.linalg.svd(basis.T @ wide, full_matrices=False)
-    return (right.T if wide.shape[1] == len(x) else basis @ left).abs()
-
-
-@full_precision
-def choose(x: Tensor, weight: Tensor, score: Tensor, k: int, budget: int, threshold: float | None = None) -> Tensor:
-    """Choose patches group by group.
-
-    Args:
-        x: (n, d) patches, compared by cosine.
-        weight: (n, q) their loadings.
-        score: (n,) what decides within a group.
-        k: T, on which threshold and limits depend.
-        budget: number of patches to choose.
-        threshold: cosine above which a patch is suppressed; None for T / 32 times the mean of all pairs.
-
-    Returns:
-        (budget,) indices: the groups in order, of each those not suppressed first, by score.
-    """
-    n, unit, group = len(x), F.normalize(x, dim=-1, eps=1e-12), weight.argmax(1)
-    similarity = unit @ unit.T
-    if threshold is None:
-        threshold = k / 32 * similarity.triu(1).sum().item() / max(1, n * (n - 1) // 2)
-    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score)
-    count, survivors = (group[kept].bincount(minlength=weight.shape[1]) for kept in (alive | True, alive))
-    quota = quotas(count.tolist(), survivors.tolist(), k, budget)
-    order = score.argsort(descending=True, stable=True)
-    order = order[(2 * group + ~alive)[order].argsort(stable=True)]
-    place = torch.arange(n, device=x.device) - (count.cumsum(0) - count)[group[order]]  # within the group
-    return order[place < torch.tensor(quota, device=x.device)[group[order]]]
-
-
-def unsuppressed(conflict: Tensor, score: Tensor) -> Tensor:
-    """Take tokens by falling score (n,), unless they conflict (n, n) with one taken before: (n,) bool."""
-    order = score.argsort(descending=True, stable=True).cpu()
-    table, alive = conflict.cpu().numpy(), torch.ones(len(order), dtype=torch.bool).numpy()
-    for i in order.tolist():
-        if alive[i]:
-            alive &= ~table[i]
-            alive[i] = True
-    return torch.from_numpy(alive).to(score.device)
-
-
-def quotas(count: list[int], survivors: list[int], k: int, budget: int) -> list[int]:
-    """Share a budget out over groups of `count` patches, of which `survivors` were not suppressed."""
-    lower = [min(1, size) for size in count]
-    upper = [min(5 * -(-k // 64), size, alive) for size, alive in zip(count, survivors, strict=True)]
-    while sum(upper) < min(k, sum(count)):
-        upper = [min(limit + 1, size) for limit, size in zip(upper, count, strict=True)]
-    other = max(0, budget - sum(lower))
-    ends = [round(Fraction(other * done, sum(survivors))) for done in accumulate(survivors)]
-    parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    quota = [min(least + part, limit) for least, part, limit in zip(lower, parts, upper, strict=True)]
-    for i in sorted(range(len(quota)), key=lambda i: -survivors[i]):
-        quota[i] += max(0, min(upper[i] - quota[i], budget - sum(quota)))
-    return quota
 
 
 def released_sequence(cls: Tensor, x: list[Tensor], slots: list[Tensor], orders: list[Tensor]) -> Tensor:

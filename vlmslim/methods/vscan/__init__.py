@@ -1,20 +1,17 @@
 """VScan: "Rethinking Visual Token Reduction for Efficient LVLMs" (TMLR 2026, arXiv 2505.22654)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep
 from vlmslim.engine.families import encoder_layers
-from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, interleave
 from vlmslim.methods.pyramiddrop import PyramidDrop
-from vlmslim.ops.ranking import full_precision, rank_within_groups
+from vlmslim.methods.vscan.patches import local_and_global, merged, released_mask, windows
 
 
 @dataclass
@@ -74,15 +71,14 @@ class VScanEntrance(ScoredSelection):
 
     def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Choose, and merge into what was chosen."""
-        if self.mode == "released":
-            return [self._released(image) for image in images]
-        return [
-            self._merged(image, result) for image, result in zip(images, super().select_images(images), strict=True)
-        ]
+        chosen = super().select_images(images)
+        if self.mode == "released" or not self.merge:
+            return chosen
+        return [self._merged(image, result) for image, result in zip(images, chosen, strict=True)]
 
     def _merged(self, image: ImageTokens, chosen: Compressed) -> Compressed:
         index, x = chosen.index, image.features
-        if index is None or not self.merge or len(index) == len(x):
+        if index is None or len(index) == len(x):
             return chosen
         features, near = merged(x, index, image.grid[:, 0].to(x.device))
 
@@ -94,12 +90,9 @@ class VScanEntrance(ScoredSelection):
 
         return Compressed(features.to(x), index, into)
 
-    def _released(self, image: ImageTokens) -> Compressed:
+    def released(self, image: ImageTokens, k: int) -> Compressed:
         """Choose and merge among all patches of every view; then unpad, and keep every newline."""
-        n, views = len(image.features), len(image.tower)
-        k, device = resolve_keep(self.keep, n), image.features.device
-        if k == n:
-            return image.pick(torch.arange(n, device=device))
+        views = len(image.tower)
         if (own := k // views) < 32 or image.side % 4:
             raise ValueError(
                 f"VScan's release fails with {own} tokens for each of {views} views of {image.side} x {image.side} "
@@ -112,7 +105,7 @@ class VScanEntrance(ScoredSelection):
         if self.merge:
             for view, mask in zip(patches, kept, strict=True):
                 view[mask] = merged(view, mask.nonzero()[:, 0], torch.zeros_like(mask, dtype=torch.long))[0].to(view)
-        crop, row, column = image.grid.to(device).unbind(1)
+        crop, row, column = image.grid.unbind(1)
         at = crop.clamp(min=0), row.clamp(min=0) * image.side + column.clamp(min=0)
         index = (kept[at] | (crop < 0)).nonzero()[:, 0]
         features = torch.where((crop < 0)[:, None], image.features, patches[at].to(image.features))
@@ -167,69 +160,7 @@ class VScan(VScanEntrance):
 
     def stages(self) -> list[Compressor]:
         """Return the stages, or only the first if everything is to be kept, or if no layer is given."""
-        first = VScanEntrance(**{f.name: getattr(self, f.name) for f in fields(VScanEntrance) if f.init})
+        first = VScanEntrance.stage_of(self)
         if self.layer is None or (isinstance(self.keep, float) and self.keep == 1):
             return [first]
         return [first, PyramidDrop(keep=self.deep, layer=(self.layer,), layer_positions=self.layer_positions)]
-
-
-def windows(place: np.ndarray, side: int) -> np.ndarray:
-    """Return the window (m,) of patches at rows and columns (m, 2); the last windows take what is left over."""
-    count = ((place.max(0) + 1) // side).clip(min=1)
-    row, column = np.minimum(place // side, count - 1).T
-    return row * count[1] + column
-
-
-def local_and_global(shallow: Tensor, deep: Tensor, window: np.ndarray, k: int, half: int) -> tuple[Tensor, Tensor]:
-    """Choose k of m patches.
-
-    Args:
-        shallow: (m,) attention that decides on local tokens.
-        deep: (m,) attention that decides on global tokens.
-        window: (m,) the window of each patch, on the host.
-        k: number of picks.
-        half: number of local ones, as far as their windows have room.
-
-    Returns:
-        Local tokens and global ones, best first.
-    """
-    sizes = np.unique(window, return_counts=True)[1]
-    room = -(-half // len(sizes))
-    (group,) = to_device(shallow.device, window)
-    full = rank_within_groups(shallow[None], group[None])[0] >= room
-    order = shallow.argsort(descending=True, stable=True)
-    local = order[full[order].byte().argsort(stable=True)][: min(half, int(sizes.clip(max=room).sum()))]
-    rest = deep.index_fill(0, local, float("-inf"))
-    return local, rest.argsort(descending=True, stable=True)[: k - len(local)]
-
-
-def released_mask(shallow: Tensor, deep: Tensor, k: int) -> Tensor:
-    """Choose patches of a crop (p,) as the release does: (p,) bool, at most k of them True."""
-    side = round(len(shallow) ** 0.5)
-    grid = torch.arange(len(shallow), device=shallow.device)
-    window = grid // side // (side // 4) * 4 + grid % side // (side // 4)
-    local = rank_within_groups(shallow[None], window[None])[0] < k // 2 // 16
-    rest = deep.masked_fill(local, 0).argsort(descending=True, stable=True)[: k - k // 2]
-    return local.index_fill(0, rest, True)
-
-
-@full_precision
-def merged(x: Tensor, kept: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Average each token that is not kept into the kept token of its group that it resembles most, the first on ties.
-
-    Args:
-        x: (n, d) tokens, compared by cosine.
-        kept: (k,) those that stay, ascending.
-        group: (n,) -1 for tokens that neither merge nor take others in.
-
-    Returns:
-        (k, d), and (n - k,) the place among the kept that each other token joins, -1 where there is none in its group.
-    """
-    stays = torch.zeros(len(x), dtype=torch.uint8, device=x.device).index_fill(0, kept, 1)
-    left = stays.argsort(stable=True)[: len(x) - len(kept)]
-    unit = F.normalize(x, dim=-1)
-    allowed = (group[left][:, None] == group[kept]) & (group[left] >= 0)[:, None]
-    best, near = (unit[left] @ unit[kept].T).masked_fill(~allowed, float("-inf")).max(1)
-    near = near.where(best > float("-inf"), -1)
-    joins = (near == torch.arange(len(kept), device=x.device)[:, None]).to(x)  # (k, n - k)
-    return (x[kept] + joins @ x[left]) / (1 + joins.sum(1, keepdim=True)), near

@@ -1,24 +1,15 @@
 """TOPS: "First-Principles Visual Token Pruning via Constructing Token Optimal Preservation Sets" (arXiv 2606.27161)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from vlmslim.compressor import (
-    Compressor,
-    ImageTokens,
-    Keep,
-    LayerInput,
-    check_choices,
-    check_layer,
-)
-from vlmslim.methods._layers import ascending, seen_by_layers
+from vlmslim.compressor import Compressor, ImageTokens, Keep, LayerInput, check_choices
+from vlmslim.methods._layers import ascending, attention_of_text, check_layers, placed_images, seen_by_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
-from vlmslim.ops.attention import attention_rows
-from vlmslim.ops.greedy import Rows, cosine_matrix, greedy
+from vlmslim.methods.tops.preservation import preserve
 from vlmslim.ops.ranking import full_precision
 
 NORMALISE = ("mean", "fixed", "minmax")
@@ -60,8 +51,6 @@ class TOPSLayers(Compressor):
     hidden states. An image without text after it is rated by the prompt's last token. The options are those of `TOPS`.
     """
 
-    reads_back = "attention decides which words rate"
-
     budget_options: ClassVar = ()
 
     layer: Sequence[int | float] = (0.375, 0.75)
@@ -72,16 +61,13 @@ class TOPSLayers(Compressor):
     raters: str = "above_mean"
 
     def __post_init__(self) -> None:
-        self.layer, self.parts = tuple(self.layer), tuple(self.parts)
+        self.layer = self.layers = tuple(self.layer)
+        self.parts = tuple(self.parts)
         check_weights(self)
         check_choices(self, raters=("above_mean", "all", "last"))
-        if not self.layer or len(self.layer) != len(self.parts):
-            raise ValueError(f"layer={self.layer} and parts={self.parts}: give one part for each layer")
-        for layer, part in zip(self.layer, self.parts, strict=True):
-            check_layer(layer)
-            if not 0 < part <= 1:
-                raise ValueError(f"parts={self.parts}: a part of the tokens lies in (0, 1]")
-        self.layers = self.layer
+        check_layers(self.layer, self.parts, "parts")
+        if not all(0 < part <= 1 for part in self.parts):
+            raise ValueError(f"parts={self.parts}: a part of the tokens lies in (0, 1]")
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
@@ -98,26 +84,20 @@ class TOPSLayers(Compressor):
     def retain(self, tokens: LayerInput) -> Tensor:
         """Search the tokens of every image."""
         part, keep = self.parts[self.layers.index(tokens.layer)], tokens.mask.clone()
-        visual = tokens.image > 0
-        found = list(attention_rows(tokens.attention, tokens.mask & ~visual & (visual.cumsum(1) > 0)))
-        rows = torch.cat([at for at, _ in found], dim=1) if found else tokens.last[:, None][:, :0]
-        paid = torch.cat([x for _, x in found], dim=1) if found else tokens.hidden.new_zeros(*rows.shape, keep.shape[1])
-        for row, entered in enumerate(tokens.entered):
-            for number, n in enumerate(entered, 1):
-                place = (tokens.image[row] == number).nonzero()[:, 0]
-                if (k := left_of(n, part)) >= len(place):
-                    continue
-                after = (rows[row] > place[-1]) & tokens.mask[row, rows[row]] & ~visual[row, rows[row]]
-                rated = paid[row, after][:, place]
-                if not len(rated):
-                    rated = tokens.attention(tokens.last[:, None]).mean(1)[row][:, place]
-                score = text_relevance(rated, self.raters)
-                order = preserve(
-                    tokens.hidden[row, place][None], score[None], k, self.alpha, self.coverage, self.normalise
-                )
+        images = placed_images(tokens)
+        for image, paid in zip(images, attention_of_text(tokens, images), strict=True):
+            row, place, k = image.row, image.place, left_of(image.entered, part)
+            if k < len(place):
+                states, score = tokens.hidden[row, place], text_relevance(paid, self.raters)
+                order = preserve(states[None], score[None], k, self.alpha, self.coverage, self.normalise)[0]
                 keep[row, place] = False
-                keep[row, place[order[0]]] = True
+                keep[row, place[order]] = True
         return keep
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the part of this layer."""
+        part = self.parts[self.layers.index(tokens.layer)]
+        return tokens.count_of_top(lambda n: left_of(n, part))
 
 
 @dataclass
@@ -159,12 +139,10 @@ class TOPS(TOPSEntrance):
 
     def stages(self) -> list[Compressor]:
         """Return the stages, or only the first if everything is to be kept, or if no layer is given."""
-        first, second = (
-            {f.name: getattr(self, f.name) for f in fields(cls) if f.init} for cls in (TOPSEntrance, TOPSLayers)
-        )
-        everything = isinstance(self.keep, float) and self.keep == 1
-        later = [] if everything or not self.layer else [TOPSLayers(**second)]
-        return [TOPSEntrance(**first), *later]
+        first = TOPSEntrance.stage_of(self)
+        if not self.layer or (isinstance(self.keep, float) and self.keep == 1):
+            return [first]
+        return [first, TOPSLayers.stage_of(self)]
 
 
 def check_weights(options: Any) -> None:
@@ -186,62 +164,5 @@ def text_relevance(paid: Tensor, raters: str = "above_mean") -> Tensor:
     if raters == "last":
         return paid[-1]
     mass = paid.sum(1)
-    return paid[mass >= mass.mean()].mean(0) if raters == "above_mean" else paid.mean(0)
-
-
-class _Preservation:
-    """The rule: relevance, diversity and coverage, each made comparable over the tokens that are left."""
-
-    def __init__(self, relevance: Tensor, similarity: Tensor, alpha: float, coverage: float, normalise: str):
-        self.relevance, self.similarity, self.row = relevance, similarity, Rows(similarity)
-        self.alpha, self.coverage, self.normalise = alpha, coverage, normalise
-        self.left = torch.ones_like(relevance)
-        self.gain = torch.empty_like(similarity)  # every step writes into it, because new memory takes most of its time
-        self.nearest: Tensor | None = None
-
-    def score(self) -> Tensor:
-        if self.nearest is None:
-            return self.relevance
-        # symmetric: by kept token, then by candidate
-        gain = torch.sub(self.similarity, self.nearest[:, None], out=self.gain).clamp_(min=0)
-        covered = gain.mul_(self.left[:, None]).sum(2)
-        distance, fixed = 1 - self.nearest, torch.ones_like(self.left)
-        relevance = self.comparable(self.relevance, fixed if self.normalise == "fixed" else self.left)
-        return relevance + sum(
-            weight * self.comparable(x, self.left)
-            for weight, x in ((self.alpha, distance), (self.coverage, covered))
-            if weight
-        )
-
-    def comparable(self, x: Tensor, left: Tensor) -> Tensor:
-        if self.normalise == "minmax":
-            low = x.masked_fill(left == 0, float("inf")).amin(1, keepdim=True)
-            x, unit = x - low, x.masked_fill(left == 0, float("-inf")).amax(1, keepdim=True) - low
-        else:
-            unit = (x * left).sum(1, keepdim=True) / left.sum(1, keepdim=True)
-        return torch.where(unit > 1e-12, x / unit.clamp(min=1e-12), 0)
-
-    def add(self, pick: Tensor) -> None:
-        new = self.row(pick)
-        self.nearest = new if self.nearest is None else torch.maximum(self.nearest, new)
-        self.left = self.left.scatter(1, pick[:, None], 0)
-
-
-@full_precision
-def preserve(
-    x: Tensor, relevance: Tensor, k: int, alpha: float = 0.5, coverage: float = 0.5, normalise: str = "mean"
-) -> Tensor:
-    """Select tokens greedily by relevance, diversity and coverage.
-
-    Args:
-        x: (b, n, d) tokens, compared by cosine.
-        relevance: (b, n), not negative.
-        k: number of picks, 1 <= k <= n.
-        alpha: weight of diversity.
-        coverage: weight of coverage.
-        normalise: "mean", "fixed" or "minmax".
-
-    Returns:
-        (b, k) indices in the order of selection; the first j of them are the selection for k = j.
-    """
-    return greedy(_Preservation(relevance.float(), cosine_matrix(x), alpha, coverage, normalise), k)
+    rates = (mass >= mass.mean()) | (raters == "all")
+    return (paid * rates[:, None]).sum(0) / rates.sum()

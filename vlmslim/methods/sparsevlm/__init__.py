@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vlmslim.compressor import (
     Compressor,
-    ImageTokens,
     Keep,
     LayerInput,
     Retained,
@@ -19,9 +18,16 @@ from vlmslim.compressor import (
     check_layer,
     resolve_keep,
 )
-from vlmslim.methods._layers import ascending, seen_by_layers
-from vlmslim.ops.attention import attention_rows
-from vlmslim.ops.ranking import full_precision
+from vlmslim.methods._layers import (
+    PlacedImage,
+    ascending,
+    attention_of_text,
+    check_layers,
+    placed_images,
+    seen_by_layers,
+)
+from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
+from vlmslim.methods.sparsevlm.recycling import clusters, destinations, recycled
 
 #: Decoder layers of each version, as shares of 32, and what stays before each of them, of 576, in its row "64".
 LAYERS = {"1.0": (3 / 32, 7 / 32, 1 / 2, 5 / 8), "1.5": (3 / 32, 7 / 32, 1 / 2), "2.0": (3 / 32, 7 / 32, 1 / 2)}
@@ -69,8 +75,6 @@ class SparseVLM(Compressor):
     seed            : of the noise of mode="released"
     """
 
-    reads_back = "attention decides which words rate, and how many tokens stay"
-
     budget_options: ClassVar = ("keep",)
 
     keep: Keep | None = None
@@ -93,21 +97,21 @@ class SparseVLM(Compressor):
         if self.layer_positions == "auto":
             self.layer_positions = "renumbered" if old else "original"
         check_choices(self, layer_positions=("renumbered", "original"))
-        for layer in self.layer:
-            check_layer(layer)
-        if self.version == "1.0":
-            if self.keep is not None or self.counts is not None:
-                raise ValueError("version='1.0' decides by rank how many tokens stay: give scale and bias, not keep")
-        else:
-            self.counts = tuple(COUNTS[self.version] if self.counts is None else self.counts)
-            if self.keep is not None:
-                check_keep(self.keep)
-            for count in self.counts:
-                check_keep(count, "counts")
-            if len(self.counts) != len(self.layer) or not self.layer:
-                raise ValueError(f"layer={self.layer} and counts={self.counts}: give one count for each layer")
         if not 0 < self.heads <= 1:
             raise ValueError(f"heads={self.heads}: a part of the heads lies in (0, 1]; the release reads 14 of 32")
+        if self.version == "1.0":
+            self.reads_back = "the rank of attention decides how many tokens stay"
+            if self.keep is not None or self.counts is not None:
+                raise ValueError("version='1.0' decides by rank how many tokens stay: give scale and bias, not keep")
+            for layer in self.layer:
+                check_layer(layer)
+        else:
+            self.counts = tuple(COUNTS[self.version] if self.counts is None else self.counts)
+            check_layers(self.layer, self.counts, "counts")
+            for count in self.counts:
+                check_keep(count, "counts")
+            if self.keep is not None:
+                check_keep(self.keep)
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers, and find the input embeddings."""
@@ -126,9 +130,13 @@ class SparseVLM(Compressor):
         """Return how many of an image's n tokens are there after each drop, recycled ones included."""
         there = [n]
         for k in self.kept(n):
-            k = min(k, there[-1] - (self.mode == "released"))
-            there.append(k + clusters(there[-1] - k)[1] * bool(self.recycle))
+            there.append(self._left_of(there[-1], k))
         return there[1:]
+
+    def _left_of(self, there: int, k: int) -> int:
+        """Return how many of the tokens that are there a drop leaves if it keeps k, recycled ones included."""
+        k = min(k, there - (self.mode == "released"))
+        return k + clusters(there - k)[1] * bool(self.recycle)
 
     def requested(self, n: int) -> int | None:
         """Return what the last drop leaves; None in version 1.0."""
@@ -138,49 +146,42 @@ class SparseVLM(Compressor):
         """Return the counts, layer by layer."""
         return [n] * depth if self.version == "1.0" else seen_by_layers(n, depth, self.layer or (), self.left(n))
 
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return the counts of this layer, unless the rank decides."""
+        rows = list(zip(tokens.entered, tokens.present, strict=True))
+        if self.version == "1.0" or any(len(entered) != len(present) for entered, present in rows):
+            return None
+        drop, pruned = self.layers.index(tokens.layer), 1 if self.mode == "released" else None
+        return [
+            [self._left_of(there, self.kept(n)[drop]) for n, there in zip(entered[:pruned], present, strict=False)]
+            + present[len(entered[:pruned]) :]
+            for entered, present in rows
+        ]
+
     def retain(self, tokens: LayerInput) -> Tensor | Retained:
         """Keep what the raters look at, and means of what they look at next."""
         keep, hidden = tokens.mask.clone(), tokens.hidden.clone()
         moves: list[tuple[int, Tensor, Tensor]] = []  # row, places of tokens, and those of what they went into
-        images = []  # row, place of its tokens, place of its raters, the image, how many of its tokens entered
-        for row, entered in enumerate(tokens.entered):
-            for number, n in enumerate(entered[: 1 if self.mode == "released" else None], 1):
-                place = (tokens.image[row] == number).nonzero()[:, 0]
-                if len(place):
-                    image = tokens.images[row][number - 1]
-                    images.append((row, place, self.raters(tokens, row, place, image), image, n))
-        asked = torch.zeros_like(tokens.mask)
-        for row, _, raters, *_ in images:
-            asked[row, raters] = True
-        parts = list(attention_rows(tokens.attention, asked, heads=True))
-        tokens.score = scores = torch.zeros_like(keep, dtype=torch.float32)
-        for row, place, raters, image, n in images:
-            paid = torch.cat(
-                [x[row][:, torch.isin(at[row], raters) & asked[row, at[row]]][..., place] for at, x in parts], 1
-            )
-            gravity, heads = (
-                (None, None)
-                if self.version != "2.0"
-                else (self.gravity(tokens, row, raters, place), max(1, round(self.heads * paid.shape[0])))
-            )
-            score = guided_score(paid, gravity, heads)
-            scores[row, place] = score.to(scores)
-            order = score.argsort(descending=True, stable=True)
-            k = min(self.staying(tokens, paid, n), len(place) - (self.mode == "released"))
+        tokens.score = torch.zeros_like(keep, dtype=torch.float32)
+        images = [image for image in placed_images(tokens) if image.number == 1 or self.mode == "corrected"]
+        for image, paid in zip(images, attention_of_text(tokens, images, heads=True), strict=True):
+            row, place = image.row, image.place
+            rates = self.raters(image).to(paid.device)
+            score, k = self.scored(tokens, image, paid, rates), self.staying(tokens, image, paid, rates)
+            tokens.score[row, place] = score.to(tokens.score)
             if k >= len(place):
                 continue
+            order = score.argsort(descending=True, stable=True)
             stay, states = place[order[:k].sort().values], []
             if self.recycle:
                 of, amount = clusters(len(place) - k)
                 best = place[order[k : k + of]]
-                noise = None
-                if self.mode == "released":
-                    noise = torch.rand(of, generator=image.generator(self.seed)).to(hidden.device)
+                noise = image.image.uniform(self.seed, of) if self.mode == "released" else None
                 means, centres, group = recycled(tokens.hidden[row, best], amount, noise)
                 stay, states = torch.cat([stay, best[centres]]), [means.to(hidden)]
-            keep[row, place] = False
-            keep[row, stay] = True
             at = stay.sort().values if self.mode == "released" else stay
+            keep[row, place] = False
+            keep[row, at] = True
             hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], *states])
             if self.recycle:
                 moves += [(row, stay[:k], at[:k]), (row, best, at[k + group])]
@@ -189,96 +190,39 @@ class SparseVLM(Compressor):
         tokens.into = partial(destinations, tokens.mask.shape, moves)
         return Retained(keep, hidden)
 
-    def staying(self, tokens: LayerInput, paid: Tensor, n: int) -> int:
-        """Return how many tokens of an image stay, of n that entered, given what raters pay (heads, r, v)."""
-        if self.version != "1.0":
-            return self.kept(n)[self.layers.index(tokens.layer)]
-        rank = int(torch.linalg.matrix_rank(paid.float().mean(0)))
-        return max(1, min(int(rank * self.scale + self.bias), paid.shape[-1] - 1))
+    def raters(self, image: PlacedImage) -> Tensor:
+        """Tell which words of the text after an image rate its tokens, (t,) bool; all if the prompt has no ids."""
+        t, features = len(image.text), image.image.features
+        if image.image.prompt is None or not t:
+            return torch.ones(max(1, t), dtype=torch.bool, device=features.device)
+        words = self.embedding(image.image.prompt[-t:].to(image.text.device, non_blocking=True))
+        return visual_words(features, words.to(features.device))
 
-    def raters(self, tokens: LayerInput, row: int, place: Tensor, image: ImageTokens) -> Tensor:
-        """Find the text tokens after an image that rate its tokens at `place`: their places."""
-        text = tokens.mask[row] & (tokens.image[row] == 0)
-        after = text & (torch.arange(len(text), device=text.device) > place[-1])
-        at = after.nonzero()[:, 0]
-        if not len(at):
-            return tokens.last[row, None]
-        if image.prompt is None:
-            return at
-        words = image.prompt.to(text.device)[after[text]]  # text is never dropped, so its order is that of the prompt
-        return at[visual_words(image.features, self.embedding(words).to(image.features.device)).to(at.device)]
+    def scored(self, tokens: LayerInput, image: PlacedImage, paid: Tensor, rates: Tensor) -> Tensor:
+        """Score the tokens of an image, (v,), by what text pays to them, (heads, t, v), and which of it rates, (t,)."""
+        if self.version != "2.0":
+            return guided_score(paid, rates=rates)
+        text = image.text if len(image.text) else tokens.last[image.row, None]
+        gravity = self.gravity(tokens, image.row, text, image.place)
+        if gravity is not None and self.mode == "corrected":
+            gravity = torch.where(((gravity > 0) | ~rates[:, None]).all(), gravity, 1)
+        return guided_score(paid, gravity, max(1, round(self.heads * len(paid))), rates)
 
-    def gravity(self, tokens: LayerInput, row: int, raters: Tensor, place: Tensor) -> Tensor | None:
-        """Compute what rotary positions alone give raters and visual tokens, (r, v); None where it is of no use."""
+    def staying(self, tokens: LayerInput, image: PlacedImage, paid: Tensor, rates: Tensor) -> int:
+        """Return how many tokens of an image stay, recycled ones not counted. The arguments are those of `scored`."""
+        v = len(image.place)
+        if self.version == "1.0":
+            rank = int(torch.linalg.matrix_rank(paid[:, rates].mean(0)))
+            k = max(1, min(int(rank * self.scale + self.bias), v - 1))
+        else:
+            k = self.kept(image.entered)[self.layers.index(tokens.layer)]
+        return min(k, v - (self.mode == "released"))
+
+    def gravity(self, tokens: LayerInput, row: int, text: Tensor, place: Tensor) -> Tensor | None:
+        """Compute what rotary positions alone give words and visual tokens, (t, v); None where nothing turns."""
         if tokens.rotary is None:
             return None
         width = tokens.keys.shape[-1]
-        cos, sin = (x[row if len(x) > 1 else 0].float().to(raters.device) for x in tokens.rotary)
-        turned = cos[raters] @ cos[place].T + sin[raters] @ sin[place].T  # a vector of ones against another
-        gravity = (turned + width - cos.shape[-1]) / width**0.5
-        return gravity if self.mode == "released" or bool((gravity > 0).all()) else None
-
-
-def destinations(shape: torch.Size, moves: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Return `LayerInput.into` of the tokens that moved: row, places (m,), and the places (m,) that they went to."""
-    rows, places = shape
-    into = torch.arange(places).repeat(rows, 1)
-    for row, place, target in moves:
-        into[row, place.cpu()] = target.cpu()
-    return into
-
-
-def clusters(dropped: int) -> tuple[int, int]:
-    """Return how many of the dropped tokens are recycled, and into how many."""
-    of = int(0.3 * dropped) + 1 if dropped else 0
-    return of, of // 10 + 1 if dropped else 0
-
-
-@full_precision
-def visual_words(x: Tensor, words: Tensor) -> Tensor:
-    """Find the words (t, d) that an image's tokens (n, d) are nearest to: (t,) bool, all if none stands out."""
-    share = (x @ words.float().T).softmax(1).mean(0)
-    found = share > share.mean()
-    return found if found.any() else ~found
-
-
-@full_precision
-def guided_score(paid: Tensor, gravity: Tensor | None = None, heads: int | None = None) -> Tensor:
-    """Average what raters pay to visual tokens.
-
-    Args:
-        paid: (heads, r, v) attention.
-        gravity: (r, v) divides it; None for 1.
-        heads: number of heads that count, those which look most at the image; None for all.
-
-    Returns:
-        (v,).
-    """
-    paid = paid if gravity is None else paid / gravity
-    if heads is not None:
-        paid = paid[paid.sum((1, 2)).argsort(descending=True, stable=True)[:heads]]
-    return paid.mean((0, 1))
-
-
-@full_precision
-def recycled(x: Tensor, amount: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cluster tokens by density peaks, and average each cluster.
-
-    Args:
-        x: (m, d) tokens.
-        amount: number of clusters, at most m; also of the neighbours that make density, the token itself among them.
-        noise: (m,) in [0, 1), a millionth of which is added to densities; None for none.
-
-    Returns:
-        (amount, d) means, (amount,) indices of the centres, and (m,) the cluster of each token.
-    """
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-    density = (-distance.sort(dim=1).values[:, :amount].square().mean(1)).exp()
-    density = density if noise is None else density + 1e-6 * noise
-    denser = density > density[:, None]
-    apart = distance.masked_fill(~denser, float("inf")).amin(1)
-    apart = torch.where(denser.any(1), apart, distance.max())
-    centres = (density * apart).argsort(descending=True, stable=True)[:amount]
-    group = distance[:, centres].argmin(1).index_copy(0, centres, torch.arange(amount, device=x.device))
-    joins = (group == torch.arange(amount, device=x.device)[:, None]).to(x)
-    return joins @ x / joins.sum(1, keepdim=True), centres, group
+        cos, sin = (x[row if len(x) > 1 else 0].float().to(text.device) for x in tokens.rotary)
+        turned = cos[text] @ cos[place].T + sin[text] @ sin[place].T  # a vector of ones against another
+        return (turned + width - cos.shape[-1]) / width**0.5
