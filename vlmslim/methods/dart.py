@@ -23,12 +23,13 @@ class DART(Compressor):
     outputs of layer K - 1 under the model's final norm. Visual pivots stay, and kept tokens keep their rotary
     positions.
 
-    mode="released" follows the release with these faults: each pivot adds floor(T / 8) tokens, and the visual pivots
-    come on top, so that 128 are 132 and 0.111 of 576 are 60; the order of the pivots is that of a set of Python, which
-    depends on where the image stands in the prompt. mode="corrected", the default, keeps exactly T tokens, and takes
-    visual pivots first, then those of text, by falling norm. In both modes images are found wherever they stand, each
-    has pivots and a budget of its own, too little text gives fewer pivots, norms and cosines are in fp32 (in fp16, as
-    released, norms tie), and ties go to the lower index. As in the release, newline tokens compete like others.
+    mode="released" follows the release (its copy in VTC-Bench, commit 983e443) with these faults: each pivot adds
+    floor(T / 8) tokens, and the visual pivots come on top, so that 128 are 132 and 0.111 of 576 are 60; the order of
+    the pivots is that of a set of Python, which depends on where the image stands in the prompt. mode="corrected", the
+    default, keeps exactly T tokens, and takes visual pivots first, then those of text, by falling norm. In both modes
+    images are found wherever they stand, each has pivots and a budget of its own, too little text gives fewer pivots,
+    norms and cosines are in fp32 (in fp16, as released, norms tie), and ties go to the lower index. As in the release,
+    newline tokens compete like others.
 
     The L1 norm of a turned key changes with its position, so that a row which is padded on the left may get other
     pivots. mode="corrected" therefore takes the L2 norm of each head, which turning does not change.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, LayerInput, Retained
 from vlmslim.methods.sparsevlm import SparseVLM
-from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
+from vlmslim.methods.sparsevlm.rating import guided_score, rotary_gravity, visual_words
 from vlmslim.methods.sparsevlm.recycling import clusters, recycled
 
 
@@ -37,7 +37,7 @@ def check(arrays: dict[str, np.ndarray]) -> None:
     gravity = heads = None
     if version == "2.0":
         place = torch.arange(start, start + n)
-        gravity = method.gravity(tokens, 0, raters + start + n, place)
+        gravity = rotary_gravity(tokens, 0, raters + start + n, place)
         heads = len(arrays["heads"])
         by_head = (paid / gravity).sum((1, 2)).argsort(descending=True, stable=True)[:heads]
         assert by_head.tolist() == arrays["heads"].tolist()

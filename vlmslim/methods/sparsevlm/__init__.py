@@ -26,7 +26,7 @@ from vlmslim.methods._layers import (
     placed_images,
     seen_by_layers,
 )
-from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
+from vlmslim.methods.sparsevlm.rating import guided_score, rotary_gravity, visual_words
 from vlmslim.methods.sparsevlm.recycling import clusters, destinations, recycled
 
 #: Decoder layers of each version, as shares of 32, and what stays before each of them, of 576, in its row "64".
@@ -203,7 +203,7 @@ class SparseVLM(Compressor):
         if self.version != "2.0":
             return guided_score(paid, rates=rates)
         text = image.text if len(image.text) else tokens.last[image.row, None]
-        gravity = self.gravity(tokens, image.row, text, image.place)
+        gravity = rotary_gravity(tokens, image.row, text, image.place)
         if gravity is not None and self.mode == "corrected":
             gravity = torch.where(((gravity > 0) | ~rates[:, None]).all(), gravity, 1)
         return guided_score(paid, gravity, max(1, round(self.heads * len(paid))), rates)
@@ -217,12 +217,3 @@ class SparseVLM(Compressor):
         else:
             k = self.kept(image.entered)[self.layers.index(tokens.layer)]
         return min(k, v - (self.mode == "released"))
-
-    def gravity(self, tokens: LayerInput, row: int, text: Tensor, place: Tensor) -> Tensor | None:
-        """Compute what rotary positions alone give words and visual tokens, (t, v); None where nothing turns."""
-        if tokens.rotary is None:
-            return None
-        width = tokens.keys.shape[-1]
-        cos, sin = (x[row if len(x) > 1 else 0].float().to(text.device) for x in tokens.rotary)
-        turned = cos[text] @ cos[place].T + sin[text] @ sin[place].T  # a vector of ones against another
-        return (turned + width - cos.shape[-1]) / width**0.5

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vlmslim.compressor import LayerInput
 from vlmslim.ops.ranking import full_precision
 
 
@@ -11,7 +12,17 @@ def visual_words(x: Tensor, words: Tensor) -> Tensor:
     """Find the words (t, d) that an image's tokens (n, d) are nearest to: (t,) bool, all if none stands out."""
     share = (x @ words.float().T).softmax(1).mean(0)
     found = share > share.mean()
-    return found if found.any() else ~found
+    return found | ~found.any()
+
+
+def rotary_gravity(tokens: LayerInput, row: int, text: Tensor, place: Tensor) -> Tensor | None:
+    """Compute what rotary positions alone give words and visual tokens, (t, v); None where nothing turns."""
+    if tokens.rotary is None:
+        return None
+    width = tokens.keys.shape[-1]
+    cos, sin = (x[row if len(x) > 1 else 0].float().to(text.device) for x in tokens.rotary)
+    turned = cos[text] @ cos[place].T + sin[text] @ sin[place].T  # a vector of ones against another
+    return (turned + width - cos.shape[-1]) / width**0.5
 
 
 @full_precision
