@@ -119,11 +119,14 @@ def test_the_tables_of_models_are_those_of_the_code():
     assert method_table.PAGE.read_text() == method_table.pages(), "run python tests/support/method_table.py"
 
 
-def test_the_page_of_methods_has_a_row_and_the_times_of_each():
-    listed = [line.split(" | ") for line in method_facts.PAGE.read_text().split("<!-- facts -->")[1].splitlines()]
-    own = [line.split(" | ") for line in method_facts.table().splitlines()]
-    kept = [(row[0], row[1], *row[-2:]) for row in listed if row[0].startswith("| `")]
-    assert kept == [(row[0], row[1], *row[-2:]) for row in own[2:]], "run python tests/support/method_facts.py"
+def test_the_page_of_methods_has_the_facts_of_each():
+    """All except lines of code, which change with every commit."""
+    listed = method_facts.PAGE.read_text().split(method_facts.BEGIN)[1].split(method_facts.END)[0]
+    on_page, own = (
+        [row.split(" | ")[:3] + row.split(" | ")[4:] for row in text.strip().splitlines()]
+        for text in (listed, method_facts.table())
+    )
+    assert on_page == own, "run python tests/support/method_facts.py"
 
 
 def test_the_readme_lists_the_families():
