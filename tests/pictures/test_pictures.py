@@ -27,14 +27,15 @@ from vlmslim.methods.tokencorr import TokenCorr
 from vlmslim.methods.tokenflex import TokenFlex
 from vlmslim.methods.visionzip import VisionZip
 from vlmslim.pictures.canvas import Canvas, pictures_of
-from vlmslim.pictures.draw import kept, panels
+from vlmslim.pictures.draw import Panel, kept, panels, sheet
+from vlmslim.pictures.trace import Cut
 
 DARK, MARK, BLANK = 51, 90, 255  # of a patch in these tests; of a token without a place; of no token at all
 PLAIN = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.0] * 3, image_std=[1.0] * 3))
 
 
 def faded(grey: int) -> int:
-    return round(255 + 40 / 255 * (grey - 255))
+    return round(200 + 40 / 255 * (grey - 200))
 
 
 def dark(inputs: dict) -> dict:
@@ -311,3 +312,19 @@ def test_cells_of_a_shrunk_mosaic_show_the_nearest_token():
     assert n < 16 + 64
     token = Canvas.of(trace, PLAIN, 32).token
     assert set(np.unique(token)) - {-2} == set(range(n))
+
+
+def test_order_of_scores():
+    """One huge score hides no others, equal scores look alike, and a token without a score has no place."""
+    score = np.array([5.0, 1e30, -2.0, 5.0, np.nan, -np.inf])
+    rank = Cut(0, "any", 3, None, score).rank
+    assert rank[:4].tolist() == [0.5, 1.0, 0.0, 0.5] and np.isnan(rank[4:]).all()
+    assert Cut(0, "any", 3, None, np.zeros(2)).rank.tolist() == [0, 0] and Cut(0, "any", 3, None).rank is None
+
+
+@pytest.mark.parametrize("text", ["two\nlines\x07 and a bell", "long " * 400, "x" * 5000, ""])
+def test_texts_never_leave_their_panel(text):
+    picture = Image.new("RGB", (100, 50), "white")
+    pixels = np.asarray(sheet([[Panel(picture, "a"), Panel(picture, text, text), Panel(picture, "c")]]))
+    assert pixels.shape[0] < 300 and pixels.shape[1] == 3 * 100 + 4 * 16
+    assert (pixels[:, [*range(118, 130), *range(234, 246)]] == 255).all(), "the gaps beside the panel stay empty"

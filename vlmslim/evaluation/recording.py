@@ -202,7 +202,7 @@ def cut_of(cut: Cut) -> dict:
         "count": cut.count,
         "kept": kept,
         "into": into,
-        "score": None if cut.score is None else _base64(_levels(cut.score)),
+        "score": None if (rank := cut.rank) is None else _base64(_levels(rank)),
         "parts": None if cut.made_of is None else _parts(cut.made_of),
     }
 
@@ -215,14 +215,9 @@ def _parts(made_of: np.ndarray) -> dict[str, str]:
     return {"token": _base64(token.astype("<i2")), "patch": _base64(patch.astype("<i2")), "level": _base64(level)}
 
 
-def _levels(score: np.ndarray) -> np.ndarray:
-    """Map scores (n,) to 1 (lowest) to 255 (highest); 0 where there is none."""
-    finite = np.isfinite(score)
-    if not finite.any():
-        return np.zeros(len(score), np.uint8)
-    low, high = score[finite].min(), score[finite].max()
-    part = (np.where(finite, score, low) - low) / max(high - low, 1e-12)
-    return np.where(finite, 1 + (254 * part).round(), 0).astype(np.uint8)
+def _levels(rank: np.ndarray) -> np.ndarray:
+    """Map the order of scores (n,) to 1 (lowest) to 255 (highest); 0 where there is none."""
+    return np.nan_to_num(1 + 254 * rank).round().astype(np.uint8)
 
 
 def _base64(array: np.ndarray) -> str:

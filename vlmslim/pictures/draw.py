@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,15 @@ from vlmslim.pictures.canvas import GAP, MARK, Canvas
 from vlmslim.pictures.trace import Cut, Trace
 
 FADED = 40 / 255  # how much of a dropped patch's colour is left
+VEIL = 200  # the grey that hides the rest of it; not white, because pages and snow are white
 PART = 0.4  # the same, of the patch that has the smallest part in a merged token
 PAPER = 255  # the grey of the sheet
-MARGIN, TITLE, CAPTION = 16, 20, 15  # pixels between panels; sizes of the two lines of text
+MARGIN, HEADING, TITLE, CAPTION = 16, 24, 20, 16  # pixels between panels; sizes of the texts, on narrow panels
 
 
 @dataclass
 class Panel:
-    """A picture with two lines of text under it."""
+    """A picture with a title and a caption under it."""
 
     picture: Image.Image
     title: str
@@ -55,8 +57,9 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
     for cut in trace.cuts:
         if not cut.stage:
             continue
-        if cut.score is not None:
-            found.append(Panel(_heat(canvas, cut.score), f"{cut.stage}: scores", "dark is low, bright is high"))
+        if (rank := cut.rank) is not None:
+            heat = _heat(canvas, rank)
+            found.append(Panel(heat, f"{cut.stage}: order of scores", "dark is the lowest, bright the highest"))
         first, last = trace.layers(cut)
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         caption = f"merged, {layers}" if cut.merged else layers
@@ -67,25 +70,40 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
     return found
 
 
-def sheet(lines: Sequence[Sequence[Panel]], across: int = 5) -> Image.Image:
+def sheet(lines: Sequence[Sequence[Panel]], heading: str = "", across: int = 5) -> Image.Image:
     """Put panels on one sheet. Each line begins anew on the left and holds at most `across` panels a row."""
     rows = [line[i : i + across] for line in lines for i in range(0, len(line), across)]
-    text = 2 * MARGIN + TITLE + CAPTION
-    heights = [max(panel.picture.height for panel in row) + text for row in rows]
     columns = [max(row[i].picture.width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    whole = Image.new("RGB", (sum(columns) + MARGIN * (len(columns) + 1), MARGIN + sum(heights)), (PAPER,) * 3)
-    pen, title, caption = ImageDraw.Draw(whole), ImageFont.load_default(TITLE), ImageFont.load_default(CAPTION)
+    width, scale = sum(columns) + MARGIN * (len(columns) - 1), max(1.0, min(columns) / 480)  # wide panels, large texts
+    large, title, caption = (ImageFont.load_default(scale * size) for size in (HEADING, TITLE, CAPTION))
+    pictures: list[tuple[Image.Image, tuple[int, int]]] = []
+    texts: list[tuple[tuple[int, int], str, str, Any]] = []
+
+    def write(text: str, left: int, top: int, width: int, most: int, colour: str, font: Any) -> int:
+        """Note the lines of a text, and return where the next one begins."""
+        for line in _wrapped(text, font, width, most):
+            texts.append(((left + width // 2, top), line, colour, font))
+            top += round(1.25 * font.size)
+        return top
+
     top = MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        left = MARGIN
-        for panel, width in zip(row, columns, strict=False):
-            whole.paste(panel.picture, (left + (width - panel.picture.width) // 2, top))
-            middle, under = left + width // 2, top + height - text + MARGIN // 2
-            pen.text((middle, under), _fitted(panel.title, title, width), "black", title, anchor="ma")
-            below = under + TITLE + MARGIN // 4
-            pen.text((middle, below), _fitted(panel.caption, caption, width), "#555555", caption, anchor="ma")
-            left += width + MARGIN
-        top += height
+    if heading:
+        top = write(heading, MARGIN, top, width, 3, "black", large) + MARGIN
+    for row in rows:
+        left, ends = MARGIN, []
+        under = top + max(panel.picture.height for panel in row) + MARGIN // 2
+        for panel, own in zip(row, columns, strict=False):
+            pictures.append((panel.picture, (left + (own - panel.picture.width) // 2, top)))
+            below = write(panel.title, left, under, own, 2, "black", title)
+            ends.append(write(panel.caption, left, below, own, 3, "#555555", caption))
+            left += own + MARGIN
+        top = max(ends) + MARGIN
+    whole = Image.new("RGB", (width + 2 * MARGIN, top), (PAPER,) * 3)
+    pen = ImageDraw.Draw(whole)
+    for picture, place in pictures:
+        whole.paste(picture, place)
+    for place, line, colour, font in texts:
+        pen.text(place, line, colour, font, anchor="ma")
     return whole
 
 
@@ -97,7 +115,7 @@ def drawn(canvas: Canvas, cut: Cut) -> Image.Image:
     """
     shown = np.append(cut.shown, [False, False])  # of -2 and -1
     clear = shown[canvas.token]
-    pixels = np.where(clear[..., None], canvas.pixels, PAPER + FADED * (canvas.pixels.astype(np.float32) - PAPER))
+    pixels = np.where(clear[..., None], canvas.pixels, VEIL + FADED * (canvas.pixels.astype(np.float32) - VEIL))
     pixels[canvas.token < 0] = PAPER
     if cut.merged:
         assert cut.into is not None
@@ -118,7 +136,8 @@ def _parts(canvas: Canvas, stage: str, made_of: np.ndarray) -> Panel:
     )
     for i, share in enumerate(made):
         part = np.append(np.where(share > 0, PART + (1 - PART) * share / share.max(), FADED), [0, 0])[canvas.token]
-        pixels = PAPER + part[..., None] * (canvas.pixels.astype(np.float32) - PAPER)
+        pixels = VEIL + part[..., None] * (canvas.pixels.astype(np.float32) - VEIL)
+        pixels[canvas.token < 0] = PAPER
         small = Image.fromarray(pixels.round().astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
         whole.paste(small, (i % across * (width + GAP), i // across * (height + GAP)))
     return Panel(whole, f"{stage}: parts", f"what each of {len(made)} merged tokens is made of")
@@ -140,22 +159,26 @@ def _colours(count: int) -> np.ndarray:
     return np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9, 0.9) for i in range(count)]).reshape(-1, 3) * 255
 
 
-def _heat(canvas: Canvas, score: np.ndarray) -> Image.Image:
-    """Draw scores (n,) over the picture, from the lowest to the highest; white where there is none."""
-    finite = np.isfinite(score)
-    low, high = (score[finite].min(), score[finite].max()) if finite.any() else (0, 1)
-    part = np.append((score - low) / max(high - low, 1e-12), [np.nan, np.nan])[canvas.token]
+def _heat(canvas: Canvas, rank: np.ndarray) -> Image.Image:
+    """Draw the order of scores (n,) over the picture; white where there is none."""
+    part = np.append(rank, [np.nan, np.nan])[canvas.token]
     known = np.isfinite(part)
     grey = Image.fromarray(np.where(known, part * 255, 0).round().astype(np.uint8))
     colour = np.asarray(ImageOps.colorize(grey, black="#16105c", mid="#d3436e", white="#fcfdbf"), np.float32)
-    mixed = 0.7 * colour + 0.3 * canvas.pixels.mean(-1, keepdims=True)
+    mixed = 0.8 * colour + 0.2 * canvas.pixels.mean(-1, keepdims=True)
     return Image.fromarray(np.where(known[..., None], mixed, PAPER).round().astype(np.uint8))
 
 
-def _fitted(text: str, font: Any, width: int) -> str:
-    """Cut a text so that it is at most `width` pixels wide."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def _wrapped(text: str, font: Any, width: int, most: int) -> list[str]:
+    """Break a text into at most `most` lines of `width` pixels; the last one ends in dots where there is more."""
+    lines: list[str] = []
+    rest = "".join(letter if letter.isprintable() else " " for letter in text).strip()
+    while rest and len(lines) < most:
+        end = max(1, bisect_right(range(len(rest) + 1), width, key=lambda count: font.getlength(rest[:count])) - 1)
+        if end < len(rest):
+            end = max(rest.rfind(" ", 0, end + 1), rest.rfind(":", 0, end) + 1, rest.rfind("+", 0, end)) or end
+        lines.append(rest[:end])
+        rest = rest[end:].strip()
+    if rest:
+        lines[-1] = lines[-1][:-3] + "..."
+    return lines

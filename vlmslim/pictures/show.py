@@ -33,7 +33,7 @@ def write(path: Path, question: str, answers: Sequence[Answer], processor: Any, 
     if path.suffix == ".html":
         return write_atomically(path, page(question, answers, processor, size))
     with atomically(path) as part:
-        picture(answers, processor, size).save(part, "PNG", optimize=True)
+        picture(question, answers, processor, size).save(part, "PNG", optimize=True)
 
 
 def check_format(path: Path) -> None:
@@ -46,14 +46,14 @@ def check_format(path: Path) -> None:
         raise ValueError(f"--output {path}: give a file that ends in {' or '.join(FORMATS)}")
 
 
-def picture(answers: Sequence[Answer], processor: Any, size: int = 320) -> Image.Image:
+def picture(question: str, answers: Sequence[Answer], processor: Any, size: int = 320) -> Image.Image:
     """Draw a line of pictures for each method and image; the first of a line has the method and its answer."""
     lines = []
     for answer in answers:
         for trace in answer.traces:
             first, *others = panels(trace, processor, size)
-            lines.append([Panel(first.picture, answer.method, f"answer: {answer.text}"), *others])
-    return sheet(lines)
+            lines.append([Panel(first.picture, answer.method, f"answer: {answer.text or '(empty)'}"), *others])
+    return sheet(lines, question)
 
 
 def page(question: str, answers: Sequence[Answer], processor: Any, size: int = 320) -> str:

@@ -42,6 +42,19 @@ class Cut:
         return self.into >= 0
 
     @property
+    def rank(self) -> np.ndarray | None:
+        """(n,) place of each token in the order of scores, from 0 (lowest) to 1 (highest), NaN where there is none.
+
+        Pictures show it, because one score is often so high that all others would look alike. None without `score`.
+        """
+        if self.score is None:
+            return None
+        finite, rank = np.isfinite(self.score), np.full(len(self.score), np.nan)
+        found, place = np.unique(self.score[finite], return_inverse=True)
+        rank[finite] = place / max(1, len(found) - 1)
+        return rank
+
+    @property
     def nowhere(self) -> int:
         """Number of these tokens that hold no patch, such as a CLS token: no picture can show them."""
         if self.made_of is not None:
