@@ -50,7 +50,7 @@ def main(directory: Path) -> None:
     report = directory / "report"
     sizes = {path: path.stat().st_size for path in report.rglob("*") if path.is_file()}
     tokens = sum(size for path, size in sizes.items() if path.name.startswith("tokens-"))
-    library = sizes[report / "plotly.min.js"]
+    library = sizes[report / "data/plotly.js"]
     rest = sum(sizes.values()) - tokens - library
     print(f"report: {rest / 1e3:.0f} kB, tokens {tokens / 1e3:.0f} kB, Plotly {library / 1e6:.1f} MB")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))

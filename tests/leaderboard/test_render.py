@@ -48,6 +48,7 @@ def test_numbers_with_intervals():
     assert with_interval(Estimate(0.5, 0.4, 0.6)) == "50.0 ± 10.0"
     assert with_interval(Estimate(0.5, 0.4, 0.7), sign="+") == "+50.0 [+40.0, +70.0]"
     assert with_interval(Estimate(1234.5, 1200.0, 1270.0), 1) == "1234.5 ± 35.0"
+    assert with_interval(Estimate(-0.0001, -0.1, 0.1), sign="+") == "+0.0 ± 10.0"  # never -0.0
 
 
 def test_points_are_not_percentages():

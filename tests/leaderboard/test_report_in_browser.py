@@ -93,7 +93,23 @@ def test_filters_filter_all_tables_and_the_chart(page, output):
     assert column(page, "Scores", 0) == ["none", "fastv-64"]
     page.get_by_text("The chart as a table").click()
     assert page.locator("#points tbody th").all_inner_texts() == ["none", "fastv-64"]
+    page.wait_for_selector("#plot .point")
     assert page.locator("#plot .points .point").count() == 2
+    page.get_by_label("Methods", exact=True).fill("zzz")
+    assert page.locator("#shown").inner_text() == "0 of 7 rows: change the filter to see some"
+    assert page.locator("#front").inner_text() == "No row on the front passes the filter."
+
+
+def test_no_label_of_the_chart_covers_another(page, output):
+    page.goto((output / "report/index.html").as_uri())
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_selector("#plot .textpoint")
+        boxes = [label.bounding_box() for label in page.locator("#plot .textpoint:visible").all()]
+        boxes = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes if b and b["width"]]
+        assert len(boxes) >= 3
+        for i, (left, top, right, below) in enumerate(boxes):
+            assert all(right <= b[0] or left >= b[2] or below <= b[1] or top >= b[3] for b in boxes[i + 1 :])
 
 
 def test_the_chart_switches_its_axes(page, output):
@@ -173,3 +189,5 @@ def test_what_a_screen_reader_needs(page, output):
     assert page.locator("[aria-live]").count() >= 2
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
+    chart = page.get_by_role("img", name="Quality against cost")
+    assert "On the front" in page.locator(f"#{chart.get_attribute('aria-describedby')}").inner_text()

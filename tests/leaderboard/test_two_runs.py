@@ -118,4 +118,7 @@ def test_unfinished_runs_are_compared_as_far_as_they_go(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(config, harness=FakeHarness(fail_at=("random-64", "text"), failure=KeyboardInterrupt()))
     other = finished(tmp_path / "b", {}, {"tasks": ["text"]}, questions=4)
-    assert [one.label for one in compare_runs(config.output, other).differences] == ["none"]
+    compared = compare_runs(config.output, other)
+    assert [one.label for one in compared.differences] == ["none"]
+    assert "rows: random-64, divprune-64, random-16, divprune-16 only in B, so left out" in compared.conditions
+    assert "tasks: count only in A, so left out" in compared.conditions

@@ -37,7 +37,7 @@ RESULTS = (
     "submission.json",
     "verification.json",
     *(f"leaderboard.{end}" for end in ("md", "csv", "json", "html")),
-    *(f"report/{name}" for name in ("index.html", "report.css", "report.js", "plotly.min.js")),
+    *(f"report/{name}" for name in ("index.html", "report.css", "chart.js", "report.js")),
     *(f"frames/{name}.parquet" for name in ("rows", "cells", "samples", "pairs")),
 )
 

@@ -72,7 +72,7 @@ class Leaderboard:
         grid = [(row["label"], task["task"]) for row in config["rows"] for task in config["tasks"]]
         cells = {place: cell for place in grid if (cell := store.cell(*place)) is not None}
         if not cells:
-            raise ConfigError(f"{directory} has no finished cell yet")
+            raise ConfigError(f"{directory} has no finished cell yet, or the samples are gone; call vlmslim run again")
         check_cells(run, cells)
 
         settings = {task["task"]: task for task in config["tasks"] if any(name == task["task"] for _, name in cells)}

@@ -2,12 +2,15 @@
 
 report/index.html          the tables, the chart, the questions and the notes
 report/report.{css,js}     how they look and what they do
-report/plotly.min.js       the library that draws the chart
-report/data/*.js           rows and axes; the questions of each task; each question with recorded tokens
+report/chart.js            how the chart is drawn
+report/data/*.js           rows and axes; the questions of each task; each question with recorded tokens; Plotly, packed
 """
 
+import base64
 import json
+import zlib
 from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +30,7 @@ from vlmslim.leaderboard.tables import Column, Table
 
 BASELINES = ("random", "uniform", "pool", "downsample", "blind")  # drawn as open circles
 
+_SCRIPTS = ("chart.js", "report.js")
 _TEMPLATES = files("vlmslim.leaderboard") / "templates"
 
 
@@ -51,9 +55,8 @@ def write_folder(board: Leaderboard, folder: Path, published: Published | None =
     for name, data in _parts(board):
         script = f"(window.parts ??= {{}})[{json.dumps(name)}] = {json.dumps(data, ensure_ascii=False)};\n"
         write_atomically(folder / "data" / f"{name}.js", script)
-    for name in ("report.css", "report.js"):
+    for name in ("report.css", *_SCRIPTS):
         write_atomically(folder / name, (_TEMPLATES / name).read_text(encoding="utf-8"))
-    write_atomically(folder / "plotly.min.js", _plotly())
     write_atomically(folder / "index.html", _page(board, published))
     return folder / "index.html"
 
@@ -66,17 +69,18 @@ def write_single(board: Leaderboard, file: Path, published: Published | None = N
     """
     from markupsafe import Markup
 
-    own = {name: Markup((_TEMPLATES / f"report.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    css, *scripts = (Markup((_TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", *_SCRIPTS))
     parts = [{"name": name, "data": data} for name, data in _parts(board)]
-    write_atomically(file, _page(board, published, parts=parts, plotly=Markup(_plotly()), **own))
+    write_atomically(file, _page(board, published, parts=parts, css=css, scripts=scripts))
     return file
 
 
+@cache
 def _plotly() -> str:
-    """Return the library as the plotly package brings it."""
+    """Return the library that the plotly package brings: compressed, because it is most of the page, and in base64."""
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs()
+    return base64.b64encode(zlib.compress(get_plotlyjs().encode())).decode()
 
 
 def _page(board: Leaderboard, published: Published | None, **inside: Any) -> str:
@@ -135,8 +139,9 @@ def _budgets(board: Leaderboard) -> list[str]:
 # ---------------------------------------------------------------------- data
 
 
-def _parts(board: Leaderboard) -> Iterator[tuple[str, dict]]:
+def _parts(board: Leaderboard) -> Iterator[tuple[str, Any]]:
     """Yield the data of the page, part by part, ready for JSON."""
+    yield "plotly", _plotly()
     yield "board", _board(board)
     if board.directory is None:
         return

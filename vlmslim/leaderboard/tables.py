@@ -197,7 +197,7 @@ def _solved_columns(rows: list[Row]) -> list[Column]:
 
 def number(value: float | None, scale: float, digits: int) -> str:
     """Write a number in a unit, or a dash."""
-    return NOTHING if value is None else f"{value * scale:.{digits}f}"
+    return NOTHING if value is None else f"{value * scale:z.{digits}f}"
 
 
 def score_text(score: Score | None, scale: int) -> str:
@@ -215,12 +215,12 @@ def with_interval(estimate: Estimate | None, scale: int = 100, digits: int = 1, 
     if estimate is None:
         return NOTHING
     value, low, high = estimate.value, estimate.low, estimate.high
-    text = f"{value * scale:{sign}.{digits}f}"
+    text = f"{value * scale:{sign}z.{digits}f}"
     if low is None or high is None:
         return text
     half = (high - low) / 2
     if abs((high + low) / 2 - value) > half / 10:
-        return f"{text} [{low * scale:{sign}.{digits}f}, {high * scale:{sign}.{digits}f}]"
+        return f"{text} [{low * scale:{sign}z.{digits}f}, {high * scale:{sign}z.{digits}f}]"
     return f"{text} ± {half * scale:.{digits}f}"
 
 

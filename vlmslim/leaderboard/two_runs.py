@@ -204,6 +204,13 @@ def _corrected(differences: list[Difference]) -> list[Difference]:
 def _conditions(a: Leaderboard, b: Leaderboard, labels: list[str]) -> list[str]:
     """Say what differs between two runs besides the answers."""
     said = []
+    for kind, names in {
+        "rows": [[row.label for row in run.rows if row.scores] for run in (a, b)],
+        "tasks": [a.tasks, b.tasks],
+    }.items():
+        for run, own, others in ((FIRST, *names), (SECOND, *reversed(names))):
+            if alone := [name for name in own if name not in others]:
+                said.append(f"{kind}: {', '.join(alone)} only in {run}, so left out")
     keys = ("model", "checkpoint", "protocol", "limit", "seed", "batch_size", "backends", "hardware", "git_commits")
     for key in (*keys, "versions"):
         ours, theirs = a.facts[key], b.facts[key]

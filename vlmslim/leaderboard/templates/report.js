@@ -40,10 +40,11 @@ const number = (label) => board.rows.findIndex((row) => row.label === label);
 
 // ------------------------------------------------------------------ tables
 
-/** Return what a cell is sorted by: the first number of its text, or the text; a dash comes last. */
+/** Return what a cell is sorted by: the first number of its text, or the text; a dash comes last. Names are no numbers. */
 function key(cell) {
   const text = cell.textContent.trim();
   if (text === NOTHING || text === "") return null;
+  if (cell.tagName === "TH") return text;
   const found = /^[<≤]?\s*([+-]?\d+(?:\.\d+)?)/.exec(text.replace("−", "-"));
   return found ? Number(found[1]) : text;
 }
@@ -90,71 +91,8 @@ function passes(row) {
 function filter() {
   const labels = new Set(board.rows.filter(passes).map((row) => row.label));
   for (const line of document.querySelectorAll("tr[data-label]")) line.hidden = !labels.has(line.dataset.label);
-  $("shown").value = `${labels.size} of ${board.rows.length} rows`;
+  $("shown").value = `${labels.size} of ${board.rows.length} rows${labels.size ? "" : ": change the filter to see some"}`;
   draw();
-}
-
-// ------------------------------------------------------------------ chart
-
-// Told apart by the colour-blind; the second row stands out on a dark ground.
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
-const ON_DARK = ["#56b4e9", "#ff9e4a", "#35d3a2", "#f0a6cf", "#f0e442", "#9fc5ff"];
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const digits = (value) => value === null ? NOTHING : Number(value.toPrecision(4)).toLocaleString("en", { useGrouping: false });
-
-function draw() {
-  const cost = board.costs[$("cost").value], quality = board.qualities[$("quality").value];
-  if (!cost || !quality) return;
-  const front = new Set(board.fronts[$("cost").value][$("quality").value]);
-  const points = board.rows
-    .map((row, i) => ({ row, i, x: cost.values[i], y: quality.values[i], front: front.has(i) }))
-    .filter((point) => point.x !== null && point.y !== null && passes(point.row));
-  const said = points.map(({ row, x, y, front: best }) =>
-    [row.label, row.budget, digits(x), interval(y), best ? "yes" : "no"]);
-  const best = points.filter((point) => point.front).sort((a, b) => a.x - b.x);
-  const names = best.map((point) => point.row.label).join(", ");
-  $("front").textContent = `Open circles are baselines, a star is the unpatched model. On the front, among all rows: ${names || "none"}.`;
-  table($("points"), ["method", "budget", cost.name, quality.name, "on the front"], said);
-
-  const ink = getComputedStyle(document.body);
-  const colour = (name) => ink.getPropertyValue(name).trim();
-  const traces = [{
-    x: best.map((point) => point.x), y: best.map((point) => point.y[0]), mode: "lines", hoverinfo: "skip",
-    line: { color: colour("--quiet"), width: 1, dash: "dot" }, name: "front",
-  }];
-  for (const [i, budget] of board.budgets.entries()) {
-    const own = points.filter((point) => point.row.budget === budget);
-    if (!own.length) continue;
-    traces.push({
-      name: plain(budget),
-      x: own.map((point) => point.x),
-      y: own.map((point) => point.y[0]),
-      text: own.map((point) => point.front ? plain(point.row.label) : ""),
-      hovertext: own.map(({ row, x, y }) => plain(row.label) + `<br>${plain(quality.name)}: ${interval(y)}<br>${plain(cost.name)}: ${digits(x)}`),
-      hoverinfo: "text", mode: "markers+text", textposition: "top center", cliponaxis: false,
-      error_y: $("bars").checked ? {
-        type: "data", symmetric: false, thickness: 1, width: 3,
-        array: own.map(({ y }) => y[2] === null ? 0 : y[2] - y[0]), arrayminus: own.map(({ y }) => y[1] === null ? 0 : y[0] - y[1]),
-      } : { visible: false },
-      marker: {
-        opacity: 1, color: (dark.matches ? ON_DARK : COLOURS)[i % COLOURS.length], size: own.map((point) => point.front ? 11 : 8),
-        symbol: own.map(({ row }) => row.unpatched ? "star" : row.baseline ? "circle-open" : "circle"),
-      },
-    });
-  }
-  const axis = { gridcolor: colour("--line"), zeroline: false };
-  Plotly.react($("plot"), traces, {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), family: "system-ui, sans-serif" },
-    margin: { l: 60, r: 20, t: 30, b: 50 }, hovermode: "closest",
-    hoverlabel: { bgcolor: colour("--band"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    legend: { title: { text: "budget" }, itemclick: false, itemdoubleclick: false },
-    xaxis: { ...axis, title: { text: plain(cost.name) }, rangemode: "tozero" }, yaxis: { ...axis, title: { text: plain(quality.name) } },
-  }, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
-}
-
-function interval([value, low, high]) {
-  return low === null || high === null ? digits(value) : `${digits(value)} [${digits(low)}, ${digits(high)}]`;
 }
 
 /** Fill a table with texts. */
@@ -228,6 +166,7 @@ async function list() {
       make("td", {}, drawn.has(position) ? "yes" : NOTHING),
     ))),
   );
+  $("list").hidden = !listed.length;
   $("more").hidden = listed.length <= state.shown;
 }
 
@@ -337,7 +276,7 @@ function picture(image, record, label) {
   single.addEventListener("input", show);
   show();
   const controls = make("div", { class: "controls" }, make("label", {}, "layer ", layer), told);
-  if (record.cuts.some((cut) => cut.score !== null)) controls.append(make("label", {}, heat, " scores"));
+  if (record.cuts.some((cut) => cut.score !== null)) controls.append(make("label", {}, heat, " order of scores"));
   if (record.cuts.some((cut) => cut.into)) controls.append(make("label", {}, "only token ", single, " (0: all)"));
   return [svg, controls];
 }
@@ -395,4 +334,5 @@ window.addEventListener("hashchange", follow);
 dark.addEventListener("change", draw);
 
 filter();
+unpack().then(draw, (error) => { $("front").textContent = `This browser shows no chart (${error.message}); the table below has its numbers.`; });
 if (board.hasQuestions) list().then(follow);
