@@ -2,11 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vlmslim.demo.questions import MOST_BYTES, NOTHING
+from vlmslim.demo.questions import MOST_BYTES, NOTHING, checked_picture
+from vlmslim.evaluation.conversation import read_picture
 
 
 def said(answers) -> list[tuple[str, str, float]]:
@@ -42,8 +44,12 @@ def test_answers_are_those_of_the_model(questions, pictures):
 @pytest.fixture
 def files(tmp_path, pictures):
     """Files that a visitor should not upload."""
-    paths = {name: tmp_path / name for name in ("text.png", "torn.png", "huge.png", "heavy.png", "moving.gif")}
+    names = "text.png", "torn.png", "huge.png", "heavy.png", "moving.gif", "long.png", "drawing.png", "program.png"
+    paths = {name: tmp_path / name for name in names}
     paths["text.png"].write_text("no picture")
+    paths["drawing.png"].write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    Image.new("RGB", (8, 8)).save(paths["program.png"], "EPS")
+    Image.new("1", (1, 5000)).save(paths["long.png"])
     with open(pictures[0][0], "rb") as whole:
         paths["torn.png"].write_bytes(whole.read(3000))
     Image.new("1", (8_000, 8_000)).save(paths["huge.png"])
@@ -63,10 +69,14 @@ def files(tmp_path, pictures):
         ({"path": "{huge.png}"}, "the picture has 8000 x 8000 pixels"),
         ({"path": "{heavy.png}"}, "the picture has more than 10 MB"),
         ({"path": "{moving.gif}"}, "the picture is animated"),
+        ({"path": "{long.png}"}, "1 x 5000 pixels; upload one whose longer side is at most 50 times the shorter one"),
+        ({"path": "{drawing.png}"}, "the file cannot be read as a picture"),
+        ({"path": "{program.png}"}, "the file cannot be read as a picture"),
         ({"question": " "}, "there is no question yet"),
         ({"question": "x" * 501}, "the question has 501 letters; write one of at most 500"),
         ({"first": "/etc/passwd:X"}, "/etc/passwd:X is no method of this list"),
-        ({"percent": 0}, "a budget of 0 % keeps nothing"),
+        ({"percent": 0}, "0 is no share of the visual tokens; give one from 1 to 100 %"),
+        ({"percent": None}, "None is no share"),
     ],
 )
 def test_mistakes_get_a_sentence(questions, pictures, files, changes, message):
@@ -77,3 +87,28 @@ def test_mistakes_get_a_sentence(questions, pictures, files, changes, message):
     with pytest.raises(ValueError, match=message):
         questions.ask(**asked)
     assert not hasattr(questions.model, "_vlmslim")
+
+
+def test_every_kind_of_picture_is_read_as_it_looks(pictures, tmp_path):
+    """Turned photos, photos with a preview, palettes, CMYK, grey of 16 bits, a single pixel."""
+    with Image.open(pictures[0][0]) as opened:
+        picture = opened.convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    quantized, deep = picture.quantize(64), np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    saved = {
+        "turned.png": (picture.rotate(90, expand=True), {"exif": turned}),
+        "preview.jpg": (picture, {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (8, 8))]}),
+        "cmyk.jpg": (picture.convert("CMYK"), {}),
+        "palette.png": (quantized, {"transparency": 0}),
+        "deep.png": (Image.fromarray(deep), {}),
+    }
+    for name, (kind, how) in saved.items():
+        kind.save(tmp_path / name, **how)
+        read = checked_picture(str(tmp_path / name))
+        wanted = picture.convert("L") if name == "deep.png" else picture
+        seen = np.asarray(read_picture(read)).astype(int)
+        off = np.abs(seen - np.asarray(wanted.convert("RGB"))).mean()
+        assert read.size == picture.size and off < 8, name
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    assert checked_picture(str(tmp_path / "dot.png")).size == (1, 1)

@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 from vlmslim.cli import app
 from vlmslim.evaluation import harness
 from vlmslim.evaluation.config import load_config
+from vlmslim.evaluation.errors import ConfigError
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
+from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.notes import BASELINES
 from vlmslim.leaderboard.submission import read_submission
-from vlmslim.leaderboard.trackers import PROJECT
+from vlmslim.leaderboard.trackers import PROJECT, send
 
 
 def call(*arguments):
@@ -160,6 +162,15 @@ def test_a_tracker_gets_tables_and_figures(tmp_path, monkeypatch, name):
     figure = sent["average, % of unpatched against equivalent tokens"]
     points = {label: x for trace in figure.data[1:] for label, x in zip(trace.text, trace.x, strict=True)}
     assert points == {"none": 144, "random-64": 64, "divprune-64": 64, "random-16": 16, "divprune-16": 16}
+
+
+def test_a_tracker_that_takes_nothing_is_said(output, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no key\nlog in first")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match="--log wandb: no key; the results are kept"):
+        send(Leaderboard.read(output), "wandb", "mine")
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_the_run(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from vlmslim.pictures.ask import Answer, ask, readable
 from vlmslim.registry import method_names
 
 MOST_BYTES, MOST_PIXELS, MOST_LETTERS = 10 * 2**20, 40_000_000, 500  # of a visitor's picture and question
+MOST_STRETCH = 50  # longer side / shorter side: a processor enlarges the shorter one to what the model reads
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow hands some others, such as EPS, to another program
 NEW_TOKENS = 48
 NOTHING = "–"  # the choice of no second method
 #: Questions of the bundled benchmarks that a visitor may pick: task, id.
@@ -86,8 +88,8 @@ class Questions:
         for name in names:
             if name not in self.methods:
                 raise ValueError(f"{name} is no method of this list; choose one of {', '.join(self.methods)}")
-        if not 0 < percent <= 100:
-            raise ValueError(f"a budget of {percent} % keeps nothing; give a share from 1 to 100 %")
+        if not isinstance(percent, int | float) or not 0 < percent <= 100:
+            raise ValueError(f"{percent} is no share of the visual tokens; give one from 1 to 100 %")
         methods = [(name, parse(name, float(percent) / 100)) for name in names]
         with self._turn:
             return ask(self.model, self.processor, question, [picture], methods, new_tokens=NEW_TOKENS, warm=True)
@@ -105,12 +107,17 @@ def checked_picture(path: str | None) -> Image.Image:
     if file.is_file() and file.stat().st_size > MOST_BYTES:
         raise ValueError(f"the picture has more than {MOST_BYTES // 2**20} MB; upload a smaller one")
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             width, height = opened.size  # of the header; nothing is decoded
-    except (Image.DecompressionBombError, OSError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError("the file cannot be read as a picture; upload a PNG, JPEG or WebP") from error
     if width * height > MOST_PIXELS:
         raise ValueError(f"the picture has {width} x {height} pixels; upload one of at most {MOST_PIXELS:,} pixels")
+    if max(width, height) > MOST_STRETCH * min(width, height):
+        raise ValueError(
+            f"the picture has {width} x {height} pixels; upload one whose longer side is at most {MOST_STRETCH} times "
+            "the shorter one"
+        )
     try:
         picture = readable(file)
     except ValueError as error:

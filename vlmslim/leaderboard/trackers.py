@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from vlmslim.evaluation.errors import ConfigError
+from vlmslim.io.messages import one_line
 from vlmslim.leaderboard.axes import cost_axes, quality_axes
 from vlmslim.leaderboard.board import Leaderboard
 from vlmslim.leaderboard.figures import scatter
@@ -31,12 +32,20 @@ def send(board: Leaderboard, tracker: str, name: str) -> None:
         board: of a finished run.
         tracker: `wandb` or `trackio`.
         name: of the run, as the tracker shows it.
+
+    Raises:
+        ConfigError: the tracker took nothing, because it cannot be reached, for example, or no user is logged in.
     """
     module = import_module(tracker)
     frames = board.to_frames()
     tables = {name: getattr(frames, name) for name in ("rows", "cells", "pairs")}
     average, costs = quality_axes(board)[:1], cost_axes(board)
     figures = {f"{axis.name} against {cost.name}": scatter(board, cost, axis) for axis in average for cost in costs}
-    run = module.init(project=PROJECT, name=name, config=board.facts)
-    run.log({name: module.Table(dataframe=frame) for name, frame in tables.items()} | figures)
-    run.finish()
+    try:
+        run = module.init(project=PROJECT, name=name, config=board.facts)
+        run.log({name: module.Table(dataframe=frame) for name, frame in tables.items()} | figures)
+        run.finish()
+    except Exception as error:  # each tracker has errors of its own kinds
+        raise ConfigError(
+            f"--log {tracker}: {one_line(error)}; the results are kept, so the same vlmslim run sends them later"
+        ) from error

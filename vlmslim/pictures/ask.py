@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmslim.compressor import Compressor
 from vlmslim.cost.flops import DecoderShape, prefill_flops
@@ -105,7 +105,7 @@ def _first(visual: list[list[int]]) -> list[int]:
 
 
 def readable(path: Path) -> Image.Image | Path:
-    """Open a picture, or return the path of a video.
+    """Open a picture and turn it upright, as its camera noted, or return the path of a video.
 
     Raises:
         ValueError: there is no such file, or it is neither.
@@ -117,7 +117,8 @@ def readable(path: Path) -> Image.Image | Path:
             picture.verify()  # also where another package told Pillow to accept torn files
         with Image.open(path) as picture:
             picture.load()
-            return picture.copy() if getattr(picture, "n_frames", 1) == 1 else path
+            still = getattr(picture, "n_frames", 1) == 1 or picture.format == "MPO"  # a photo with a preview after it
+            return ImageOps.exif_transpose(picture) if still else path
     except UnidentifiedImageError:
         return _video(path)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
