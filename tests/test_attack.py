@@ -5,7 +5,7 @@ import signal
 import attack as attacks
 import pytest
 
-import vlmslim.options
+import vlmslim.options.check
 
 FEW = {"options": 60, "yaml": 60, "results": 25, "saved": 25, "command": 15, "kills": 2}
 
@@ -32,7 +32,7 @@ def test_a_check_that_is_gone_is_noticed(monkeypatch):
     monkeypatch.setattr("vlmslim.compressor.check_options", lambda *_: None)
     counts, found = attacks.attack("options", seed=1, tries=60)
     assert counts["accepted"] + counts["traceback"] == len(found) > 0
-    assert vlmslim.options.fits(1, int)
+    assert vlmslim.options.check.fits(1, int)
 
 
 def raises(error):

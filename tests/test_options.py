@@ -11,7 +11,7 @@ from tiny import tiny
 
 import vlmslim
 from vlmslim import Compressor, method
-from vlmslim.options import fits
+from vlmslim.options.check import fits
 from vlmslim.registry import method_class, options_of
 
 HUGE = 10**5000

@@ -11,7 +11,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vlmslim.common_options import (
+from vlmslim.image_tokens import Compressed, ImageTokens
+from vlmslim.layer_input import Attends, LayerInput, Retained
+from vlmslim.ops.effective_rank import adapted
+from vlmslim.ops.rectification import merge_rest
+from vlmslim.options.check import check_options
+from vlmslim.options.common import (
     POSITIONS,
     Keep,
     check_choices,
@@ -21,11 +26,6 @@ from vlmslim.common_options import (
     resolve_layer,
     settle_positions,
 )
-from vlmslim.image_tokens import Compressed, ImageTokens
-from vlmslim.layer_input import Attends, LayerInput, Retained
-from vlmslim.ops.effective_rank import adapted
-from vlmslim.ops.rectification import merge_rest
-from vlmslim.options import check_options
 
 __all__ = [
     "POSITIONS",
@@ -60,7 +60,7 @@ class Compressor:
     needs_patches : the method needs visual tokens that are single patches of the tower, projected one by one
     may_keep_none : the method may send no token of an image
     substitutes  : what the method reads on this model in place of what its paper reads, by the names in
-                   `vlmslim.substitutes`; `setup` sets them
+                   `vlmslim.methods._substitutes`; `setup` sets them
     reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
     encodes_again : the method encodes pictures itself, with the model's own tower
     reads_back   : why the method brings values from the device to the host, which waits until the device has computed

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmslim.common_options import Keep, resolve_keep
 from vlmslim.image_tokens import ImageTokens
 from vlmslim.ops.attention import DecoderAttention, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
+from vlmslim.options.common import Keep, resolve_keep
 
 
 class Attends(Protocol):

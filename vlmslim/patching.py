@@ -199,7 +199,7 @@ class Slim:
     def substitutes(self) -> tuple[str, ...]:
         """Name what the methods read on this model in place of what their papers read, such as "received".
 
-        `vlmslim.substitutes.SUBSTITUTES` says what each name means.
+        `vlmslim.methods._substitutes.SUBSTITUTES` says what each name means.
         """
         found = [name for stage in self.stages for name in stage.method.substitutes]
         layers = [layer for stage in self.stages for layer in stage.method.tower_layers]

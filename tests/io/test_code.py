@@ -157,7 +157,7 @@ def test_an_installed_method_brings_its_bases_and_their_package_but_no_library(a
 def test_every_hash_holds_the_engine_and_each_method_its_own_files():
     engine = code_hash([])
     package = Path(vlmslim.__file__).parent
-    contract = ("compressor", "image_tokens", "layer_input", "common_options", "patching")
+    contract = ("compressor", "image_tokens", "layer_input", "options/common", "patching")
     files = [*(package / f"{name}.py" for name in contract), *package.glob("engine/**/*.py")]
     assert {file.relative_to(package.parent).as_posix() for file in files} < engine.keys()
     assert any(name.startswith("vlmslim/ops/") for name in engine)  # the engine imports them

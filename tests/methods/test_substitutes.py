@@ -10,7 +10,7 @@ from tiny import tiny
 from zoo import Pic, batch, build, words
 
 import vlmslim
-from vlmslim.substitutes import SUBSTITUTES
+from vlmslim.methods._substitutes import SUBSTITUTES
 
 CHOSEN = [  # method, its substitute without a CLS token, and the options that choose the same
     ("scope", "received", {"score": "received"}),

@@ -14,8 +14,8 @@ from clip_fixtures import Words
 import vlmslim
 from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.unsupported import UNSUPPORTED
+from vlmslim.methods._substitutes import SUBSTITUTES
 from vlmslim.registry import method_names, options_of
-from vlmslim.substitutes import SUBSTITUTES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- methods by family -->\n", "<!-- end -->\n"

@@ -42,9 +42,9 @@ def observe(core: Any, tower_layers: Sequence[int], encode: Callable[[], Any]) -
             layer = encoder_layers(core)[i]
             if has_plain_heads(layer):
                 noted.append((layer, partial(seen.note_layer, i)))
-                for part, module in zip("qk", head_makers(layer), strict=True):
+                for part, makers in zip("qk", head_makers(layer), strict=True):
                     note = seen.unless_elsewhere(partial(seen.note_projection, i, part))
-                    hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+                    hooks.enter_context(makers[-1].register_forward_hook(note, with_kwargs=True))
             elif (attention := attention_of(encoder_layers(core)[attending_layer(core, i)])) is not None:
                 noted.append((attention, partial(seen.note_heads, i)))
         for module, note in noted:

@@ -34,9 +34,8 @@ from vlmslim.evaluation.schema import (
     TimingConfig,
 )
 from vlmslim.evaluation.variants import Variant, expand
-from vlmslim.io.messages import did_you_mean
+from vlmslim.io.messages import did_you_mean, shown
 from vlmslim.io.yaml_files import read_yaml
-from vlmslim.options import shown
 
 
 class RunConfig(Strict):

@@ -24,8 +24,7 @@ from pathlib import Path
 
 from vlmslim.evaluation.errors import ConfigError
 from vlmslim.io.files import check_writable, write_atomically
-from vlmslim.io.messages import one_line
-from vlmslim.options import shown
+from vlmslim.io.messages import one_line, shown
 
 LONGEST = 200  # bytes of a label or a task; file systems allow 255 for a name with its ending
 

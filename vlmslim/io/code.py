@@ -17,7 +17,7 @@ _ENGINE = (
     "compressor.py",
     "image_tokens.py",
     "layer_input.py",
-    "common_options.py",
+    "options/common.py",
     "patching.py",
     "engine/**/*.py",
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmslim.io import hub
-from vlmslim.options import shown
+from vlmslim.io.messages import shown
 
 # A user's turn in the chat templates of LLaVA-style models, special tokens included; group 1 is what the user said.
 USER_TURNS = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -22,11 +23,15 @@ def tower_norm(layer: Any) -> Any:
     return getattr(layer, "layer_norm1", None) or getattr(layer, "layernorm_before", None)
 
 
-def head_makers(layer: Any) -> tuple[Any, Any]:
-    """Return the modules whose outputs are the queries and the keys of a CLIP, SigLIP or InternViT encoder layer."""
+def head_makers(layer: Any) -> tuple[list[Any], list[Any]]:
+    """Return the modules that make the queries of a CLIP, SigLIP or InternViT encoder layer, and those of the keys.
+
+    They run one after the other: the projection, and in InternViT a norm.
+    """
     attention = tower_attention(layer)
-    kind = "norm" if hasattr(attention, "q_norm") else "proj"  # InternViT normalises them
-    return getattr(attention, f"q_{kind}"), getattr(attention, f"k_{kind}")
+    steps = ("proj", "norm") if hasattr(attention, "q_norm") else ("proj",)
+    queries, keys = ([getattr(attention, f"{part}_{step}") for step in steps] for part in "qk")
+    return queries, keys
 
 
 def split_heads(layer: Any, projected: Tensor) -> Tensor:
@@ -44,10 +49,8 @@ def tower_qk(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         q and k: (c, heads, p, v / heads) each.
     """
-    attention, x = tower_attention(layer), tower_norm(layer)(hidden)
-    q, k = attention.q_proj(x), attention.k_proj(x)
-    if hasattr(attention, "q_norm"):  # InternViT
-        q, k = attention.q_norm(q), attention.k_norm(k)
+    x = tower_norm(layer)(hidden)
+    q, k = (reduce(lambda made, module: module(made), makers, x) for makers in head_makers(layer))
     return split_heads(layer, q), split_heads(layer, k)
 
 

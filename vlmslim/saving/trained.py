@@ -8,7 +8,7 @@ from torch import nn
 
 from vlmslim.compressor import Compressor
 from vlmslim.engine.families import language_model
-from vlmslim.options import shown
+from vlmslim.io.messages import shown
 from vlmslim.registry import name_of
 from vlmslim.saving import backbone
 from vlmslim.saving.folder import CONFIG, read

@@ -2,7 +2,8 @@
 
 from typing import Any, TypeAlias
 
-from vlmslim.options import fits, shown
+from vlmslim.io.messages import shown
+from vlmslim.options.check import fits
 
 #: A count, a share of an image's visual tokens, or {"auto": count or share, "average": rank}: more to complex images.
 Keep: TypeAlias = int | float | dict[str, int | float]

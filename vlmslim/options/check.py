@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from vlmslim.io.messages import shown
+
 LARGEST = 2**63 - 1  # of an integer, because PyTorch reads 64 bits
 
 
@@ -102,12 +104,3 @@ def expected(hint: Any) -> str:
         entries = [expected(entry).removeprefix("a finite ").removeprefix("an ") for entry in inner if entry is not ...]
         return f"a list ({', '.join(entries)})" if entries else "a list"
     return f"a {getattr(kind, '__name__', kind)}"
-
-
-def shown(value: Any) -> str:
-    """Return the text of a value for a message, shortened."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print integers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

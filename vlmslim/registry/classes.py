@@ -239,6 +239,11 @@ def _checked(cls: Any, where: str) -> type["Compressor"]:
     return cls
 
 
+def class_of(method: "Compressor | type[Compressor]") -> type["Compressor"]:
+    """Return the class of a method; a class as it is."""
+    return method if isinstance(method, type) else type(method)
+
+
 def bare_name(name: str) -> str:
     """Return a name without case, underscores and other signs, so that `n_or_m` is `NorM`."""
     return re.sub(r"[\W_]", "", name).lower()

@@ -1,0 +1,1 @@
+"""Options of methods: the check against their annotations, and those that many methods share."""
