@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim.image_tokens import Compressed, ImageTokens
+from vlmslim.io.messages import described
 from vlmslim.layer_input import Attends, LayerInput, Retained
 from vlmslim.ops.effective_rank import adapted
 from vlmslim.ops.rectification import merge_rest
@@ -309,10 +310,10 @@ class ScoreAndKeep(Selector):
     def compress(self, image: ImageTokens) -> Compressed:
         """Keep the tokens of highest score, the lower index first on ties, in reading order."""
         n, score = len(image.features), self.score(image)
-        if not isinstance(score, Tensor) or score.shape != (n,):
-            got = f"a Tensor {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        if not isinstance(score, Tensor) or score.shape != (n,) or score.is_complex() or score.is_sparse:
             raise ValueError(
-                f"{type(self).__name__}.score returned {got}: return a tensor of shape ({n},), a number for each token"
+                f"{type(self).__name__}.score returned {described(score)}: return a tensor of shape ({n},), a number "
+                "for each token"
             )
         image.score = score
         order = score.argsort(descending=True, stable=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmslim.image_tokens import ImageTokens
+from vlmslim.io.messages import described
 from vlmslim.ops.attention import DecoderAttention, weighted_logits
 from vlmslim.ops.ranking import rank_within_groups
 from vlmslim.options.common import Keep, resolve_keep
@@ -186,8 +187,13 @@ class LayerInput:
             (B, S) bool, True at the chosen visual tokens.
 
         Raises:
-            ValueError: `keep` is a count larger than an image.
+            ValueError: `keep` is a count larger than an image, or there is not one score for each token.
         """
+        if score.shape != self.mask.shape:
+            raise ValueError(
+                f"top(score, keep) was given {described(score)} for scores: give one to each token, (B, S), here "
+                f"{tuple(self.mask.shape)}"
+            )
         count = keep if callable(keep) else partial(resolve_keep, keep)
         counts = [[0] + [count(n) for n in row] for row in self.entered]  # 0 of text and padding
         width = max(map(len, counts))

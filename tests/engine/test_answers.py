@@ -6,7 +6,8 @@ from prompts import Picture, batch, words
 from tiny import BOS, IMAGE, tiny
 
 import vlmslim
-from vlmslim import Compressed, Compressor
+from vlmslim import Compressed, Compressor, ScoreAndKeep
+from vlmslim.compressor import Retained
 
 #: a batch with two images of 16 tokens, each of 32 numbers
 ROWS = [[BOS, Picture(0), *words(0, 5)], [BOS, *words(1, 3), Picture(1), *words(2, 4)]]
@@ -47,6 +48,16 @@ def between(answer, **methods) -> Compressor:
     return Norm()
 
 
+def scored(answer, keep=4) -> Compressor:
+    """A method whose `score` returns `answer(image)`."""
+
+    class Norm(ScoreAndKeep):
+        def score(self, image):
+            return answer(image)
+
+    return Norm(keep)
+
+
 def first(k, shape=32, dtype=torch.float32):
     return torch.zeros(k, shape, dtype=dtype)
 
@@ -80,6 +91,12 @@ FAULTS = {
         r"a mask for an index, a Tensor \(16,\) of bool: return image.pick\(mask.nonzero\(\)\[:, 0\]\)",
     ),
     "a mask of bytes": (one_by_one(lambda image: image.pick(torch.ones(16).byte())), "a mask for an index.*uint8"),
+    "a mask of whole numbers": (
+        one_by_one(lambda image: image.pick(torch.arange(16) % 2)),
+        r"Norm returned 16 positions, all 0 or 1, for image 0 .* return image.pick\(mask.nonzero\(\)\[:, 0\]\)",
+    ),
+    "an array": (one_by_one(lambda image: image.pick(AT.numpy())), r"a NumPy array \(4,\) of int64 for an index"),
+    "a sparse index": (one_by_one(lambda image: image.pick(AT.to_sparse())), "of sparse_coo int64 for an index"),
     "a list of positions": (one_by_one(lambda image: image.pick([0, 1])), "returned a list for an index: give the pos"),
     "numbers with a point": (one_by_one(lambda image: image.pick(torch.ones(3))), "of float32 for an index"),
     "a table of positions": (
@@ -135,6 +152,39 @@ FAULTS = {
         r"a Tensor \(4, 32\) of int64 for features: give a tensor \(k, 32\) of floating-point numbers",
     ),
     "a list of features": (one_by_one(lambda image: Compressed([first(1)])), "a list for features"),
+    # scores
+    "scores of each channel": (
+        scored(lambda image: image.features),
+        r"Norm.score returned a Tensor \(16, 32\) of float32: return a tensor of shape \(16,\), a number for each",
+    ),
+    "a score": (scored(lambda image: 3.0), "Norm.score returned a float: return a tensor"),
+    "no score": (scored(lambda image: None), "Norm.score returned None: return a tensor"),
+    "an array of scores": (scored(lambda image: image.features[:, 0].numpy()), r"returned a NumPy array \(16,\) of fl"),
+    # numbers without a meaning
+    "features that are not finite": (
+        one_by_one(lambda image: Compressed(image.features[:4] / 0)),
+        "Norm gave image 0 of this batch tokens that are not finite: look for a division by zero",
+    ),
+    "sizes of zero": (
+        one_by_one(lambda image: Compressed(image.features[:4], AT, size=AT)),
+        "Norm gave image 0 of this batch sizes that are not positive",
+    ),
+    "scores before the language model that are NaN": (
+        scored(lambda image: torch.where(torch.arange(16) == 3, torch.nan, 1.0)),
+        "Norm gave image 0 of this batch scores that are NaN, which have no rank: give each token a number",
+    ),
+    "scores between layers that are NaN": (
+        between(lambda tokens: tokens.top(tokens.hidden.norm(dim=-1) * torch.nan, 4)),
+        "Norm gave row 0 of this batch scores that are NaN",
+    ),
+    "scores of one row": (
+        between(lambda tokens: tokens.top(tokens.hidden[0].norm(dim=-1), 4)),
+        r"top\(score, keep\) was given a Tensor \(24,\) of float32 for scores: .* \(B, S\), here \(2, 24\)",
+    ),
+    "states that are NaN": (
+        between(lambda tokens: Retained(tokens.mask, tokens.hidden * torch.nan)),
+        "Norm gave row 0 of this batch states that are not finite",
+    ),
     # what `retain` returns
     "scores": (
         between(lambda tokens: tokens.hidden.norm(dim=-1)),
@@ -218,17 +268,16 @@ def test_text_and_padding_stay_whatever_a_mask_says():
     assert last.sequence == [*last.sequence[:2], max(text), max(text)]
 
 
-class Norm(vlmslim.ScoreAndKeep):
-    """The five lines of the docs."""
-
-    def score(self, image):
-        return image.features.norm(dim=-1)
-
-
 @torch.no_grad()
 def test_score_and_keep_keeps_the_best(family):
     model = tiny(family)
-    with vlmslim.patch(model, [Norm(keep=3), between(lambda tokens: seen.append(tokens) or tokens.mask)]):
+    with vlmslim.patch(
+        model,
+        [
+            scored(lambda image: image.features.norm(dim=-1), 3),
+            between(lambda tokens: seen.append(tokens) or tokens.mask),
+        ],
+    ):
         seen = []
         model(**batch(model, ROWS))
     ((tokens,),) = [seen]
@@ -240,35 +289,13 @@ def test_score_and_keep_keeps_the_best(family):
 
 @torch.no_grad()
 def test_equal_scores_go_to_the_lower_index():
-    class Same(Norm):
-        def score(self, image):
-            return torch.zeros(len(image.features))
-
+    same = scored(lambda image: torch.zeros(len(image.features)), keep=7)
     image = vlmslim.ImageTokens(torch.zeros(40, 2), torch.zeros(1, 40, 1), torch.zeros(1, 3, 2, 2))
-    assert Same(keep=7).compress(image).index.tolist() == list(range(7))
-    assert Same().compress(image).index.tolist() == list(range(10)), "a quarter by default"
+    assert same.compress(image).index.tolist() == list(range(7))
+    assert type(same)().compress(image).index.tolist() == list(range(10)), "a quarter by default"
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "many"])
 def test_score_and_keep_refuses_budgets_that_mean_nothing(keep):
     with pytest.raises(ValueError, match="keep="):
-        Norm(keep=keep)
-
-
-@pytest.mark.parametrize(
-    ("score", "says"),
-    [
-        (
-            lambda self, image: image.features,
-            r"Odd.score returned a Tensor \(16, 32\): return a tensor of shape \(16,\)",
-        ),
-        (lambda self, image: 3.0, "Odd.score returned float: return a tensor"),
-        (lambda self, image: None, "Odd.score returned NoneType: return a tensor"),
-    ],
-)
-@torch.no_grad()
-def test_scores_of_another_shape_are_refused(score, says):
-    model = tiny("llava")
-    odd = type("Odd", (Norm,), {"score": score})
-    with vlmslim.patch(model, odd()), pytest.raises(ValueError, match=says):
-        model(**batch(model, ROWS))
+        scored(None, keep)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, LayerInput, Retained
+from vlmslim.io.messages import described
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+NOT_FINITE = "that are not finite: look for a division by zero, or an overflow in half precision"
+NAN_SCORES = "scores that are NaN, which have no rank: give each token a number, such as -inf for the last place"
+NO_SIZES = "sizes that are not positive: a size is the number of tokens that a token stands for"
 
 
 def check_compressed(method: Compressor, images: list[ImageTokens], answer: object) -> list[Compressed]:
@@ -23,7 +29,7 @@ def check_compressed(method: Compressor, images: list[ImageTokens], answer: obje
     name = f"{type(method).__name__}.{'compress_images' if overrides_images else 'compress'}"
     if not isinstance(answer, list | tuple):
         raise ValueError(
-            f"{name} returned {_described(answer)}: return a list with one Compressed for each of the images"
+            f"{name} returned {described(answer)}: return a list with one Compressed for each of the images"
         )
     if len(answer) != len(images):
         raise ValueError(
@@ -37,7 +43,7 @@ def check_compressed(method: Compressor, images: list[ImageTokens], answer: obje
 def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, result: object) -> None:
     n, width = image.features.shape
     if not isinstance(result, Compressed):
-        raise ValueError(f"{name} {_described(result)}: return image.pick(index), or Compressed(features)")
+        raise ValueError(f"{name} {described(result)}: return image.pick(index), or Compressed(features)")
     features, index = result.features, result.index
     if features is None and index is None:
         raise ValueError(f"{name} Compressed(None, None): return image.pick(index), or Compressed(features)")
@@ -59,10 +65,10 @@ def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, re
 
 def _check_index(name: str, index: object) -> None:
     if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-        raise ValueError(f"{name} a mask for an index, {_described(index)}: return image.pick(mask.nonzero()[:, 0])")
-    if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
+        raise ValueError(f"{name} a mask for an index, {described(index)}: return image.pick(mask.nonzero()[:, 0])")
+    if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1 or index.is_sparse:
         raise ValueError(
-            f"{name} {_described(index)} for an index: give the positions of the tokens that stay as a tensor (k,) "
+            f"{name} {described(index)} for an index: give the positions of the tokens that stay as a tensor (k,) "
             "of integers"
         )
 
@@ -70,7 +76,7 @@ def _check_index(name: str, index: object) -> None:
 def _check_features(name: str, width: int, features: object, index: Tensor | None, size: object) -> None:
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise ValueError(
-            f"{name} {_described(features)} for features: give a tensor (k, {width}) of floating-point numbers"
+            f"{name} {described(features)} for features: give a tensor (k, {width}) of floating-point numbers"
         )
     if features.ndim != 2 or features.shape[1] != width:
         raise ValueError(
@@ -79,7 +85,7 @@ def _check_features(name: str, width: int, features: object, index: Tensor | Non
         )
     if size is not None and (index is None or not isinstance(size, Tensor) or size.shape != index.shape):
         raise ValueError(
-            f"{name} {_described(size)} for sizes: give one number to each token, and say which slots they take: "
+            f"{name} {described(size)} for sizes: give one number to each token, and say which slots they take: "
             "Compressed(features, index, size)"
         )
     if index is not None and len(index) != len(features):
@@ -106,11 +112,34 @@ def check_indices(method: Compressor, sizes: list[int], lengths: list[int], valu
                 f"{name} keeps token {outside[0]} of image {i} of this batch, which has {n}: positions count from 0 "
                 f"within each image, so use 0 .. {n - 1}"
             )
+        if len(index) == n > 2 and set(index.tolist()) <= {0, 1}:
+            raise ValueError(
+                f"{name} returned {n} positions, all 0 or 1, for image {i} of this batch, which looks like a mask: "
+                "return image.pick(mask.nonzero()[:, 0])"
+            )
         if (distinct := len(np.unique(index))) < len(index):
             raise ValueError(
                 f"{name} returned {len(index)} tokens for {distinct} distinct positions of image {i} of this batch: "
                 "keep each position once, such as index.unique()"
             )
+
+
+def check_values(method: Compressor, unit: str, wrong: str, lengths: list[int], fine: np.ndarray) -> None:
+    """Check the values that a method gave to images or rows.
+
+    Args:
+        method: that gave them.
+        unit: "image" or "row".
+        wrong: what the other values are and what to give instead, for the message.
+        lengths: number of values of each unit.
+        fine: True at the values that are as they should be, unit after unit.
+
+    Raises:
+        ValueError: some values are not fine.
+    """
+    for i, part in enumerate(np.split(fine, np.cumsum(lengths)[:-1])):
+        if not part.all():
+            raise ValueError(f"{type(method).__name__} gave {unit} {i} of this batch {wrong}")
 
 
 def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tuple[Tensor, Tensor | None]:
@@ -124,16 +153,16 @@ def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tu
         hidden, answer = answer.hidden, answer.keep
         if not isinstance(hidden, Tensor) or hidden.shape != tokens.hidden.shape or not hidden.is_floating_point():
             raise ValueError(
-                f"{name} returned {_described(hidden)} for states: give a tensor like `tokens.hidden`, here "
+                f"{name} returned {described(hidden)} for states: give a tensor like `tokens.hidden`, here "
                 f"{tuple(tokens.hidden.shape)}, or return the mask alone"
             )
     instead = f"return a bool mask (B, S), here {shape}, True at the tokens that stay"
     if isinstance(answer, Tensor) and answer.dtype.is_floating_point:
         raise ValueError(
-            f"{name} returned {_described(answer)}, which look like scores: {instead}, such as tokens.top(score, keep)"
+            f"{name} returned {described(answer)}, which look like scores: {instead}, such as tokens.top(score, keep)"
         )
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) != shape:
-        raise ValueError(f"{name} returned {_described(answer)}: {instead}")
+        raise ValueError(f"{name} returned {described(answer)}: {instead}")
     return answer, hidden
 
 
@@ -163,17 +192,7 @@ def check_weight(method: Compressor, tokens: LayerInput, answer: object) -> Tens
     shape = tuple(tokens.mask.shape)
     if not isinstance(answer, Tensor) or not answer.is_floating_point() or tuple(answer.shape) != shape:
         raise ValueError(
-            f"{type(method).__name__}.soft_retain returned {_described(answer)}: return weights (B, S) in [0, 1], here "
+            f"{type(method).__name__}.soft_retain returned {described(answer)}: return weights (B, S) in [0, 1], here "
             f"{shape}, or None outside of training"
         )
     return answer
-
-
-def _described(answer: object) -> str:
-    """Describe what a method returned: `a Tensor (16, 192) of float32`, `a list`, `None`."""
-    if isinstance(answer, Tensor):
-        return f"a Tensor {tuple(answer.shape)} of {str(answer.dtype).removeprefix('torch.')}"
-    if answer is None:
-        return "None"
-    kind = type(answer).__name__
-    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"

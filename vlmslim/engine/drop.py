@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from vlmslim.compressor import LayerInput
-from vlmslim.engine.answers import check_counts, check_retained, check_weight
+from vlmslim.engine.answers import NAN_SCORES, NOT_FINITE, check_counts, check_retained, check_values, check_weight
 from vlmslim.engine.attention import LayerAttention
 from vlmslim.engine.families import cached_keys
 from vlmslim.engine.forward import Call, Visit
@@ -50,7 +50,14 @@ def drop(
     if weight is not None:
         _hide(stage, layer, call, weight)
         return hidden
+    is_image = tokens.image > 0
+    rows = [is_image.shape[1]] * len(is_image)
+    if tokens.score is not None:
+        ranked = ~(tokens.score.isnan() & is_image.to(tokens.score.device))
+        later.check(ranked.flatten(), partial(check_values, stage.method, "row", NAN_SCORES, rows))
     if states is not None:
+        finite = states.isfinite().all(-1) | ~is_image.to(states.device)
+        later.check(finite.flatten(), partial(check_values, stage.method, "row", f"states {NOT_FINITE}", rows))
         made = torch.cat([states.to(hidden), hidden[:, states.shape[1] :]], dim=1)
         hidden = torch.where((_image(call.run(layer)) > 0).to(hidden.device)[..., None], made, hidden)
     return _remove(stage, layer, call, hidden, keep, tokens, later)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens
-from vlmslim.engine.answers import check_compressed, check_indices
+from vlmslim.engine.answers import NAN_SCORES, NO_SIZES, NOT_FINITE, check_compressed, check_indices, check_values
 from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.later import Later
@@ -120,6 +120,7 @@ class Entrance:
         assert self.stage is not None
         method, device = self.stage.method, embeds.device
         self._check_indices(method, placed, results)
+        self._check_numbers(method, placed, results)
         for image, result in zip(placed, results, strict=True) if call.number is not None else ():
             if result.features is not None:
                 slots = np.arange(len(result)) if result.index is None else np.sort(result.index.cpu().numpy())
@@ -152,15 +153,15 @@ class Entrance:
         given = [result.size is not None for result in results]
         if any(given):
             (at,) = to_device(device, np.repeat(given, sent).nonzero()[0])
-            counted = torch.cat([result.size for result in results if result.size is not None]).to(device).float()
+            counted = torch.cat([result.size.to(device).float() for result in results if result.size is not None])
             ones = torch.ones(is_text.shape, device=device)
             call.resize(ones.index_put((rows[at], places[at]), counted))
         embeds = gather_rows(embeds, index.index_put((rows, column), content))
         made = [result.features is not None for result in results]
         if any(made):
             (at,) = to_device(device, np.repeat(made, sent).nonzero()[0])
-            vectors = torch.cat([result.features for result in results if result.features is not None])
-            embeds = embeds.index_put((rows[at], column[at]), vectors.to(embeds))
+            vectors = torch.cat([result.features.to(embeds) for result in results if result.features is not None])
+            embeds = embeds.index_put((rows[at], column[at]), vectors)
         return embeds
 
     def _check_indices(self, method: Compressor, placed: list[Placed], results: list[Compressed]) -> None:
@@ -169,6 +170,17 @@ class Entrance:
             sizes, indices = zip(*known, strict=True)
             values = torch.cat([index.to(indices[0].device) for index in indices])
             self.later.check(values, partial(check_indices, method, list(sizes), [len(index) for index in indices]))
+
+    def _check_numbers(self, method: Compressor, placed: list[Placed], results: list[Compressed]) -> None:
+        """Refuse made tokens that are not finite, sizes that are not positive, and scores without a rank."""
+        made = [(r.features.detach().isfinite().all(1) if r.features is not None else None) for r in results]
+        sizes = [((r.size > 0) & r.size.isfinite() if r.size is not None else None) for r in results]
+        scores = [(~p.tokens.score.isnan() if isinstance(p.tokens.score, Tensor) else None) for p in placed]
+        for fine, wrong in ((made, f"tokens {NOT_FINITE}"), (sizes, NO_SIZES), (scores, NAN_SCORES)):
+            lengths = [0 if part is None else len(part) for part in fine]
+            if parts := [part for part in fine if part is not None]:
+                values = torch.cat([part.to(parts[0].device) for part in parts])
+                self.later.check(values, partial(check_values, method, "image", wrong, lengths))
 
 
 def _slots(results: list[Compressed], sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,19 @@ def one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def described(value: object) -> str:
+    """Describe a value by its kind: `a Tensor (16, 192) of float32`, `a list`, `None`."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__.replace("ndarray", "NumPy array")
+    text = f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return text
+    layout = str(getattr(value, "layout", "")).removeprefix("torch.").removeprefix("strided")
+    numbers = str(value.dtype).removeprefix("torch.")
+    return f"{text} {tuple(value.shape)} of {' '.join(filter(None, (layout, numbers)))}"
+
+
 def shown(value: Any) -> str:
     """Return the text of a value for a message, shortened."""
     try:
