@@ -90,6 +90,10 @@ BROKEN = {
     "cannot be imported: ZeroDivisionError: division by zero .*utils.py, line 1": "1 / 0",
     "cannot be imported: SystemExit: 3": "raise SystemExit(3)",
     "from ._part import": "import _part",
+    "frozen .*utils.py, line 6": NORM.replace("@dataclass", "@dataclass(frozen=True)"),
+    "Utils has its own __init__; write the options as": "import vlmslim\nclass Utils(vlmslim.Compressor):\n"
+    "    def __init__(self, keep=16):\n        self.keep = keep",
+    "rename the option method of Utils": NORM.replace("Norm(", "Utils(").replace("keep:", "method:"),
     r"Utils lists options \(keep\); put @dataclass above it": NORM.replace("Norm(", "Utils(").replace("@dataclass", ""),
 }
 
@@ -221,6 +225,20 @@ def test_a_file_that_fails_is_tried_again(tmp_path):
     assert method(f"{file}").keep == 1
 
 
+def test_an_option_needs_an_annotation(tmp_path):
+    file = write(tmp_path / "norm.py", NORM.replace("keep: int = 16", "keep = 16"))
+    with pytest.raises(ValueError, match=r"An option needs an annotation: write keep: float = \.\.\. in Norm"):
+        method(f"{file}", keep=4)
+
+
+def test_a_file_of_a_package_is_asked_for_by_the_name_of_its_module(tmp_path):
+    write(tmp_path / "ours" / "__init__.py", "")
+    for imports in ("from ours import helper", "from ..other import helper"):
+        file = write(tmp_path / "ours" / "norm.py", f"{imports}\n{NORM}")
+        with pytest.raises(BrokenMethod, match=f"to import .* ask for ours.norm:Class, with {tmp_path} on PYTHONPATH"):
+            method(f"{file}")
+
+
 def test_a_module(install, tmp_path, monkeypatch):
     install("", package="norm")
     write(tmp_path / "site-norm" / "deep" / "norm.py")
@@ -252,6 +270,9 @@ def test_a_class_without_a_name(tmp_path):
         ("elsewhere:Norm", "there is no module elsewhere; is its package installed?"),
         ("vlmslim.methods.fastw:FastV", "vlmslim.methods.fastw cannot be imported: ModuleNotFoundError"),
         ("some/folder", "unknown method 'some/folder'"),
+        ("sub/norm", "unknown method 'sub/norm'. For the file write sub/norm.py:Class"),
+        ("norm.py:Outer.Norm", "For the file write norm.py:Class"),
+        ("norm.py:keep", "norm.py has no class keep. Its methods: Norm; options are written name=value"),
     ],
 )
 def test_names_that_lead_nowhere(tmp_path, monkeypatch, name, message):
@@ -297,6 +318,7 @@ def test_options_and_their_defaults():
         (lambda: parse_method("fastv:layer"), "write options as name:option=value"),
         (lambda: parse_method("fastv:layr=3"), "unknown option of fastv 'layr'. Did you mean 'layer'"),
         (lambda: parse_method("divprun:keep=3"), "Did you mean 'divprune'"),
+        (lambda: parse_method("divprune:keep=3:keep=4"), "'divprune:keep=3:keep=4' gives keep twice"),
     ],
 )
 def test_mistakes_in_options(make, message):
@@ -309,7 +331,7 @@ def test_building_and_parsing():
     assert build(divprune) is divprune
     assert build({"method": "divprune", "keep": 4}) == divprune == build(parse_method(" divprune:keep=4 "))
     assert build("none") == method("none")
-    assert parse_method("fastv:layer=3:keep=0.5") == {"method": "fastv", "layer": 3, "keep": 0.5}
+    assert parse_method("fastv: layer = 3:keep=0.5") == {"method": "fastv", "layer": 3, "keep": 0.5}
     assert parse_method("divprune:newline=rows:keep=None") == {"method": "divprune", "newline": "rows", "keep": None}
 
 

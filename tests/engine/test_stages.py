@@ -9,7 +9,7 @@ from snapshots import changes, model_state
 from tiny import DEPTH, tiny
 
 import vlmslim
-from vlmslim.compressor import Compressor
+from vlmslim.compressor import Compressor, ScoreAndKeep, Selector
 
 
 @dataclass
@@ -42,6 +42,21 @@ class Misspelt(Compressor):
 
 
 @dataclass
+class RanksNothing(ScoreAndKeep):
+    def scores(self, image):
+        return image.features[:, 0]
+
+
+@dataclass
+class NotSettled(Selector):
+    def __post_init__(self):
+        pass
+
+    def compress(self, image):
+        return image.pick(torch.arange(4))
+
+
+@dataclass
 class TooDeep(Halve):
     layers = (DEPTH,)
 
@@ -58,6 +73,8 @@ class Elsewhere(Strided):
         (OnlySoft(), "OnlySoft overrides `retain` but has no `layers`"),
         (OnlyLayers(), r"OnlyLayers has layers=\(1, 2\) but does not override `retain`"),
         (Misspelt(), "Misspelt overrides none of .*patch.model, 'none'"),
+        (RanksNothing(), "RanksNothing does not override `score`, so it ranks nothing"),
+        (NotSettled(4), "positions='auto': use .*; a __post_init__ first calls super"),
         (TooDeep(), "no decoder layer 4 to drop tokens before; use 1 .. 3"),
         ([Strided(), PairMean()], "both work before the language model"),
         ([Halve(), Both()], "both drop tokens before layer 2"),

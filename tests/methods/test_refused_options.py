@@ -14,7 +14,7 @@ REFUSED = {
     "aim": [
         (dict(keep=0), "at least one"),
         (dict(keep=1.5), r"a share lies in \(0, 1\]"),
-        (dict(keep=True), "finite number or a dict"),
+        (dict(keep=True), r"a count \(64\) or a share \(0.11\)"),
         (dict(order="random"), "'raster', 'released'"),
         (dict(newline="drop"), "'within', 'extra'"),
         (dict(start=-1), "a layer is not negative"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmslim.compressor import Compressor, resolve_layer
+from vlmslim.compressor import Compressor, ScoreAndKeep, resolve_layer
 from vlmslim.engine.families import encoder_layers
 
 
@@ -50,6 +50,8 @@ class Stage:
                 f"{kind} has layers={tuple(method.layers)} but does not override `retain`; "
                 "write `retain`, or remove `layers` if it works before the language model only"
             )
+        if own.compress is ScoreAndKeep.compress and getattr(own, "score", None) is ScoreAndKeep.score:
+            raise ValueError(f"{kind} does not override `score`, so it ranks nothing; write `score`, or `compress`")
         if not drops and not method.acts_before_llm and own.requested is Compressor.requested:
             raise ValueError(
                 f"{kind} overrides none of `compress`, `compress_images` and `retain`, so it would change nothing; "
@@ -76,7 +78,8 @@ def in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
             before = stage
         for name in ("positions", "layer_positions"):
             if (value := getattr(stage.method, name)) not in ("renumbered", "original"):
-                raise ValueError(f"{name}={value!r}: use 'renumbered' or 'original'")
+                hint = "; a __post_init__ first calls super().__post_init__()" if value == "auto" else ""
+                raise ValueError(f"{name}={value!r}: use 'renumbered' or 'original'{hint}")
         for layer in stage.layers:
             if layer in at_layer:
                 raise ValueError(f"{at_layer[layer].method} and {stage.method} both drop tokens before layer {layer}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import vlmslim
 from vlmslim.compressor import Compressor
+from vlmslim.io.modules import import_root
 
 _PACKAGE = Path(vlmslim.__file__).resolve().parent
 #: What every evaluation runs, whatever its method.
@@ -138,10 +139,7 @@ def _source_of(cls: type) -> _Source:
             f"{cls.__name__} (module {cls.__module__}) has no source file, so a later change of its code could not be "
             "noticed; put the class into a file of its own"
         )
-    root = file.parent
-    while (root / "__init__.py").is_file():
-        root = root.parent
-    return _Source(file, root)
+    return _Source(file, import_root(file))
 
 
 @lru_cache(maxsize=1024)

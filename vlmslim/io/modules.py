@@ -36,6 +36,14 @@ def import_file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+def import_root(file: Path) -> Path:
+    """Return the folder in which Python looks up the import name of a file: the first above it that is no package."""
+    root = file.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    return root
+
+
 def imported_file(module: str) -> str | None:
     """Return the path of a module that `import_file` made; None for any other module."""
     return getattr(sys.modules.get(module), "__file__", None) if module.startswith(_FOLDER) else None

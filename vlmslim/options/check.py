@@ -91,7 +91,7 @@ def expected(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     words = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text", types.NoneType: "None"}
     if origin is Annotated:
-        return expected(inner[0])
+        return next((words for words in inner[1:] if isinstance(words, str)), expected(inner[0]))
     if origin in (Union, types.UnionType):
         kinds = [kind for kind in inner if kind is not int or float not in inner]
         return " or ".join(dict.fromkeys(map(expected, kinds)))

@@ -1,12 +1,12 @@
 """Options that many methods share: how many tokens to keep, before which decoder layer, at which positions."""
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from vlmslim.io.messages import shown
 from vlmslim.options.check import fits
 
 #: A count, a share of an image's visual tokens, or {"auto": count or share, "average": rank}: more to complex images.
-Keep: TypeAlias = int | float | dict[str, int | float]
+Keep: TypeAlias = Annotated[int | float | dict[str, int | float], "a count (64) or a share (0.11) of the visual tokens"]
 
 
 def check_keep(keep: Keep, name: str = "keep") -> None:

@@ -13,11 +13,13 @@ case and underscores, or else the class under `@the_method`. A file whose name s
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -90,8 +92,9 @@ def method_class(name: str) -> type["Compressor"]:
         return _class_at(address, _load_file(address["place"]))
     if address := _MODULE.fullmatch(name):
         return _class_at(address, _load_module(address["place"]))
-    known = method_names()
-    raise ValueError(f"unknown method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    known, file = method_names(), re.split(r"\.py|:", name)[0] + ".py"
+    hint = f" For the file write {file}:Class." if os.path.isfile(file) else did_you_mean(name, known)
+    raise ValueError(f"unknown method {name!r}.{hint} Known: {', '.join(known)}")
 
 
 def built_in_names() -> list[str]:
@@ -168,25 +171,38 @@ def _import(what: str, load: Callable[[], _Imported]) -> _Imported:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):
+    """Return the message of an exception and the place in the author's code, without the frames of Python itself."""
+    if isinstance(error, SyntaxError) and error.filename:
         return f"{error.msg} ({error.filename}, line {error.lineno})"
-    ours = (__file__, modules.__file__)
+    ours, python = (__file__, modules.__file__), Path(inspect.__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
-    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    frames = [frame for frame in frames if "importlib" not in frame.filename and Path(frame.filename).parent != python]
     if not frames:
         return one_line(error)
-    reason = f"{one_line(error)} ({frames[-1].filename}, line {frames[-1].lineno})"
-    if isinstance(error, ModuleNotFoundError) and Path(frames[-1].filename).with_name(f"{error.name}.py").is_file():
-        reason += f"; for the file {error.name}.py beside it write: from .{error.name} import ..."
-    return reason
+    hint = _import_hint(error, Path(frames[-1].filename)) if isinstance(error, ImportError) else ""
+    return f"{one_line(error)} ({frames[-1].filename}, line {frames[-1].lineno}){hint}"
+
+
+def _import_hint(error: ImportError, file: Path) -> str:
+    """Return how a file imports what lies beside it or in its package; nothing if the import is of something else."""
+    folder, name, root = file.parent, top_package(error.name or ""), modules.import_root(file)
+    if name and ((folder / f"{name}.py").is_file() or (folder / name).is_dir()):
+        return f"; for {name} beside the file write: from .{name} import ..."
+    inside = file.relative_to(root).with_suffix("").parts
+    if len(inside) > 1 and name in ("", inside[0]):
+        return f"; to import from its package ask for {'.'.join(inside)}:Class, with {root} on PYTHONPATH"
+    return ""
 
 
 def _class_at(address: re.Match[str], module: ModuleType) -> type["Compressor"]:
     if address["cls"] is None:
         return _method_of(module)
     if not hasattr(module, address["cls"]):
-        hint = did_you_mean(address["cls"], (cls.__name__ for cls in _methods_in(module)))
-        raise ValueError(f"{address['place']} has no class {address['cls']}.{hint}")
+        names = [cls.__name__ for cls in _methods_in(module)]
+        raise ValueError(
+            f"{address['place']} has no class {address['cls']}.{did_you_mean(address['cls'], names)} Its methods: "
+            f"{', '.join(names) or 'none'}; options are written name=value"
+        )
     return _checked(getattr(module, address["cls"]), address[0])
 
 
@@ -227,7 +243,7 @@ def _checked(cls: Any, where: str) -> type["Compressor"]:
     """Return the class if it is a method.
 
     Raises:
-        BrokenMethod: it is none, or its options are only annotations, because `@dataclass` is missing.
+        BrokenMethod: it is none, or its options are no fields of a dataclass.
     """
     from vlmslim.compressor import Compressor
 
@@ -236,6 +252,14 @@ def _checked(cls: Any, where: str) -> type["Compressor"]:
     options = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
     if options and "__dataclass_fields__" not in vars(cls):
         raise BrokenMethod(f"{where}: {cls.__name__} lists options ({', '.join(options)}); put @dataclass above it")
+    known = {field.name for field in fields(cls) if field.init}
+    if set(inspect.signature(cls.__init__).parameters) - {"self"} != known:
+        raise BrokenMethod(
+            f"{where}: {cls.__name__} has its own __init__; write the options as annotated fields under @dataclass, "
+            "and what they need in __post_init__"
+        )
+    if "method" in known:
+        raise BrokenMethod(f"{where}: rename the option method of {cls.__name__}; the word stands for a method's name")
     return cls
 
 

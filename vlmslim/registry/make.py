@@ -1,7 +1,6 @@
 """Methods made from their names and options."""
 
 import ast
-from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,7 +33,7 @@ def method(name: str, **options: Any) -> "Compressor":
     cls = method_class(name)
     known = options_of(cls)
     for option in options:
-        _check_option(name, option, known)
+        _check_option(name, cls, option)
     for option, default in known.items():
         if default is MISSING and option not in options:
             raise ValueError(f"{name} needs the option {option}: give {option}=...; its options are {', '.join(known)}")
@@ -71,13 +70,15 @@ def parse_method(text: str) -> dict[str, Any]:
     name, *parts = text.strip().split(":")
     if parts and "=" not in parts[0] and name not in method_names():  # path/to/file.py:Class
         name = f"{name}:{parts.pop(0)}"
-    known = options_of(name)
+    cls = method_class(name)
     stage: dict[str, Any] = {"method": name}
     for part in parts:
-        option, equals, value = part.partition("=")
+        option, equals, value = map(str.strip, part.partition("="))
         if not equals:
             raise ValueError(f"{text!r}: write options as name:option=value, such as fastv:layer=3")
-        _check_option(name, option, known)
+        _check_option(name, cls, option)
+        if option in stage:
+            raise ValueError(f"{text!r} gives {option} twice")
         try:
             stage[option] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -85,7 +86,12 @@ def parse_method(text: str) -> dict[str, Any]:
     return stage
 
 
-def _check_option(name: str, option: str, known: Collection[str]) -> None:
-    if option not in known:
-        listed = ", ".join(known) or "none"
-        raise ValueError(f"unknown option of {name} {option!r}.{did_you_mean(option, known)} Known: {listed}")
+def _check_option(name: str, cls: type["Compressor"], option: str) -> None:
+    from vlmslim.compressor import Compressor
+
+    if option in (known := options_of(cls)):
+        return
+    hint = did_you_mean(option, known)
+    if hasattr(cls, option) and not hasattr(Compressor, option):
+        hint = f" An option needs an annotation: write {option}: float = ... in {cls.__name__}, for a number."
+    raise ValueError(f"unknown option of {name} {option!r}.{hint} Known: {', '.join(known) or 'none'}")
