@@ -61,7 +61,7 @@ class Call:
     blocks   : (B, L) the block in which a token sees all others, -1 where it is causal; None if all are
     added    : per decoder layer, (N, d) what the model adds after it to its N visual tokens
     number   : (B, L) which of these each of the caller's tokens gets, -1 for none
-    delta    : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted
+    delta    : (B, 1) rotary position minus number of tokens, where positions have several numbers
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     recorder : keeps what pictures show; None if the patch records no tokens
     read     : what the host knows of ids and mask since before the encoder started, by the name of the argument

@@ -336,7 +336,7 @@ class Hooks:
         """Lay attention maps of every layer out over the caller's tokens.
 
         Raises:
-            ValueError: the forward continues a compressed prompt, of which the maps have no place for what is gone.
+            ValueError: the forward continues a compressed prompt, and the maps have no place for the dropped tokens.
         """
         if call.past is not None or call.packed is not None:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The images of an encoder output, as a method is shown them.
 
-`Family.units` says how the encoder of a family hands out images. One function here reads each way.
+`Family.units` says how the encoder of a family hands out images. Each of these ways has a function here.
 """
 
 import math

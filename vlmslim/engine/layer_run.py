@@ -103,7 +103,7 @@ class Run:
 
 
 def wider(size: Tensor | None, more: int) -> Tensor | None:
-    """Add the sizes of so many tokens that stand for themselves to sizes (B, P)."""
+    """Append the sizes of `more` tokens that stand for themselves alone: (B, P) -> (B, P + more)."""
     return None if size is None else torch.nn.functional.pad(size, (0, more), value=1.0)
 
 

@@ -26,7 +26,7 @@ class Plan:
     sizes  : for each run of decoder layers, (B, P) how many tokens each cached key stands for; None if one each
     padded : whether some mask is not all True
     tail   : tokens at the end of the sequence, in every row, of which none was dropped
-    delta  : (B, 1) how far rotary positions of several numbers are ahead of the tokens counted; None with one number
+    delta  : (B, 1) rotary position minus number of tokens, where positions have several numbers; None elsewhere
     """
 
     length: int

@@ -53,20 +53,20 @@ class Recorder:
         """Follow the tokens of one image of a prompt through the runs of decoder layers."""
         columns, sent = self.sent[row][number]
         entrance = next((stage.name for stage in stages if stage.acts_before_llm), "")
-        seats, into, made_of = _entered(entrance, sent, len(columns))
+        slots, into, made_of = _entered(entrance, sent, len(columns))
         score = None if image.score is None else _host(image.score)
-        cuts = [Cut(0, entrance, len(seats), into, score, made_of)]
+        cuts = [Cut(0, entrance, len(slots), into, score, made_of)]
         between = {layer: stage.name for stage in stages for layer in stage.layers}
         before = layouts[0]
         for first in sorted(layouts.keys() & between.keys()):
-            score = self._score(first, row, number, before, columns, seats, into)
+            score = self._score(first, row, number, before, columns, slots, into)
             if into is not None and first in self.joins:
-                moved = self._joined(first, row, number, before, columns, seats)
+                moved = self._joined(first, row, number, before, columns, slots)
                 into = moved[into]
                 if made_of is not None:
                     made_of = _summed(made_of, moved[:-1])
             before = layouts[first]
-            left = _tokens(before, row, number, columns, seats)
+            left = _tokens(before, row, number, columns, slots)
             parts = None if made_of is None else made_of[left]
             own = None if into is None else _renumbered(into, left) if parts is None else largest_share(parts)
             cuts.append(Cut(first, between[first], len(left), own, score, parts))
@@ -79,27 +79,27 @@ class Recorder:
         number: int,
         before: Layout,
         columns: np.ndarray,
-        seats: np.ndarray,
+        slots: np.ndarray,
         into: np.ndarray | None,
     ) -> np.ndarray | None:
         """Spread the scores of a stage, which saw the tokens `before`, over the image's own tokens: (n,)."""
         if layer not in self.scores or into is None:
             return None
         (place,) = (before.image[row] == number + 1).cpu().numpy().nonzero()
-        each = np.full(len(seats) + 1, np.nan, np.float32)  # the last entry is for tokens that went nowhere
-        each[_tokens(before, row, number, columns, seats)] = _host(self.scores[layer])[row, place]
+        each = np.full(len(slots) + 1, np.nan, np.float32)  # the last entry is for tokens that went nowhere
+        each[_tokens(before, row, number, columns, slots)] = _host(self.scores[layer])[row, place]
         return each[into]
 
     def _joined(
-        self, layer: int, row: int, number: int, before: Layout, columns: np.ndarray, seats: np.ndarray
+        self, layer: int, row: int, number: int, before: Layout, columns: np.ndarray, slots: np.ndarray
     ) -> np.ndarray:
         """Return the token into which each of the k that entered went before a layer: (k + 1,), with -1 at the end."""
         (place,) = (before.image[row] == number + 1).cpu().numpy().nonzero()
-        there = _tokens(before, row, number, columns, seats)
+        there = _tokens(before, row, number, columns, slots)
         token = np.full(before.image.shape[1], -1)  # at each place
         token[place] = there
         target = token[self.joins[layer][row].cpu().numpy()[place]]
-        moved = np.append(np.arange(len(seats)), -1)
+        moved = np.append(np.arange(len(slots)), -1)
         moved[there] = np.where(target < 0, there, target)
         return moved
 
@@ -112,7 +112,7 @@ def _summed(made_of: np.ndarray, moved: np.ndarray) -> np.ndarray:
 
 
 def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Return the seats (k,) that the tokens of an image take among its n, ascending, `Cut.into` and `Cut.made_of`.
+    """Return the slots (k,) of the tokens that entered of an image of n, ascending; `Cut.into`; `Cut.made_of`.
 
     Raises:
         ValueError: `Compressed.into` or `Compressed.made_of` is not what it has to be.
@@ -146,7 +146,7 @@ def _entered(stage: str, sent: Compressed | None, n: int) -> tuple[np.ndarray, n
 
 
 def largest_share(made_of: np.ndarray) -> np.ndarray:
-    """Return, for each of an image's n tokens, the one of k (k, n) of which it makes up the largest share: (n,).
+    """Find, for each of an image's n tokens, in which of k made tokens its share is largest: (k, n) -> (n,).
 
     The lower number on ties; -1 for a token that is in none of them.
     """
@@ -155,10 +155,10 @@ def largest_share(made_of: np.ndarray) -> np.ndarray:
     return np.where((made_of > 0).any(0), share.argmax(0), -1)
 
 
-def _tokens(layout: Layout, row: int, number: int, columns: np.ndarray, seats: np.ndarray) -> np.ndarray:
-    """Return which of the tokens that entered, by number, a layout holds of an image."""
+def _tokens(layout: Layout, row: int, number: int, columns: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Return the numbers of the tokens that a layout still holds, among those that entered of an image."""
     origin = layout.origin[row, layout.image[row] == number + 1].cpu().numpy()
-    return np.searchsorted(seats, np.searchsorted(columns, origin))
+    return np.searchsorted(slots, np.searchsorted(columns, origin))
 
 
 def _renumbered(into: np.ndarray, left: np.ndarray) -> np.ndarray:
