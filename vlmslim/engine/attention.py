@@ -282,7 +282,7 @@ def _twin(module: nn.Module, idle: Collection[str] = ()) -> nn.Module:
 
 
 class _Zeros(nn.Module):
-    """Stands in for a linear layer whose output is not read, because computing it would take as long as one that is read."""
+    """Stands in for a linear layer whose output is not read, because computing it would take time."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -137,7 +137,7 @@ def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tup
 
 
 def _without_gaps(x: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """Number coordinates x (n,) anew, so that those of which no token `stays` (n,) leave no gap."""
+    """Renumber coordinates x (n,), so that those of which no token `stays` (n,) leave no gap."""
     values, which = np.unique(x, return_inverse=True)
     gaps = np.diff(values, append=values[-1:] + 1) * ~np.isin(values, x[stays])
     return x - (gaps.cumsum() - gaps)[which]
