@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import close, greedy
-from prompts import LONG_ROWS, ROWS, SEVERAL, all_visual, batch
+from compare import close
+from prompts import ROWS, SEVERAL, all_visual, batch
 from tiny import tiny
 from unpatched import reference
 
@@ -21,12 +21,3 @@ def test_the_text_alone_is_read(family, positions):
         with vlmslim.patch(model, "blind", positions=positions) as slim:
             close(model(**inputs).logits[0, kept], want.logits())
         assert slim.receipt.kept.range == [0, 0] and slim.receipt.had_effect
-
-
-@torch.no_grad()
-def test_a_batch_answers_as_its_rows(family):
-    model = tiny(family)
-    with vlmslim.patch(model, "blind"):
-        together = greedy(model, batch(model, LONG_ROWS))[1]
-        for i, row in enumerate(LONG_ROWS):
-            close(together[i], greedy(model, batch(model, [row]))[1][0], 1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import close, greedy
+from checks import check_a_batch_is_its_rows
 from doubles import PairMean
 from prompts import LONG_ROWS, SEVERAL, batch
 from tiny import tiny
@@ -36,13 +36,8 @@ def test_one_layer_by_attention_is_fastv(family):
 
 
 @pytest.mark.parametrize("by", BY)
-@torch.no_grad()
-def test_a_batch_equals_its_rows_one_by_one(by):
-    model = tiny("llava")
-    with vlmslim.patch(model, "schedule", layer=[1, 2], counts=[9, 4], by=by):
-        _, logits = greedy(model, batch(model, LONG_ROWS))
-        for i, row in enumerate(LONG_ROWS):
-            close(logits[i], greedy(model, batch(model, [row]))[1][0])
+def test_a_batch_is_its_rows(by):
+    check_a_batch_is_its_rows(tiny("llava"), LONG_ROWS, Schedule(layer=[1, 2], counts=[9, 4], by=by))
 
 
 @torch.no_grad()
