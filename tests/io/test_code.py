@@ -32,15 +32,18 @@ class Norm(Compressor):
         order = image.features.norm(dim=-1).argsort(descending=True)
         return image.pick(order[: self.keep])
 '''
-HELPER = "import far.away\n\n\ndef largest(x):\n    return x.max()\n"
+HELPER = "import far.away\nimport lab\n\n\ndef largest(x):\n    return x.max()\n"
 
 
 @pytest.fixture
 def norm(tmp_path, monkeypatch):
     """Writes a method with a helper beside it, and returns its class as it is now."""
-    monkeypatch.syspath_prepend(tmp_path)
+    for folder in (tmp_path / "elsewhere", tmp_path):
+        monkeypatch.syspath_prepend(folder)
 
-    def norm(text=NORM, helper=HELPER, inner="") -> type:
+    def norm(text=NORM, helper=HELPER, inner="", other="") -> type:
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / "elsewhere" / "lab.py").write_text(f"import json, pytest, torch\n{other}")
         (tmp_path / "far").mkdir(exist_ok=True)
         (tmp_path / "far" / "away.py").write_text(f"x = 1\n{inner}")
         (tmp_path / "helper.py").write_text(helper)
@@ -53,7 +56,7 @@ def norm(tmp_path, monkeypatch):
         return module.Norm
 
     yield norm
-    for name in ("helper", "far", "far.away"):
+    for name in ("helper", "far", "far.away", "lab"):
         sys.modules.pop(name, None)
 
 
@@ -99,13 +102,15 @@ def test_every_other_edit_counts(norm, old, new):
 
 def test_files_beside_a_method_count(norm):
     before = code_hash([norm()])
-    assert {"norm.py", "helper.py", "far/away.py"} == {name for name in before if not name.startswith("vlmslim/")}
+    assert before.keys() - code_hash([]).keys() == {"norm.py", "helper.py", "far/away.py", "lab.py"}
     assert changed(before, code_hash([norm(helper=HELPER.replace("max", "min"))])) == {"helper.py"}
     assert changed(before, code_hash([norm(inner="y = 2")])) == {"far/away.py"}
+    assert changed(before, code_hash([norm(other="z = 3")])) == {"lab.py"}
     assert {name: file.name for name, file in outside_files([norm()]).items()} == {
         "norm.py": "norm.py",
         "helper.py": "helper.py",
         "far/away.py": "away.py",
+        "lab.py": "lab.py",
     }
 
 

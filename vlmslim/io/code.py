@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import vlmslim
@@ -22,6 +24,8 @@ _ENGINE = (
     "patching.py",
     "engine/**/*.py",
 )
+#: Folders of installed packages.
+_LIBRARIES = {"site-packages", "dist-packages"}
 #: Imports are followed into these rooms of the package. Its other rooms do not compute tokens.
 _FOLLOWED = ("ops", "methods")
 
@@ -33,9 +37,9 @@ class SourceError(ValueError):
 def code_hash(classes: Iterable[type]) -> dict[str, str]:
     """Hash the code that decides what methods do, file by file.
 
-    The files are those that define the classes and their bases, what these import from the methods and the tensor
-    operations of this package or from beside an author's own file, and the engine. Comments, docstrings and formatting
-    do not count, because the hash is of the syntax tree.
+    The files are those that define the classes and their bases; what these import from the methods and the tensor
+    operations of this package, from beside an author's own file or from folders on PYTHONPATH; and the engine.
+    Comments, docstrings and formatting do not count, because the hash is of the syntax tree.
 
     Args:
         classes: classes of methods.
@@ -93,12 +97,15 @@ class _Source:
         return _read(self.file, self.file.relative_to(self.root).parent.parts, stat.st_size, stat.st_mtime_ns)
 
     def imported(self) -> Iterator["_Source"]:
-        """Yield the files that this file imports, as far as they compute tokens or belong to the same author."""
+        """Yield the files that this file imports, if they compute tokens and no installed package brings them."""
         for names in self.contents.imports:
+            root: Path | None
             if names[0] == _PACKAGE.name:
                 root = _PACKAGE.parent if names[1:2] and names[1] in _FOLLOWED else None
+            elif self._has_neighbour(names[0]):
+                root = self.root
             else:
-                root = self.root if self._has_neighbour(names[0]) else None
+                root = _own_folder(names[0], tuple(sys.path)) if self.is_outside else None
             if root is not None:
                 place = root.joinpath(*names)
                 files = (place.with_name(f"{names[-1]}.py"), place / "__init__.py")
@@ -111,7 +118,21 @@ class _Source:
         installed packages has no neighbours, because those have other authors.
         """
         first, *rest = self.file.relative_to(self.root).parts
-        return name == first if rest else self.root.name not in ("site-packages", "dist-packages")
+        if rest:
+            return name == first
+        beside = (self.root / name, self.root / f"{name}.py")
+        return self.root.name not in _LIBRARIES and any(path.exists() for path in beside)
+
+
+@lru_cache(maxsize=1024)
+def _own_folder(name: str, path: tuple[str, ...]) -> Path | None:
+    """Return the folder, such as one on PYTHONPATH, of a top-level module that is not among the installed packages.
+
+    `path` is `sys.path`, because another one finds other modules.
+    """
+    spec = None if name in sys.stdlib_module_names else find_spec(name)
+    place = spec and (next(iter(spec.submodule_search_locations or ()), None) or spec.origin)
+    return Path(place).resolve().parent if place and not _LIBRARIES & {*Path(place).parts} else None
 
 
 def _sources(classes: Iterable[type]) -> list[_Source]:
