@@ -10,7 +10,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from vlmslim.method_classes import method_class, method_names
+from vlmslim.registry import method_class, method_names
 
 ROOT = Path(__file__).parents[2]
 PAGE, RECORD = ROOT / "docs" / "methods.md", ROOT / "assets" / "bench" / "selection_cpu.json"
