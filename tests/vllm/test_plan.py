@@ -60,6 +60,8 @@ def test_methods_before_the_language_model_promise_what_they_keep(name, family):
         ({"method": "divprune", "keep": 17}, "16 visual tokens"),
         ({"method": "divprune", "kep": 5}, "Did you mean 'keep'"),
         ({"method": "divprun"}, "Did you mean 'divprune'"),
+        ({"method": "divprune", "keep": 5, "positions": "kept"}, "positions='kept'"),
+        ({"method": "blind"}, "keeps nothing of an image"),
         ({"keep": 5}, "names no method"),
     ],
 )
@@ -124,6 +126,11 @@ def test_the_command_serves_a_checkpoint():
     assert words[:3] == ["vllm", "serve", bundled.resolve("bundled/tiny-llava-next")]
     assert words[-2:] == ["--video-pruning-rate", "0.01"]  # because positions stay
     assert json.loads(words[words.index("--hf-overrides") + 1]) == overrides("divprune", "llava_next", keep=64)
+
+
+def test_a_checkpoint_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="the path /nowhere/at/all does not exist"):
+        command("divprune:keep=64", "/nowhere/at/all")
 
 
 def test_the_entry_point_can_be_imported_without_vllm():

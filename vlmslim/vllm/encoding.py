@@ -182,7 +182,8 @@ class SlimModel(Mixin):
 
     def _process_image_input(self, image_input: Any) -> Any:
         if image_input["type"] == "image_embeds":  # made elsewhere, and counted as they are
-            return super()._process_image_input(image_input)
+            made = super()._process_image_input(image_input)
+            return [with_slots(own, None) for own in made] if self.keeps_positions else made
         with self._watched() as seen:
             features = super()._process_image_input(image_input)
         images = self._images(image_input, features, seen)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vlmslim import bundled
-from vlmslim.compressor import Compressor, Selector
+from vlmslim.compressor import Compressor, Selector, check_choices
 from vlmslim.engine.families import family_of
 from vlmslim.io.messages import did_you_mean
+from vlmslim.loading import check_checkpoint
 from vlmslim.patching import made, set_up
 from vlmslim.registry import address_of, is_method_name, options_of, parse_method
 from vlmslim.saving.folder import read
@@ -72,7 +72,7 @@ def command(method: str, checkpoint: str) -> list[str]:
     Raises:
         ValueError: as `overrides`; or the checkpoint cannot be found.
     """
-    checkpoint = bundled.resolve(checkpoint)
+    checkpoint = check_checkpoint(checkpoint)
     model_type = AutoConfig.from_pretrained(checkpoint).model_type
     saved = not is_method_name(method.partition(":")[0]) and read(method) is not None
     given = overrides(method if saved else parse_method(method), model_type)
@@ -109,8 +109,8 @@ def plan_of(config: Any) -> Plan:
         config: of transformers, with the method under `vlmslim`.
 
     Raises:
-        ValueError: no method, one that vLLM cannot run or that does not suit the checkpoint, or one that decides itself
-            how many tokens it keeps.
+        ValueError: no method, one that vLLM cannot run or that does not suit the checkpoint, one that decides itself
+            how many tokens it keeps, or one that keeps none.
     """
     spec = getattr(config, "vlmslim", None)
     if not isinstance(spec, str | dict):
@@ -126,7 +126,10 @@ def plan_of(config: Any) -> Plan:
     if not family_of(skeleton).anyres:  # every picture has as many tokens
         vision = config.vision_config
         method.count((vision.image_size // vision.patch_size) ** 2)
-    if method.count(sys.maxsize) is None:
+    count = method.count(sys.maxsize)
+    if count == 0:
+        raise ValueError(f"{method} keeps nothing of an image; leave the images out of the prompts instead")
+    if count is None:
         raise ValueError(
             f"{method} decides itself how many tokens it keeps of an image, and vLLM must know before it encodes the "
             "image: set keep, or use another method"
@@ -157,10 +160,11 @@ def _check_possible(methods: Sequence[Compressor]) -> None:
     """Refuse methods that vLLM cannot run.
 
     Raises:
-        ValueError: says which stage and why.
+        ValueError: says which stage and why; or `positions` is unknown.
     """
     stages = [stage for method in methods for stage in method.stages()]
     for stage in stages:
+        check_choices(stage, positions=("renumbered", "original"))
         if stage.drops_between_layers or not stage.acts_before_llm:
             raise ValueError(
                 f"{stage} works inside the decoder. vLLM keeps one length of a request for all layers, and its "
