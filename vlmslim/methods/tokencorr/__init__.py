@@ -251,7 +251,8 @@ class TokenCorr(Compressor):
         before_projector = _one_patch_each(image)
         own = image.tower_tokens if before_projector else features
         slots = torch.cat([view.slots for view in views])
-        merged = [absorb(own[v.slots], v.keys, v.low, kept[v.slots], self.merge, self.neighbours) for v in views]
+        how = (self.merge, self.neighbours, len(index))
+        merged = [absorb(own[view.slots], view.keys, view.low, kept[view.slots], *how) for view in views]
         takes = [(~kept[v.slots]).any().expand(len(v.slots)) for v in views]  # else its tokens stay as they are
         y = own.float().index_copy(0, slots, torch.cat(merged))[index]
         changed = torch.zeros_like(kept).index_copy(0, slots, torch.cat(takes))[index]
@@ -265,7 +266,7 @@ class TokenCorr(Compressor):
         kept = torch.zeros(n, dtype=torch.bool, device=index.device).index_fill(0, index, True)
         for view in views:
             own = torch.eye(len(view.slots), device=index.device)
-            taken = absorb(own, view.keys, view.low, kept[view.slots], self.merge, self.neighbours)
+            taken = absorb(own, view.keys, view.low, kept[view.slots], self.merge, self.neighbours, len(index))
             weights[view.slots] = weights.new_zeros(len(own), n).index_copy(1, view.slots, taken)
         return weights[index]
 
@@ -347,7 +348,15 @@ def by_novelty(views: list[View]) -> Tensor:
     return slots[order[(~outlier[order]).byte().argsort(stable=True)]]
 
 
-def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "knn", neighbours: int = 32) -> Tensor:
+def absorb(
+    x: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    merge: str = "knn",
+    neighbours: int = 32,
+    most: int | None = None,
+) -> Tensor:
     """Let kept patches take in similar dropped ones: weighted means, in fp32.
 
     Args:
@@ -357,15 +366,17 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
         keep: (m,) bool.
         merge: "knn" or "assign", as in `TokenCorr`.
         neighbours: of each kept patch for "knn"; several kept patches may take in the same dropped patch.
+        most: no more patches than this are kept, which saves the work of the others; None if the number is unknown.
 
     Returns:
         (m, v) in fp32, of which the rows of kept patches count.
     """
     with torch.autocast(x.device.type, enabled=False):
         with torch.no_grad():
+            rows = keep.byte().argsort(descending=True, stable=True)[:most]  # those that are kept come first
             keys = F.normalize(keys.float(), dim=-1)
-            pairs = keep[:, None] & ~keep  # (m, m) a kept patch in the row, a dropped one in the column
-            similarity = (keys @ keys.T).masked_fill(~pairs, -torch.inf)
+            pairs = keep[rows][:, None] & ~keep  # (r, m) a kept patch in the row, a dropped one in the column
+            similarity = (keys[rows] @ keys.T).masked_fill(~pairs, -torch.inf)
             taken = torch.zeros_like(similarity)
             if merge == "knn":
                 nearest = similarity.sort(dim=1, descending=True, stable=True).indices[:, :neighbours]
@@ -374,6 +385,7 @@ def absorb(x: Tensor, keys: Tensor, weight: Tensor, keep: Tensor, merge: str = "
                 taken.scatter_(0, similarity.sort(dim=0, descending=True, stable=True).indices[:1], 1)
             weight = weight.float().clamp(min=torch.finfo(torch.float32).tiny)  # a softmax may underflow
             share = taken * pairs * weight
-            total = weight + share.sum(1)
+            own = weight[rows, None]
+            total = own + share.sum(1, keepdim=True)
         x = x.float()
-        return (weight[:, None] * x + share @ x) / total[:, None]
+        return x.index_copy(0, rows, (own * x[rows] + share @ x) / total)
