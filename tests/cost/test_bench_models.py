@@ -109,6 +109,21 @@ def test_prompts_and_the_ideal_of_other_families(name):
     assert lengths(kv_cache(bound)) == [v + prompt.text_tokens + 3 for v in visual]
 
 
+@torch.inference_mode()
+def test_a_decoder_may_have_fewer_layers_than_the_tower_has_features_for():
+    """As `vlmslim bench --shape qwen3-vl-8b --layers 2` builds it."""
+    model = build("qwen3_vl")
+    lm = model.model.language_model
+    lm.layers, lm.config.num_hidden_layers = lm.layers[:2], 2
+    prompt = SyntheticPrompt.make(model, text_tokens=9, image_size=(64, 48))
+    n, options = prompt.tokens, dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    with ideal(model, prompt, [n, n // 2]) as inputs:
+        assert lengths(kv_cache(model.generate(**inputs, **options))) == [v + 9 + 2 + 2 for v in (n, n // 2)]
+    want = model(**prompt.inputs()).logits
+    with vlmslim.patch(model, "fastv", keep=n, layer=1):
+        torch.testing.assert_close(model(**prompt.inputs()).logits, want)
+
+
 #: Parameters of the public checkpoints, in billions.
 PARAMETERS = {
     "llava-1.5-7b": 7.063,

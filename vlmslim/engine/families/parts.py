@@ -103,4 +103,4 @@ def projects_patches(core: Any) -> bool:
 
 def added_layers(core: Any) -> int:
     """Count the decoder layers after which the model adds features of its tower to visual tokens (DeepStack)."""
-    return len(getattr(tower(core), "deepstack_visual_indexes", ()))
+    return min(len(getattr(tower(core), "deepstack_visual_indexes", ())), len(language_model(core).layers))
