@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import zoo
 from compare import close, greedy
-from prompts import ROWS, batch
-from tiny import tiny
+from prompts import ROWS, batch, words
+from tiny import BOS, tiny
 
 import vlmslim
+
+NEED_MORE = {"gemma3", "qwen3_vl"}  # masks by the type of a token, and features added after the first layers
 
 
 @pytest.mark.parametrize("positions", ["renumbered", "original"])
@@ -27,11 +30,32 @@ def test_the_prompt_has_the_logits_of_the_patched_model(family, positions, paddi
     assert prompt["inputs_embeds"].shape[1] < inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", sorted({*zoo.ZOO} - NEED_MORE))
 @torch.no_grad()
-def test_generate_goes_on_from_it(options):
+def test_other_families_generate_from_it_with_a_static_cache(name):
+    model = zoo.build(name)
+    inputs = zoo.batch(name, model, zoo.ROWS)
+    with vlmslim.patch(model, "divprune", keep=3) as slim:
+        want, logits = greedy(model, inputs)
+        prompt = slim.compress(**inputs)
+    got, found = greedy(model, prompt, cache_implementation="static")
+    assert torch.equal(got.sequences[:, -6:], want.sequences[:, -6:])
+    close(found, logits)
+
+
+@pytest.mark.parametrize("name", sorted(NEED_MORE))
+def test_families_whose_layers_need_more_are_refused(name):
+    model = zoo.build(name)
+    with vlmslim.patch(model, "divprune", keep=3) as slim, pytest.raises(ValueError, match="need more than embeddings"):
+        slim.compress(**zoo.batch(name, model, zoo.ROWS))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("rows", [ROWS, [*ROWS, [BOS, *words(3, 12)]]], ids=["pictures", "one row of text"])
+@torch.no_grad()
+def test_generate_goes_on_from_it(rows, options):
     model = tiny("llava")
-    inputs = batch(model, ROWS)
+    inputs = batch(model, rows)
     with vlmslim.patch(model, "divprune", keep=5) as slim:
         want, logits = greedy(model, inputs)
         prompt = slim.compress(**inputs)
