@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -203,6 +204,7 @@ def test_the_proof_on_a_gpu_prints_its_commands():
         assert f"vlmslim bench --shape {shape} " in done.stdout
     for command in ("pytest -m gpu", "--dtype bfloat16 --attention flash_attention_2", "scripts/bench_selection.py"):
         assert command in done.stdout
+    assert "scripts/gpu_targets.py" in done.stdout
     for line in done.stdout.splitlines():
         program, *words = shlex.split(line.partition(" > ")[0])
         if program == "vlmslim":
@@ -214,6 +216,22 @@ def test_the_proof_on_a_gpu_prints_its_commands():
 def test_the_proof_needs_a_gpu():
     done = subprocess.run(["bash", "scripts/gpu_proof.sh"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == "" and "no CUDA device" in done.stderr
+
+
+def test_the_targets_for_a_gpu_are_read_off_the_records(record, tmp_path):
+    def targets(name: str, over_ideal: float) -> subprocess.CompletedProcess:
+        made = json.loads(json.dumps(record))
+        made["model"]["name"] = name
+        for row in made["scenarios"][0]["rows"]:
+            row["prefill_over_ideal"]["median"], row["peak_over_unpatched"] = over_ideal, 0.5
+        (tmp_path / "record.json").write_text(json.dumps(made | {"scenarios": made["scenarios"][:1]}))
+        command = [sys.executable, "scripts/gpu_targets.py", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    assert targets("tiny", 2.0).returncode == 0  # a tiny model is far from its ideal
+    good, bad = targets("llava-1.5-7b, random weights", 1.02), targets("llava-1.5-7b, random weights", 1.04)
+    assert good.returncode == 0 and "batch 1, divprune-8: prefill over ideal 1.020, target 1.03: met" in good.stdout
+    assert bad.returncode == 1 and "prefill over ideal 1.040, target 1.03: MISSED" in bad.stdout
 
 
 def test_arguments_are_read():
