@@ -277,10 +277,11 @@ def _twin(module: nn.Module, idle: Collection[str] = ()) -> nn.Module:
     twin = copy.copy(module)
     twin.config = _Probing(module.config)  # type: ignore[assignment]
     twin._modules = dict(module._modules)
+    head: Any = module.head_dim if _counts_heads(module) else None
     for name in idle:
         width = getattr(twin._modules.get(name), "out_features", None)
         if width is not None:
-            twin._modules[name] = _Zeros(module.head_dim if _counts_heads(module) else width)
+            twin._modules[name] = _Zeros(head or width)
     return twin
 
 
