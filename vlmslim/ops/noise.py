@@ -2,17 +2,25 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Odd constants of 64 bits. Integers wrap around, and sums of integers do not depend on their order.
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+BLOCK = 4096  # numbers that share one set of weights, because making weights takes most of the time
 
 
 def digest(x: Tensor) -> Tensor:
     """Hash the numbers of a tensor, read as fp32, and their order: an integer of 64 bits, ()."""
-    bits = x.detach().float().contiguous().view(torch.int32).flatten().long()
-    weight = torch.arange(1, len(bits) + 1, device=x.device) * _signed(GOLDEN)
+    bits = x.detach().float().contiguous().view(torch.int32).flatten()
+    rows = F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).long()
+    return _mixed(_weighted_sum(_mixed(_weighted_sum(rows))) + len(bits))
+
+
+def _weighted_sum(x: Tensor) -> Tensor:
+    """Sum integers (..., n) with weights that differ from place to place: (...)."""
+    weight = torch.arange(1, x.shape[-1] + 1, device=x.device) * _signed(GOLDEN)
     weight = (weight ^ _shifted(weight, 32)) * _signed(FIRST) | 1  # odd, so that no bit of a number gets lost
-    return _mixed((bits * weight).sum())
+    return (x * weight).sum(-1)
 
 
 def uniform(digest: Tensor, seed: int, count: int) -> Tensor:
