@@ -313,6 +313,10 @@ def test_options_and_their_defaults():
         (lambda: method("fastv"), "fastv needs the option keep: give keep=...; its options are keep, layer"),
         (lambda: method("schedule", layer=3, counts=4), r"layer=3: give a list \(number\)"),
         (lambda: build(3), "a stage is a name, a method object or a dictionary with the key 'method', not 3"),
+        (
+            lambda: build(vlmslim.ScoreAndKeep),
+            r"ScoreAndKeep is a class: give an object, such as ScoreAndKeep\(keep=64\)",
+        ),
         (lambda: build({"keep": 3}), "a stage is a name, a method object or a dictionary"),
         (lambda: parse_method("fastv:3"), "'fastv:3': write options as name:option=value, such as fastv:layer=3"),
         (lambda: parse_method("fastv:layer"), "write options as name:option=value"),

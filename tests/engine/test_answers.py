@@ -205,6 +205,14 @@ FAULTS = {
     ),
     "nothing": (between(lambda tokens: None), r"Norm.retain returned None: return a bool mask \(B, S\)"),
     "lists": (between(lambda tokens: tokens.mask.tolist()), "Norm.retain returned a list: return a bool mask"),
+    "states changed in place": (
+        between(lambda tokens: tokens.hidden.sub_(1).isfinite().all(-1)),
+        r"Norm.retain changed tokens.hidden in place: work on a copy; .* return Retained\(keep, hidden\)",
+    ),
+    "a mask changed in place": (
+        between(lambda tokens: tokens.mask.logical_and_(tokens.image == 0)),
+        "Norm.retain changed tokens.mask in place",
+    ),
     # what `soft_retain` returns
     "a hard mask": (
         between(lambda tokens: tokens.mask, soft_retain=lambda self, tokens: tokens.mask),

@@ -57,6 +57,16 @@ class NotSettled(Selector):
 
 
 @dataclass
+class OneLayer(Halve):
+    layers = 2
+
+
+@dataclass
+class NamedLayer(Strided):
+    tower_layers = ("last",)
+
+
+@dataclass
 class TooDeep(Halve):
     layers = (DEPTH,)
 
@@ -75,6 +85,8 @@ class Elsewhere(Strided):
         (Misspelt(), "Misspelt overrides none of .*patch.model, 'none'"),
         (RanksNothing(), "RanksNothing does not override `score`, so it ranks nothing"),
         (NotSettled(4), "positions='auto': use .*; a __post_init__ first calls super"),
+        (OneLayer(), r"OneLayer has layers=2: give a tuple of numbers, such as layers = \(2,\)"),
+        (NamedLayer(), r"NamedLayer has tower_layers=\('last',\): give a tuple of numbers"),
         (TooDeep(), "no decoder layer 4 to drop tokens before; use 1 .. 3"),
         ([Strided(), PairMean()], "both work before the language model"),
         ([Halve(), Both()], "both drop tokens before layer 2"),

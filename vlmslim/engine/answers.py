@@ -166,6 +166,31 @@ def check_retained(method: Compressor, tokens: LayerInput, answer: object) -> tu
     return answer, hidden
 
 
+def writes(tokens: LayerInput) -> dict[str, int]:
+    """Count how often tensors of the input were written to. Inference mode does not count, so there is nothing then."""
+    known = {name: getattr(tokens, name) for name in ("hidden", "mask", "image", "slot", "origin")}
+    return {name: tensor._version for name, tensor in known.items() if not tensor.is_inference()}
+
+
+def check_unchanged(method: Compressor, tokens: LayerInput, before: dict[str, int]) -> None:
+    """Check that `retain` changed nothing of its input in place, because the model goes on with the same tensors.
+
+    Args:
+        method: that was asked.
+        tokens: its input.
+        before: what `writes` counted before.
+
+    Raises:
+        ValueError: names what was changed.
+    """
+    changed = [f"tokens.{name}" for name, count in writes(tokens).items() if count != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{type(method).__name__}.retain changed {' and '.join(changed)} in place: work on a copy; to give tokens "
+            "new states, return Retained(keep, hidden)"
+        )
+
+
 def check_counts(method: Compressor, promised: list[int], kept: np.ndarray) -> None:
     """Check that `retain` kept as many visual tokens of each row as `known_counts` said.
 

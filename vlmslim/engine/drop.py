@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from vlmslim.compressor import LayerInput
-from vlmslim.engine.answers import NAN_SCORES, NOT_FINITE, check_counts, check_retained, check_values, check_weight
+from vlmslim.engine.answers import (
+    NAN_SCORES,
+    NOT_FINITE,
+    check_counts,
+    check_retained,
+    check_unchanged,
+    check_values,
+    check_weight,
+    writes,
+)
 from vlmslim.engine.attention import LayerAttention
 from vlmslim.engine.families import cached_keys
 from vlmslim.engine.forward import Call, Visit
@@ -42,7 +51,9 @@ def drop(
         weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
         if weight is None:
             with torch.no_grad():
+                before = writes(tokens)
                 keep, states = check_retained(stage.method, tokens, stage.method.retain(tokens))
+                check_unchanged(stage.method, tokens, before)
                 keep = nn.functional.pad(keep, (0, call.guess), value=True)
     if call.recorder is not None:
         call.recorder.note(layer, tokens)

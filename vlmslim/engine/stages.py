@@ -6,6 +6,7 @@ from typing import Any
 
 from vlmslim.compressor import Compressor, ScoreAndKeep, resolve_layer
 from vlmslim.engine.families import encoder_layers
+from vlmslim.options.check import fits
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Stage:
         """
         kind, own = type(method).__name__, type(method)
         drops = method.drops_between_layers
+        for option, numbers, kinds in (
+            ("layers", method.layers, tuple[int | float, ...]),
+            ("tower_layers", method.tower_layers, tuple[int, ...]),
+        ):
+            if not fits(numbers, kinds):
+                raise ValueError(f"{kind} has {option}={numbers!r}: give a tuple of numbers, such as {option} = (2,)")
         layers = []
         for layer in method.layers:
             layers.append(resolve_layer(layer, depth))

@@ -58,6 +58,8 @@ def build(spec: Spec) -> "Compressor":
         return method(spec)
     if isinstance(spec, dict) and "method" in spec:
         return method(spec["method"], **{option: value for option, value in spec.items() if option != "method"})
+    if isinstance(spec, type):
+        raise ValueError(f"{spec.__name__} is a class: give an object, such as {spec.__name__}(keep=64)")
     raise ValueError(f"a stage is a name, a method object or a dictionary with the key 'method', not {spec!r}")
 
 
