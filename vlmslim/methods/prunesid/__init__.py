@@ -34,7 +34,8 @@ class PruneSID(ScoredSelection):
     `seed` and pixels); CLS counts as one of the T and comes first; patches come group by group, and those of a tile
     are shuffled over each other's places; padded patches compete; every view has the same budget, rounded down.
     mode="corrected", the default, has exact components, no CLS, reading order, true places, and meets `keep` exactly.
-    In both modes the shares are whole numbers rounded half to even, and ties go to the lower index or group.
+    In both modes the shares are whole numbers rounded half to even, ties go to the lower index or group, and a patch of
+    attention 0 may survive, which the release forbids.
 
     keep      : visual tokens to keep per image, a count or a share
     mode      : "corrected" or "released"
