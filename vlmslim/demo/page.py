@@ -25,14 +25,30 @@ COLUMNS = [
     *("prefill FLOPs", "time to first token", "time to last token"),
 ]
 HOUR = 3600  # seconds after which pictures of visitors are deleted
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    button_primary_background_fill="*primary_700",  # white letters stand out from it
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+)
 CSS = """
 .answers { overflow-x: auto; }
 .answers table { width: 100%; margin: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .answers table :is(th, td) {
   padding: .45rem .8rem; border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: left;
 }
-.answers table :is(th, td):nth-child(n + 3) { text-align: right; }
+.answers table :is(th, td):nth-child(n + 3) { text-align: right; white-space: nowrap; }
+.answers :is(table, thead, tbody, tr) { border: 0 !important; }
+.pictures, .pictures :is(.gallery-container, .grid-wrap) {
+  height: auto !important; min-height: 0 !important; max-height: none !important;
+}
+.pictures .grid-container {
+  grid-template: none / repeat(auto-fit, minmax(min(15rem, 100%), 1fr)) !important; grid-auto-rows: auto !important;
+}
+.small .grid-container { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) !important; }
+.pictures:not(.small) .caption-label { white-space: normal; }
 """
 
 #: A picture for each run of decoder layers: its first layer, the picture, the text under it.
@@ -96,21 +112,26 @@ def build(model: Any, processor: Any, name: str) -> gr.Blocks:
                 percent = gr.Slider(1, 100, value=25, step=1, label="Visual tokens kept, %")
                 button = gr.Button("Ask", variant="primary")
         bundled = gr.Gallery(
-            shown, label="Bundled pictures", columns=9, height=170, allow_preview=False, interactive=False
+            shown,
+            label="Bundled pictures",
+            elem_classes=["pictures", "small"],
+            height="auto",
+            allow_preview=False,
+            interactive=False,
         )
         cuts = gr.State([], time_to_live=HOUR)
+        table = gr.HTML(elem_classes="answers", padding=False, min_height=80)  # with room for the progress of an answer
         with gr.Column(visible=False) as found:
-            table = gr.HTML(elem_classes="answers", padding=False)
             layer = gr.Slider(0, depth - 1, value=depth - 1, step=1, label="Decoder layer")
-            kept = gr.Gallery(label="Kept tokens in this layer", columns=3, height="auto", format="webp")
+            kept = gr.Gallery(label="Kept tokens in this layer", elem_classes="pictures", height="auto", format="webp")
             with gr.Accordion("Stage by stage, with scores", open=False):
-                stages = gr.Gallery(label="Stages", columns=4, height="auto", format="webp")
+                stages = gr.Gallery(label="Stages", elem_classes="pictures", height="auto", format="webp")
             with gr.Accordion("Receipts: what really happened", open=False):
                 receipts = gr.JSON(label="Receipts")
             gr.Markdown(
-                "Kept patches are clear, dropped ones are faded. Outlines of one colour hold the patches that were "
-                "merged into one token. FLOPs are those of the language model's prefill; times are of this machine, "
-                "measured once."
+                "Kept patches are clear, dropped ones are grey. The order of scores runs from dark to bright. Outlines "
+                "of one colour hold the patches that were merged into one token. FLOPs are those of the language "
+                "model's prefill; times are of this machine, measured once."
             )
         bundled.select(pick, None, [picture, question], show_progress="hidden", queue=False, api_visibility="private")
         gr.on(
@@ -118,6 +139,7 @@ def build(model: Any, processor: Any, name: str) -> gr.Blocks:
             answer,
             [picture, question, first, second, percent],
             [found, table, cuts, kept, layer, stages, receipts],
+            show_progress_on=table,  # a mistake is told once, not over each picture
             api_visibility="private",
         )
         layer.release(at_layer, [cuts, layer], kept, show_progress="hidden", queue=False, api_visibility="private")
@@ -166,7 +188,7 @@ def table_of(answers: list[Answer]) -> str:
     rows = [
         [
             one.method,
-            one.text,
+            one.text or "(empty)",
             f"{one.receipt['kept']:g} of {one.receipt['visual_tokens']:g}",
             f"{one.receipt['equivalent_tokens']:.1f}",
             f"{one.flops / 1e9:.3g} G ({one.flops / base.flops:.2f}x)",

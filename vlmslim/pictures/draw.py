@@ -59,7 +59,7 @@ def panels(trace: Trace, processor: Any, size: int = 320) -> list[Panel]:
             continue
         if (rank := cut.rank) is not None:
             heat = _heat(canvas, rank)
-            found.append(Panel(heat, f"{cut.stage}: order of scores", "dark is the lowest, bright the highest"))
+            found.append(Panel(heat, f"{cut.stage}: order of scores", "dark is low, bright is high"))
         first, last = trace.layers(cut)
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         caption = f"merged, {layers}" if cut.merged else layers

@@ -33,7 +33,7 @@ def write(path: Path, question: str, answers: Sequence[Answer], processor: Any, 
     if path.suffix == ".html":
         return write_atomically(path, page(question, answers, processor, size))
     with atomically(path) as part:
-        picture(question, answers, processor, size).save(part, "PNG", optimize=True)
+        picture(answers, processor, size, question).save(part, "PNG", optimize=True)
 
 
 def check_format(path: Path) -> None:
@@ -46,7 +46,7 @@ def check_format(path: Path) -> None:
         raise ValueError(f"--output {path}: give a file that ends in {' or '.join(FORMATS)}")
 
 
-def picture(question: str, answers: Sequence[Answer], processor: Any, size: int = 320) -> Image.Image:
+def picture(answers: Sequence[Answer], processor: Any, size: int = 320, question: str = "") -> Image.Image:
     """Draw a line of pictures for each method and image; the first of a line has the method and its answer."""
     lines = []
     for answer in answers:
