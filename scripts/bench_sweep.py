@@ -5,10 +5,13 @@
 An unpatched run shares nothing: it encodes its pictures, and prefills a multiple-choice question once for each choice.
 All numbers are processor time of one process, so a busy machine changes them little. The tables after it are models of
 larger checkpoints from the FLOPs of their parts, without decoding and the methods themselves. The last one says what a
-shared KV cache for the constant beginning of all prompts would save.
+shared KV cache for the constant beginning of all prompts would save. `--prefix` measures it on two decoder layers:
+
+    OMP_NUM_THREADS=1 python scripts/bench_sweep.py --prefix llava-1.5-7b
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
+from transformers import AutoModel, DynamicCache
 
 from vlmslim.cost.bench.shapes import shape_config
 from vlmslim.cost.flops import Ledger, crop_tokens
@@ -129,6 +135,47 @@ def prefix(methods: int) -> None:
             )
 
 
+def measure_prefix(name: str, kept: Sequence[int], batches: Sequence[int], repeats: int) -> None:
+    """Print what a KV cache of the first `PREFIX` tokens saves of a prefill, measured on two decoder layers.
+
+    The copy of the cache for each row of the batch counts. One row has padding, as batches of real questions have.
+    """
+    config = shape_config(name).get_text_config()
+    config.num_hidden_layers = 2
+    with torch.inference_mode():
+        decoder = AutoModel.from_config(config, dtype=torch.float32).eval()
+        print(f"\n{name}, two decoder layers: milliseconds of a prefill, medians of {repeats}, and the part saved")
+        print(f"{'batch':<8}{'visual tokens':>14}{'whole':>12}{'after prefix':>14}{'copies':>10}{'saved':>18}")
+        for batch in batches:
+            for visual in kept:
+                states = 0.02 * torch.randn(batch, TEXT + visual, config.hidden_size)
+                mask = torch.ones(batch, TEXT + visual, dtype=torch.long)
+                mask[0, PREFIX] = 0  # the same place in both, so that both have as many tokens
+                first = DynamicCache(config=config)
+                decoder(inputs_embeds=states[:1, :PREFIX], past_key_values=first)
+
+                def whole() -> None:
+                    decoder(inputs_embeds=states, attention_mask=mask, use_cache=True)  # noqa: B023
+
+                def copies() -> DynamicCache:
+                    cache = copy.deepcopy(first)  # noqa: B023
+                    cache.batch_repeat_interleave(batch)  # noqa: B023
+                    return cache
+
+                def rest() -> None:
+                    own = states[:, PREFIX:]  # noqa: B023
+                    decoder(inputs_embeds=own, attention_mask=mask, past_key_values=copies())  # noqa: B023
+
+                rounds = [[cost(work, 1) for work in (whole, rest, copies)] for _ in range(repeats + 1)][1:]
+                saved = sorted(1 - after / before for before, after, _ in rounds)
+                times = [1000 * statistics.median(own) for own in zip(*rounds, strict=True)]
+                print(
+                    f"{batch:<8}{visual:>14}{times[0]:>12.0f}{times[1]:>14.0f}{times[2]:>10.1f}"
+                    f"{statistics.median(saved):>8.1%} ({saved[0]:.0%}..{saved[-1]:.0%})",
+                    flush=True,
+                )
+
+
 def main() -> None:
     """Parse the arguments and print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,7 +184,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64, help="questions per task")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--prefix", metavar="SHAPE", help="measure a shared beginning of all prompts, and no sweep")
+    parser.add_argument("--kept", default="64,192,576", help="visual tokens of --prefix")
+    parser.add_argument("--batches", default="1,8", help="prompts of a batch of --prefix")
     args = parser.parse_args()
+    if args.prefix:
+        kept, batches = ([int(number) for number in given.split(",")] for given in (args.kept, args.batches))
+        return measure_prefix(args.prefix, kept, batches, args.repeats)
     log_to(None)
     with TemporaryDirectory() as folder:
         for checkpoint in args.checkpoints:

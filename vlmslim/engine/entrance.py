@@ -50,7 +50,7 @@ class Entrance:
             self._check_finite([image.tokens for image in placed])
             for image in placed:
                 words = None if ids is None else ids[image.row, :end][is_text[image.row, :end]]
-                image.tokens.prompt = None if words is None else torch.from_numpy(words)
+                image.tokens.prompt = None if words is None else torch.from_numpy(np.append(call.before, words))
         results = None
         if placed and self.stage is not None:
             results = self._ask(self.stage, call, [image.tokens for image in placed])

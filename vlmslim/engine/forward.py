@@ -65,6 +65,7 @@ class Call:
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     recorder : keeps what pictures show; None if the patch records no tokens
     read     : what the host knows of ids and mask since before the encoder started, by the name of the argument
+    before   : (P,) ids of the prompt's tokens that the KV cache held already, where prompts share their beginning
     """
 
     input_ids: Tensor | None
@@ -97,6 +98,7 @@ class Call:
     given_mask: Tensor | None = None
     recorder: Recorder | None = None
     read: dict[str, np.ndarray] = field(default_factory=dict)
+    before: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def ids_on_host(self) -> np.ndarray | None:
         """Return the ids (B, L) of the prompt; None if the caller sent embeddings."""
@@ -267,9 +269,9 @@ class Call:
         runs = [self.run(layer) for layer in range(depth)]
         return Prefill(
             images=self.counts,
-            text=self.text,
+            text=[len(self.before) + own for own in self.text],
             visual=[run.visual for run in runs],
-            sequence=[run.tokens.mask.shape[1] for run in runs],
+            sequence=[len(self.before) + run.tokens.mask.shape[1] for run in runs],
             kv=[] if cache is None else [cache.get_seq_length(layer) for layer in range(depth)],
             stages=self._passes(stages),
             timers=self.timers,

@@ -37,6 +37,7 @@ from vlmslim.engine.later import Later
 from vlmslim.engine.locate import check_kinds, read_prompt
 from vlmslim.engine.packed import BOUNDARIES, packed_samples
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
+from vlmslim.engine.prefix import words_before
 from vlmslim.engine.recorder import Recorder
 from vlmslim.engine.resume import check_length, resumed_position, trim_cached_prefix
 from vlmslim.engine.shared_encoding import SharedEncoding
@@ -178,7 +179,7 @@ class Hooks:
         if self.record:
             call.recorder = Recorder()
         if given or encoded:
-            call.read = read_prompt(kwargs)
+            call.read, call.before = read_prompt(kwargs), words_before(cache)
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs

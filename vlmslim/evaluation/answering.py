@@ -17,6 +17,7 @@ from transformers import BatchFeature, Cache
 from vlmslim.engine.families import KV_CACHE, kv_cache
 from vlmslim.evaluation.conversation import Prompt, Prompter
 from vlmslim.evaluation.generation import cut_at, generation_options
+from vlmslim.evaluation.prefix import SharedPrefix
 from vlmslim.evaluation.queries import Query, Score, naming
 
 
@@ -62,14 +63,16 @@ class Answerer:
     Args:
         model: a LLaVA of transformers.
         prompter: turns conversations into its inputs.
+        share_prefix: prefill the tokens with which all prompts of a batch begin once; see `SharedPrefix`.
 
     Attributes:
         seconds: spent in `generate()`.
         new_tokens: that it generated.
     """
 
-    def __init__(self, model: Any, prompter: Prompter):
+    def __init__(self, model: Any, prompter: Prompter, share_prefix: bool = False):
         self.model, self.prompter, self.tokenizer = model, prompter, prompter.tokenizer
+        self._prefix = SharedPrefix(model) if share_prefix else None
         self.seconds, self.new_tokens = 0.0, 0
 
     def read(self, queries: Sequence[Query]) -> Batch:
@@ -118,11 +121,11 @@ class Answerer:
 
     def answer(self, batch: Batch) -> list[GenerationResult]:
         """Answer each query of a batch: a text, or the `Score` of its continuation."""
-        return self._score(batch) if batch.answers else self._generate(batch)
+        inputs = batch.inputs if self._prefix is None else self._prefix.shortened(batch.inputs)
+        return self._score(batch, inputs) if batch.answers else self._generate(batch, inputs)
 
-    def _generate(self, batch: Batch) -> list[GenerationResult]:
+    def _generate(self, batch: Batch, inputs: BatchFeature) -> list[GenerationResult]:
         options, until = generation_options(batch.queries[0].options)
-        inputs = batch.inputs
         pad, eos = self.tokenizer.pad_token_id, self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         started = time.perf_counter()
@@ -137,14 +140,17 @@ class Answerer:
             results.append(GenerationResult(cut_at(text, until), counts))
         return results
 
-    def _score(self, batch: Batch) -> list[GenerationResult]:
+    def _score(self, batch: Batch, inputs: BatchFeature) -> list[GenerationResult]:
         """Score continuations.
 
         The prompts are prefilled alone, once, because no method may see an answer when it chooses tokens. The
         continuations follow through the KV cache, one of each prompt at a time.
         """
-        output = self.model(**batch.inputs, use_cache=True, logits_to_keep=1)
-        cache, mask = kv_cache(output), batch.inputs["attention_mask"]
+        mask, held = inputs["attention_mask"], kv_cache(inputs.data)
+        seen = 0 if held is None else held.get_seq_length()
+        own = {name: x[:, seen:] for name, x in inputs.items() if name in ("input_ids", "position_ids")}
+        output = self.model(**{**inputs, **own}, use_cache=True, logits_to_keep=1)
+        cache = kv_cache(output)
         assert cache is not None
         scores: dict[int, GenerationResult] = {}
         rounds = max(len(members) for members in batch.rows)

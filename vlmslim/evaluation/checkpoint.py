@@ -76,7 +76,7 @@ class Checkpoint:
 
     def lmms_model(self, variant: Variant, batch_size: int) -> VlmSlim:
         """Make the lmms-eval model of one method. lmms-eval discards it after use, but the checkpoint stays."""
-        passed_on = {"max_frames_num", "system_prompt"}
+        passed_on = {"max_frames_num", "system_prompt", "share_prefix"}
         options = {name: value for name, value in self._config.model.arguments().items() if name in passed_on}
         lm = VlmSlim(self.model, list(variant.stages), batch_size, processor=self.processor, **options)
         if self._make_bar is not None:

@@ -57,6 +57,8 @@ class VlmSlim(lmms):
             default the checkpoint's own.
         image_aspect_ratio: `pad` or `crop`, one part of the protocol.
         conversation: `vicuna_v1`, `mistral_instruct`, `qwen_1_5`, ...: the other part.
+        share_prefix: prefill the tokens with which all prompts of a batch begin once, for methods that act before the
+            language model. The last bits of a number may change.
         processor: the processor of a model that is already loaded.
         **options: options of `method`.
 
@@ -84,6 +86,7 @@ class VlmSlim(lmms):
         protocol: str | None = None,
         image_aspect_ratio: str | None = None,
         conversation: str | None = None,
+        share_prefix: bool = False,
         processor: ProcessorMixin | None = None,
         **options: Any,
     ):
@@ -109,11 +112,13 @@ class VlmSlim(lmms):
             self.model = pretrained
         self.device = self.model.device
         protocols.apply(processor, self.model.config, protocol, image_aspect_ratio, conversation)
-        self.protocol = protocols.describe(processor, self.model.config)
+        self.protocol: dict[str, Any] = {**protocols.describe(processor, self.model.config)}
+        if share_prefix:
+            self.protocol["share_prefix"] = True
         self.prompter = Prompter(processor, frames, self._resolve_system_prompt(system_prompt))
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.make_bar: MakeBar = partial(tqdm, disable=self.rank != 0)
-        self.answerer = Answerer(self.model, self.prompter)
+        self.answerer = Answerer(self.model, self.prompter, share_prefix)
         self._receipt: dict[str, Any] = {}
         self._batches_begun = self._batches_done = 0
         self._slim: Slim | None = patch(self.model, compressors)

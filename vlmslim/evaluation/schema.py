@@ -63,6 +63,7 @@ class ModelConfig(Strict):
     protocol: Literal["original", "hf"] | None = None
     image_aspect_ratio: Literal["pad", "crop"] | None = None
     conversation: str | None = None
+    share_prefix: bool = False
 
     @field_validator("conversation")
     @classmethod
@@ -73,7 +74,7 @@ class ModelConfig(Strict):
 
     def arguments(self) -> dict:
         """Return the keys that were given."""
-        return self.model_dump(exclude_none=True)
+        return self.model_dump(exclude_defaults=True)
 
 
 class TaskConfig(Strict):

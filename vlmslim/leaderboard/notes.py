@@ -79,6 +79,8 @@ def protocol(board: Leaderboard) -> str:
         name = (
             f"{told['protocol']} (pictures {_ASPECTS[told['image_aspect_ratio']]}, conversation {told['conversation']})"
         )
+        if told.get("share_prefix"):
+            name += ", the beginning of prompts prefilled once, for rows that act before the language model"
     questions = []
     for task in board.tasks:
         asked = facts["asked"].get(task, {})
