@@ -9,7 +9,7 @@ import pytest
 
 from vlmslim.evaluation.race import Race, log_evidence
 
-RECORD = Path(__file__).parents[1] / "support" / "advise_scenes.json"  # by scripts/analysis/record_scores.py
+RECORDS = Path(__file__).parents[1] / "support"  # advise_*.json, by scripts/analysis/record_scores.py
 SHARE = 0.25  # of the full board's answers
 
 
@@ -54,9 +54,9 @@ class Board:
         return bool((as_good & ((costs < costs[row]) | (averages > averages[row]))).any())
 
 
-@pytest.fixture(scope="module")
-def recorded() -> Board:
-    rows = json.loads(RECORD.read_text())
+def record(name: str) -> Board:
+    """Read a recorded board."""
+    rows = json.loads((RECORDS / f"advise_{name}.json").read_text())
     tasks = rows["none"]["scores"]
 
     def scores(row):
@@ -69,6 +69,11 @@ def recorded() -> Board:
         np.array(scores(base)),
         np.repeat(list(tasks), [len(digits) for digits in tasks.values()]),
     )
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Board:
+    return record("scenes")
 
 
 @pytest.mark.parametrize("target, most_cost", [(0.92, 0.6), (0.9, 0.6), (0.87, 1), (0.8, 1), (0.7, 1), (None, 0.45)])

@@ -19,7 +19,7 @@ from lmms_fixtures import checkpoint, metrics, write_task
 
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import CellError, ConfigError
-from vlmslim.evaluation.harness import Answers
+from vlmslim.evaluation.harness import Answers, Harness
 from vlmslim.evaluation.queries import Score
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
@@ -125,11 +125,11 @@ def test_a_unit_that_kills_three_workers_is_reported_and_the_rest_goes_on(config
     assert cells(made.output) == whole
 
 
-def kill_driver(made: RunConfig, ready: str) -> None:
-    """Start a run on two workers, kill it with -9 when files match `ready`, and check that no worker outlives it."""
+def kill_driver(made: RunConfig, ready: str, *options: str) -> None:
+    """Start a run with some options, kill it with -9 when files match `ready`, and check that no worker outlives it."""
     path = made.output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude={"model"}) | {"model": made.model.arguments()}))
-    command = [sys.executable, "-m", "vlmslim.cli", "run", str(path), "--workers", "2"]
+    command = [sys.executable, "-m", "vlmslim.cli", "run", str(path), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
         while not list(made.output.glob(ready)):
             assert driver.poll() is None
@@ -145,7 +145,7 @@ def kill_driver(made: RunConfig, ready: str) -> None:
 @pytest.mark.slow
 def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
     made = config("driver")
-    kill_driver(made, "cells/*/*.json")
+    kill_driver(made, "cells/*/*.json", "--workers", "2")
     done = {p: p.stat().st_mtime_ns for p in made.output.glob("cells/*/*.json")}
     run(made, workers=2)
     assert all(p.stat().st_mtime_ns == when for p, when in done.items())
@@ -155,7 +155,7 @@ def test_a_driver_that_dies_leaves_no_process_and_resumes(config, whole):
 @pytest.mark.slow
 def test_parts_that_a_dead_driver_has_are_not_asked_again(config, whole):
     made = config("parts", resources={"shard": 2})
-    kill_driver(made, "parts/divprune-4/*/*.json")  # the last row of a part
+    kill_driver(made, "parts/divprune-4/*/*.json", "--workers", "2")  # the last row of a part
     kept = {path.parts[-3:] for path in made.output.glob("parts/*/*/*.json")}
     assert kept
     for change, message in (
@@ -172,6 +172,23 @@ def test_parts_that_a_dead_driver_has_are_not_asked_again(config, whole):
     asked = re.findall(r"^(\w+) (\d+-of-\d+): (.*)$", logs, re.MULTILINE)
     again = {(label, task, f"{part}.json") for task, part, labels in asked for label in labels.split(", ")}
     assert again and not again & kept
+
+
+@pytest.mark.slow
+def test_a_process_without_workers_keeps_its_parts_too(config, whole):
+    made = config("alone", resources={"shard": 2})
+    kill_driver(made, "parts/divprune-4/*/*.json")
+    kept = {path.parts[-3:] for path in made.output.glob("parts/*/*/*.json")}
+    asked = set()
+
+    class Noted(Harness):
+        def answer(self, variants, task, part=0, parts=1, bar=None):
+            asked.update((variant.label, task, f"{part + 1}-of-{parts}.json") for variant in variants)
+            return super().answer(variants, task, part, parts, bar)
+
+    run(made, harness=Noted)
+    assert kept and asked and not asked & kept
+    assert cells(made.output) == whole and not (made.output / "parts").exists()
 
 
 def alive(pid: int) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from vlmslim.evaluation.queries import RequestError
 from vlmslim.evaluation.questions import Questions
 from vlmslim.evaluation.replay import Replay
 from vlmslim.evaluation.schema import AUTO, TimingConfig
+from vlmslim.evaluation.store import reading
 from vlmslim.evaluation.tasks import Tasks
 from vlmslim.evaluation.turns import Turns, ran_out_of_memory
+from vlmslim.evaluation.units import Outcomes, Unit, split
 from vlmslim.evaluation.variants import Variant
 
 if TYPE_CHECKING:
@@ -126,16 +128,45 @@ class Harness:
         Args:
             todo: the tasks, and the methods that are to answer each.
             begin: is called with what is at work, and where.
-            parts: keeps answered parts of tasks. One process does not split tasks, so it keeps none.
+            parts: keeps each part that is answered, and has those that were answered before; by default nothing does.
         """
         for task, variants in todo.items():
             begin(variants[0].label if len(variants) == 1 else f"{len(variants)} methods", task)
             try:
-                yield task, self.answer(variants, task)
+                yield task, self._answer_parts({task: variants}, parts)
             except Exception as error:  # a task may raise anything; the run reports it, and the other tasks go on
                 yield task, error
 
-    def answer(self, variants: Sequence[Variant], task: str, part: int = 0, parts: int = 1) -> dict[str, Answers]:
+    def units(self, todo: Todo) -> list[Unit]:
+        """Split tasks into units, the longest first."""
+        return split(todo, self.batches, self.largest_batch(), self.config.resources.shard)
+
+    def resumed(self, unit: Unit, parts: "Parts | None") -> Unit:
+        """Leave only the methods in a unit that have not answered it before; the answers of the others are kept."""
+        records = parts.find(unit) if parts is not None else {}
+        with reading(self.config.output):
+            known = {label: Answers.of_record(record) for label, record in records.items()}
+        return replace(unit, variants=[v for v in unit.variants if v.label not in known], known=known)
+
+    def _answer_parts(self, todo: Todo, parts: "Parts | None") -> dict[str, Answers]:
+        """Answer a whole task, one part after the other. A method that fails sits out the rest."""
+        units = [self.resumed(unit, parts) for unit in self.units(todo)]
+        outcomes, failed = Outcomes({unit.task: unit.parts for unit in units}), dict[str, Answers]()
+        whole: dict[str, Answers] | Exception | None = None
+        with self._bar(sum(len(unit.variants) * unit.prompts for unit in units)) as bar:
+            for unit in units:
+                variants = [variant for variant in unit.variants if variant.label not in failed]
+                own = self.answer(variants, unit.task, unit.part, unit.parts, bar) if variants else {}
+                failed |= {label: answers for label, answers in own.items() if answers.failure is not None}
+                if parts is not None:
+                    parts.save(unit, own | failed)
+                whole = outcomes.add(unit, own | failed)
+        assert isinstance(whole, dict)  # no outcome is an exception: one would have been raised
+        return whole
+
+    def answer(
+        self, variants: Sequence[Variant], task: str, part: int = 0, parts: int = 1, bar: Bar | None = None
+    ) -> dict[str, Answers]:
         """Answer the requests of a task under each method. The methods take turns on each batch, which is encoded once.
 
         With `batch_size: auto` a batch that does not fit into memory is answered in halves, and so are all later ones.
@@ -145,6 +176,7 @@ class Harness:
             task: by its name.
             part: of the task, from 0. Parts are made of whole batches of the task, so that they change no answer.
             parts: that the task has; see `batches`.
+            bar: advances by one for each answer; by default a new one does.
         """
         asked = self.asked(task)
         if asked is None:
@@ -155,9 +187,9 @@ class Harness:
         size = self._fitting.get(task, largest)
         batches = list(enumerate(batches_of(asked.queries, largest)))[part::parts]
         total = len(variants) * sum(len(batch) for _, batch in batches)
-        with self._bar(total) as bar, torch.inference_mode():
+        with self._bar(total) if bar is None else nullcontext(bar) as shown, torch.inference_mode():
             for number, batch in batches:
-                size = turns.take(number, batch, bar, size, shrinks)
+                size = turns.take(number, batch, shown, size, shrinks)
         answers = turns.end()
         self._fitting[task] = size
         prompts = len(batches_of(asked.queries, 1))

@@ -1,6 +1,6 @@
 """Answers to parts of tasks, kept in the directory of a run until their cells are finished.
 
-A run that ends before a task does loses only the parts that its workers were at.
+A run that ends before a task does loses only the parts that were at work.
 """
 
 from collections.abc import Mapping

@@ -203,10 +203,10 @@ class ReportConfig(Strict):
 
 
 class ResourcesConfig(Strict):
-    """Resources of each worker of `vlmslim run --workers`, and the size of its units.
+    """Resources of each worker of `vlmslim run --workers`, and the size of the parts of tasks.
 
     gpus_per_worker : several for a model with `device_map: auto`; by default 1 where there are GPUs
-    shard : most prompts of a task that one worker answers at a time
+    shard : most prompts of a part of a task, which one worker answers at a time, and which is kept when a run ends
     """
 
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

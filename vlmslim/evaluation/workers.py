@@ -23,8 +23,7 @@ from vlmslim.evaluation.parts import Parts
 from vlmslim.evaluation.progress import MakeBar, output_to
 from vlmslim.evaluation.ray_cluster import check_workers, connect, import_ray
 from vlmslim.evaluation.schema import AUTO, TimingConfig
-from vlmslim.evaluation.store import reading
-from vlmslim.evaluation.units import Outcomes, Unit, UnitError, split
+from vlmslim.evaluation.units import Outcomes, Unit, UnitError
 from vlmslim.evaluation.variants import Variant
 from vlmslim.evaluation.worker import Worker, log_of
 
@@ -167,10 +166,6 @@ class RayHarness(Harness):
                 f"{max(shard, self.largest_batch())} prompts; give fewer, or leave it out"
             )
 
-    def units(self, todo: Todo) -> list[Unit]:
-        """Split tasks into units, the longest first."""
-        return split(todo, self.batches, self.largest_batch(), self.config.resources.shard)
-
     def answer_all(
         self, todo: Todo, begin: Begin, parts: Parts | None = None
     ) -> Iterator[tuple[str, dict[str, Answers] | Exception]]:
@@ -182,7 +177,7 @@ class RayHarness(Harness):
             parts: keeps each part that is answered, and has those that were answered before; by default nothing does.
         """
         self.load()
-        every = [self._resumed(unit, parts) for unit in self.units(todo)]
+        every = [self.resumed(unit, parts) for unit in self.units(todo)]
         outcomes = Outcomes({unit.task: unit.parts for unit in every})
         for unit in every:
             if not unit.variants and (whole := outcomes.add(unit, {})) is not None:
@@ -212,13 +207,6 @@ class RayHarness(Harness):
                     self._next(seat, units, running)
                     if whole is not None:
                         yield done.task, whole
-
-    def _resumed(self, unit: Unit, parts: Parts | None) -> Unit:
-        """Leave only the methods in a unit that have not answered it before; the answers of the others are kept."""
-        records = parts.find(unit) if parts is not None else {}
-        with reading(self.config.output):
-            known = {label: Answers.of_record(record) for label, record in records.items()}
-        return replace(unit, variants=[v for v in unit.variants if v.label not in known], known=known)
 
     def _next(self, seat: _Seat, units: "deque[Unit]", running: dict[Any, _Seat]) -> None:
         """Give a worker the next unit."""
