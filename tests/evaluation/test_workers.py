@@ -24,6 +24,7 @@ from vlmslim.evaluation.queries import Score
 from vlmslim.evaluation.run import run
 from vlmslim.evaluation.store import Store
 from vlmslim.evaluation.workers import RayHarness, check_workers
+from vlmslim.io import provenance
 from vlmslim.receipt import Image, Prefill, Receipt, StagePass
 
 MORTAL = """
@@ -215,6 +216,16 @@ def test_more_gpus_than_there_are(config, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="3 workers of 2 GPUs need 6 GPUs, and there are 1; give fewer --workers"):
         RayHarness(config("gpus", resources={"gpus_per_worker": 2}), workers=3).load()
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_libraries_is_refused(config, monkeypatch):
+    versions = provenance.versions() | {"transformers": "5.0.0"}
+    monkeypatch.setattr(provenance, "versions", lambda: versions)  # here; the worker is another process
+    with pytest.raises(
+        ConfigError, match=r"worker 0 on .* has transformers \S+ and not 5.0.0; give all nodes the same"
+    ):
+        run(config("versions"), workers=1)
 
 
 def test_a_limit_that_splits_nothing(config, whole):

@@ -25,7 +25,7 @@ from vlmslim.evaluation.ray_cluster import check_workers, connect, import_ray
 from vlmslim.evaluation.schema import AUTO, TimingConfig
 from vlmslim.evaluation.units import Outcomes, Unit, UnitError
 from vlmslim.evaluation.variants import Variant
-from vlmslim.evaluation.worker import Worker, log_of
+from vlmslim.evaluation.worker import Worker, environment, log_of
 
 __all__ = ["RayHarness", "check_workers"]
 
@@ -73,6 +73,7 @@ class RayHarness(Harness):
         super().__init__(config, make_bar)
         self.workers, self.ray = workers, import_ray()
         self._seats: list[_Seat] = []
+        self._environment = environment()
         self._latest = -1  # the worker that `ask` has called
         self._quiet = ExitStack()
 
@@ -91,7 +92,7 @@ class RayHarness(Harness):
 
     def _hire(self, number: int) -> Any:
         """Start a worker. It loads the checkpoint with its first task."""
-        return self._actor.remote(self.config, number, os.getcwd(), torch.get_num_threads())
+        return self._actor.remote(self.config, number, os.getcwd(), torch.get_num_threads(), self._environment)
 
     def close(self) -> None:
         """Stop the workers."""
