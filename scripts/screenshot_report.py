@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-VIEW = {"width": 1200, "height": 1100}
+VIEW = {"width": 1200, "height": 1400}
 
 
 def save(page: Page, name: str) -> None:
