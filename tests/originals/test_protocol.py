@@ -93,6 +93,8 @@ def test_tiles_stay_tiles():
     assert ours["pixel_values"].shape == theirs["pixel_values"].shape
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=0.05, rtol=0)
     assert under(TILES)[1]["protocol"] == "hf"
+    parts, told = under(TILES, conversation="vicuna_v1")  # nothing else of the protocol is left to ask for
+    assert told["protocol"] == "original" and torch.equal(parts(**given)["pixel_values"], ours["pixel_values"])
     with pytest.raises(ValueError, match="image_aspect_ratio=pad is for LLaVA-1.5; llava_next cuts pictures into"):
         under(TILES, image_aspect_ratio="pad")
 

@@ -88,14 +88,16 @@ def apply(
         raise ValueError(f"image_aspect_ratio={image_aspect_ratio} is for LLaVA-1.5; {config.model_type} {how}")
     if protocol == "original":
         conversation = conversation or conversation_of(config.get_text_config())
-        mark_parts(processor.tokenizer)
-        _resize_with_pillow(processor)
         if config.model_type == "llava":
             image_aspect_ratio = image_aspect_ratio or "pad"
     if image_aspect_ratio is not None:
         processor.image_processor = _fitting(processor.image_processor, image_aspect_ratio == "pad")
     if conversation is not None:
         processor.chat_template = conversation_named(conversation).template()
+    changed = image_aspect_ratio is not None or conversation is not None
+    if changed and (protocol == "original" or describe(processor, config)["protocol"] == "original"):
+        mark_parts(processor.tokenizer)
+        _resize_with_pillow(processor)
 
 
 def _usual(config: Any) -> str | None:
