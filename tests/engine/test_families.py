@@ -276,16 +276,25 @@ def test_a_batch_of_videos_equals_its_rows(name):
                 close(together[i][inputs["attention_mask"][i].bool()], model(**one(name, model, row)).logits[0])
 
 
+def beams_lose_images(name, model) -> bool:
+    """Tell if this transformers, unpatched, gives beams the wrong images of a prompt with several, as 5.17 does."""
+    inputs, told = batch(name, model, SEVERAL), dict(return_dict_in_generate=True, output_logits=True)
+    (found,) = model.generate(**inputs, **told, max_new_tokens=1, do_sample=False, num_beams=2).logits
+    return not torch.allclose(found, model(**inputs).logits[:, -1].repeat_interleave(2, 0), atol=1e-3)
+
+
 @every_family
 @pytest.mark.parametrize("method", METHODS[:-1], ids=str)  # fastv looks at the last token, which is another each time
 @torch.no_grad()
 def test_generate_with_and_without_a_cache(name, method):
     model = build(name)
-    inputs = batch(name, model, SEVERAL)
+    inputs, lost = batch(name, model, SEVERAL), beams_lose_images(name, model)
     settings = dict(max_new_tokens=6, do_sample=False)
     with patched(model, method):
         want = model.generate(**inputs, **settings, use_cache=False)
         assert torch.equal(model.generate(**inputs, **settings), want)
+        if lost and name in ("llava_next_video", "mistral3"):  # the engine finds the images of the others all the same
+            pytest.skip("this version of transformers mixes up the images of beams, unpatched too")
         beams = model.generate(**inputs, **settings, num_beams=2)
         single = model.generate(**one(name, model, SEVERAL[1]), **settings, num_beams=2)
     assert beams[1, -6:].tolist() == single[0, -6:].tolist()

@@ -57,7 +57,8 @@ class TowerShape:
         packed = hasattr(config, "spatial_merge_size") or kind == "pixtral"
         side = 0 if packed else _one(config.image_size) // patch
         full = getattr(config, "fullatt_block_indexes", None)
-        layers, merge = config.num_hidden_layers, getattr(config, "spatial_merge_size", None)
+        layers: int = getattr(config, "depth", None) or config.num_hidden_layers  # transformers 5.17 says `depth` only
+        merge = getattr(config, "spatial_merge_size", None)
         return cls(
             layers=layers,
             hidden=hidden,

@@ -156,10 +156,15 @@ class Original:
 
     def has(self, file: str) -> bool:
         """Tell whether the checkpoint has a file."""
+        return self.file(file) is not None
+
+    def file(self, name: str) -> str | None:
+        """Return the path of a file on this machine; None if the checkpoint does not have it."""
         if Path(self.checkpoint).is_dir():
-            return (Path(self.checkpoint) / file).is_file()
+            path = Path(self.checkpoint) / name
+            return str(path) if path.is_file() else None
         how = _QUIET | hub.how_to_load(self.checkpoint)
-        return cached_file(self.checkpoint, file, revision=self.revision, **how) is not None
+        return cached_file(self.checkpoint, name, revision=self.revision, **how)
 
 
 def find(checkpoint: str, revision: str | None = None) -> Original | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -48,6 +49,7 @@ def tokenizer_of(original: Original) -> Any:
         ) from error
     names = [IMAGE, VIDEO] if original.kind is LlavaOnevisionConfig else [IMAGE]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    _mark_texts(tokenizer, original)
     mark_parts(tokenizer)
     return tokenizer
 
@@ -59,6 +61,21 @@ def why_no_sentencepiece() -> str | None:
     except Exception as error:  # a protobuf that is too old is an error of protobuf's own kind
         return one_line(error)
     return None
+
+
+def _mark_texts(tokenizer: Any, original: Original) -> None:
+    """Let texts begin with the mark of SentencePiece where tokenizer.model says so: transformers 5.17 leaves it out."""
+    from tokenizers.pre_tokenizers import Metaspace
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.pre_tokenizer is not None or original.has("tokenizer.json"):
+        return
+    if (file := original.file("tokenizer.model")) is not None:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2
+        if proto.ModelProto.FromString(Path(file).read_bytes()).normalizer_spec.add_dummy_prefix:
+            backend.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
 
 
 def mark_parts(tokenizer: Any) -> None:
