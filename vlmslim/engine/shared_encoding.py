@@ -50,5 +50,6 @@ def _copied(output: Any) -> Any:
     model reads them no more.
     """
     copied = type(output)(**{k: v for k, v in output.items() if k not in ("hidden_states", "attentions")})
+    copied.pooler_output = output.pooler_output  # transformers 5.17 has outputs whose fields it is not among
     put_record(copied, record_of(output))
     return copied
