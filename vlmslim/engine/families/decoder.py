@@ -28,6 +28,8 @@ def layer_type(lm: Any, layer: int) -> str:
 
 def rotary(lm: Any, layer: int, hidden: Tensor, position: Tensor) -> tuple[Tensor, ...]:
     """Compute cosine and sine of rotary positions for a decoder layer; its frequencies may depend on its type."""
+    if position.ndim == 2 and "mrope_section" in (getattr(lm.config, "rope_parameters", None) or ()):
+        position = position.expand(3, -1, -1)  # text alone; transformers 5.17 wants time, height and width even so
     if "layer_type" in inspect.signature(type(lm.rotary_emb).forward).parameters:
         return lm.rotary_emb(hidden, position, layer_type(lm, layer))
     return lm.rotary_emb(hidden, position_ids=position)
