@@ -253,7 +253,8 @@ def _checked(cls: Any, where: str) -> type["Compressor"]:
     if options and "__dataclass_fields__" not in vars(cls):
         raise BrokenMethod(f"{where}: {cls.__name__} lists options ({', '.join(options)}); put @dataclass above it")
     known = {field.name for field in fields(cls) if field.init}
-    if set(inspect.signature(cls.__init__).parameters) - {"self"} != known:
+    taken = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    if not known <= taken <= set(cls.__dataclass_fields__):
         raise BrokenMethod(
             f"{where}: {cls.__name__} has its own __init__; write the options as annotated fields under @dataclass, "
             "and what they need in __post_init__"
