@@ -39,7 +39,8 @@ CSS = """
 .answers table :is(th, td) {
   padding: .45rem .8rem; border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: left;
 }
-.answers table :is(th, td):nth-child(n + 3) { text-align: right; white-space: nowrap; }
+.answers table :is(th, td):nth-child(n + 3) { text-align: right; }
+.answers td:nth-child(n + 3) { white-space: nowrap; }
 .answers :is(table, thead, tbody, tr) { border: 0 !important; }
 .pictures, .pictures :is(.gallery-container, .grid-wrap) {
   height: auto !important; min-height: 0 !important; max-height: none !important;
