@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,10 +98,22 @@ def test_a_budget_above_the_tokens_of_a_picture_fails_that_request_alone(start):
 def test_what_vllm_cannot_do_stops_the_engine_at_its_start():
     with pytest.raises(ValueError, match="inside the decoder"):
         engine("tiny-llava", "fastv:keep=64")
+    with pytest.raises(ValueError, match="positions='kept'"):
+        engine("tiny-llava", "divprune:keep=64:positions=kept")
     with pytest.raises(Exception, match="144 visual tokens"):
         engine("tiny-llava", "divprune:keep=200")
     with pytest.raises(Exception, match="enable_tower_connector_lora"):
         engine("tiny-llava", "divprune:keep=64", enable_lora=True, enable_tower_connector_lora=True)
+
+
+def test_pipeline_parallelism_is_refused():
+    """An engine would raise it in a worker, and its own error does not say why."""
+    from vlmslim.vllm.models import SlimLlava
+
+    two = SimpleNamespace(pipeline_parallel_size=2)
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=None), lora_config=None, parallel_config=two)
+    with pytest.raises(ValueError, match="use tensor_parallel_size"):
+        SlimLlava(vllm_config=config)
 
 
 def test_the_log_tells_what_was_kept(start, caplog):

@@ -71,6 +71,11 @@ class SlimModel(Mixin):
                 "vlmslim: LoRA on the vision tower or the projector goes by placeholders, and there are fewer than the "
                 "tower has tokens; turn enable_tower_connector_lora off"
             )
+        if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise ValueError(
+                f"vlmslim: pipeline_parallel_size={stages}, and vLLM tells only the first of its stages which positions "
+                "visual tokens have; use tensor_parallel_size instead"
+            )
         self.plan = plan_of(config)  # before any weight is read
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.unplaced: Any = None  # which tokens of the coming forward are visual, and their slots
