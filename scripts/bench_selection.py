@@ -252,6 +252,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--part", choices=("all", "searches", "methods"), default="all")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the model for the methods")
+    parser.add_argument("--no-targets", action="store_true", help="exit with 0 even if a target is missed")
     parser.add_argument("--output", type=Path, help="path without suffix; by default assets/bench/selection_DEVICE")
     given = parser.parse_args()
     torch.set_num_threads(1)  # a function's processor time is then its time
@@ -276,7 +277,8 @@ def main() -> int:
     if given.output is not None or given.part == "all":
         write_atomically(output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
         write_atomically(output.with_suffix(".md"), markdown(record))
-    return any(line.endswith("MISSED") for line in targets(record["searches"], given.device))
+    missed = any(line.endswith("MISSED") for line in targets(record["searches"], given.device))
+    return missed and not given.no_targets
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ device=cuda attentions=(sdpa flash_attention_2) collect=() few=() searches=()
 folder=benchmarks/CARD_$(date +%F)
 if [[ $mode == rehearse ]]; then
   device=cpu attentions=(sdpa) collect=(--collect-only -q) few=(-m divprune -m fastv)
-  searches=(--part searches --repeats 1)
+  searches=(--part searches --repeats 1 --no-targets)
   folder=$(mktemp -d)
 elif [[ $mode == prove ]]; then
   if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
