@@ -73,7 +73,7 @@ class SlimModel(Mixin):
             )
         if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
             raise ValueError(
-                f"vlmslim: pipeline_parallel_size={stages}, and vLLM tells only the first of its stages which positions "
+                f"vlmslim: pipeline_parallel_size={stages}, and vLLM tells only its first stage which positions "
                 "visual tokens have; use tensor_parallel_size instead"
             )
         self.plan = plan_of(config)  # before any weight is read
