@@ -17,6 +17,7 @@ pytest.importorskip("lmms_eval", reason="the extra vlmslim[eval] is not installe
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_fixtures import checkpoint, metrics, write_task
 
+from vlmslim.evaluation.cells import Sample
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.errors import CellError, ConfigError
 from vlmslim.evaluation.harness import Answers, Harness
@@ -124,6 +125,17 @@ def test_a_unit_that_kills_three_workers_is_reported_and_the_rest_goes_on(config
     assert cells(made.output) == {place: cell for place, cell in whole.items() if place[1] != lost}
     run(made)  # without workers
     assert cells(made.output) == whole
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_at_a_single_question_is_replaced(config):
+    made = config("single", lives=1)
+    harness = RayHarness(made, workers=1)
+    try:
+        cell = harness.ask(made.variants()[1], "texts", Sample(0, 2))
+    finally:
+        harness.close()
+    assert len(cell.samples) == 2
 
 
 def kill_driver(made: RunConfig, ready: str, *options: str) -> None:

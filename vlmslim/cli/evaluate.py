@@ -159,6 +159,7 @@ def verify(
 ) -> None:
     """Ask a sample of a run's questions again, in other batches. Exit status 1: something changed that should not."""
     with evaluation_command():
+        from vlmslim.evaluation.errors import CellError
         from vlmslim.evaluation.progress import RichDisplay, log_to
         from vlmslim.evaluation.verify import verify
         from vlmslim.evaluation.workers import check_workers
@@ -168,10 +169,13 @@ def verify(
         log_to(None)
         spare_modules()
         crew = None if workers is None else check_workers(workers)
-        with RichDisplay() as display:
-            found = verify(
-                directory, questions=questions, batch_size=batch_size, seed=seed, workers=crew, display=display
-            )
+        try:
+            with RichDisplay() as display:
+                found = verify(
+                    directory, questions=questions, batch_size=batch_size, seed=seed, workers=crew, display=display
+                )
+        except CellError as error:  # workers died, and the end of a log is worth several lines
+            fail(error, status=1)
         write_all(Leaderboard.read(directory), directory)
     typer.echo(found.text(), nl=False)
     raise typer.Exit(0 if found.passed else 1)

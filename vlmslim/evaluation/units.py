@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vlmslim.evaluation.cells import Answers, Todo
+from vlmslim.evaluation.errors import CellError
 from vlmslim.evaluation.variants import Variant
 
 SHARD = 256  # prompts of a task that a worker answers at a time, by default
 UNKNOWN = 10**6  # batches of a task that cannot be split, so that it begins first
 
 
-class UnitError(RuntimeError):
+class UnitError(CellError):
     """A unit of work that killed its workers; the message has the end of the last one's log."""
 
 

@@ -94,6 +94,11 @@ class RayHarness(Harness):
         """Start a worker. It loads the checkpoint with its first task."""
         return self._actor.remote(self.config, number, os.getcwd(), torch.get_num_threads(), self._environment)
 
+    def _replace(self, seat: _Seat) -> None:
+        """Start a worker in place of one that died."""
+        self.ray.kill(seat.actor)  # if it was only out of reach
+        seat.actor, seat.shown = self._hire(seat.number), 0
+
     def close(self) -> None:
         """Stop the workers."""
         for seat in self._seats:
@@ -106,21 +111,30 @@ class RayHarness(Harness):
     # ------------------------------------------------------------------ what needs the checkpoint of one worker
 
     def _call(self, name: str, *args: Any, number: int = 0, own: bool = False, timeout: float | None = None) -> Any:
-        """Call a function of a worker, or of its harness; an exception arrives as it was raised."""
+        """Call a function of a worker, or of its harness; an exception arrives as it was raised.
+
+        Raises:
+            UnitError: three workers died at it, one after the other.
+        """
         self.load()
-        actor = self._seats[number].actor
-        try:
-            task = getattr(actor, name).remote(*args) if own else actor.call.remote(name, *args)
-            return self.ray.get(task, timeout=timeout)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from error
-        except self.ray.exceptions.GetTimeoutError as error:
-            raise ConfigError(
-                f"no worker has loaded the checkpoint in {timeout:g} seconds; are the GPUs in use? "
-                f"{self._end_of_log(number)}"
-            ) from error
-        except self.ray.exceptions.RayError as error:
-            raise UnitError(f"worker {number} died: {self._end_of_log(number)}") from error
+        for death in range(1, DEATHS + 1):
+            actor = self._seats[number].actor
+            try:
+                task = getattr(actor, name).remote(*args) if own else actor.call.remote(name, *args)
+                return self.ray.get(task, timeout=timeout)
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from error
+            except self.ray.exceptions.GetTimeoutError as error:
+                raise ConfigError(
+                    f"no worker has loaded the checkpoint in {timeout:g} seconds; are the GPUs in use? "
+                    f"{self._end_of_log(number)}"
+                ) from error
+            except self.ray.exceptions.RayError as error:
+                if death == DEATHS:
+                    what = f"{name} killed {DEATHS} workers ({type(error).__name__})"
+                    raise UnitError(f"{what}; {self._end_of_log(number)}") from error
+                self._replace(self._seats[number])
+        raise AssertionError  # the loop has returned or raised
 
     def check_method(self, variant: Variant) -> None:
         """Attach a row to the model of a worker and take it off again."""
@@ -223,8 +237,7 @@ class RayHarness(Harness):
             return error.cause if isinstance(error.cause, Exception) else error
         except self.ray.exceptions.RayError as error:  # killed, out of memory, its node lost
             unit.deaths += 1
-            self.ray.kill(seat.actor)  # if it was only out of reach
-            seat.actor, seat.shown = self._hire(seat.number), 0
+            self._replace(seat)
             if unit.deaths < DEATHS:
                 return None
             where = f", part {unit.part + 1} of {unit.parts}" if unit.parts > 1 else ""
