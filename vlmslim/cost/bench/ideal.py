@@ -59,6 +59,8 @@ def _sliced(encode: Any, prompt: SyntheticPrompt, visual_tokens: int) -> Any:
 
     def shortened(entries: Any) -> Any:
         """Shorten what the encoder made of images or of views: a list of features, or one tensor of all of them."""
+        if isinstance(entries, Tensor) and entries.ndim == 2:
+            return entries[keep]  # what DeepStack adds, in transformers 5.17: the tokens of all images in a row
         stay = keep.split([len(entry) for entry in entries])
         parts = [entry[mine] for entry, mine in zip(entries, stay, strict=True)]
         return torch.cat(parts)[None] if isinstance(entries, Tensor) else parts
