@@ -33,8 +33,6 @@ _IDLE: dict[Part, tuple[str, ...]] = {
     "queries": ("k_proj", "v_proj"),
     "keys": ("q_proj", "v_proj"),
 }
-#: The modules in an attention module without norms.
-_PLAIN = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class _Reached(Exception):
@@ -271,24 +269,16 @@ def tower_heads(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, T
 def _twin(module: nn.Module, idle: Collection[str] = ()) -> nn.Module:
     """Copy a module, without hooks and without the `forward` that accelerate puts on an instance.
 
-    Projections named in `idle` make zeros in the copy, of one head where the module counts heads itself, because it
-    would turn all of them.
+    Projections named in `idle` make zeros in the copy.
     """
     twin = copy.copy(module)
     twin.config = _Probing(module.config)  # type: ignore[assignment]
     twin._modules = dict(module._modules)
-    head: Any = module.head_dim if _counts_heads(module) else None
     for name in idle:
         width = getattr(twin._modules.get(name), "out_features", None)
         if width is not None:
-            twin._modules[name] = _Zeros(head or width)
+            twin._modules[name] = _Zeros(width)
     return twin
-
-
-def _counts_heads(module: nn.Module) -> bool:
-    """Tell whether an attention module takes as many heads as its projections make, and has no norm over all heads."""
-    named = {name for name in inspect.unwrap(type(module).forward).__code__.co_names if "head" in name}
-    return named == {"head_dim"} and hasattr(module, "head_dim") and set(module._modules) == _PLAIN
 
 
 class _Zeros(nn.Module):
