@@ -30,7 +30,7 @@ def of_class(name: str) -> torch.nn.Module:
 )
 def test_an_unsupported_model_is_told_the_nearest_one(name, nearest):
     hint = f"the nearest supported class is {nearest}; " if nearest else ""
-    message = f"cannot patch {name}; {hint}vlmslim supports the families llava, .*; docs/models.md tells how to add one"
+    message = f"cannot patch {name}; {hint}vlmslim supports Llava.*; docs/models.md tells how to add a family"
     with pytest.raises(TypeError, match=message):
         vlmslim.patch(of_class(name), "none")
 

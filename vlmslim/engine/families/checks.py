@@ -71,16 +71,15 @@ def _refusal(model: Any) -> TypeError:
             continue
         if _supported(inside):
             return TypeError(f"cannot patch {name}, which wraps a model: patch the model inside, `model.{path}`")
+    names = [family.name for family in FAMILIES.values()]
+    supported = f"vlmslim supports {', '.join(names)}; docs/models.md tells how to add a family"
     if whole := FAMILIES.get(re.sub("_(text|vision)$", "", model_type)):
-        return TypeError(f"cannot patch {name}, which is a part of a model: pass the whole {whole.name}")
+        return TypeError(f"cannot patch {name}, which is a part of a model: pass the whole {whole.name}; {supported}")
     reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
-    stems = {_ENDING.sub("", family.name).lower(): family.name for family in FAMILIES.values()}
+    stems = {_ENDING.sub("", known).lower(): known for known in names}
     nearest = get_close_matches(_ENDING.sub("", name).lower(), stems, n=1)
     hint = f"the nearest supported class is {stems[nearest[0]]}; " if nearest else ""
-    return TypeError(
-        f"cannot patch {name}{reason}; {hint}vlmslim supports the families {', '.join(FAMILIES)}; docs/models.md tells "
-        "how to add one"
-    )
+    return TypeError(f"cannot patch {name}{reason}; {hint}{supported}")
 
 
 def check_decoder(core: Any, between_layers: str | None = None) -> None:
