@@ -25,11 +25,11 @@ case "$#:${1:-}" in
     ;;
 esac
 
-device=cuda attentions=(sdpa flash_attention_2) collect=() few=() searches=()
+device=cuda attentions=(sdpa flash_attention_2) collect=() few=() searches=() targets=()
 folder=benchmarks/CARD_$(date +%F)
 if [[ $mode == rehearse ]]; then
   device=cpu attentions=(sdpa) collect=(--collect-only -q) few=(-m divprune -m fastv)
-  searches=(--part searches --repeats 1 --no-targets)
+  searches=(--part searches --repeats 1 --no-targets) targets=(--no-targets)
   folder=$(mktemp -d)
 elif [[ $mode == prove ]]; then
   if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -88,7 +88,7 @@ bench llava-next-7b --budgets 640,320,160 --image-size 672x672
 bench qwen2.5-vl-7b --budgets 192,128,64
 bench qwen3-vl-8b --budgets 192,128,64
 step selection python scripts/bench_selection.py --device "$device" --output "$folder/selection" "${searches[@]}"
-step targets python scripts/gpu_targets.py "$folder"
+step targets python scripts/gpu_targets.py "$folder" "${targets[@]}"
 
 if ((${#failed[@]})); then
   echo "gpu_proof.sh: failed: ${failed[*]}" >&2

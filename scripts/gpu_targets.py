@@ -4,7 +4,7 @@
 
 Every method's peak memory is at most that of the unpatched model. On the two shapes below, prefill takes at most 1.03
 of the ideal's time. `scripts/bench_selection.py` says itself whether its searches meet theirs. Exit status 1: a target
-is missed, or no record is there.
+is missed, unless `--no-targets` is given, or no record is there.
 """
 
 import argparse
@@ -33,13 +33,15 @@ def main() -> int:
     """Print all targets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    found = [json.loads(path.read_text()) for path in sorted(parser.parse_args().folder.glob("*.json"))]
+    parser.add_argument("--no-targets", action="store_true", help="exit with 0 even if a target is missed")
+    given = parser.parse_args()
+    found = [json.loads(path.read_text()) for path in sorted(given.folder.glob("*.json"))]
     said = [verdict for record in found if "scenarios" in record for verdict in verdicts(record)]
     for words, met in said:
         print(f"{words}: {'met' if met else 'MISSED'}")
     if not said:
         print("no record of `vlmslim bench` is there")
-    return not said or not all(met for _, met in said)
+    return not said or not (given.no_targets or all(met for _, met in said))
 
 
 if __name__ == "__main__":
