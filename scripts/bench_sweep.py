@@ -11,7 +11,6 @@ shared KV cache for the constant beginning of all prompts would save. `--prefix`
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel
 
 from vlmslim.cost.bench.shapes import shape_config
 from vlmslim.cost.flops import Ledger, crop_tokens
+from vlmslim.engine.families import KV_CACHE
+from vlmslim.engine.prefix import PrefixCache
 from vlmslim.evaluation.config import RunConfig
 from vlmslim.evaluation.harness import Harness
 from vlmslim.evaluation.progress import log_to
@@ -151,20 +152,18 @@ def measure_prefix(name: str, kept: Sequence[int], batches: Sequence[int], repea
                 states = 0.02 * torch.randn(batch, TEXT + visual, config.hidden_size)
                 mask = torch.ones(batch, TEXT + visual, dtype=torch.long)
                 mask[0, PREFIX] = 0  # the same place in both, so that both have as many tokens
-                first = DynamicCache(config=config)
-                decoder(inputs_embeds=states[:1, :PREFIX], past_key_values=first)
+                first = PrefixCache(config=config)
+                decoder(inputs_embeds=states[:1, :PREFIX], **{KV_CACHE: first})
 
                 def whole() -> None:
                     decoder(inputs_embeds=states, attention_mask=mask, use_cache=True)  # noqa: B023
 
-                def copies() -> DynamicCache:
-                    cache = copy.deepcopy(first)  # noqa: B023
-                    cache.batch_repeat_interleave(batch)  # noqa: B023
-                    return cache
+                def copies() -> PrefixCache:
+                    return first.rows(batch)  # noqa: B023
 
                 def rest() -> None:
                     own = states[:, PREFIX:]  # noqa: B023
-                    decoder(inputs_embeds=own, attention_mask=mask, past_key_values=copies())  # noqa: B023
+                    decoder(inputs_embeds=own, attention_mask=mask, **{KV_CACHE: copies()})  # noqa: B023
 
                 rounds = [[cost(work, 1) for work in (whole, rest, copies)] for _ in range(repeats + 1)][1:]
                 saved = sorted(1 - after / before for before, after, _ in rounds)
