@@ -19,7 +19,7 @@ from vlmslim.methods.prunesid import PruneSID
 from vlmslim.methods.prunesid.groups import choose, loadings
 
 
-def plain(x: list, weight: list, score: list[float], k: int) -> list[int]:
+def plain(x: list, weight: list, score: list[float], k: int, released: bool = False) -> list[int]:
     """The same rule with lists."""
     n, groups = len(x), len(weight[0])
     pairs = [cosine(x[i], x[j]) for i in range(n) for j in range(i)]
@@ -29,7 +29,7 @@ def plain(x: list, weight: list, score: list[float], k: int) -> list[int]:
         members = [i for i in range(n) if max(range(groups), key=lambda c: (weight[i][c], -c)) == g]
         taken: list[int] = []
         for i in sorted(members, key=lambda i: (-score[i], i)):
-            if all(cosine(x[i], x[j]) <= threshold for j in taken):
+            if all(cosine(x[i], x[j]) <= threshold for j in taken) and (score[i] > 0 or not released):
                 taken.append(i)
         rest = sorted((i for i in members if i not in taken), key=lambda i: (-score[i], i))
         ranked.append(taken + rest)
@@ -40,9 +40,9 @@ def plain(x: list, weight: list, score: list[float], k: int) -> list[int]:
     lower = [min(1, len(r)) for r in ranked]
     other, done, quota = max(0, k - sum(lower)), 0, []
     for g in range(groups):
-        before = round(Fraction(other * done, sum(alive)))
+        before = round(Fraction(other * done, sum(alive) or 1))
         done += alive[g]
-        quota.append(min(lower[g] + round(Fraction(other * done, sum(alive))) - before, upper[g]))
+        quota.append(min(lower[g] + round(Fraction(other * done, sum(alive) or 1)) - before, upper[g]))
     for g in sorted(range(groups), key=lambda g: -alive[g]):
         while quota[g] < upper[g] and sum(quota) < k:
             quota[g] += 1
@@ -50,17 +50,17 @@ def plain(x: list, weight: list, score: list[float], k: int) -> list[int]:
 
 
 @some
-@given(seeds, st.integers(1, 24), st.integers(1, 6), st.data())
-def test_it_is_the_rule_with_lists(seed, n, q, data):
-    """Unit vectors with copies; loadings and scores in quarters, so that many tie."""
+@given(seeds, st.integers(1, 24), st.integers(1, 6), st.booleans(), st.data())
+def test_it_is_the_rule_with_lists(seed, n, q, released, data):
+    """Unit vectors with copies; loadings and scores in quarters, so that many tie and some are 0."""
     k = data.draw(st.integers(min(q, n), n))
     generator = torch.Generator().manual_seed(seed)
     x = torch.eye(5)[torch.randint(5, (n,), generator=generator)]
     weight = torch.randint(0, 9, (n, q), generator=generator) / 8
-    score = torch.randint(1, 5, (n,), generator=generator) / 4
-    got = choose(x, weight, score, k, k).tolist()
+    score = torch.randint(0, 5, (n,), generator=generator) / 4
+    got = choose(x, weight, score, k, k, released=released).tolist()
     assert len(got) == k == len(set(got))
-    assert got == plain(x.tolist(), weight.tolist(), score.tolist(), k)
+    assert got == plain(x.tolist(), weight.tolist(), score.tolist(), k, released)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
@@ -70,7 +70,8 @@ def test_loadings_are_those_of_the_principal_components(shape):
     sample = sample - sample.mean(1, keepdims=True)
     want = np.abs(np.linalg.svd(sample.T)[2][:4].T)
     np.testing.assert_allclose(loadings(x, 4).numpy(), want, atol=1e-5)
-    assert loadings(x, 4, noise(1, 12, 4)).shape == (shape[0], 4)
+    half = loadings(x.bfloat16(), 4, noise(1, 12, 4).double())
+    assert half.shape == (shape[0], 4) and half.dtype == torch.float32
 
 
 def test_a_start_in_the_right_space_gives_the_exact_components():

@@ -167,6 +167,19 @@ def test_version_1_keeps_by_rank():
     assert slim.receipt.last.visual[1][0] in (3, 5) and slim.receipt.summary()["requested"] is None
 
 
+@pytest.mark.parametrize(
+    "mode, scale, count, left", [("corrected", 0.4, 2, 1), ("released", 0.4, 2, 0), ("released", 0.2, 40, 2)]
+)
+@torch.no_grad()
+def test_a_rank_of_few_or_of_all_tokens(mode, scale, count, left):
+    """A low rank keeps nothing in the release; where the rank is the number of tokens, nothing goes."""
+    model = tiny("llava")
+    method = SparseVLM(version="1.0", mode=mode, scale=scale, layer=(1, 2, 3), recycle=False)
+    with vlmslim.patch(model, method) as slim:
+        model(**batch(model, [[BOS, Picture(0), *words(0, count)]]))
+    assert [x for (x,) in slim.receipt.last.visual] == [16, left, left, left]
+
+
 @torch.no_grad()
 def test_the_release_prunes_the_first_image():
     model = tiny("llava")

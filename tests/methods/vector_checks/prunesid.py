@@ -35,13 +35,13 @@ def check_groups(arrays, x, weight, score, k: int, budget: int, qwen: bool) -> N
         threshold = k / 32 * mean
     np.testing.assert_allclose([mean, threshold], [arrays["mean_similarity"], arrays["threshold"]], rtol=1e-4)
     group, q = torch.from_numpy(arrays["group"]).long(), weight.shape[1]
-    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score)
+    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score) & (score > 0)
     assert group.bincount(minlength=q).tolist() == arrays["count"].tolist()
     assert group[alive].bincount(minlength=q).tolist() == arrays["survivors"].tolist()
     if arrays["half_margin"] < 1e-4:
         return  # a share at an exact half: fp32 sums decide it
     assert quotas(arrays["count"].tolist(), arrays["survivors"].tolist(), k, budget) == arrays["quota"].tolist()
-    order = choose(x, weight, score, k, budget, threshold if qwen else None)
+    order = choose(x, weight, score, k, budget, threshold if qwen else None, released=True)
     first = [] if qwen else [0]  # CLS
     got = first + (order + len(first)).tolist()
     assert got == arrays["order"].tolist() and sorted(got) == arrays["raster"].tolist()

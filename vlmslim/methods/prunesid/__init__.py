@@ -32,10 +32,10 @@ class PruneSID(ScoredSelection):
     mode="released" follows the release (commit 4ef17d9), for LLaVA-1.5 and LLaVA-NeXT, with these faults: components
     are approximated from a random start, so that the kept tokens change from run to run (here the start depends on
     `seed` and pixels); CLS counts as one of the T and comes first; patches come group by group, and those of a tile
-    are shuffled over each other's places; padded patches compete; every view has the same budget, rounded down.
+    are shuffled over each other's places; padded patches compete; every view has the same budget, rounded down; a
+    patch of attention 0 counts as suppressed.
     mode="corrected", the default, has exact components, no CLS, reading order, true places, and meets `keep` exactly.
-    In both modes the shares are whole numbers rounded half to even, ties go to the lower index or group, and a patch of
-    attention 0 may survive, which the release forbids.
+    In both modes the shares are whole numbers rounded half to even, and ties go to the lower index or group.
 
     keep      : visual tokens to keep per image, a count or a share
     mode      : "corrected" or "released"
@@ -101,10 +101,10 @@ class PruneSID(ScoredSelection):
         orders = []
         for pool in pools:
             x, q = pool.read[0], max(1, pool.k // 4)
-            start = image.uniform(self.seed, min(x.shape) * q).view(-1, q).to(x) - 0.5
+            start = image.uniform(self.seed, min(x.shape) * q).view(-1, q) - 0.5
             weight = loadings(x, q, start)
             score = pool.read[1] if self.score == "cls" else weight.amax(1)
-            orders.append(choose(x, weight, score, pool.k, pool.k - 1))
+            orders.append(choose(x, weight, score, pool.k, pool.k - 1, released=True))
         x = released_sequence(image.cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
 
         def made_of() -> Tensor:

@@ -28,7 +28,7 @@ def loadings(x: Tensor, q: int, start: Tensor | None = None) -> Tensor:
         vectors = torch.linalg.eigh(sample.double() @ sample.double().T)[1].flip(1)  # the largest first
         return vectors[:, :q].abs().to(x)
     wide = sample.T if x.shape[1] >= len(x) else sample  # (d, n), or (n, d) if that is taller
-    basis = torch.linalg.qr(wide @ start)[0]
+    basis = torch.linalg.qr(wide @ start.to(wide))[0]
     for _ in range(2):
         basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
     left, _, right = torch.linalg.svd(basis.T @ wide, full_matrices=False)
@@ -36,7 +36,15 @@ def loadings(x: Tensor, q: int, start: Tensor | None = None) -> Tensor:
 
 
 @full_precision
-def choose(x: Tensor, weight: Tensor, score: Tensor, k: int, budget: int, threshold: float | None = None) -> Tensor:
+def choose(
+    x: Tensor,
+    weight: Tensor,
+    score: Tensor,
+    k: int,
+    budget: int,
+    threshold: float | None = None,
+    released: bool = False,
+) -> Tensor:
     """Choose patches group by group.
 
     Args:
@@ -46,6 +54,7 @@ def choose(x: Tensor, weight: Tensor, score: Tensor, k: int, budget: int, thresh
         k: T, on which threshold and limits depend.
         budget: number of patches to choose.
         threshold: cosine above which a patch is suppressed; None for T / 32 times the mean of all pairs.
+        released: count patches of score 0 as suppressed.
 
     Returns:
         (budget,) indices: the groups in order, of each those not suppressed first, by score.
@@ -55,6 +64,7 @@ def choose(x: Tensor, weight: Tensor, score: Tensor, k: int, budget: int, thresh
     if threshold is None:
         threshold = k / 32 * similarity.triu(1).sum().item() / max(1, n * (n - 1) // 2)
     alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score)
+    alive = alive & (score > 0) if released else alive
     count, survivors = (group[kept].bincount(minlength=weight.shape[1]) for kept in (alive | True, alive))
     quota = quotas(count.tolist(), survivors.tolist(), k, budget)
     order = score.argsort(descending=True, stable=True)
@@ -81,7 +91,7 @@ def quotas(count: list[int], survivors: list[int], k: int, budget: int) -> list[
     while sum(upper) < min(k, sum(count)):
         upper = [min(limit + 1, size) for limit, size in zip(upper, count, strict=True)]
     other = max(0, budget - sum(lower))
-    ends = [round(Fraction(other * done, sum(survivors))) for done in accumulate(survivors)]
+    ends = [round(Fraction(other * done, max(1, sum(survivors)))) for done in accumulate(survivors)]
     parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     quota = [min(least + part, limit) for least, part, limit in zip(lower, parts, upper, strict=True)]
     for i in sorted(range(len(quota)), key=lambda i: -survivors[i]):

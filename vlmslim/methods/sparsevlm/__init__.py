@@ -44,18 +44,18 @@ class SparseVLM(Compressor):
     density peaks, and one mean for every ten of them stays.
 
     The release has three versions under one name. "1.0" (commit 91fb6d9) keeps min(rank x scale + bias, v - 1) of the v
-    tokens there are, where rank is that of the raters' attention. "1.5" (the numbers of ICML) keeps fixed counts. Both
-    recycle, and count positions anew. "2.0" (commit 9e1f649, "SparseVLM+") keeps fixed counts, recycles nothing and
-    leaves positions; it divides attention by what rotary positions give equal vectors (gravity), and reads the heads
-    that look most at the image. It is the default.
+    tokens there are, where rank is that of the raters' attention, and all v if it is v. "1.5" (the numbers of ICML)
+    keeps fixed counts. Both recycle, and count positions anew. "2.0" (commit 9e1f649, "SparseVLM+") keeps fixed counts,
+    recycles nothing and leaves positions; it divides attention by what rotary positions give equal vectors (gravity),
+    and reads the heads that look most at the image. It is the default.
 
     mode="released" follows the release with these faults: only the first image of a prompt is pruned; at least one
-    token of it always goes; recycled tokens stand after the kept ones, out of their places; random noise decides
-    between equal densities (here drawn from `seed` and pixels); gravity divides also where it is negative, from a
-    distance of 1707 on with LLaVA-1.5's positions. mode="corrected", the default, prunes every image by itself, puts a
-    recycled token at the place of its cluster's centre, needs no noise, and leaves gravity out where it is not
-    positive. In both modes scores are in fp32, and ties go to the lower index. Without ids of the prompt, or if no word
-    is above the mean, all text after the image rates; without such text, the prompt's last token does.
+    token of it always goes; a low rank may keep none; recycled tokens stand after the kept ones, out of their places;
+    random noise decides between equal densities (here drawn from `seed` and pixels); gravity divides also where it is
+    negative, from a distance of 1707 on with LLaVA-1.5's positions. mode="corrected", the default, prunes every image
+    by itself, puts a recycled token at the place of its cluster's centre, needs no noise, and leaves gravity out where
+    it is not positive. In both modes scores are in fp32, and ties go to the lower index. Without ids of the prompt, or
+    if no word is above the mean, all text after the image rates; without such text, the prompt's last token does.
 
     The printed budgets count what layers send, not what they read: "64" is 82 tokens per layer.
 
@@ -213,7 +213,9 @@ class SparseVLM(Compressor):
         v = len(image.place)
         if self.version == "1.0":
             rank = int(torch.linalg.matrix_rank(paid[:, rates].mean(0)))
-            k = max(1, min(int(rank * self.scale + self.bias), v - 1))
+            if rank == v:
+                return v
+            k = max(self.mode == "corrected", min(int(rank * self.scale + self.bias), v - 1))
         else:
             k = self.kept(image.entered)[self.layers.index(tokens.layer)]
         return min(k, v - (self.mode == "released"))
