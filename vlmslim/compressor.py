@@ -8,7 +8,6 @@ from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from vlmslim.image_tokens import Compressed, ImageTokens
@@ -263,30 +262,13 @@ class Selector(Compressor):
 
 def _rectified(image: ImageTokens, chosen: Compressed, k: int) -> Compressed:
     """Fill the budget k of an image with means of what was not chosen; with newlines once all patches take part."""
-    x, index, n = image.features, chosen.index, len(image.features)
+    x, index = image.features, chosen.index
     if chosen.features is not None or index is None:
         raise ValueError("rectify=True merges what was not selected, and this method makes tokens itself")
     if len(index) >= k:
         return chosen
-    free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, index, False)
-    patch = image.grid[:, 0] >= 0
-    slots = patch.nonzero()[:, 0]
-    kept = (~free & patch)[slots].nonzero()[:, 0]
-    made = min(k - len(index), len(slots) - len(kept))
-    others = index[~patch[index]]
-    spare = (free & ~patch).nonzero()[: k - len(index) - made, 0]
-    features, place, size, joined = merge_rest(x[slots], kept, len(kept) + made)
-    slot, order = torch.cat([slots[place], others, spare]).sort()
-    size = torch.cat([size, torch.ones_like(others), torch.ones_like(spare)])[order]
-    sent = torch.cat([features.to(x), x[others], x[spare]])[order]
-
-    def into() -> Tensor:
-        where = torch.full((n,), -1, device=x.device)
-        where[torch.cat([others, spare])] = torch.arange(len(features), k, device=x.device)
-        where[slots] = joined
-        return torch.where(where < 0, -1, order.argsort()[where.clamp(min=0)])
-
-    return Compressed(sent, slot, into, size)
+    features, slot, size, into = merge_rest(x, index, k, patch=image.grid[:, 0] >= 0)
+    return Compressed(features.to(x), slot, lambda: into, size)
 
 
 @dataclass

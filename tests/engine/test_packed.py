@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import close, greedy
 from doubles import Both, BothOriginal, Ragged, Rule, Stairs, Strided, StridedOriginal, build, name_of
-from prompts import ROWS, Picture, batch, varied_row, words
+from prompts import ROWS, Picture, batch, packed, varied_row, words
 from tiny import BOS, IMAGE, tiny
 
 import vlmslim
@@ -14,19 +14,6 @@ METHODS = [Both(), BothOriginal(), Stairs(), Strided(), Ragged(), "fastv", "divp
 
 
 # --- packed rows ------------------------------------------------------------------------------------------------------
-
-
-def packed(model, rows) -> dict:
-    singles = [batch(model, [one]) for one in rows]
-    inputs = {
-        "input_ids": torch.cat([x["input_ids"] for x in singles], 1),
-        "position_ids": torch.cat([torch.arange(x["input_ids"].shape[1]) for x in singles])[None],
-        "use_cache": False,
-    }
-    for name in ("pixel_values", "image_sizes", "batch_num_images"):
-        if any(name in x for x in singles):
-            inputs[name] = torch.cat([x[name] for x in singles if name in x])
-    return inputs
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

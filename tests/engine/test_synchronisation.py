@@ -14,7 +14,7 @@ import zoo
 from clip_fixtures import Words
 from contract import contract_methods
 from doubles import Both, Halve, Strided, StridedOriginal
-from prompts import ROWS, SEVERAL, Picture, batch, words
+from prompts import ROWS, SEVERAL, Picture, batch, packed, words
 from tiny import BOS, tiny
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,8 +28,12 @@ from watch import Watch
 
 import vlmslim
 from vlmslim.compressor import ImageTokens
-from vlmslim.registry import options_of, parse_method
+from vlmslim.engine.layout import Layout
+from vlmslim.engine.locate import read_prompt
+from vlmslim.registry import method_class, options_of, parse_method
 
+MERGING = ("visionzip", "vscan")  # have nothing to rectify
+SELECTORS = [x for x in contract_methods("rectify") if x not in MERGING and not method_class(x).reads_back]
 LOOKS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -71,13 +75,14 @@ def device(monkeypatch):
         yield mode
 
 
-def on_device(family: str, rows: list, monkeypatch) -> tuple:
+def on_device(family: str, rows: list, monkeypatch, make=batch) -> tuple:
     """A tiny model without values, and the inputs of a prompt, of which the host knows ids, mask and sizes."""
     with unset_fake_temporarily():
         real = zoo.build(family) if family in zoo.ZOO else tiny(family)
-        inputs = zoo.batch(family, real, zoo.ROWS) if family in zoo.ZOO else batch(real, rows)
-        known = {name: inputs[name].numpy() for name in ("input_ids", "attention_mask")}
+        inputs = zoo.batch(family, real, zoo.ROWS) if family in zoo.ZOO else make(real, rows)
+        known = read_prompt(inputs)
         lists = {name: x.tolist() for name, x in inputs.items() if name in ("image_sizes", "batch_num_images")}
+        lists |= {name: x for name, x in inputs.items() if not isinstance(x, torch.Tensor)}
     monkeypatch.setattr("vlmslim.engine.hooks.read_prompt", lambda kwargs: known)
     with torch.device("cuda"), no_init_weights():
         model = type(real)(real.config).eval().requires_grad_(False)
@@ -103,6 +108,38 @@ def test_a_method_waits_for_the_device_only_if_it_says_so(name, family, device, 
             return
     assert logits.device.type == "cuda" and logits.shape[:2] == inputs["input_ids"].shape
     assert not reasons, f"{name} says {reasons}, but looks at no value"
+
+
+@pytest.mark.parametrize("family", ["llava", "next"])
+@pytest.mark.parametrize(
+    "spec",
+    [f"{x}:keep=5:rectify=True" for x in SELECTORS] + ["schedule:by=random", "tokencorr:keep=5:sampling=multinomial"],
+)
+@torch.no_grad()
+def test_an_option_does_not_make_a_method_wait(spec, family, device, monkeypatch):
+    model, inputs = on_device(family, [*ROWS, SEVERAL[0]], monkeypatch)
+    options = parse_method(spec)
+    known = options_of(options["method"])
+    options |= {"tokenizer": Words()} if "tokenizer" in known else {}
+    options |= {"relevance": "none"} if "relevance" in known else {}
+    options |= {"tau": None} if "tau" in known else {}  # the threshold of a later stage, which does wait
+    with vlmslim.patch(model, [options]) as slim:
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+        assert not any(stage.method.reads_back for stage in slim.stages)
+
+
+@torch.no_grad()
+def test_packed_rows_wait_for_nothing(device, monkeypatch):
+    model, inputs = on_device("llava", [*ROWS, SEVERAL[0]], monkeypatch, packed)
+    with vlmslim.patch(model, [{"method": "divprune", "keep": 3}, {"method": "fastv", "keep": 2, "layer": 1}]) as slim:
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+        assert slim.receipt.last.visual[-1] == [2, 2, 4]
+
+
+def test_gaps_in_several_numbers_close_without_waiting(device):
+    image = torch.empty(2, 9, dtype=torch.long, device="cuda")
+    layout = Layout(image > 0, image.expand(3, 2, 9), image, image, image, [9, 8])
+    assert layout.select(image > 1, renumber=True, counts=[7, 6]).layout.position.shape == (3, 2, 7)
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,24 @@ def test_the_seed_decides_and_later_tokens_are_among_the_earlier():
     assert seen[0, 1] != seen[1, 1]
 
 
-def test_layers_must_ascend_and_tokens_be_the_images_own():
-    model = tiny("llava")
+def test_layers_must_ascend():
     with pytest.raises(ValueError, match="ascend"):
-        vlmslim.patch(model, "schedule", layer=[0.25, 0.3], counts=[4, 2])
-    stages = [PairMean(), Schedule((2,), (2,), "random")]
-    with vlmslim.patch(model, stages), pytest.raises(ValueError, match="merged"), torch.no_grad():
-        model(**batch(model, SEVERAL))
+        vlmslim.patch(tiny("llava"), "schedule", layer=[0.25, 0.3], counts=[4, 2])
+
+
+@torch.no_grad()
+def test_made_tokens_are_drawn_too():
+    """Of tokens that a method made without saying their slots, other ones stay for another seed."""
+    model, kept = tiny("llava"), set()
+
+    class Spy(Schedule):
+        def retain(self, tokens):
+            keep = super().retain(tokens)
+            kept.add(tuple(tokens.origin[keep & (tokens.image > 0)].tolist()))
+            return keep
+
+    for seed in range(4):
+        with vlmslim.patch(model, [PairMean(), Spy((2,), (2,), "random", seed)]) as slim:
+            model(**batch(model, SEVERAL))
+        assert slim.receipt.last.visual[-1] == [4, 2]
+    assert len(kept) > 1

@@ -102,6 +102,20 @@ def batch(model: nn.Module, rows: list[Row], padding: str = "left") -> dict:
     return inputs
 
 
+def packed(model: nn.Module, rows: list[Row]) -> dict:
+    """Inputs of the model for `rows`, packed into one row."""
+    singles = [batch(model, [one]) for one in rows]
+    inputs = {
+        "input_ids": torch.cat([x["input_ids"] for x in singles], 1),
+        "position_ids": torch.cat([torch.arange(x["input_ids"].shape[1]) for x in singles])[None],
+        "use_cache": False,
+    }
+    for name in ("pixel_values", "image_sizes", "batch_num_images"):
+        if any(name in x for x in singles):
+            inputs[name] = torch.cat([x[name] for x in singles if name in x])
+    return inputs
+
+
 ROWS: list[Row] = [  # different images, different sizes, different text lengths
     [BOS, Picture(0, (60, 30)), *words(0, 5)],
     [BOS, *words(1, 4), Picture(1, (32, 64)), *words(2, 9)],

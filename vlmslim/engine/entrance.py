@@ -39,7 +39,7 @@ class Entrance:
     def compress(self, call: Call, embeds: Tensor) -> Tensor:
         """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
         tokens = call.runs[0].tokens
-        mask, ids = call.mask_on_host(), call.ids_on_host()
+        mask, ids = call.mask_on_host(), call.read.get("input_ids")
         placed, is_text = locate(self.core, call, mask, ids, self.family)
         call.text = is_text.sum(1).tolist()
         call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)

@@ -35,7 +35,7 @@ class Visit:
 class Call:
     """One forward of the model, while it runs.
 
-    input_ids, embeds : what the caller sent
+    embeds   : (B, L, d) of the caller's; None if the caller sent ids
     encoded  : the images that were encoded, by kind
     given    : the kinds of which the caller sent pixels
     past     : the plan on the KV cache
@@ -64,11 +64,10 @@ class Call:
     delta    : (B, 1) rotary position minus number of tokens, where positions have several numbers
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     recorder : keeps what pictures show; None if the patch records no tokens
-    read     : what the host knows of ids and mask since before the encoder started, by the name of the argument
+    read     : what the host knows of ids, mask and positions since before the encoder started, by the argument's name
     before   : (P,) ids of the prompt's tokens that the KV cache held already, where prompts share their beginning
     """
 
-    input_ids: Tensor | None
     embeds: Tensor | None
     encoded: dict[str, Encoded]
     past: Plan | None
@@ -100,20 +99,25 @@ class Call:
     read: dict[str, np.ndarray] = field(default_factory=dict)
     before: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
-    def ids_on_host(self) -> np.ndarray | None:
-        """Return the ids (B, L) of the prompt; None if the caller sent embeddings."""
-        if self.input_ids is None or self.packed is not None:
-            return None if self.input_ids is None else self.input_ids.cpu().numpy()
-        return self.read["input_ids"] if "input_ids" in self.read else self.input_ids.cpu().numpy()
-
     def mask_on_host(self) -> np.ndarray:
         """Return the mask (B, L), False at padding."""
         mask, read = self.runs[0].tokens.mask, self.read.get("attention_mask")
-        if not self.padded and self.packed is None:
+        if not self.padded:
             return np.ones(tuple(mask.shape), bool)
-        if self.packed is None and read is not None and read.shape[1] == self.seen + self.length:
+        if read is not None and read.shape[1] == self.seen + self.length:
             return read[:, self.seen :].astype(bool)
         return mask.cpu().numpy()
+
+    def unpack(self) -> None:
+        """Give each packed sample a row of its own."""
+        assert self.packed is not None
+        self.read["attention_mask"], self.guess = self.packed.mask, 0
+        if "input_ids" in self.read:
+            ids = np.full(self.packed.mask.shape, -1)
+            ids[self.packed.row, self.packed.column] = self.read["input_ids"]
+            self.read["input_ids"] = ids
+        if self.embeds is not None:
+            self.embeds = self.packed.unpack(self.embeds)
 
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True

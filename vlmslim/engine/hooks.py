@@ -34,6 +34,7 @@ from vlmslim.engine.families import (
 from vlmslim.engine.forward import Call
 from vlmslim.engine.gate import RUNNING, Gate
 from vlmslim.engine.later import Later
+from vlmslim.engine.layout import to_device
 from vlmslim.engine.locate import check_kinds, read_prompt
 from vlmslim.engine.packed import BOUNDARIES, packed_samples
 from vlmslim.engine.plan import CompressedCache, Plan, compressed
@@ -171,10 +172,10 @@ class Hooks:
             for encoder in self.encoders.values():
                 encoder.attach()  # a function may have been set on the model since the last forward
         encoded = self._encoded_before(kwargs)
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
-        call = Call(ids, embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
+        embeds = kwargs.get("inputs_embeds")
+        call = Call(embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
         check_kinds(self.family, given | encoded.keys())
         if self.record:
             call.recorder = Recorder()
@@ -230,13 +231,12 @@ class Hooks:
             return None
         if call.encoded and self.entrance.any_acts:
             self._check_images_allowed(cache, call.past)
-            call.packed = packed_samples(kwargs, cache, self.lm.config.use_cache)
+            call.packed = packed_samples(kwargs, call.read.get("position_ids"), cache, self.lm.config.use_cache)
         if call.packed is not None and position is not None:
             position = call.packed.unpack(position.expand(embeds.shape[:2]))
             embeds = call.packed.unpack(embeds)
-            call.input_ids = None if call.input_ids is None else call.packed.unpack(call.input_ids, fill=-1)
-            call.embeds = None if call.embeds is None else call.packed.unpack(call.embeds)
-            mask, call.guess = call.packed.mask, 0
+            call.unpack()
+            (mask,) = to_device(embeds.device, call.packed.mask)
             kwargs = {k: v for k, v in kwargs.items() if k not in BOUNDARIES}
         call.describe(embeds, cache, mask, position, self.entrance.any_acts)
         if call.encoded and self.entrance.any_acts and kwargs.get("deepstack_visual_embeds"):

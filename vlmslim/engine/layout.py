@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlmslim.ops.attention import gather_rows
 
@@ -49,7 +50,7 @@ class Layout:
         Args:
             keep: True at tokens that stay.
             renumber: close the gaps in the rotary positions: each kept token moves down by the number of tokens
-                dropped before it. Where positions have several numbers, see `closed_up`; this waits for the device.
+                dropped before it. Where positions have several numbers, see `closed_up`.
             counts: how many tokens of each row stay, padding not counted; None waits for the device to count them.
 
         Returns:
@@ -64,8 +65,7 @@ class Layout:
         dropped_so_far = self.mask.cumsum(1) - kept_so_far
         position, shift = self.position, dropped_so_far[:, -1:]
         if renumber and position.ndim == 3:
-            on_host = (x.cpu().numpy() for x in (position, keep, self.image > 0))
-            position, shift = to_device(position.device, *closed_up(*on_host))
+            position, shift = closed_up(position, keep, self.image > 0)
         elif renumber:
             position = position - dropped_so_far
         size = max(counts)
@@ -106,7 +106,7 @@ class Selection:
     shift: Tensor
 
 
-def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def closed_up(position: Tensor, keep: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
     """Close the gaps in rotary positions of several numbers: time, height and width.
 
     In each run of visual tokens, and on each axis, a coordinate that no token holds any more vanishes. So kept tokens
@@ -121,26 +121,34 @@ def closed_up(position: np.ndarray, keep: np.ndarray, visual: np.ndarray) -> tup
     Returns:
         The positions (axes, B, L), and (B, 1), how far what follows the sequence moves down.
     """
-    closed, fall = position.copy(), np.zeros(keep.shape, dtype=position.dtype)
-    total = np.zeros((len(keep), 1), dtype=position.dtype)
-    for row, there in enumerate(visual):
-        (columns,) = there.nonzero()
-        for run in np.split(columns, (np.diff(columns) != 1).nonzero()[0] + 1) if len(columns) else []:
-            before, stays = position[:, row, run], keep[row, run]
-            after = np.stack([_without_gaps(axis, stays) for axis in before])
-            closed[:, row, run] = after
-            end = after[-2:, stays].max() if stays.any() else before[-2:].min() - 1
-            lost = before[-2:].max() - end
-            fall[row, run[-1] + 1 :] += lost
-            total[row] += lost
-    return closed - fall, total
+    begun = (visual & ~F.pad(visual, (1, 0))[:, :-1]).cumsum(1)  # runs, up to each token
+    run = torch.where(visual, begun, 0)  # of each token, from 1; 0 for none
+    closed = torch.where(visual, _without_gaps(position, run, keep), position)
+
+    def of_runs(x: Tensor, reduce: str) -> Tensor:
+        """Reduce x (B, L) within each run: (B, L + 1), 0 where there is none."""
+        return F.pad(torch.zeros_like(x), (1, 0)).scatter_reduce(1, run, x, reduce, include_self=False)
+
+    before, after = position[-2:], closed[-2:].amax(0)
+    none_stays = of_runs(before.amin(0), "amin") - 1
+    end = of_runs(torch.where(keep, after, torch.iinfo(after.dtype).min), "amax").maximum(none_stays)
+    lost = (of_runs(before.amax(0), "amax") - end).index_fill(1, begun.new_zeros(1), 0)
+    fall = lost.cumsum(1)
+    return closed - fall.gather(1, begun - visual.long()), fall[:, -1:]
 
 
-def _without_gaps(x: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """Renumber coordinates x (n,), so that those of which no token `stays` (n,) leave no gap."""
-    values, which = np.unique(x, return_inverse=True)
-    gaps = np.diff(values, append=values[-1:] + 1) * ~np.isin(values, x[stays])
-    return x - (gaps.cumsum() - gaps)[which]
+def _without_gaps(x: Tensor, run: Tensor, stays: Tensor) -> Tensor:
+    """Renumber coordinates x (axes, B, L) within each run (B, L), so that those of which no token `stays` vanish."""
+    run, stays = run.expand_as(x), stays.expand_as(x)
+    order = x.argsort(dim=-1, stable=True)
+    order = order.gather(-1, run.gather(-1, order).argsort(dim=-1, stable=True))  # by run, then by coordinate
+    value, run, stays = (each.gather(-1, order) for each in (x, run, stays))
+    first = torch.searchsorted(run, run)  # where the run of each token begins
+    step = torch.where(run.diff(dim=-1) == 0, value.diff(dim=-1), 0)  # to the next coordinate; 0 within one
+    group = F.pad((run.diff(dim=-1) != 0) | (step != 0), (1, 0)).cumsum(-1)  # the tokens of one coordinate
+    held = torch.zeros_like(group).scatter_add(-1, group, stays.long()).gather(-1, group) > 0
+    gaps = F.pad(step.masked_fill(held[..., :-1], 0), (1, 0)).cumsum(-1)
+    return torch.empty_like(x).scatter_(-1, order, value - (gaps - gaps.gather(-1, first)))
 
 
 @dataclass

@@ -41,9 +41,12 @@ def check_kinds(family: Family, kinds: Collection[str]) -> None:
 def read_prompt(kwargs: dict) -> dict[str, np.ndarray]:
     """Copy ids and mask of a forward with images to the host, where the images are found.
 
-    This comes before the vision tower starts, so that the host has nothing else to wait for.
+    Without a mask, rotary positions tell where samples end that the caller packed into a row. This comes before the
+    vision tower starts, so that the host has nothing else to wait for.
     """
-    sent = {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
+    mask = kwargs.get("attention_mask")
+    sent = {"input_ids": kwargs.get("input_ids"), "attention_mask": mask}
+    sent |= {"position_ids": kwargs.get("position_ids")} if mask is None else {}
     return {name: x.cpu().numpy() for name, x in sent.items() if isinstance(x, Tensor) and x.ndim == 2}
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import Cache
+
+from vlmslim.engine.layout import to_device
 
 #: How flash attention is told where packed samples end, among the arguments of a forward.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -18,25 +19,25 @@ class Packed:
     Inside the language model a patched forward gives each sample its own row, padded on the left. So the samples cannot
     see each other whatever the attention back end, and a method is shown one sample at a time.
 
+    All of it is on the host.
+
     row    : (B, L) the sample that a token belongs to
     column : (B, L) where the token stands in it
     mask   : (n, W) False at padding
     """
 
-    row: Tensor
-    column: Tensor
-    mask: Tensor
+    row: np.ndarray
+    column: np.ndarray
+    mask: np.ndarray
 
     @classmethod
-    def of(cls, position: Tensor) -> "Packed | None":
+    def of(cls, position: np.ndarray) -> "Packed | None":
         """Find the samples in rows (B, L) by their rotary positions. A sample ends where they do not go up by one.
-
-        Waits for the device.
 
         Returns:
             None if every row is one sample.
         """
-        starts = np.diff(position.cpu().numpy(), axis=1, prepend=-2) != 1
+        starts = np.diff(position, axis=1, prepend=-2) != 1
         starts[:, 0] = True
         if starts.sum() == len(starts):
             return None
@@ -46,32 +47,34 @@ class Packed:
         width = length.max()
         column = np.arange(starts.size).reshape(starts.shape) - first[row] + (width - length)[row]
         mask = np.arange(width) >= (width - length)[:, None]
-        return cls(*(torch.from_numpy(x).to(position.device) for x in (row, column, mask)))
+        return cls(row, column, mask)
 
     def unpack(self, x: Tensor, fill: int = 0) -> Tensor:
         """Give each sample its own row: (B, L, ...) -> (n, W, ...), with `fill` at padding."""
         rows = x.new_full((*self.mask.shape, *x.shape[2:]), fill)
-        rows[self.row.to(x.device), self.column.to(x.device)] = x
+        row, column = to_device(x.device, self.row, self.column)
+        rows[row, column] = x
         return rows
 
     def pack(self, x: Tensor) -> Tensor:
         """Put the samples back: (n, W, ...) -> (B, L, ...)."""
-        return x[self.row.to(x.device), self.column.to(x.device)]
+        row, column = to_device(x.device, self.row, self.column)
+        return x[row, column]
 
 
-def packed_samples(kwargs: dict, cache: Cache | None, uses_cache: bool) -> Packed | None:
+def packed_samples(kwargs: dict, position: np.ndarray | None, cache: Cache | None, uses_cache: bool) -> Packed | None:
     """Find samples that the caller packed into rows. Only a forward without a mask and a filled cache can have them.
 
     Args:
         kwargs: the arguments of the language model.
+        position: (B, L) rotary positions as the caller gave them, read before the vision tower started; None if not.
         cache: the KV cache; None without one.
         uses_cache: the language model makes a cache if the caller does not say otherwise.
 
     Raises:
         ValueError: the rows are packed, and the forward fills a KV cache.
     """
-    position = kwargs.get("position_ids")
-    if position is None or position.ndim != 2 or kwargs.get("attention_mask") is not None:
+    if position is None or kwargs.get("attention_mask") is not None:
         return None
     if cache is not None and cache.get_seq_length() > 0:
         return None

@@ -22,7 +22,8 @@ class Schedule(Compressor):
     layer  : decoder layers, ascending: numbers from 1, or shares of the depth, rounded down
     counts : for each of these layers, visual tokens to keep per image from there on, counts or shares, not ascending
     by     : "attention" keeps the tokens that the last prompt token attends to most in the layer before, as `fastv`
-             does; "random" draws tokens by seed and pixels, at each layer from those that are left
+             does; "random" draws tokens by seed and pixels, at each layer from those that are left. A token has the
+             same number at every layer, unless a method made it without saying which slot it takes
     seed   : seed of the random draw
     """
 
@@ -43,8 +44,6 @@ class Schedule(Compressor):
             if type(a) is type(b) and a < b:
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
         self.layers = self.layer
-        if self.by == "random":
-            self.reads_back = "the draw is among an image's own tokens, so it looks for tokens that a method made"
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
@@ -68,17 +67,12 @@ class Schedule(Compressor):
         return tokens.count_of_top(self.counts[self.layers.index(tokens.layer)])
 
     def _drawn(self, tokens: LayerInput) -> Tensor:
-        """Draw a random number for each visual token, (B, S), the same at every layer."""
+        """Draw a random number for each visual token, (B, S)."""
         score = torch.zeros(tokens.image.shape, device=tokens.image.device)
         for row, images in enumerate(tokens.images):
             for number, image in enumerate(images, 1):
                 drawn = image.uniform(self.seed, len(image.features)).to(score)
                 here = tokens.image[row] == number
-                slot = tokens.slot[row][here]
-                if (slot < 0).any():
-                    raise ValueError(
-                        "by='random' draws among an image's own tokens, and a method before merged them; put one "
-                        "there that selects, such as divprune, or use by='attention'"
-                    )
-                score[row, here] = drawn[slot]
+                slot = torch.where(tokens.slot[row] < 0, here.cumsum(0) - 1, tokens.slot[row])
+                score[row] = torch.where(here, drawn[slot.clamp(0, len(drawn) - 1)], score[row])
         return score
