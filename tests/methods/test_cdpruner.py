@@ -51,6 +51,8 @@ def test_exact_ties_go_to_the_lower_index():
     assert conditional_diversity(x, relevance, 8)[0].tolist() == [1, 3, 6, 0, 4, 7, 2, 5]
     x[0, 3] = 0  # a zero token spans nothing, and is not NaN
     assert conditional_diversity(x, relevance, 8)[0].tolist()[-1] == 3
+    with pytest.raises(ValueError, match="NaN"):
+        conditional_diversity(x * torch.nan, relevance, 8)
 
 
 @some
@@ -123,6 +125,17 @@ def test_no_relevance_needs_no_text():
 
 
 @torch.no_grad()
+def test_without_a_question_all_tokens_are_equally_relevant(hf_folder):
+    model = tiny("llava")
+    for options in ({"clip": hf_folder}, {"relevance": "llm"}):
+        method, seen = watched(CDPruner, keep=6, tokenizer=Words(), **options)
+        with vlmslim.patch(model, method):
+            model(**batch(model, [[BOS, SYS, LINE, USER, Picture(0), ASSISTANT]]))
+        want = conditional_diversity(seen[0][0].features[None], torch.ones(1, 16), 6)[0]
+        assert seen[0][1].index.tolist() == want.sort().values.tolist()
+
+
+@torch.no_grad()
 def test_a_long_text_is_read_in_segments(hf_folder):
     """Each with a start and an end; released, cut without them, so that the first says nothing."""
     clip, model = load_clip(hf_folder), CLIPModel.from_pretrained(hf_folder).eval()
@@ -141,11 +154,13 @@ def test_a_long_text_is_read_in_segments(hf_folder):
 
 def test_centring_is_a_mean_and_a_weight():
     x = 3 + noise(0, 2, 9, 5)
+    x[1, 4] = 0  # it resembles no token, itself included
     moved, weight = centred(x)
     close(moved, x - x.mean(1, keepdim=True))
     for i in range(2):
         like = [sum(cosine(x[i, a], x[i, b]) for b in range(9) if b != a) / 8 for a in range(9)]
         assert weight[i].argsort().tolist() == sorted(range(9), key=lambda a: -like[a])
+        close(weight[i], (max(like) - torch.tensor(like)) / (max(like) - min(like)), 1e-4)
         assert weight[i].min() == 0 and weight[i].max() > 0.99
     assert standardised(x)[1].sub(0.5).abs().max() < 0.5
     a, b = (

@@ -57,14 +57,16 @@ def test_scales():
 
 @torch.no_grad()
 def test_importance_is_the_attention_from_cls_of_the_layer_that_llava_reads():
-    """With weight 1 the kept tokens are those of highest attention, by the tower's own maps."""
+    """With weight 1 the kept tokens are those of highest attention, by the tower's own maps, or of largest norm."""
     model = tiny("llava", "eager")
-    method, seen = watched(MMR, keep=5, weight=1.0)
-    with vlmslim.patch(model, method):
-        model(**batch(model, LONG_ROWS))
-    for image, result in seen:
-        attention = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][0, :, 0, 1:].mean(0)
-        assert result.index.tolist() == attention.topk(5).indices.sort().values.tolist()
+    for options in ({}, {"score": "norm"}):
+        method, seen = watched(MMR, keep=5, weight=1.0, **options)
+        with vlmslim.patch(model, method):
+            model(**batch(model, LONG_ROWS))
+        for image, result in seen:
+            maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions[-2][0, :, 0, 1:]
+            want = image.tower[0].norm(dim=-1) if options else maps.mean(0)
+            assert result.index.tolist() == want.topk(5).indices.sort().values.tolist()
 
 
 @torch.no_grad()

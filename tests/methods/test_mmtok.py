@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from prompts import Picture, batch
 from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
+from vector_checks.mmtok import padded
 
 import vlmslim
-from vlmslim.methods.mmtok import MMTok, cosines, cover, keywords
+from vlmslim.methods.mmtok import MMTok, cosines, cover, in_padding, keywords
 
 
 def plain(tower: list, features: list, words: list, k: int, tv: float, vv: float, alpha: float) -> list[int]:
@@ -65,7 +66,8 @@ def test_copies_tie_to_the_lower_index_and_zeros_are_no_nan():
         ("What is the colour of the dog's collar?", "colour of dog s collar"),
         ("Is it a cat?\nAnswer the question using a single word or phrase.", "cat"),
         ("Who are they, and why?", "Who are they, and why?"),
-        ("<image>\n<image>\nTwo birds", "Two birds"),
+        ("<image> <image>\nTwo birds", "Two birds"),
+        ("<image>\n<image>\nTwo birds", "image Two birds"),
         ("", ""),
     ],
 )
@@ -105,16 +107,32 @@ def test_a_prompt_of_embeddings_has_no_words():
 
 @torch.no_grad()
 def test_padding_is_picked_last():
-    """The upper and lower quarter of the picture have the mean colour, except for one line of pixels."""
+    """The upper and lower quarter of the picture have the mean colour, except for a line that is blurred."""
     model = tiny("llava")
     inputs = batch(model, [[BOS, USER, Picture(0), 22, ASSISTANT]])
     quarter = inputs["pixel_values"].shape[-1] // 4
     inputs["pixel_values"][:, :, : quarter - 1] = inputs["pixel_values"][:, :, -quarter:] = 0
+    inputs["pixel_values"][:, :, quarter - 1] *= 0.1
     method, seen = watched(MMTok, keep=10, tokenizer=Words())
     with vlmslim.patch(model, method):
         model(**inputs)
     index = seen[0][1].index.tolist()
     assert len(set(index)) == 10 and set(range(4, 12)) <= set(index)
+
+
+@pytest.mark.parametrize("size", [(640, 428), (500, 376), (336, 200), (640, 481), (334, 500), (500, 499), (90, 90)])
+def test_padding_is_what_the_release_computes_from_the_size_of_the_picture(size):
+    picture = round(min(size) * 336 / max(size))
+    before, after = (336 - picture) // 2 // 14, (336 - picture + 1) // 2 // 14
+    want = torch.tensor([place < before or place >= 24 - after for place in range(24)])
+    got = in_padding(padded(*size), 24).view(24, 24)
+    assert torch.equal(got, want[:, None].expand(24, 24) if size[0] >= size[1] else want.expand(24, 24))
+
+
+def test_padding_on_one_side_leaves_the_other_side_alone():
+    pixels = padded(90, 90)
+    pixels[:, :, -60:] = 0
+    assert in_padding(pixels, 24).view(24, 24).all(1).nonzero().tolist() == [[22], [23]]
 
 
 def test_a_model_that_does_not_tell_its_tokenizer():

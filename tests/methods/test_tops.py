@@ -3,9 +3,10 @@
 import pytest
 import torch
 from checks import VIEWS, cls_attention, kept_of
+from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import LONG_ROWS, SEVERAL, Picture, batch, visual, words
+from prompts import LONG_ROWS, SEVERAL, Clip, Picture, batch, visual, words
 from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 from unpatched import keep_only, reference
@@ -74,6 +75,8 @@ def test_raters_are_the_text_that_looks():
     torch.testing.assert_close(text_relevance(paid), torch.tensor([0.3, 0.35]))
     torch.testing.assert_close(text_relevance(paid, "all"), torch.tensor([0.2, 0.8 / 3]))
     torch.testing.assert_close(text_relevance(paid, "last"), torch.tensor([0.1, 0.5]))
+    for count in range(1, 40):  # equal text rates, though the mean of its attention may be rounded above it
+        close(text_relevance(paid[:1].repeat(count, 1)), paid[0])
 
 
 @torch.no_grad()
@@ -87,14 +90,27 @@ def test_the_entrance_pools_the_whole_image():
     assert result.index.tolist() == want.sort().values.tolist()
 
 
+@torch.no_grad()
+def test_the_entrance_searches_each_frame_of_a_video_by_itself():
+    model = tiny("onevision")
+    _, _, ((image, result),), _ = kept_of(model, [BOS, Clip(0, 3), 5, 6], TOPSEntrance, keep=7, newline="drop")
+    want = []
+    for frame, k in enumerate((3, 2, 2)):
+        slots = (image.grid[:, 0] == frame).nonzero()[:, 0]
+        picks = plain(image.features[slots].tolist(), image.score[slots].tolist(), k, 0.5, 0.5, "mean")
+        want += slots[picks].sort().values.tolist()
+    assert result.index.tolist() == want
+
+
+@pytest.mark.parametrize("read", ["previous", "coming"])
 @pytest.mark.parametrize("row", [LONG_ROWS[0], SEVERAL[0], [BOS, *words(1, 4), Picture(1)]], ids=["one", "two", "last"])
 @torch.no_grad()
-def test_a_layer_keeps_what_the_text_after_each_image_asks_for(row):
+def test_a_layer_keeps_what_the_text_after_each_image_asks_for(row, read):
     """By attention of an unpatched eager model; an image at the end is rated by the last token."""
     model = tiny("llava", "eager")
     inputs = batch(model, [row])
     out = model(**inputs, output_attentions=True, output_hidden_states=True)
-    attention, hidden = out.attentions[1][0].mean(0), out.hidden_states[2][0]
+    attention, hidden = out.attentions[1 + (read == "coming")][0].mean(0), out.hidden_states[2][0]
     ids, places = inputs["input_ids"][0], visual(inputs)
     everywhere = torch.cat(places)
     kept = []
@@ -108,7 +124,7 @@ def test_a_layer_keeps_what_the_text_after_each_image_asks_for(row):
     gone = torch.ones(len(ids), dtype=torch.bool)
     gone[keep_only(inputs, kept)] = False
     want = reference(model, inputs, drops={2: gone}).full_logits()
-    with vlmslim.patch(model, TOPSLayers(layer=(2,), parts=(0.5,))):
+    with vlmslim.patch(model, TOPSLayers(layer=(2,), parts=(0.5,), attention=read)):
         got = model(**inputs).logits[0]
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
 
@@ -123,6 +139,7 @@ def test_the_steps_are_half_and_an_eighth():
     method = TOPS(keep=16)
     assert [type(stage).__name__ for stage in method.stages()] == ["TOPSEntrance", "TOPSLayers"]
     assert method.stages()[1].visual_tokens(16, 32) == [16] * 12 + [8] * 12 + [2] * 8
+    assert TOPS(layer_positions="renumbered").stages()[1].layer_positions == "renumbered"
     assert len(TOPS(keep=1.0).stages()) == len(TOPS(keep=5, layer=(), parts=()).stages()) == 1
 
 

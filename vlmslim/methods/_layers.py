@@ -98,13 +98,16 @@ def first_true(x: Tensor, count: int) -> Tensor:
     return x.byte().argsort(descending=True, stable=True)[:count]
 
 
-def attention_of_text(tokens: LayerInput, images: list[PlacedImage], heads: bool = False) -> list[Tensor]:
+def attention_of_text(
+    tokens: LayerInput, images: list[PlacedImage], heads: bool = False, coming: bool = False
+) -> list[Tensor]:
     """Compute what the text after each image pays to its tokens, in the layer before.
 
     Args:
         tokens: the input of a decoder layer.
         images: of these tokens, in the order of `placed_images`.
         heads: keep the heads apart.
+        coming: compute what it is about to pay in the layer itself.
 
     Returns:
         (t, v) for each image, averaged over heads, or (heads, t, v). Without text after the image, t is 1, and the
@@ -118,7 +121,8 @@ def attention_of_text(tokens: LayerInput, images: list[PlacedImage], heads: bool
     rows = tokens.last[:, None].repeat(1, max(lengths.values()) + any(len(image.text) == 0 for image in images))
     for image in reversed(images):  # the text after an image ends the text after the image before it
         rows[image.row, : len(image.text)] = image.text
-    steps = (tokens.attention(part).float() for part in rows.split(128, dim=1))  # a step's map is in memory at once
+    attend = tokens.coming_attention if coming else tokens.attention
+    steps = (attend(part).float() for part in rows.split(128, dim=1))  # a step's map is in memory at once
     paid = torch.cat([step if heads else step.mean(1) for step in steps], dim=-2)
     found = []
     for image in images:

@@ -50,7 +50,7 @@ class Selection(Selector):
         newline: "pool" lets newline tokens compete with patches; "rows" and "drop" as in `fill_budget`.
         order: "raster" feeds the kept tokens in reading order, "selection" in the order in which they were picked.
         pool: "image" searches all tokens of an image together; "view" searches each crop or frame by itself, with a
-            budget in proportion to its tokens.
+            budget in proportion to its tokens; "frame" does so with the frames of a video alone.
         mode: "released" sees images with tiles as most releases do: every patch of every view competes, also where
             the view is padding; each view has the same budget, rounded down; no newline is kept.
         compares: whether the search takes cosines from which `centre` may subtract the mean.
@@ -163,10 +163,10 @@ class Selection(Selector):
     def pools(self, image: ImageTokens, k: int) -> list[Pool]:
         """Return the pools of an image of which k tokens are to be kept; those without a budget are left out."""
         n, device = len(image.features), image.features.device
-        own = [np.arange(n)]
-        if k < n and (self.newline != "pool" or self.pool == "view"):
+        own, apart = [np.arange(n)], self.pool == "view" or (self.pool == "frame" and image.video)
+        if k < n and (self.newline != "pool" or apart):
             crop = image.grid_on_host[:, 0]
-            kinds = np.unique(crop[crop >= 0]) if self.pool == "view" else [None]
+            kinds = np.unique(crop[crop >= 0]) if apart else [None]
             own = [np.flatnonzero(crop >= 0 if kind is None else crop == kind) for kind in kinds]
         sizes = [len(places) for places in own]
         budgets = share_out(min(k, sum(sizes)), sizes)

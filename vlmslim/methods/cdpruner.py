@@ -32,7 +32,8 @@ class CDPruner(Selection):
     chooses among the image's own tokens, shares `keep` out over the views by their sizes, and gives each segment a
     start and an end. In both modes relevance is scaled within one image, not over a batch; scores are in fp32; ties go
     to the lower index; and what the release answers with NaN, and then with too few tokens, has a rule: copies and
-    tokens that the kept ones span come last, by relevance; equal relevances count as 1; a zero token is like no other.
+    tokens that the kept ones span come last, by relevance; equal relevances count as 1, and so do those to a prompt
+    without a question; a zero token is like no other.
 
     keep       : visual tokens to keep per image, a count or a share
     mode       : "corrected" or "released"
@@ -94,19 +95,19 @@ class CDPruner(Selection):
             self.embedding = model.get_input_embeddings()
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
-        """Return features, and relevance scaled over the image."""
-        if self.relevance == "none":
+        """Return features, and relevance scaled over the image; without a question, all tokens are equally relevant."""
+        text = "" if self.relevance == "none" else self.text_of(image)
+        if not text:
             return image.features, torch.ones(len(image.features), device=image.features.device)
         if self.relevance == "clip":
             self.clip_text.to(image.tower.device)
             patches = self.clip_text.project(image.tower_tokens, norm=True)
-            texts = self.clip_text.embed_segments(self.text_of(image), self.mode == "released")
+            texts = self.clip_text.embed_segments(text, self.mode == "released")
         else:
-            ids = self.prompt_tokenizer(self.text_of(image), add_special_tokens=False)["input_ids"]
+            ids = self.prompt_tokenizer(text, add_special_tokens=False)["input_ids"]
             patches = image.features
             with torch.no_grad():
-                rows = self.embedding(torch.tensor(ids, dtype=torch.long, device=patches.device))
-            texts = rows.float().mean(0, keepdim=True) if ids else patches.new_zeros(1, patches.shape[1])
+                texts = self.embedding(torch.tensor(ids, device=patches.device)).float().mean(0, keepdim=True)
         minus = self.sign == "minus" or (self.sign == "auto" and self.relevance == "clip")
         image.score = scaled(likeness(patches, texts) * (-1 if minus else 1), image.grid[:, 0] >= 0)
         return image.features, image.score
@@ -164,6 +165,6 @@ def conditional_diversity(x: Tensor, relevance: Tensor, k: int) -> Tensor:
     r, kernel = relevance.float(), cosine_matrix(x)
     # Exactly 1, because the diagonal decides the first pick: where all are equally relevant, rounding would decide it.
     diagonal = kernel.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(diagonal > 0)  # that of a zero token is 0
+    diagonal.masked_fill_(diagonal > 0, 1)  # that of a zero token stays 0
     kernel = kernel.mul_(r[:, :, None]).mul_(r[:, None])  # in place, because new memory takes longer
     return greedy(Determinant(kernel, r / r.amax(1, keepdim=True).clamp(min=1e-30), k), k)

@@ -28,7 +28,8 @@ class MMR(ScoredSelection):
     scale     : "minmax" (as released); "rank", the same curve on every image; "log", the logarithm before "minmax".
                 After "minmax" the few patches with very high attention leave little contrast among the others
     at_once   : tokens to add per step; those of one step do not see each other
-    score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
+    score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS;
+                or the "norm" of the tower's features, a weak baseline
     newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
     positions : rotary positions: "auto", "original" (as released) or "renumbered"
     """
@@ -41,12 +42,19 @@ class MMR(ScoredSelection):
     newline: str = "rows"
 
     def __post_init__(self) -> None:
-        check_selection(self)
+        check_selection(self, ("auto", "cls", "received", "norm"))
         check_choices(self, scale=("minmax", "rank", "log"))
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight={self.weight}: give a number from 0 to 1; 0.5 weighs both alike")
         if self.at_once < 1:
             raise ValueError(f"at_once={self.at_once}: add at least one token per step")
+
+    def scores(self, image: ImageTokens, layer: int | None = None) -> Tensor:
+        """Return the importance of each token: attention, or the norm of its features."""
+        if self.score != "norm":
+            return super().scores(image, layer)
+        image.score = image.tower_tokens.float().norm(dim=-1)
+        return image.score
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return features and scaled importance."""

@@ -21,8 +21,7 @@ def centred(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     Returns:
         (b, n, d) without the mean, and (b, n) the weights.
     """
-    n = x.shape[1]
-    distinctive = -(cosine_matrix(x).sum(2) - 1) / max(1, n - 1)
+    distinctive = distinctiveness(x)
     low, high = distinctive.amin(1, keepdim=True), distinctive.amax(1, keepdim=True)
     return x - x.mean(1, keepdim=True), (distinctive - low) / (high - low + eps)
 
@@ -35,8 +34,15 @@ def standardised(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     distinctiveness. The arguments are those of `centred`.
     """
     x = x / (x.var(1, keepdim=True, unbiased=False) + eps).sqrt()
-    distinctive = -(cosine_matrix(x).sum(2) - 1) / max(1, x.shape[1] - 1)
+    distinctive = distinctiveness(x)
     spread = distinctive.std(1, keepdim=True, unbiased=False)
     return x - x.mean(1, keepdim=True), torch.sigmoid(
         (distinctive - distinctive.mean(1, keepdim=True)) / (spread + eps)
     )
+
+
+def distinctiveness(x: Tensor) -> Tensor:
+    """Compute minus the mean cosine of each token to the others of its image: (b, n, d) -> (b, n)."""
+    cosine = cosine_matrix(x)
+    own = (cosine.diagonal(dim1=1, dim2=2) > 0).float()  # 1, and 0 of a zero token
+    return (own - cosine.sum(2)) / max(1, x.shape[1] - 1)

@@ -19,8 +19,11 @@ NORMALISE = ("mean", "fixed", "minmax")
 class TOPSEntrance(ScoredSelection):
     """Stage 1: from the most attended token on, add the token of highest relevance, diversity and coverage together.
 
-    Relevance is the attention that a patch gets in the vision tower. The options are those of `TOPS`.
+    Relevance is the attention that a patch gets in the vision tower. Each frame of a video is searched by itself. The
+    options are those of `TOPS`.
     """
+
+    pool = "frame"
 
     keep: Keep = 0.222
     alpha: float = 0.5
@@ -38,7 +41,7 @@ class TOPSEntrance(ScoredSelection):
         return image.features, self.scores(image)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
-        """Search all tokens of an image together."""
+        """Search all tokens of an image or frame together."""
         return preserve(self.compared(read[0])[0], read[1], k, self.alpha, self.coverage, self.normalise)
 
 
@@ -46,9 +49,9 @@ class TOPSEntrance(ScoredSelection):
 class TOPSLayers(Compressor):
     """Stage 2: before some decoder layers, keep parts of the tokens of each image, by the text that rates them.
 
-    Raters are the text tokens after the image that pay it at least the mean attention of such tokens, in the layer
-    before. Relevance is what they pay to a token, averaged over raters and heads. The rule is that of stage 1, on
-    hidden states. An image without text after it is rated by the prompt's last token. The options are those of `TOPS`.
+    Raters are the text tokens after the image that pay it at least the mean attention of such tokens. Relevance is what
+    they pay to a token, averaged over raters and heads. The rule is that of stage 1, on hidden states. An image without
+    text after it is rated by the prompt's last token. The options are those of `TOPS`.
     """
 
     budget_options: ClassVar = ()
@@ -59,12 +62,15 @@ class TOPSLayers(Compressor):
     coverage: float = 0.5
     normalise: str = "mean"
     raters: str = "above_mean"
+    attention: str = "previous"
+    layer_positions: str = "original"
 
     def __post_init__(self) -> None:
         self.layer = self.layers = tuple(self.layer)
         self.parts = tuple(self.parts)
         check_weights(self)
-        check_choices(self, raters=("above_mean", "all", "last"))
+        check_choices(self, raters=("above_mean", "all", "last"), attention=("previous", "coming"))
+        check_choices(self, layer_positions=("original", "renumbered"))
         check_layers(self.layer, self.parts, "parts")
         if not all(0 < part <= 1 for part in self.parts):
             raise ValueError(f"parts={self.parts}: a part of the tokens lies in (0, 1]")
@@ -85,7 +91,8 @@ class TOPSLayers(Compressor):
         """Search the tokens of every image."""
         part, keep = self.parts[self.layers.index(tokens.layer)], tokens.mask.clone()
         images = placed_images(tokens)
-        for image, paid in zip(images, attention_of_text(tokens, images), strict=True):
+        attention = attention_of_text(tokens, images, coming=self.attention == "coming")
+        for image, paid in zip(images, attention, strict=True):
             row, place, k = image.row, image.place, left_of(image.entered, part)
             if k < len(place):
                 states, score = tokens.hidden[row, place], text_relevance(paid, self.raters)
@@ -113,8 +120,7 @@ class TOPS(TOPSEntrance):
     from layer 12 of 32 on and T / 4 from layer 24 on; `keep` is the first of these, so that 128 reproduces its rows
     for 64. Where the paper is silent: relevance is renewed with the other means at every step; attention is that of
     tower layer -2, and of the decoder layer before the drop; a text token rates if its attention reaches the mean;
-    images are searched one by one; ties go to the lower index. Tokens that stay inside the decoder keep their rotary
-    positions, while the paper counts them anew.
+    images are searched one by one, and at the entrance the frames of a video too; ties go to the lower index.
 
     keep      : visual tokens that enter the language model per image, a count or a share; 2 T of the paper
     alpha     : weight of diversity; 0.5 in the paper
@@ -127,11 +133,15 @@ class TOPS(TOPSEntrance):
     layer     : decoder layers of stage 2, numbers or shares of the depth; empty leaves stage 2 out
     parts     : for each of them, the part of the entered tokens that stays
     raters    : text that rates: "above_mean", "all", or the "last" token
+    attention : of that text, in the layer "previous" to the drop, or what it is about to pay in the "coming" one
+    layer_positions : rotary positions from a drop between layers on: "original", or "renumbered" (as in the paper)
     """
 
     layer: Sequence[int | float] = (0.375, 0.75)
     parts: Sequence[float] = (0.5, 0.125)
     raters: str = "above_mean"
+    attention: str = "previous"
+    layer_positions: str = "original"
 
     def __post_init__(self) -> None:
         self.layer, self.parts = tuple(self.layer), tuple(self.parts)
@@ -164,5 +174,6 @@ def text_relevance(paid: Tensor, raters: str = "above_mean") -> Tensor:
     if raters == "last":
         return paid[-1]
     mass = paid.sum(1)
-    rates = (mass >= mass.mean()) | (raters == "all")
+    mean = mass.mean().clamp(max=mass.max())  # the mean of equal numbers may be rounded up
+    rates = (mass >= mean) | (raters == "all")
     return (paid * rates[:, None]).sum(0) / rates.sum()
