@@ -7,10 +7,11 @@ from doubles import watched
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import LONG_ROWS, batch
-from strategies import seeds, some
+from strategies import noise, seeds, some
 from tiny import tiny
 
 import vlmslim
+from vlmslim.compressor import ImageTokens
 from vlmslim.methods.hiprune import HiPrune
 
 
@@ -59,6 +60,30 @@ def test_it_is_the_rule_with_sets(seed, rows, columns, alpha, rule, data):
         assert len(got[i]) == k
         want = plain(middle[i].tolist(), late[i].tolist(), grid[i].tolist(), k, alpha, rule)
         assert set(got[i].tolist()) == want
+
+
+@some
+@given(
+    seeds,
+    st.sets(st.integers(0, 5), min_size=1),
+    st.sets(st.integers(0, 5), min_size=1),
+    st.sampled_from(["grid", "paper"]),
+    st.data(),
+)
+def test_neighbours_of_a_crop_that_was_cut_or_shrunk(seed, rows, columns, rule, data):
+    """They stand next to each other among the tokens that are left."""
+    k = data.draw(st.integers(1, len(rows) * len(columns)))
+    grid = torch.tensor([[0, r, c] for r in sorted(rows) for c in sorted(columns)])
+    heads = {i: (noise(seed, 1, 2, 36, 4), noise(seed + 1 - i, 1, 2, 36, 4)) for i in (0, -2)}
+    x = noise(seed, len(grid), 4)
+    image = ImageTokens(x, noise(seed, 1, 36, 4), x, (6, 6), make_grid=lambda: grid, recorded_heads=heads)
+    method = HiPrune(keep=k, alpha=1.0, neighbours=rule)
+    method.tower_layers, method.cls = (0, -2), 0
+    (result,) = method.compress_images([image])
+    maps = ((q @ key.transpose(2, 3) / 2).softmax(-1) for q, key in heads.values())
+    received = [m.mean((0, 1, 2))[6 * grid[:, 1] + grid[:, 2]].tolist() for m in maps]
+    places = [[0, r, c] for r in range(len(rows)) for c in range(len(columns))]
+    assert set(result.index.tolist()) == plain(*received, places, k, 1.0, rule)
 
 
 @torch.no_grad()

@@ -58,12 +58,10 @@ def test_counts_of_a_pyramid():
     assert PyramidDrop().counts(576) == [288, 144, 72]
     assert PyramidDrop(ratio=0.6).counts(48) == [28, 17, 10]
     assert PyramidDrop(keep=0.125).counts(576) == PyramidDrop(keep=72).counts(576) == [288, 144, 72]
+    assert PyramidDrop(ratio=(0.29, 0.2, 0.1)).counts(100) == [28, 20, 10]
     assert PyramidDrop(keep=1.0).counts(17) == [17, 17, 17]
-    assert PyramidDrop(ratio=0.1).counts(5) == [1, 1, 1] and PyramidDrop(ratio=0.1, mode="released").counts(5) == [
-        0,
-        0,
-        0,
-    ]
+    assert PyramidDrop(ratio=0.1).counts(5) == [1, 1, 1]
+    assert PyramidDrop(ratio=0.1, mode="released").counts(5) == [0, 0, 0]
     assert PyramidDrop().visual_tokens(576, 32) == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
 
 

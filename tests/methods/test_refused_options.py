@@ -89,7 +89,8 @@ REFUSED = {
     ],
     "pyramiddrop": [
         (dict(ratio=0.0), r"in \(0, 1\]"),
-        (dict(layer=()), r"such as \(8, 16, 24\)"),
+        (dict(ratio=(0.5, 0.2)), "one ratio for each layer"),
+        (dict(layer=()), "one ratio for each layer"),
         (dict(layer=(0.5, 1.5)), "share of the depth"),
         (dict(keep=0), "at least one"),
         (dict(layer_positions="kept"), "'renumbered', 'original'"),

@@ -7,9 +7,9 @@ from checks import VIEWS, kept_of
 from compare import close, greedy
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import LONG_ROWS, batch
+from prompts import LONG_ROWS, Picture, batch, words
 from strategies import cosine, noise, seeds, some
-from tiny import DEPTH, tiny
+from tiny import BOS, DEPTH, tiny
 
 import vlmslim
 from vlmslim.methods.vscan import VScan, VScanEntrance
@@ -65,19 +65,22 @@ def test_merging_is_a_mean_with_the_most_similar(seed, n, data):
     assert (near >= 0).sum() == sum(i not in kept and group[i] in group[kept] and group[i] >= 0 for i in range(n))
 
 
+@pytest.mark.parametrize("row", [VIEWS, [BOS, Picture(1, (60, 44)), *words(0, 4)]], ids=["full", "cut"])
 @torch.no_grad()
-def test_crops_are_chosen_and_merged_by_themselves():
+def test_crops_are_chosen_and_merged_by_themselves(row):
+    """A tile whose padding was cut off counts its windows from the first row and column that it has."""
     model = tiny("next", "eager")
-    _, _, ((image, result),), _ = kept_of(model, VIEWS, VScanEntrance, keep=30, newline="drop", window=2, shallow=0)
+    _, _, ((image, result),), _ = kept_of(model, row, VScanEntrance, keep=40, newline="drop", window=2, shallow=0)
     maps = model.model.vision_tower(image.pixels, output_attentions=True).attentions
     shallow, deep = (maps[i][:, :, 0, 1:].mean(1) for i in (0, -2))
     grid, index = image.grid.tolist(), result.index.tolist()
-    for crop in range(len(image.pixels)):
+    for crop in range(1 + max(c for c, _, _ in grid)):
         slots = [i for i, (c, _, _) in enumerate(grid) if c == crop]
         own = [i for i in index if i in slots]
         place = [grid[i][1:] for i in slots]
         a, b = ([float(x[crop, r * 4 + c]) for r, c in place] for x in (shallow, deep))
-        want = plain(a, b, place, 2, len(own), len(own) // 2)
+        top, left = map(min, zip(*place, strict=True))
+        want = plain(a, b, [[r - top, c - left] for r, c in place], 2, len(own), len(own) // 2)
         assert sorted(slots[i] for i in want) == own
     want = plain_merge(image.features.tolist(), index, [c for c, _, _ in grid])
     close(result.features, torch.tensor(want), 1e-4)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import some
 
-from vlmslim.ops.cells import cell_members, even_cells, grid_cells
+from vlmslim.ops.cells import cell_members, dense, even_cells, grid_cells
 
 
 @some
@@ -59,6 +59,12 @@ def test_components_with_gaps_and_newlines_are_cut_into_k_cells(rows, columns, c
     placeless = [i for i, (_, row, _) in enumerate(tokens) if row < 0]
     extra = max(0, k - (len(tokens) - len(placeless)))
     assert (cell[placeless] >= 0).tolist() == [True] * extra + [False] * (len(placeless) - extra)
+    counted = dense(np.array(tokens)).tolist()
+    want = [[0, r, c] for r in range(3) for c in range(3)] + [
+        [1, r, c] for r in range(len(rows)) for c in range(len(columns))
+    ]
+    assert [place for place in counted if place[1] >= 0] == want
+    assert [place for place in counted if place[1] < 0] == [place for place in tokens if place[1] < 0]
     member, size = map(torch.from_numpy, cell_members(cell.numpy()))
     assert size.tolist() == sizes
     assert member.tolist() == [i for c in range(k) for i in range(len(tokens)) if cell[i] == c]

@@ -88,7 +88,8 @@ class DART(Compressor):
             if k >= len(place):
                 continue
             ranked = norms[row, place].argsort(descending=True, stable=True)
-            visual, others = place[ranked].tensor_split([min(k, self.pivots[0])])
+            count = self.pivots[0] if self.mode == "released" else min(k, self.pivots[0])
+            visual, others = place[ranked].tensor_split([count])
             words = image.text[norms[row, image.text].argsort(descending=True, stable=True)[: self.pivots[1]]]
             pivots, pool = torch.cat([visual, words]), others.sort().values
             if self.mode == "released":

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
 from vlmslim.engine.families import encoder_layers, has_cls
+from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, Selection, check_selection
 from vlmslim.ops.attention import received_attention
+from vlmslim.ops.cells import dense
 from vlmslim.ops.ranking import full_precision
 
 
@@ -73,9 +75,9 @@ class HiPrune(Selection):
         self.cls = int(has_cls(model.model))
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
-        """Return attention received in both layers, and where tokens stand."""
+        """Return attention received in both layers, and where tokens stand among those of their crop."""
         middle, late = (image.at_tokens(received_attention(*image.qk(i))[:, self.cls :]) for i in self.tower_layers)
-        return middle, late, image.grid.to(middle.device)
+        return middle, late, *to_device(middle.device, dense(image.grid_on_host))
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Rank anchors first, then buffers, then registers."""

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlmslim.compressor import Compressor, Keep, LayerInput, check_choices, check_keep, check_layer, resolve_keep
-from vlmslim.methods._layers import ascending, seen_by_layers
+from vlmslim.compressor import Compressor, Keep, LayerInput, check_choices, check_keep, resolve_keep
+from vlmslim.methods._layers import ascending, check_layers, seen_by_layers
 
 
 @dataclass
@@ -20,9 +20,10 @@ class PyramidDrop(Compressor):
 
     mode="released" follows the release (commit 6444f30) with these faults: only the first image of a prompt is ranked,
     and later ones stay whole; a small image may lose all its tokens. mode="corrected", the default, ranks each image by
-    itself and leaves at least one token of it. In both modes scores are in fp32 (in fp16, as released, tokens tie),
-    ties go to the lower index, decoders with grouped keys work, and only one row of attention is computed. As in the
-    release, newline tokens compete like others. The variant for training is left out.
+    itself and leaves at least one token of it. In both modes the last token of the prompt asks, also after several
+    images (in the release an earlier one does), scores are in fp32 (in fp16, as released, tokens tie), ties go to the
+    lower index, decoders with grouped keys work, and only one row of attention is computed. As in the release, newline
+    tokens compete like others. The variant for training is left out.
 
     The released layers see at least 144 of 576 tokens on average, whatever the ratio. So papers that print PyramidDrop
     at 128 or 64 ran another schedule, which they do not state.
@@ -30,14 +31,15 @@ class PyramidDrop(Compressor):
     keep            : visual tokens that the last drop leaves per image, a count or a share, in even ratios from drop to
                       drop; None for `ratio`
     mode            : "corrected" or "released"
-    ratio           : what each drop leaves of the tokens before it (lambda); the paper uses 0.5
+    ratio           : what each drop leaves of the tokens before it (lambda); the paper uses 0.5. A list says what each
+                      drop leaves of the n, as in the release: (0.5, 0.25, 0.125)
     layer           : decoder layers, ascending: numbers from 1, or shares of the depth; 8, 16 and 24 in the release
     layer_positions : "renumbered" (as released), or "original": later drops then keep other tokens
     """
 
     keep: Keep | None = None
     mode: str = "corrected"
-    ratio: float = 0.5
+    ratio: float | Sequence[float] = 0.5
     layer: Sequence[int | float] = (0.25, 0.5, 0.75)
     layer_positions: str = "renumbered"
 
@@ -48,12 +50,13 @@ class PyramidDrop(Compressor):
         check_choices(self, mode=("corrected", "released"), layer_positions=("renumbered", "original"))
         if self.keep is not None:
             check_keep(self.keep)
-        if not 0 < self.ratio <= 1:
+        if isinstance(self.ratio, int | float):
+            self.shares = tuple(self.ratio ** (j + 1) for j in range(len(self.layer)))
+        else:
+            self.ratio = self.shares = tuple(self.ratio)
+        check_layers(self.layer, self.shares, "ratio")
+        if not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"ratio={self.ratio}: a share lies in (0, 1]; the paper uses 0.5")
-        if not self.layer:
-            raise ValueError("layer=(): give the decoder layers before which tokens are dropped, such as (8, 16, 24)")
-        for layer in self.layer:
-            check_layer(layer)
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers."""
@@ -61,12 +64,11 @@ class PyramidDrop(Compressor):
 
     def counts(self, n: int) -> list[int]:
         """Return how many of n tokens each drop leaves."""
-        steps = range(1, len(self.layer) + 1)
         if self.keep is None:
             least = int(self.mode == "corrected")
-            return [max(least, int(n * self.ratio**j)) for j in steps]
-        k = resolve_keep(self.keep, n)
-        return [max(k, int(n * (k / n) ** (j / len(steps)) + 1e-9)) for j in steps]
+            return [max(least, int(n * share)) for share in self.shares]
+        k, drops = resolve_keep(self.keep, n), len(self.layer)
+        return [max(k, int(n * (k / n) ** (j / drops) + 1e-9)) for j in range(1, drops + 1)]
 
     def requested(self, n: int) -> int:
         """Return what the last drop leaves."""

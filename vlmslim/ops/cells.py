@@ -32,6 +32,25 @@ def grid_cells(height: int, width: int, k: int) -> np.ndarray:
     return first[:, None] + ((np.arange(width) + 1) * count[:, None] - 1) // width
 
 
+def dense(grid: np.ndarray) -> np.ndarray:
+    """Count the rows and columns of each component among those that it has, from 0 on.
+
+    They have gaps where the model cut padding off a tile, or shrank a mosaic.
+
+    Args:
+        grid: (n, 3) component, row and column of each token, as `ImageTokens.grid_on_host` or `mosaic_on_host`.
+
+    Returns:
+        (n, 3), with the same components. Tokens without a place, such as newlines, keep their -1.
+    """
+    counted = grid.copy()
+    for component in np.unique(grid[grid[:, 1] >= 0, 0]):
+        own = (grid[:, 0] == component) & (grid[:, 1] >= 0)
+        for axis in (1, 2):
+            counted[own, axis] = np.unique(grid[own, axis], return_inverse=True)[1]
+    return counted
+
+
 def even_cells(mosaic: np.ndarray, k: int) -> np.ndarray:
     """Cut all components of an image into k cells of near-equal size.
 
@@ -43,7 +62,7 @@ def even_cells(mosaic: np.ndarray, k: int) -> np.ndarray:
         (n,) long: the cell of each token, 0 .. k-1, and -1 at tokens without a place on a grid, such as newlines. If
         k exceeds the number of tokens on grids, the first tokens without a place become cells of their own.
     """
-    component, row, column = mosaic.T
+    component, row, column = dense(mosaic).T
     cell = np.full_like(component, -1)
     placeless = np.flatnonzero(row < 0)
     extra = max(0, k - (len(cell) - len(placeless)))
@@ -51,8 +70,7 @@ def even_cells(mosaic: np.ndarray, k: int) -> np.ndarray:
     first = 0
     for index, share in zip(parts, share_out(k - extra, [len(part) for part in parts]), strict=True):
         if share:
-            # Ranks, not coordinates, because a mosaic that the model shrank leaves rows and columns out.
-            r, c = (np.unique(x[index], return_inverse=True)[1] for x in (row, column))
+            r, c = row[index], column[index]
             cell[index] = first + grid_cells(int(r.max()) + 1, int(c.max()) + 1, share)[r, c]
             first += share
     cell[placeless[:extra]] = first + np.arange(extra)

@@ -12,6 +12,7 @@ from vlmslim.engine.families import encoder_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, interleave
 from vlmslim.methods.pyramiddrop import PyramidDrop
 from vlmslim.methods.vscan.patches import local_and_global, merged, released_mask, windows
+from vlmslim.ops.cells import dense
 
 
 @dataclass
@@ -64,7 +65,7 @@ class VScanEntrance(ScoredSelection):
         """Take local and global tokens in turns."""
         orders = []
         for pool, shallow, deep in zip(pools, *read, strict=True):
-            window = windows(pool.image.grid_on_host[pool.slots_on_host, 1:], self.window)
+            window = windows(dense(pool.image.grid_on_host[pool.slots_on_host])[:, 1:], self.window)
             local, others = local_and_global(shallow, deep, window, k, int(k * self.local))
             orders.append(interleave([local, others]))
         return torch.stack(orders)
