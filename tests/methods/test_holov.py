@@ -10,7 +10,7 @@ from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
 import vlmslim
-from vlmslim.methods.holov import HoloV, chunk_sizes, chunks_of, holistic_score, quotas
+from vlmslim.methods.holov import HoloV, chunk_sizes, chunks_of, quotas, released_weights, scaled_variance
 
 
 def plain(attention: list[float], chunks: int, k: int) -> list[int]:
@@ -50,9 +50,9 @@ def test_it_is_the_rule_by_chunks(seed, n, chunks, data):
         assert got[i].sort().values.tolist() == plain(attention[i].tolist(), chunks, k)
 
 
-def test_the_variance_of_similarities_ranks_and_does_not_weigh():
+def test_the_variance_of_similarities_does_not_weigh():
     x, attention, sizes = noise(0, 30, 6), noise(1, 30).exp(), chunk_sizes(30, 4)
-    rank, total = holistic_score(x, attention, sizes)
+    scaled, total = scaled_variance(x, attention, sizes), released_weights(x, attention, sizes)
     for c in range(4):
         own = (chunks_of(sizes) == c).nonzero()[:, 0].tolist()
         variance = []
@@ -62,7 +62,7 @@ def test_the_variance_of_similarities_ranks_and_does_not_weigh():
             variance.append(sum((s - mean) ** 2 for s in like) / (len(own) - 1))
         a = 1000 * attention[own]
         gamma = float(a.mean()) / (sum(variance) / len(own) + 1e-6)
-        torch.testing.assert_close(rank[own], a + gamma * torch.tensor(variance), rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(scaled[own], gamma * torch.tensor(variance), rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(total[c], 1.09 * a.mean(), rtol=1e-4, atol=0)
     assert quotas(total, 11).tolist() == quotas(1000 * total, 11).tolist()
 

@@ -15,12 +15,12 @@ from strategies import cosine, noise, seeds, some
 from tiny import BOS, tiny
 
 import vlmslim
-from vlmslim.methods.prunesid import PruneSID
-from vlmslim.methods.prunesid.groups import choose, loadings
+from vlmslim.methods.prunesid import PruneSID, choose
+from vlmslim.ops.components import loadings
 
 
-def plain(x: list, weight: list, score: list[float], k: int, released: bool = False) -> list[int]:
-    """The same rule with lists."""
+def plain(x: list, weight: list, score: list[float], k: int, cls: bool = False) -> list[int]:
+    """The same rule with lists. cls: CLS takes one of the k, and patches of score 0 count as suppressed."""
     n, groups = len(x), len(weight[0])
     pairs = [cosine(x[i], x[j]) for i in range(n) for j in range(i)]
     threshold = k / 32 * sum(pairs) / max(1, len(pairs))
@@ -29,16 +29,17 @@ def plain(x: list, weight: list, score: list[float], k: int, released: bool = Fa
         members = [i for i in range(n) if max(range(groups), key=lambda c: (weight[i][c], -c)) == g]
         taken: list[int] = []
         for i in sorted(members, key=lambda i: (-score[i], i)):
-            if all(cosine(x[i], x[j]) <= threshold for j in taken) and (score[i] > 0 or not released):
+            if all(cosine(x[i], x[j]) <= threshold for j in taken) and (score[i] > 0 or not cls):
                 taken.append(i)
         rest = sorted((i for i in members if i not in taken), key=lambda i: (-score[i], i))
         ranked.append(taken + rest)
         alive.append(len(taken))
     upper = [min(5 * math.ceil(k / 64), a) for a in alive]
-    while sum(upper) < k:
+    while sum(upper) < min(k, n):
         upper = [min(u + 1, len(r)) for u, r in zip(upper, ranked, strict=True)]
     lower = [min(1, len(r)) for r in ranked]
-    other, done, quota = max(0, k - sum(lower)), 0, []
+    k, done, quota = k - cls, 0, []
+    other = max(0, k - sum(lower))
     for g in range(groups):
         before = round(Fraction(other * done, sum(alive) or 1))
         done += alive[g]
@@ -51,24 +52,23 @@ def plain(x: list, weight: list, score: list[float], k: int, released: bool = Fa
 
 @some
 @given(seeds, st.integers(1, 24), st.integers(1, 6), st.booleans(), st.data())
-def test_it_is_the_rule_with_lists(seed, n, q, released, data):
+def test_it_is_the_rule_with_lists(seed, n, q, cls, data):
     """Unit vectors with copies; loadings and scores in quarters, so that many tie and some are 0."""
-    k = data.draw(st.integers(min(q, n), n))
+    k = data.draw(st.integers(min(q, n), n)) + cls
     generator = torch.Generator().manual_seed(seed)
     x = torch.eye(5)[torch.randint(5, (n,), generator=generator)]
     weight = torch.randint(0, 9, (n, q), generator=generator) / 8
     score = torch.randint(0, 5, (n,), generator=generator) / 4
-    got = choose(x, weight, score, k, k, released=released).tolist()
-    assert len(got) == k == len(set(got))
-    assert got == plain(x.tolist(), weight.tolist(), score.tolist(), k, released)
+    got = choose(x, weight, score, k, cls).tolist()
+    assert len(got) == k - cls == len(set(got))
+    assert got == plain(x.tolist(), weight.tolist(), score.tolist(), k, cls)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
 def test_loadings_are_those_of_the_principal_components(shape):
     x = noise(0, *shape)
-    sample = 1 / (1 + np.exp(-x.double().numpy()))
-    sample = sample - sample.mean(1, keepdims=True)
-    want = np.abs(np.linalg.svd(sample.T)[2][:4].T)
+    sample = x.double().numpy()
+    want = np.abs(np.linalg.svd((sample - sample.mean(1, keepdims=True)).T)[2][:4].T)
     np.testing.assert_allclose(loadings(x, 4).numpy(), want, atol=1e-5)
     half = loadings(x.bfloat16(), 4, noise(1, 12, 4).double())
     assert half.shape == (shape[0], 4) and half.dtype == torch.float32
@@ -76,8 +76,7 @@ def test_loadings_are_those_of_the_principal_components(shape):
 
 def test_a_start_in_the_right_space_gives_the_exact_components():
     x = noise(0, 12, 30)
-    sample = torch.sigmoid(x) - torch.sigmoid(x).mean(1, keepdim=True)
-    start = torch.linalg.svd(sample.T)[2][:4].T
+    start = torch.linalg.svd((x - x.mean(1, keepdim=True)).T)[2][:4].T
     torch.testing.assert_close(loadings(x, 4, start), loadings(x, 4), rtol=1e-3, atol=1e-4)
 
 
@@ -87,7 +86,7 @@ def test_views_are_searched_by_themselves():
     _, _, ((image, result),), _ = kept_of(model, VIEWS, PruneSID, keep=31, newline="drop")
     for x, attention, view in zip(image.tower, cls_attention(model, image), views(image, result), strict=True):
         given, own = x[view.place], view.own
-        weight = loadings(given, max(1, len(own) // 4))
+        weight = loadings(given.sigmoid(), max(1, len(own) // 4))
         assert sorted(plain(given.tolist(), weight.tolist(), attention[view.place].tolist(), len(own))) == own
 
 
@@ -114,7 +113,7 @@ def test_towers_without_cls_score_by_the_loading():
     with pytest.raises(ValueError, match="score='loading'"):
         vlmslim.patch(model, "prunesid", mode="released")
     _, _, ((image, result),), _ = kept_of(model, [BOS, Picture(1), *words(0, 4)], PruneSID, keep=8)
-    weight = loadings(image.tower[0], 2)
+    weight = loadings(image.tower[0].sigmoid(), 2)
     want = plain(image.tower[0].tolist(), weight.tolist(), weight.amax(1).tolist(), 8)
     assert result.index.tolist() == sorted(want)
 

@@ -62,7 +62,7 @@ class HoloV(ScoredSelection):
         for x, attention in zip(*read, strict=True):
             sizes, rank = chunk_sizes(len(x), self.chunks), attention
             if self.within == "holistic":
-                rank = holistic_score(self.compared(x[None])[0][0], attention, sizes)[0]
+                rank = 1000 * attention + scaled_variance(self.compared(x[None])[0][0], attention, sizes)
             kept = best_of_chunks(rank, chunk_means(attention, sizes), sizes, k)
             orders.append(torch.where(kept, rank, -torch.inf).argsort(descending=True, stable=True)[:k])
         return torch.stack(orders)
@@ -84,9 +84,9 @@ def chunk_sizes(n: int, chunks: int) -> list[int]:
     return [n // chunks + (i < n % chunks) for i in range(min(chunks, n))]
 
 
-def chunks_of(sizes: list[int], device: torch.device | None = None) -> Tensor:
+def chunks_of(sizes: list[int], device: torch.device | str = "cpu") -> Tensor:
     """Return the chunk of each token, (n,)."""
-    return to_device(device or torch.device("cpu"), np.repeat(np.arange(len(sizes)), sizes))[0]
+    return torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(device, non_blocking=True)
 
 
 @full_precision
@@ -97,32 +97,25 @@ def chunk_means(score: Tensor, sizes: list[int]) -> Tensor:
 
 
 @full_precision
-def holistic_score(x: Tensor, attention: Tensor, sizes: list[int], weight: float = 0.09) -> tuple[Tensor, Tensor]:
-    """Compute what ranks the tokens of a chunk in the paper (equation 5), and each chunk's score in the release.
+def scaled_variance(x: Tensor, attention: Tensor, sizes: list[int]) -> Tensor:
+    """Compute the variance of each token's cosines within its chunk, scaled to 1000 times the chunk's mean attention.
 
     Args:
         x: (n, d) tokens.
         attention: (n,).
         sizes: of the chunks.
-        weight: of the variance of similarities in the release's chunk score.
 
     Returns:
-        (n,) the score of each token, and (c,) that of each chunk.
+        (n,), 0 for a token that is alone in its chunk.
     """
-    ranks, totals = [], []
-    for own, a in zip(*(t.split(sizes) for t in (x, attention.float())), strict=True):
-        if len(own) == 1:
-            ranks.append(a * 1000)
-            totals.append(a[0])
-            continue
-        unit = own / (torch.linalg.vector_norm(own, dim=1, keepdim=True) + 1e-6)
+    scaled = []
+    for own, a in zip(x.split(sizes), attention.split(sizes), strict=True):
+        unit, others = own / (torch.linalg.vector_norm(own, dim=1, keepdim=True) + 1e-6), max(1, len(own) - 1)
         similarity = (unit @ unit.T).fill_diagonal_(0)
-        mean = similarity.sum(1, keepdim=True) / (len(own) - 1)
-        variance = (similarity - mean).square().sum(1) / (len(own) - 1)  # the zero of the diagonal counts
-        scaled = variance * ((a * 1000).abs().mean() / (variance.abs().mean() + 1e-6))
-        ranks.append(a * 1000 + scaled)
-        totals.append((a * 1000 + weight * scaled).mean())
-    return torch.cat(ranks), torch.stack(totals)
+        mean = similarity.sum(1, keepdim=True) / others
+        variance = (similarity - mean).square().sum(1) / others  # the zero of the diagonal counts
+        scaled.append(variance * ((1000 * a).mean() / (variance.mean() + 1e-6)))
+    return torch.cat(scaled)
 
 
 def quotas(weight: Tensor, k: int, released: bool = False) -> Tensor:
@@ -157,16 +150,20 @@ def best_of_chunks(rank: Tensor, weight: Tensor, sizes: list[int], k: int) -> Te
     return torch.zeros_like(rank, dtype=torch.bool).index_fill(0, turn.argsort(stable=True)[:k], True)
 
 
-@full_precision
+def released_weights(x: Tensor, attention: Tensor, sizes: list[int], weight: float = 0.09) -> Tensor:
+    """Compute by what the release shares the budget out, (c,); `weight` is that of the scaled variance."""
+    score = 1000 * attention + weight * scaled_variance(x, attention, sizes)
+    parts = zip(score.split(sizes), attention.split(sizes), strict=True)
+    return torch.stack([own.mean() if len(own) > 1 else a[0] for own, a in parts])
+
+
 def released_order(x: Tensor, attention: Tensor, k: int, chunks: int = 16, weight: float = 0.09) -> Tensor:
     """Return the sequence that the release sends, (k,): indices of the tokens, and -1 for zero vectors at the end."""
     n, sizes = len(x), chunk_sizes(len(x), chunks)
-    chunk = chunks_of(sizes, x.device)
-    quota = quotas(holistic_score(x, attention, sizes, weight)[1], k, released=True)[chunk]
-    (size,) = to_device(x.device, np.repeat(sizes, sizes))
+    chunk, (size,) = chunks_of(sizes, x.device), to_device(x.device, np.repeat(sizes, sizes))
+    quota = quotas(released_weights(x, attention, sizes, weight), k, released=True)[chunk]
     rank = rank_within_groups(attention[None], chunk[None])[0]
-    place = torch.where(quota >= size, torch.arange(n, device=x.device), chunk * n + rank)  # a full one: reading order
-    last = torch.iinfo(torch.long).max
-    turn = (chunk * n * (chunks + 1) + place).masked_fill(rank >= quota, last)
+    place = torch.where(quota < size, rank, torch.arange(n, device=x.device))  # a full chunk keeps its reading order
+    turn = torch.where(rank < quota, chunk * n + place, n * len(sizes))
     order = turn.argsort(stable=True)[:k]
-    return torch.where(turn[order] == last, -1, order)
+    return torch.where(turn[order] < n * len(sizes), order, -1)

@@ -1,1 +1,1 @@
-"""Pure tensor functions that several methods or the engine share. Nothing here knows a method or a model class."""
+"""General tensor functions of methods and the engine. Nothing here knows a method or a model class."""

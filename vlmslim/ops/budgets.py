@@ -1,6 +1,8 @@
 """Split a budget of tokens into whole numbers."""
 
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 
 def share_out(k: int, sizes: Sequence[int]) -> list[int]:
@@ -31,3 +33,18 @@ def largest_remainder(k: int, shares: Sequence[float]) -> list[int]:
     for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: k - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def share_within_limits(k: int, weights: Sequence[int], lower: Sequence[int], upper: Sequence[int]) -> list[int]:
+    """Split k over components: to each its lower limit, and of the rest a part in proportion to its weight.
+
+    Cumulative sums are rounded half to even. What upper limits cut off goes to components with room, those of larger
+    weight first, then earlier ones.
+    """
+    rest, total = max(0, k - sum(lower)), max(1, sum(weights))
+    ends = [round(Fraction(rest * done, total)) for done in accumulate(weights)]
+    parts = [end - start for start, end in pairwise([0, *ends])]
+    shares = [min(least + part, limit) for least, part, limit in zip(lower, parts, upper, strict=True)]
+    for i in sorted(range(len(shares)), key=lambda i: -weights[i]):
+        shares[i] += max(0, min(upper[i] - shares[i], k - sum(shares)))
+    return shares

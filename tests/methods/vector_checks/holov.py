@@ -9,9 +9,9 @@ from vlmslim.methods.holov import (
     chunk_means,
     chunk_sizes,
     chunks_of,
-    holistic_score,
     quotas,
     released_order,
+    released_weights,
 )
 from vlmslim.ops.rectification import anchor_scores, distance_decay, merge_rest, merged_key_bias
 
@@ -69,7 +69,7 @@ def check_selection(arrays: dict[str, np.ndarray]) -> None:
     chunks, weight = int(arrays["chunks"]), float(arrays["weight"])
     sizes = chunk_sizes(len(x), chunks)
     assert sizes == [size for size in arrays["sizes"].tolist() if size]
-    total = holistic_score(x, attention, sizes, weight)[1]
+    total = released_weights(x, attention, sizes, weight)
     np.testing.assert_allclose(total.numpy(), arrays["chunk_score"][: len(total)], rtol=1e-4)
     share = (total / (total.sum() + 1e-6)).numpy()
     np.testing.assert_allclose(share, arrays["share"][: len(total)], rtol=1e-4)

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.prunesid import released_sequence
-from vlmslim.methods.prunesid.groups import choose, loadings, quotas, unsuppressed
+from vlmslim.methods.prunesid import choose, quotas, released_sequence
+from vlmslim.ops.components import loadings
+from vlmslim.ops.suppression import unsuppressed
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
@@ -14,17 +15,17 @@ def check(arrays: dict[str, np.ndarray]) -> None:
     qwen = "features" in arrays
     x = torch.from_numpy(arrays["features"] if qwen else arrays["hidden"][1:])
     weight, k = torch.from_numpy(arrays["loadings"]), int(arrays["keep"])
-    got = loadings(x, weight.shape[1], torch.from_numpy(arrays["start"]))
+    got = loadings(x.sigmoid(), weight.shape[1], torch.from_numpy(arrays["start"]))
     clear = arrays["group_margin"] > 1e-4
     torch.testing.assert_close(got, weight, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(got.argmax(1).numpy()[clear], arrays["group"][clear])
     attention = None if qwen else torch.from_numpy(arrays["cls_attention"]).sum(0)
-    check_groups(arrays, x, weight, weight.amax(1) if qwen else attention, k, k if qwen else k - 1, qwen)
+    check_groups(arrays, x, weight, weight.amax(1) if qwen else attention, k, qwen)
     if not qwen:
         check_corrected(arrays, x, attention, k)
 
 
-def check_groups(arrays, x, weight, score, k: int, budget: int, qwen: bool) -> None:
+def check_groups(arrays, x, weight, score, k: int, qwen: bool) -> None:
     n, unit = len(x), torch.nn.functional.normalize(x, dim=-1)
     similarity = unit @ unit.T
     if qwen:  # with the diagonal, over all pairs
@@ -40,19 +41,19 @@ def check_groups(arrays, x, weight, score, k: int, budget: int, qwen: bool) -> N
     assert group[alive].bincount(minlength=q).tolist() == arrays["survivors"].tolist()
     if arrays["half_margin"] < 1e-4:
         return  # a share at an exact half: fp32 sums decide it
-    assert quotas(arrays["count"].tolist(), arrays["survivors"].tolist(), k, budget) == arrays["quota"].tolist()
-    order = choose(x, weight, score, k, budget, threshold if qwen else None, released=True)
+    assert quotas(arrays["count"].tolist(), arrays["survivors"].tolist(), k, k - (not qwen)) == arrays["quota"].tolist()
+    order = choose(x, weight, score, k, not qwen, threshold if qwen else None)
     first = [] if qwen else [0]  # CLS
     got = first + (order + len(first)).tolist()
     assert got == arrays["order"].tolist() and sorted(got) == arrays["raster"].tolist()
 
 
 def check_corrected(arrays, x, attention, k: int) -> None:
-    weight = loadings(x, max(1, k // 4))
+    weight = loadings(x.sigmoid(), max(1, k // 4))
     clear = arrays["fixed_group_margin"] > 1e-4
     np.testing.assert_array_equal(weight.argmax(1).numpy()[clear], arrays["fixed_group"][clear])
     if clear.all() and arrays["fixed_threshold_margin"] > 1e-5:
-        order = choose(x, weight, attention, k, k)
+        order = choose(x, weight, attention, k)
         group = weight.argmax(1)[order]
         assert group.bincount(minlength=weight.shape[1]).tolist() == arrays["fixed_quota"].tolist()
         assert order.tolist() == arrays["fixed_order"].tolist()
@@ -65,12 +66,14 @@ def check_mosaic(arrays: dict[str, np.ndarray]) -> None:
     side, kept = 24, arrays["keep_index"]
     place = torch.arange(rows * side * columns * side).view(rows, side, columns, side).transpose(1, 2).flatten(2)
     slots = [torch.arange(side**2), *(side**2 + place.flatten(0, 1)).unbind(0)]
-    names = [
-        torch.stack([torch.full((side**2,), i - 1), torch.arange(1, side**2 + 1)], dim=1) for i in range(len(slots))
-    ]
-    cls = torch.tensor([[i - 1, 0] for i in range(len(slots))])
     orders = [torch.from_numpy(own[own > 0] - 1).long() for own in [kept[0], *kept]]  # the thumbnail is not in the file
-    sequence = released_sequence(cls, names, slots, orders)[1 + len(orders[0]) :]
+    n = len(slots) * side**2
+    names = torch.empty(n + len(slots), 2, dtype=torch.long)  # tile and patch of each place, 0 for CLS
+    for i, at in enumerate(slots):
+        names[at] = torch.stack([torch.full_like(at, i - 1), torch.arange(1, side**2 + 1)], dim=1)
+        names[n + i] = torch.tensor([i - 1, 0])
+    chosen = [at[order] for at, order in zip(slots, orders, strict=True)]
+    sequence = names[released_sequence(chosen, n)][1 + len(orders[0]) :]
     np.testing.assert_array_equal(sequence[:, 0].numpy(), arrays["released_crop"])
     np.testing.assert_array_equal(sequence[:, 1].numpy(), arrays["released_index"])
     true = torch.cat([torch.stack([at[o], torch.full_like(o, i - 1), o]).T for i, (at, o) in enumerate(

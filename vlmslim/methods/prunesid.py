@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vlmslim.compressor import Compressed, ImageTokens, Keep
 from vlmslim.engine.families import has_cls
 from vlmslim.methods._selection import Pool, ScoredSelection, Selection, check_selection, one_hot, with_padding
-from vlmslim.methods.prunesid.groups import choose, loadings
+from vlmslim.ops.budgets import share_within_limits
+from vlmslim.ops.components import loadings
+from vlmslim.ops.ranking import full_precision
+from vlmslim.ops.suppression import unsuppressed
 
 
 @dataclass
@@ -67,9 +71,7 @@ class PruneSID(ScoredSelection):
         """
         Selection.setup(self, model)
         if not (cls := has_cls(model.model)) and (self.score == "cls" or self.mode == "released"):
-            raise ValueError(
-                "score='cls' and mode='released' need a CLS token, and this tower has none; use score='loading'"
-            )
+            raise ValueError("score='cls' and mode='released' need CLS, and this tower has none; use score='loading'")
         if self.score == "auto":
             self.score = "cls" if cls else "loading"
             self.substitutes = () if cls else ("loading",)
@@ -87,48 +89,80 @@ class PruneSID(ScoredSelection):
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Keep what the groups are given; the highest scores first, because newlines may take the last places."""
         orders = []
-        for each in zip(*read, strict=True):
-            weight = loadings(each[0], max(1, k // 4))
-            score = each[1] if self.score == "cls" else weight.amax(1)
-            order = choose(each[0], weight, score, k, k)
+        for x, *attention in zip(*read, strict=True):
+            weight = loadings(torch.sigmoid(x.float()), max(1, k // 4))
+            score = attention[0] if attention else weight.amax(1)
+            order = choose(x, weight, score, k)
             orders.append(order[score[order].argsort(descending=True, stable=True)])
         return torch.stack(orders)
 
     def released(self, image: ImageTokens, k: int) -> Compressed:
         """Choose in every view, and send CLS tokens and patches in the release's order."""
-        given = with_padding(image)
-        pools = self.pools(given, k)
-        orders = []
-        for pool in pools:
-            x, q = pool.read[0], max(1, pool.k // 4)
+        given, chosen = with_padding(image), []
+        for pool in self.pools(given, k):
+            x, *attention = pool.read
+            q = max(1, pool.k // 4)
             start = image.uniform(self.seed, min(x.shape) * q).view(-1, q) - 0.5
-            weight = loadings(x, q, start)
-            score = pool.read[1] if self.score == "cls" else weight.amax(1)
-            orders.append(choose(x, weight, score, pool.k, pool.k - 1, released=True))
-        x = released_sequence(image.cls, [pool.read[0] for pool in pools], [pool.slots for pool in pools], orders)
-
-        def made_of() -> Tensor:
-            names = one_hot(image, given)
-            own = [names[pool.slots.cpu()] for pool in pools]
-            chosen = [order.cpu() for order in orders]
-            none = names.new_zeros(len(pools), names.shape[1])  # the CLS tokens
-            return released_sequence(none, own, [pool.slots.cpu() for pool in pools], chosen)
-
-        return Compressed(image.project(x).to(image.features), made_of=made_of)
+            weight = loadings(torch.sigmoid(x.float()), q, start)
+            score = attention[0] if attention else weight.amax(1)
+            chosen.append(pool.slots[choose(x, weight, score, pool.k, cls=True)])
+        index = released_sequence(chosen, len(given.features))
+        x = image.project(torch.cat([given.tower_tokens, image.cls])[index]).to(image.features)
+        return Compressed(x, made_of=lambda: functional.pad(one_hot(image, given), (0, 0, 0, len(chosen)))[index.cpu()])
 
 
-def released_sequence(cls: Tensor, x: list[Tensor], slots: list[Tensor], orders: list[Tensor]) -> Tensor:
-    """Put the views of an image into the order in which the release sends them.
+def released_sequence(chosen: list[Tensor], n: int) -> Tensor:
+    """Put the chosen patches of an image into the order in which the release sends them.
 
     Args:
-        cls: (c, v) the CLS tokens of the views.
-        x: of each view, (n, v) its patches.
-        slots: of each view, (n,) their places in the image.
-        orders: of each view, (k,) the chosen patches, group by group.
+        chosen: of each view, (k,) the places of its patches in the image, group by group.
+        n: number of patches of the image.
 
     Returns:
-        (m, v). The j-th chosen patch of a tile stands at the j-th chosen place: the release mixes both up.
+        (m,) places in the image; n + i is the CLS token of view i. The j-th chosen patch of a tile takes the place of
+        the j-th of them in reading order: the release mixes both up.
     """
-    place = torch.cat([at[order.sort().values] for at, order in zip(slots, orders, strict=True)][1:] or [slots[0][:0]])
-    kept = [own[order] for own, order in zip(x, orders, strict=True)]
-    return torch.cat([cls[:1], kept[0], torch.cat([kept[0][:0], *kept[1:]])[place.argsort()], cls[1:]])
+    thumbnail, *tiles = chosen
+    cls = torch.arange(n, n + len(chosen), device=thumbnail.device)
+    if tiles:
+        places = torch.cat([own.sort().values for own in tiles])
+        tiles = [torch.cat(tiles)[places.argsort()]]
+    return torch.cat([cls[:1], thumbnail, *tiles, cls[1:]])
+
+
+@full_precision
+def choose(
+    x: Tensor, weight: Tensor, score: Tensor, k: int, cls: bool = False, threshold: float | None = None
+) -> Tensor:
+    """Choose patches group by group.
+
+    Args:
+        x: (n, d) patches, compared by cosine.
+        weight: (n, q) their loadings.
+        score: (n,) what decides within a group.
+        k: T, on which threshold and limits depend.
+        cls: CLS counts as one of the k, and patches of score 0 count as suppressed, as released.
+        threshold: cosine above which a patch is suppressed; None for T / 32 times the mean of all pairs.
+
+    Returns:
+        (k,) indices, or (k - 1,) with `cls`: the groups in order, of each those not suppressed first, by score.
+    """
+    n, unit, group = len(x), functional.normalize(x, dim=-1, eps=1e-12), weight.argmax(1)
+    similarity = unit @ unit.T
+    if threshold is None:
+        threshold = k / 32 * similarity.triu(1).sum().item() / max(1, n * (n - 1) // 2)
+    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score) & ((score > 0) | (not cls))
+    count, survivors = (group[kept].bincount(minlength=weight.shape[1]) for kept in (alive | True, alive))
+    quota = quotas(count.tolist(), survivors.tolist(), k, k - cls)
+    order = score.argsort(descending=True, stable=True)
+    order = order[(2 * group + ~alive)[order].argsort(stable=True)]
+    place = torch.arange(n, device=x.device) - (count.cumsum(0) - count)[group[order]]  # within the group
+    return order[place < torch.tensor(quota, device=x.device)[group[order]]]
+
+
+def quotas(count: list[int], survivors: list[int], k: int, budget: int) -> list[int]:
+    """Share a budget out over groups of `count` patches, of which `survivors` were not suppressed."""
+    upper = [min(5 * math.ceil(k / 64), alive) for alive in survivors]
+    while sum(upper) < min(k, sum(count)):
+        upper = [min(limit + 1, size) for limit, size in zip(upper, count, strict=True)]
+    return share_within_limits(budget, survivors, [min(1, size) for size in count], upper)
