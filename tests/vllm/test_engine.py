@@ -1,7 +1,9 @@
 """vLLM with the plug-in against transformers with vlmslim. scripts/test_vllm.sh makes an environment for them."""
 
 import gc
+import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 vllm = pytest.importorskip("vllm", reason="scripts/test_vllm.sh makes an environment with vLLM")
 
 from vllm_table import Questions, engine, expected, served  # noqa: E402, after the check for vLLM
+
+from vlmslim import bundled
 
 pytestmark = pytest.mark.vllm
 
@@ -104,6 +108,20 @@ def test_what_vllm_cannot_do_stops_the_engine_at_its_start():
         engine("tiny-llava", "divprune:keep=200")
     with pytest.raises(Exception, match="enable_tower_connector_lora"):
         engine("tiny-llava", "divprune:keep=64", enable_lora=True, enable_tower_connector_lora=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_part_that_was_trained_for_another_checkpoint_is_refused(ranks, tmp_path, capfd):
+    """Under tensor parallelism too, where no rank has whole weights after loading."""
+    shutil.copytree(bundled.resolve("bundled/tiny-tokenflex"), tmp_path, dirs_exist_ok=True)
+    described = json.loads((tmp_path / "vlmslim.json").read_text())
+    signature = described["base"]["signature"]
+    signature["projector.weight"] = [-x for x in signature["projector.weight"]]
+    (tmp_path / "vlmslim.json").write_text(json.dumps(described))
+    parallel = {} if ranks == 1 else dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with pytest.raises(Exception) as refused:  # an engine with workers says that one failed; the worker's log, why
+        engine("tiny-llava", f"tokenflex:keep=64:weights={tmp_path}", **parallel)
+    assert "projector.weight by 200%" in str(refused.value) + "".join(capfd.readouterr())
 
 
 def test_pipeline_parallelism_is_refused():

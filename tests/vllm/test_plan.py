@@ -49,7 +49,7 @@ def test_methods_before_the_language_model_promise_what_they_keep(name, family):
         ({"method": "fastv", "keep": 5}, "inside the decoder"),
         ({"method": "aim"}, "inside the decoder"),
         ({"method": "todre", "keep": 5}, "inside the decoder"),
-        ({"method": "none"}, "inside the decoder"),
+        ({"method": "none"}, "changes nothing"),
         ({"method": "doubles:Both"}, "inside the decoder"),
         ({"method": "recoverable"}, "reads the question"),
         ({"method": "mmtok", "keep": 5}, "reads the question"),
@@ -73,6 +73,13 @@ def test_what_vllm_cannot_do_is_refused_before_any_weight_is_read(spec, reason):
 def test_a_checkpoint_without_a_method_says_how_to_give_one():
     found = tiny("llava").config
     with pytest.raises(ValueError, match="vlmslim vllm divprune:keep=64"):
+        plan_of(found)
+
+
+def test_an_architecture_for_another_kind_of_checkpoint_is_refused():
+    found = config("next", method="divprune", keep=5)
+    found.architectures = overrides("divprune", keep=5)["architectures"]  # without a type these are of LLaVA-1.5
+    with pytest.raises(ValueError, match="give VlmslimLlavaNextForConditionalGeneration"):
         plan_of(found)
 
 

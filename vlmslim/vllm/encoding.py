@@ -21,18 +21,24 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MMEncoderAttention
 
 from vlmslim.compressor import ImageTokens
+from vlmslim.engine.answers import check_compressed
 from vlmslim.engine.families import anyres_tiles
 from vlmslim.engine.grids import crop_grid, packed_grid
 from vlmslim.saving import backbone
 from vlmslim.saving.folder import read
 from vlmslim.vllm.plan import plan_of, skeleton_of
-from vlmslim.vllm.processing import Mixin
+from vlmslim.vllm.processing import Mixin, check_positions
 from vlmslim.vllm.seen import Seen
 from vlmslim.vllm.slots import with_slots, without_slots
 
 logger = init_logger("vllm.vlmslim")  # below "vllm", whose handler and level it shares
 
 SECONDS_BETWEEN_RECEIPTS = 10
+
+#: Weights of a checkpoint by which a trained part recognises it: how their names end, and their names in transformers.
+_PROJECTOR = "multi_modal_projector.linear_1."
+SIGNED = {"embed_tokens.weight": "model.language_model.embed_tokens.weight"}
+SIGNED |= {name: f"model.{name}" for name in (f"{_PROJECTOR}weight", f"{_PROJECTOR}bias")}
 
 
 class Receipt:
@@ -80,15 +86,7 @@ class SlimModel(Mixin):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.unplaced: Any = None  # which tokens of the coming forward are visual, and their slots
         self.keeps_positions = self.plan.method.positions == "original"
-        if self.keeps_positions and not (
-            vllm_config.model_config.uses_mrope
-            and vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled()
-        ):
-            raise ValueError(
-                f"{self.plan.method} keeps the original positions. vLLM asks a model for positions after encoding only "
-                "if it is started with --video-pruning-rate (any value above 0, such as 0.01) and with the "
-                "--hf-overrides that `vlmslim vllm` prints; or use positions='renumbered'"
-            )
+        check_positions(self.plan.method, vllm_config.model_config)
         self.slim_receipt = Receipt(str(self.plan.method))
         self.tower_depth = config.vision_config.num_hidden_layers
         scheduler = vllm_config.scheduler_config
@@ -126,33 +124,30 @@ class SlimModel(Mixin):
         return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load a checkpoint, also one that a newer transformers wrote, whose names of the tower vLLM does not know."""
+        """Load a checkpoint, also one that a newer transformers wrote, whose names of the tower vLLM does not know.
+
+        Raises:
+            ValueError: the method has a part that was trained for another checkpoint.
+        """
+        method, found = self.plan.method, {}
+        saved = None if method.trained() is None else read(str(getattr(method, "weights", "")))
 
         def renamed() -> Iterator[tuple[str, Tensor]]:
             for name, weight in weights:
                 head, tower, tail = name.partition("vision_tower.")
                 if tower and not tail.startswith("vision_model."):
                     name = f"{head}vision_tower.vision_model.{tail}"
+                for end, known in SIGNED.items() if saved is not None else ():
+                    if name.endswith(end):  # whole, as every rank reads it before it takes its share
+                        found[known] = weight.clone()
                 yield name, weight
 
         loaded = super().load_weights(renamed())
-        self._check_backbone()
+        if saved is not None:
+            skeleton = skeleton_of(self.config)
+            skeleton.load_state_dict(found, strict=False, assign=True)
+            backbone.check(str(method), saved.base, skeleton)
         return loaded
-
-    def _check_backbone(self) -> None:
-        """Refuse trained parts of another checkpoint."""
-        method = self.plan.method
-        if method.trained() is None or get_tensor_model_parallel_world_size() > 1:  # weights are spread over ranks
-            return
-        saved = read(str(getattr(method, "weights", "")))
-        if saved is None:
-            return
-        skeleton, core = skeleton_of(self.config), self.language_model.model
-        vocabulary = self.config.get_text_config().vocab_size
-        skeleton.model.language_model.embed_tokens.weight = nn.Parameter(core.embed_tokens.weight[:vocabulary])
-        projector, own = skeleton.model.multi_modal_projector, self.multi_modal_projector
-        projector.linear_1.weight = own.linear_1.weight
-        backbone.check(str(method), saved.base, skeleton)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode images, not more at a time than the tower would see without compression.
@@ -193,7 +188,12 @@ class SlimModel(Mixin):
             features = super()._process_image_input(image_input)
         images = self._images(image_input, features, seen)
         with torch.no_grad():
-            results = self.plan.method.compress_images(images)
+            results = check_compressed(self.plan.method, images, self.plan.method.compress_images(images))
+            if any(result.size is not None for result in results):
+                raise ValueError(
+                    f"{self.plan.method} returned tokens that count for several in attention, which vLLM's kernels "
+                    "cannot do; return Compressed without size"
+                )
             kept = [result.vectors(image) for image, result in zip(images, results, strict=True)]
             if self.keeps_positions:
                 kept = [with_slots(own, result.index) for own, result in zip(kept, results, strict=True)]

@@ -110,12 +110,18 @@ def plan_of(config: Any) -> Plan:
 
     Raises:
         ValueError: no method, one that vLLM cannot run or that does not suit the checkpoint, one that decides itself
-            how many tokens it keeps, or one that keeps none.
+            how many tokens it keeps, or one that keeps none; or the architecture is for another kind of checkpoint.
     """
     spec = getattr(config, "vlmslim", None)
     if not isinstance(spec, str | dict):
         raise ValueError(
             "vlmslim: the configuration names no method; `vlmslim vllm divprune:keep=64` prints the option that does"
+        )
+    known = _BY_MODEL_TYPE.get(config.model_type)
+    if (given := {*ARCHITECTURES} & {*(config.architectures or ())}) and given != {known}:
+        raise ValueError(
+            f"vlmslim: {min(given)} is no architecture for a checkpoint of the type {config.model_type!r}; give "
+            f"{known or 'a checkpoint of the type ' + ', '.join(_BY_MODEL_TYPE)}"
         )
     stages = _stages(spec)
     _check_possible(stages)
@@ -165,7 +171,9 @@ def _check_possible(methods: Sequence[Compressor]) -> None:
     stages = [stage for method in methods for stage in method.stages()]
     for stage in stages:
         check_choices(stage, positions=("renumbered", "original"))
-        if stage.drops_between_layers or not stage.acts_before_llm:
+        if not stage.drops_between_layers and not stage.acts_before_llm:
+            raise ValueError(f"{stage} changes nothing; start vLLM without the --hf-overrides of vlmslim")
+        if stage.drops_between_layers:
             raise ValueError(
                 f"{stage} works inside the decoder. vLLM keeps one length of a request for all layers, and its "
                 "attention kernels return no weights, so a plug-in cannot drop tokens there; use a method that works "

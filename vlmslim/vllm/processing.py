@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vlmslim.compressor import Compressor
 from vlmslim.engine.families import anyres_tiles
 from vlmslim.vllm.plan import plan_of
 
@@ -12,12 +13,29 @@ else:
     Mixin = object
 
 
+def check_positions(method: Compressor, model_config: Any) -> None:
+    """Refuse a method that keeps the original positions where vLLM would not ask for them.
+
+    Raises:
+        ValueError: vLLM was started without the options that make it ask.
+    """
+    if method.positions == "original" and not (
+        model_config.uses_mrope and model_config.multimodal_config.is_multimodal_pruning_enabled()
+    ):
+        raise ValueError(
+            f"{method} keeps the original positions. vLLM asks a model for positions after encoding only if it is "
+            "started with --video-pruning-rate (any value above 0, such as 0.01) and with the --hf-overrides that "
+            "`vlmslim vllm` prints; or use positions='renumbered'"
+        )
+
+
 class SlimInfo(Mixin):
     """Mixed into a `ProcessingInfo`: an image has as many tokens as are kept of it."""
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
-        self.plan = plan_of(self.get_hf_config())
+        self.plan = plan_of(ctx.model_config.hf_config)
+        check_positions(self.plan.method, ctx.model_config)
         self.compressed = True
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
