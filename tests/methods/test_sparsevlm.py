@@ -15,9 +15,8 @@ from strategies import noise, seeds, some
 from tiny import BOS, DEPTH, tiny
 
 import vlmslim
-from vlmslim.methods.sparsevlm import SparseVLM
-from vlmslim.methods.sparsevlm.rating import guided_score, visual_words
-from vlmslim.methods.sparsevlm.recycling import clusters, recycled
+from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, visual_words
+from vlmslim.ops.density_peaks import density_peaks
 
 
 def plain_raters(x: np.ndarray, words: np.ndarray) -> list[int]:
@@ -64,7 +63,7 @@ def test_raters_are_the_words_that_look_visual(seed, n, t):
 def test_the_score_of_raters(seed, heads, raters, n, divided, data):
     paid, gravity = noise(seed, heads, raters, n).exp(), noise(seed + 1, raters, n).abs() + 0.1
     best = data.draw(st.sampled_from([None, *range(1, heads + 1)]))
-    got = guided_score(paid, gravity if divided else None, best)
+    got = guided_score(paid / gravity if divided else paid, torch.ones(raters, dtype=torch.bool), best)
     want = plain_score(paid.double().numpy(), gravity.double().numpy() if divided else None, best)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4)
 
@@ -75,7 +74,7 @@ def test_clusters_by_density_peaks(seed, dropped):
     of, amount = clusters(dropped)
     assert (of, amount) == (math.floor(0.3 * dropped) + 1, (math.floor(0.3 * dropped) + 1) // 10 + 1)
     x = noise(seed, of, 6)
-    means, centres, group = recycled(x, amount)
+    means, centres, group = density_peaks(x, amount)
     want_centres, want_group = plain_clusters(x.double().numpy(), amount)
     if amount != 2:  # of two neighbours the densities are equal, and rounding decides
         assert (centres.tolist(), group.tolist()) == (want_centres, want_group)
@@ -85,7 +84,7 @@ def test_clusters_by_density_peaks(seed, dropped):
 
 def test_equal_densities_go_to_the_lower_index():
     x = torch.eye(12).repeat_interleave(2, 0)[:20]
-    _, centres, group = recycled(x, 3)
+    _, centres, group = density_peaks(x, 3)
     assert centres.tolist() == [0, 1, 2] and group[:3].tolist() == [0, 1, 2]
 
 

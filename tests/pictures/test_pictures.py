@@ -21,8 +21,7 @@ from vlmslim.methods.hiprune import HiPrune
 from vlmslim.methods.holov import HoloV
 from vlmslim.methods.pool import Pool
 from vlmslim.methods.prunesid import PruneSID
-from vlmslim.methods.sparsevlm import SparseVLM
-from vlmslim.methods.sparsevlm.recycling import clusters
+from vlmslim.methods.sparsevlm import SparseVLM, clusters
 from vlmslim.methods.tokencorr import TokenCorr
 from vlmslim.methods.tokenflex import TokenFlex
 from vlmslim.methods.visionzip import VisionZip

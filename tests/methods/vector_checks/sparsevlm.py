@@ -6,9 +6,8 @@ from layer_inputs import one_image
 from torch import Tensor
 
 from vlmslim.compressor import ImageTokens, LayerInput, Retained
-from vlmslim.methods.sparsevlm import SparseVLM
-from vlmslim.methods.sparsevlm.rating import guided_score, rotary_gravity, visual_words
-from vlmslim.methods.sparsevlm.recycling import clusters, recycled
+from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, rotary_gravity, visual_words
+from vlmslim.ops.density_peaks import density_peaks
 
 
 class Given(LayerInput):
@@ -34,14 +33,13 @@ def check(arrays: dict[str, np.ndarray]) -> None:
     paid = t["attention"][:, raters]
     method = SparseVLM(version=version, mode="released", layer=(1,), **budget(arrays, version))
     tokens = layer_input(t, start, n)
-    gravity = heads = None
+    heads = None
     if version == "2.0":
         place = torch.arange(start, start + n)
-        gravity = rotary_gravity(tokens, 0, raters + start + n, place)
-        heads = len(arrays["heads"])
-        by_head = (paid / gravity).sum((1, 2)).argsort(descending=True, stable=True)[:heads]
+        paid, heads = paid / rotary_gravity(tokens, 0, raters + start + n, place), len(arrays["heads"])
+        by_head = paid.sum((1, 2)).argsort(descending=True, stable=True)[:heads]
         assert by_head.tolist() == arrays["heads"].tolist()
-    score = guided_score(paid, gravity, heads)
+    score = guided_score(paid, torch.ones(len(raters), dtype=torch.bool), heads)
     tolerance = 1e-3 if version == "2.0" and int(arrays["head_dim"]) <= 16 else 1e-5
     np.testing.assert_allclose(score.numpy(), arrays["score"], atol=tolerance * np.abs(arrays["score"]).max())
     if version == "1.0":
@@ -66,7 +64,7 @@ def check_recycling(arrays: dict[str, np.ndarray], score: Tensor, k: int, states
     of, amount = clusters(len(score) - k)
     order = score.argsort(descending=True, stable=True)[k : k + of]
     assert (order.tolist(), amount) == (arrays["recycled"].tolist(), int(arrays["clusters"]))
-    means, centres, group = recycled(states[order], amount, torch.from_numpy(arrays["noise"]))
+    means, centres, group = density_peaks(states[order], amount, torch.from_numpy(arrays["noise"]))
     assert order[centres].tolist() == arrays["centres"].tolist()
     assert group.tolist() == arrays["assign"].tolist()
     np.testing.assert_allclose(means.numpy(), arrays["merged"], atol=1e-5)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +25,8 @@ from vlmslim.methods._layers import (
     placed_images,
     seen_by_layers,
 )
-from vlmslim.methods.sparsevlm.rating import guided_score, rotary_gravity, visual_words
-from vlmslim.methods.sparsevlm.recycling import clusters, destinations, recycled
+from vlmslim.ops.density_peaks import density_peaks
+from vlmslim.ops.ranking import full_precision
 
 #: Decoder layers of each version, as shares of 32, and what stays before each of them, of 576, in its row "64".
 LAYERS = {"1.0": (3 / 32, 7 / 32, 1 / 2, 5 / 8), "1.5": (3 / 32, 7 / 32, 1 / 2), "2.0": (3 / 32, 7 / 32, 1 / 2)}
@@ -90,13 +89,13 @@ class SparseVLM(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self, mode=("corrected", "released"), version=("1.0", "1.5", "2.0"))
+        positions = ("auto", "renumbered", "original")
+        check_choices(self, mode=("corrected", "released"), version=("1.0", "1.5", "2.0"), layer_positions=positions)
         old = self.version != "2.0"
         self.layer = self.layers = tuple(LAYERS[self.version] if self.layer is None else self.layer)
         self.recycle = old if self.recycle is None else self.recycle
         if self.layer_positions == "auto":
             self.layer_positions = "renumbered" if old else "original"
-        check_choices(self, layer_positions=("renumbered", "original"))
         if not 0 < self.heads <= 1:
             raise ValueError(f"heads={self.heads}: a part of the heads lies in (0, 1]; the release reads 14 of 32")
         if self.version == "1.0":
@@ -135,8 +134,12 @@ class SparseVLM(Compressor):
 
     def _left_of(self, there: int, k: int) -> int:
         """Return how many of the tokens that are there a drop leaves if it keeps k, recycled ones included."""
-        k = min(k, there - (self.mode == "released"))
+        k = self._staying(there, k)
         return k + clusters(there - k)[1] * bool(self.recycle)
+
+    def _staying(self, there: int, k: int) -> int:
+        """Return how many of the tokens that are there stay if a drop keeps k; in the release, one always goes."""
+        return min(k, there - (self.mode == "released"))
 
     def requested(self, n: int) -> int | None:
         """Return what the last drop leaves; None in version 1.0."""
@@ -151,43 +154,49 @@ class SparseVLM(Compressor):
         rows = list(zip(tokens.entered, tokens.present, strict=True))
         if self.version == "1.0" or any(len(entered) != len(present) for entered, present in rows):
             return None
-        drop, pruned = self.layers.index(tokens.layer), 1 if self.mode == "released" else None
+        drop = self.layers.index(tokens.layer)
         return [
-            [self._left_of(there, self.kept(n)[drop]) for n, there in zip(entered[:pruned], present, strict=False)]
-            + present[len(entered[:pruned]) :]
-            for entered, present in rows
+            [
+                self._left_of(there, self.kept(n)[drop]) if self._prunes(number) else there
+                for number, (n, there) in enumerate(zip(*row, strict=True), 1)
+            ]
+            for row in rows
         ]
+
+    def _prunes(self, number: int) -> bool:
+        """Tell whether the image of this number in a prompt is pruned."""
+        return number == 1 or self.mode == "corrected"
 
     def retain(self, tokens: LayerInput) -> Tensor | Retained:
         """Keep what the raters look at, and means of what they look at next."""
         keep, hidden = tokens.mask.clone(), tokens.hidden.clone()
-        moves: list[tuple[int, Tensor, Tensor]] = []  # row, places of tokens, and those of what they went into
+        into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
         tokens.score = torch.zeros_like(keep, dtype=torch.float32)
-        images = [image for image in placed_images(tokens) if image.number == 1 or self.mode == "corrected"]
+        drop, images = self.layers.index(tokens.layer), [x for x in placed_images(tokens) if self._prunes(x.number)]
         for image, paid in zip(images, attention_of_text(tokens, images, heads=True), strict=True):
             row, place = image.row, image.place
             rates = self.raters(image).to(paid.device)
-            score, k = self.scored(tokens, image, paid, rates), self.staying(tokens, image, paid, rates)
+            score = self.scored(tokens, image, paid, rates)
             tokens.score[row, place] = score.to(tokens.score)
-            if k >= len(place):
-                continue
-            order = score.argsort(descending=True, stable=True)
-            stay, states = place[order[:k].sort().values], []
-            if self.recycle:
-                of, amount = clusters(len(place) - k)
-                best = place[order[k : k + of]]
-                noise = image.image.uniform(self.seed, of) if self.mode == "released" else None
-                means, centres, group = recycled(tokens.hidden[row, best], amount, noise)
-                stay, states = torch.cat([stay, best[centres]]), [means.to(hidden)]
-            at = stay.sort().values if self.mode == "released" else stay
-            keep[row, place] = False
-            keep[row, at] = True
-            hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], *states])
-            if self.recycle:
-                moves += [(row, stay[:k], at[:k]), (row, best, at[k + group])]
+            if self.version == "1.0":
+                k = self.by_rank(paid[:, rates].mean(0))
+            else:
+                k = self._staying(len(place), self.kept(image.entered)[drop])
+            order = place[score.argsort(descending=True, stable=True)]
+            stay, gone = order[:k].sort().values, order[k:]
+            keep[row, gone] = False
+            if self.recycle and len(gone):
+                of, amount = clusters(len(gone))
+                best, noise = gone[:of], image.image.uniform(self.seed, of) if self.mode == "released" else None
+                means, centres, group = density_peaks(tokens.hidden[row, best], amount, noise)
+                stay = torch.cat([stay, best[centres]])
+                at = stay.sort().values if self.mode == "released" else stay
+                keep[row, at] = True
+                hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], means.to(hidden)])
+                into[row, stay[:k]], into[row, best] = at[:k], at[k:][group]
         if not self.recycle:
             return keep
-        tokens.into = partial(destinations, tokens.mask.shape, moves)
+        tokens.into = into.cpu
         return Retained(keep, hidden)
 
     def raters(self, image: PlacedImage) -> Tensor:
@@ -201,21 +210,56 @@ class SparseVLM(Compressor):
     def scored(self, tokens: LayerInput, image: PlacedImage, paid: Tensor, rates: Tensor) -> Tensor:
         """Score the tokens of an image, (v,), by what text pays to them, (heads, t, v), and which of it rates, (t,)."""
         if self.version != "2.0":
-            return guided_score(paid, rates=rates)
+            return guided_score(paid, rates)
         text = image.text if len(image.text) else tokens.last[image.row, None]
         gravity = rotary_gravity(tokens, image.row, text, image.place)
-        if gravity is not None and self.mode == "corrected":
+        if self.mode == "corrected":
             gravity = torch.where(((gravity > 0) | ~rates[:, None]).all(), gravity, 1)
-        return guided_score(paid, gravity, max(1, round(self.heads * len(paid))), rates)
+        return guided_score(paid / gravity, rates, max(1, round(self.heads * len(paid))))
 
-    def staying(self, tokens: LayerInput, image: PlacedImage, paid: Tensor, rates: Tensor) -> int:
-        """Return how many tokens of an image stay, recycled ones not counted. The arguments are those of `scored`."""
-        v = len(image.place)
-        if self.version == "1.0":
-            rank = int(torch.linalg.matrix_rank(paid[:, rates].mean(0)))
-            if rank == v:
-                return v
-            k = max(self.mode == "corrected", min(int(rank * self.scale + self.bias), v - 1))
-        else:
-            k = self.kept(image.entered)[self.layers.index(tokens.layer)]
-        return min(k, v - (self.mode == "released"))
+    def by_rank(self, paid: Tensor) -> int:
+        """Return how many tokens stay in version 1.0 by the rank of what raters pay to them, (raters, v)."""
+        rank, v, least = int(torch.linalg.matrix_rank(paid)), paid.shape[1], int(self.mode == "corrected")
+        return v if rank == v else max(least, min(int(rank * self.scale + self.bias), v - 1))
+
+
+def clusters(dropped: int) -> tuple[int, int]:
+    """Return how many of the dropped tokens are recycled, and into how many."""
+    of = int(0.3 * dropped) + 1 if dropped else 0
+    return of, of // 10 + 1 if dropped else 0
+
+
+@full_precision
+def visual_words(x: Tensor, words: Tensor) -> Tensor:
+    """Find the words (t, d) that an image's tokens (n, d) are nearest to: (t,) bool, all if none stands out."""
+    share = (x @ words.float().T).softmax(1).mean(0)
+    found = share > share.mean()
+    return found | ~found.any()
+
+
+def rotary_gravity(tokens: LayerInput, row: int, text: Tensor, place: Tensor) -> Tensor:
+    """Compute what rotary positions alone give words and visual tokens, (t, v); 1 where nothing turns."""
+    if tokens.rotary is None:
+        return torch.ones(len(text), len(place), device=place.device)
+    width = tokens.keys.shape[-1]
+    cos, sin = (x[row if len(x) > 1 else 0].float().to(text.device) for x in tokens.rotary)
+    turned = cos[text] @ cos[place].T + sin[text] @ sin[place].T  # a vector of ones against another
+    return (turned + width - cos.shape[-1]) / width**0.5
+
+
+@full_precision
+def guided_score(paid: Tensor, rates: Tensor, heads: int | None = None) -> Tensor:
+    """Average what raters pay to visual tokens.
+
+    Args:
+        paid: (heads, t, v) attention of text.
+        rates: (t,) bool, True at the raters.
+        heads: number of heads that count, those which look most at the image; None for all.
+
+    Returns:
+        (v,).
+    """
+    paid = paid.masked_fill(~rates[:, None], 0)
+    if heads is not None:
+        paid = paid[paid.sum((1, 2)).argsort(descending=True, stable=True)[:heads]]
+    return paid.sum((0, 1)) / (len(paid) * rates.sum())

@@ -1,4 +1,4 @@
-"""SparseVLM's recycling: clusters of dropped tokens, of which one mean each stays."""
+"""Clustering by density peaks (Rodriguez and Laio, 2014), with densities from nearest neighbours."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,9 @@ from torch import Tensor
 from vlmslim.ops.ranking import full_precision, membership
 
 
-def clusters(dropped: int) -> tuple[int, int]:
-    """Return how many of the dropped tokens are recycled, and into how many."""
-    of = int(0.3 * dropped) + 1 if dropped else 0
-    return of, of // 10 + 1 if dropped else 0
-
-
 @full_precision
-def recycled(x: Tensor, amount: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cluster tokens by density peaks, and average each cluster.
+def density_peaks(x: Tensor, amount: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cluster tokens around those that are dense and far from denser ones, and average each cluster.
 
     Args:
         x: (m, d) tokens.
@@ -26,7 +20,7 @@ def recycled(x: Tensor, amount: int, noise: Tensor | None = None) -> tuple[Tenso
     """
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     density = (-distance.sort(dim=1).values[:, :amount].square().mean(1)).exp()
-    density = density if noise is None else density + 1e-6 * noise
+    density = density if noise is None else density + 1e-6 * noise.to(x.device)
     denser = density > density[:, None]
     apart = distance.masked_fill(~denser, float("inf")).amin(1)
     apart = torch.where(denser.any(1), apart, distance.max())
@@ -34,12 +28,3 @@ def recycled(x: Tensor, amount: int, noise: Tensor | None = None) -> tuple[Tenso
     group = distance[:, centres].argmin(1).index_copy(0, centres, torch.arange(amount, device=x.device))
     joins = membership(group, amount).to(x)
     return joins @ x / joins.sum(1, keepdim=True), centres, group
-
-
-def destinations(shape: torch.Size, moves: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Return `LayerInput.into` of the tokens that moved: row, places (m,), and the places (m,) that they went to."""
-    rows, places = shape
-    into = torch.arange(places).repeat(rows, 1)
-    for row, place, target in moves:
-        into[row, place.cpu()] = target.cpu()
-    return into
