@@ -14,7 +14,8 @@ from tiny import BOS, tiny
 from vector_checks.mmtok import padded
 
 import vlmslim
-from vlmslim.methods.mmtok import MMTok, cosines, cover, in_padding, keywords
+from vlmslim.methods.mmtok import MMTok, cover, in_padding, keywords
+from vlmslim.ops.greedy import cosines
 
 
 def plain(tower: list, features: list, words: list, k: int, tv: float, vv: float, alpha: float) -> list[int]:

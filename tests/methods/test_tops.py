@@ -12,8 +12,7 @@ from tiny import BOS, tiny
 from unpatched import keep_only, reference
 
 import vlmslim
-from vlmslim.methods.tops import TOPS, TOPSEntrance, TOPSLayers, text_relevance
-from vlmslim.methods.tops.preservation import preserve
+from vlmslim.methods.tops import TOPS, TOPSEntrance, TOPSLayers, preserve, text_relevance
 
 
 def plain(x: list, relevance: list[float], k: int, alpha: float, coverage: float, normalise: str) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmslim import bundled
+from vlmslim.engine.families import tower
 from vlmslim.io import hub
 
 #: the CLIP of LLaVA-1.5, and the width, depth, patch size and image size of its vision tower
@@ -239,6 +240,17 @@ def _open_clip(name: str, pretrained: str | None = None) -> ClipText:
         norm=norm,
         stem=stem,
     )
+
+
+def clip_of(model: Any, name: str | None = None) -> ClipText:
+    """Load the CLIP whose vision tower a model uses, by its name, or by what `default_clip` knows.
+
+    Raises:
+        ValueError: the CLIP does not belong to the vision tower, or no default is known.
+    """
+    clip = load_clip(name or default_clip(model))
+    clip.check_tower(tower(model.model))
+    return clip
 
 
 def default_clip(model: Any) -> str:

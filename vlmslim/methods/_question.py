@@ -1,12 +1,14 @@
-"""Find what the user said in a prompt."""
+"""Read what the user said in a prompt, and embed it."""
 
 import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vlmslim.image_tokens import ImageTokens
 from vlmslim.io import hub
 from vlmslim.io.messages import shown
 
@@ -61,9 +63,38 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
         raise ValueError(hub.hint(str(name)) or f"tokenizer={shown(str(name))} could not be loaded: {error}") from error
 
 
-def read_prompt(prompt: Tensor, tokenizer: Any, source: str, turn: str | None = None) -> str:
-    """Decode the text tokens of a prompt (t,), and find the text in it that `find_text` describes."""
-    return find_text(tokenizer.decode(prompt.tolist()), source, turn, getattr(tokenizer, "all_special_tokens", ()))
+class PromptReader:
+    """Reads the prompts of images with the language model's tokenizer, and embeds texts as the language model does.
+
+    Args:
+        model: the model; its input embeddings are read.
+        tokenizer: as `load_tokenizer` takes it.
+        turn: regular expression of a user's turn; None tries those of the known chat templates.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, turn: str | None = None):
+        self.tokenizer, self.turn = load_tokenizer(tokenizer, model), turn
+        self.embedding = model.get_input_embeddings()
+
+    def text(self, image: ImageTokens, source: str = "user") -> str:
+        """Find the text in the prompt of an image that `find_text` describes.
+
+        Raises:
+            ValueError: the prompt was given as embeddings.
+        """
+        if image.prompt is None:
+            raise ValueError(
+                "the question is read from input_ids; pass input_ids instead of inputs_embeds, or use a method that "
+                "reads no question, such as cdpruner with relevance='none'"
+            )
+        special = getattr(self.tokenizer, "all_special_tokens", ())
+        return find_text(self.tokenizer.decode(image.prompt.tolist()), source, self.turn, special)
+
+    @torch.no_grad()
+    def embed(self, text: str, device: torch.device) -> Tensor:
+        """Look up the input embeddings of a text: (m, d), where m is 0 for an empty text."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return self.embedding(torch.tensor(ids, dtype=torch.long, device=device))
 
 
 def without_answer_format(text: str) -> str:

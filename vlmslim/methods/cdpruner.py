@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep, check_choices
-from vlmslim.engine.families import feature_layers, tower
-from vlmslim.methods._clip import default_clip, load_clip
-from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
+from vlmslim.engine.families import feature_layers
+from vlmslim.methods._clip import clip_of
+from vlmslim.methods._question import PromptReader, check_tokenizer, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
-from vlmslim.ops.greedy import Determinant, cosine_matrix, greedy
+from vlmslim.ops.greedy import Determinant, cosine_matrix, cosines, greedy
 from vlmslim.ops.ranking import full_precision
 
 
@@ -79,47 +78,34 @@ class CDPruner(Selection):
             ValueError: the CLIP does not belong to the vision tower, or no default for `clip` or `tokenizer` is known.
         """
         super().setup(model)
+        fits = model.config.vision_config.model_type == "clip_vision_model" and len(feature_layers(model.config)) == 1
         if self.relevance == "auto":
-            self.relevance = "clip" if reads_clip(model.config) else "llm"
-            self.substitutes = () if self.relevance == "clip" else ("embeddings",)
+            self.relevance, self.substitutes = ("clip", ()) if fits else ("llm", ("embeddings",))
         if self.relevance == "clip":
-            if not reads_clip(model.config):
+            if not fits:
                 raise ValueError(
                     "relevance='clip' needs a projector that reads one layer of a CLIP tower, and this model has none; "
                     "use relevance='llm'"
                 )
-            self.clip_text = load_clip(self.clip or default_clip(model))
-            self.clip_text.check_tower(tower(model.model))
+            self.clip_text = clip_of(model, self.clip)
         if self.relevance != "none":
-            self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
-            self.embedding = model.get_input_embeddings()
+            self.reader = PromptReader(model, self.tokenizer, self.turn)
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return features, and relevance scaled over the image; without a question, all tokens are equally relevant."""
-        text = "" if self.relevance == "none" else self.text_of(image)
+        x = image.features
+        text = "" if self.relevance == "none" else without_answer_format(self.reader.text(image))
         if not text:
-            return image.features, torch.ones(len(image.features), device=image.features.device)
+            return x, torch.ones(len(x), device=x.device)
         if self.relevance == "clip":
             self.clip_text.to(image.tower.device)
             patches = self.clip_text.project(image.tower_tokens, norm=True)
             texts = self.clip_text.embed_segments(text, self.mode == "released")
         else:
-            ids = self.prompt_tokenizer(text, add_special_tokens=False)["input_ids"]
-            patches = image.features
-            with torch.no_grad():
-                texts = self.embedding(torch.tensor(ids, device=patches.device)).float().mean(0, keepdim=True)
+            patches, texts = x, self.reader.embed(text, x.device).float().mean(0, keepdim=True)
         minus = self.sign == "minus" or (self.sign == "auto" and self.relevance == "clip")
-        image.score = scaled(likeness(patches, texts) * (-1 if minus else 1), image.grid[:, 0] >= 0)
-        return image.features, image.score
-
-    def text_of(self, image: ImageTokens) -> str:
-        """Find the question in an image's prompt: the user's last turn, without what says how to answer."""
-        if image.prompt is None:
-            raise ValueError(
-                "CDPruner reads the question from input_ids; pass input_ids instead of inputs_embeds, or use "
-                "relevance='none'"
-            )
-        return without_answer_format(read_prompt(image.prompt, self.prompt_tokenizer, "user", self.turn))
+        image.score = scaled(cosines(patches, texts).mean(1) * (-1 if minus else 1), image.grid[:, 0] >= 0)
+        return x, image.score
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the largest volume."""
@@ -129,17 +115,6 @@ class CDPruner(Selection):
             relevance = ((relevance - relevance.amax(1, keepdim=True)) * steepness).exp()  # a factor changes no pick
         features, weight = self.compared(features)
         return conditional_diversity(features, relevance if weight is None else relevance * weight, k)
-
-
-def reads_clip(config: Any) -> bool:
-    """Tell whether the projector of a model reads one layer of a CLIP tower, so that CLIP can compare it with text."""
-    return config.vision_config.model_type == "clip_vision_model" and len(feature_layers(config)) == 1
-
-
-@full_precision
-def likeness(patches: Tensor, texts: Tensor) -> Tensor:
-    """Compute the cosine of patches (n, d) and texts (m, d), averaged over the texts: (n,)."""
-    return (F.normalize(patches, dim=-1) @ F.normalize(texts.float(), dim=-1).T).mean(1)
 
 
 @full_precision

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep
-from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt, without_answer_format
+from vlmslim.methods._question import PromptReader, check_tokenizer, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
-from vlmslim.ops.greedy import Coverage, greedy, similarity_matrix
+from vlmslim.ops.greedy import Coverage, cosines, greedy, similarity_matrix
 from vlmslim.ops.ranking import full_precision
 
 _STOP_WORDS = """a an the is are was were be been being have has had do does did it they he she we you i what where when
@@ -79,20 +79,13 @@ class MMTok(Selection):
     def setup(self, model: Any) -> None:
         """Find the tokenizer and the input embeddings."""
         super().setup(model)
-        self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
-        self.embedding = model.get_input_embeddings()
-
-    def words(self, image: ImageTokens) -> Tensor:
-        """Embed the words of the question in an image's prompt: (m, d)."""
-        text = "" if image.prompt is None else read_prompt(image.prompt, self.prompt_tokenizer, "user", self.turn)
-        words = keywords(text)
-        ids = self.prompt_tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-        with torch.no_grad():
-            return self.embedding(torch.tensor(ids, dtype=torch.long, device=image.features.device))
+        self.reader = PromptReader(model, self.tokenizer, self.turn)
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return the tower's features, the cosine of each token to each word, and which tokens are padding."""
-        return image.tower_tokens, cosines(image.features, self.words(image).to(image.features)), padding_of(image)
+        x = image.features
+        words = self.reader.embed("" if image.prompt is None else keywords(self.reader.text(image)), x.device)
+        return image.tower_tokens, cosines(x, words.to(x)), padding_of(image)
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the best coverage."""
@@ -148,12 +141,6 @@ def margin(lines: Tensor) -> Tensor:
     part = (lines / lines.roll(-2, 1).clamp(min=1e-6)).clamp(max=1)
     part = part.masked_fill((lines < 0.02) | (part < 0.05), 0)
     return ((1 - part) * (part < 0.9).long().cumprod(1)).sum(1)
-
-
-@full_precision
-def cosines(x: Tensor, words: Tensor) -> Tensor:
-    """Compute the cosine of each token (n, d) to each word (m, d): (n, m)."""
-    return F.normalize(x, dim=-1, eps=1e-8) @ F.normalize(words.float(), dim=-1, eps=1e-8).T
 
 
 @full_precision

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.ops import greedy_numpy
+from vlmslim.ops.ranking import full_precision
 
 #: Rows of a product of all tokens that are computed at once. With so many, and not less than half as many in the last
 #: block, MKL rounds each number as it does in a product of all rows.
@@ -148,6 +149,12 @@ def similarity_matrix(unit: Tensor) -> Tensor:
 def cosine_matrix(x: Tensor) -> Tensor:
     """Compute all pairwise cosines of each image's tokens, 0 to a zero token: (b, n, d) in fp32 -> (b, n, n)."""
     return similarity_matrix(F.normalize(x, dim=-1))
+
+
+@full_precision
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the cosine of each row of x (n, d) to each row of y (m, d), 0 to a row of zeros: (n, m)."""
+    return F.normalize(x, dim=-1, eps=1e-8) @ F.normalize(y.float(), dim=-1, eps=1e-8).T
 
 
 class Rows:
@@ -308,6 +315,54 @@ class MarginalRelevance:
         """Describe the search."""
         weight = torch.full_like(self.relevance, 1 - self.weight)
         return Stream("max", self.row.matrix, weight, self.weight * self.relevance)
+
+
+class Balanced:
+    """Relevance, distance to the nearest pick and gain in coverage, each made comparable over the tokens that are left.
+
+    The first pick is the most relevant token. Tokens that are left are to be covered, by their most similar pick.
+
+    Args:
+        relevance: (b, n), not negative.
+        similarity: (b, n, n).
+        distance: weight of the distance, which is 1 - similarity.
+        coverage: weight of the gain in coverage.
+        normalise: "mean" divides by the mean over the tokens that are left; "fixed" too, but relevance by its first
+            mean; "minmax" scales to [0, 1].
+    """
+
+    def __init__(self, relevance: Tensor, similarity: Tensor, distance: float, coverage: float, normalise: str):
+        self.relevance, self.row = relevance, Rows(similarity)
+        self.distance, self.coverage, self.normalise = distance, coverage, normalise
+        self.left = torch.ones_like(relevance)
+        self.gain = torch.empty_like(similarity)  # every step writes into it, because new memory takes most of its time
+        self.nearest: Tensor | None = None
+
+    def score(self) -> Tensor:
+        """Score by relevance at first, and then by the weighted sum."""
+        if self.nearest is None:
+            return self.relevance
+        # symmetric: by pick, then by candidate
+        gain = torch.sub(self.row.matrix, self.nearest[:, None], out=self.gain).clamp_(min=0)
+        covered = gain.mul_(self.left[:, None]).sum(2)
+        counts = torch.ones_like(self.left) if self.normalise == "fixed" else self.left
+        added = self.distance * self.comparable(1 - self.nearest, self.left)
+        return self.comparable(self.relevance, counts) + (added + self.coverage * self.comparable(covered, self.left))
+
+    def comparable(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Normalise x (b, n) by the tokens that count (b, n), 1 or 0; 0 if they are all 0, or all equal (minmax)."""
+        if self.normalise == "minmax":
+            low = x.masked_fill(counts == 0, float("inf")).amin(1, keepdim=True)
+            x, unit = x - low, x.masked_fill(counts == 0, float("-inf")).amax(1, keepdim=True) - low
+        else:
+            unit = (x * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+        return torch.where(unit > 1e-12, x / unit.clamp(min=1e-12), 0)
+
+    def add(self, pick: Tensor) -> None:
+        """Raise the similarity to the nearest pick, and strike the pick off those that are left."""
+        new = self.row(pick)
+        self.nearest = new if self.nearest is None else torch.maximum(self.nearest, new)
+        self.left = self.left.scatter(1, pick[:, None], 0)
 
 
 def farthest_greedy(

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from vlmslim.methods._clip import ClipText
-from vlmslim.methods.cdpruner import conditional_diversity, likeness, scaled
+from vlmslim.methods.cdpruner import conditional_diversity, scaled
 from vlmslim.ops.centring import centred, standardised
-from vlmslim.ops.greedy import Farthest, Rows, cosine_matrix, greedy
+from vlmslim.ops.greedy import Farthest, Rows, cosine_matrix, cosines, greedy
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:
@@ -23,7 +23,7 @@ def check(arrays: dict[str, np.ndarray]) -> None:
 def relevance_of(arrays: dict[str, np.ndarray]) -> torch.Tensor:
     """(views, n), scaled over all views."""
     patches, texts = torch.from_numpy(arrays["image_embeds"]), torch.from_numpy(arrays["text_embeds"])
-    score = -likeness(patches.flatten(0, 1), texts)
+    score = -cosines(patches.flatten(0, 1), texts).mean(1)
     relevance = scaled(score, torch.ones(len(score), dtype=torch.bool)).view(patches.shape[:2])
     np.testing.assert_allclose(relevance.numpy().reshape(arrays["relevance"].shape), arrays["relevance"], atol=2e-6)
     return relevance
@@ -72,7 +72,7 @@ def check_tower(arrays: dict[str, np.ndarray]) -> None:
     clip = ClipText([], states, lambda text, length: ids, 99, context, projection, norm, torch.zeros(1))
     patches = clip.project(hidden[:, 1:], norm=True)
     np.testing.assert_allclose(patches.numpy(), arrays["image_embeds"], rtol=1e-4, atol=1e-5)
-    score = -likeness(patches.flatten(0, 1), torch.from_numpy(arrays["text_embeds"]))
+    score = -cosines(patches.flatten(0, 1), torch.from_numpy(arrays["text_embeds"])).mean(1)
     relevance = scaled(score, torch.ones(len(score), dtype=torch.bool))
     np.testing.assert_allclose(relevance.numpy().reshape(arrays["relevance"].shape), arrays["relevance"], atol=2e-5)
     for i in range(sum(name.startswith("ids_") for name in arrays)):

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vlmslim.methods.mmtok import cosines, cover, in_padding, keywords
+from vlmslim.methods.mmtok import cover, in_padding, keywords
+from vlmslim.ops.greedy import cosines
 
 
 def padded(width: int, height: int) -> torch.Tensor:

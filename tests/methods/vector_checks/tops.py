@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from vlmslim.methods.tops import text_relevance
-from vlmslim.methods.tops.preservation import preserve
+from vlmslim.methods.tops import preserve, text_relevance
 
 
 def check(arrays: dict[str, np.ndarray]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep, resolve_keep
-from vlmslim.engine.families import tower
-from vlmslim.methods._clip import default_clip, load_clip
-from vlmslim.methods._question import check_tokenizer, load_tokenizer, read_prompt
+from vlmslim.methods._clip import clip_of
+from vlmslim.methods._question import PromptReader, check_tokenizer
 from vlmslim.methods.recoverable.lof import count_outliers
 from vlmslim.methods.recoverable.merging import Groups, at_least_tiny, clusters, parts_of, top
 from vlmslim.ops.budgets import largest_remainder, share_out
@@ -176,13 +175,12 @@ class Recoverable(Compressor):
                 "Recoverable needs vision_feature_select_strategy='default', and this checkpoint feeds CLS to the "
                 "language model as one more visual token; use another method with it"
             )
-        self.clip_text = load_clip(self.clip or default_clip(model))
-        self.clip_text.check_tower(tower(model.model))
+        self.clip_text = clip_of(model, self.clip)
         if self.pad_length is not None and self.pad_length > self.clip_text.context:
             raise ValueError(
                 f"pad_length={self.pad_length}: this CLIP reads {self.clip_text.context} tokens; use at most these"
             )
-        self.prompt_tokenizer = load_tokenizer(self.tokenizer, model)
+        self.reader = PromptReader(model, self.tokenizer, self.turn)
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Filter, recover and merge one image."""
@@ -208,9 +206,7 @@ class Recoverable(Compressor):
 
     def text_of(self, image: ImageTokens) -> str:
         """Find the text to compare the image's patches with, in its prompt."""
-        if image.prompt is None:
-            raise ValueError("Recoverable reads the question from input_ids; pass input_ids instead of inputs_embeds")
-        return read_prompt(image.prompt, self.prompt_tokenizer, self.reading.text_source, self.turn)
+        return self.reader.text(image, self.reading.text_source)
 
     def _compress(self, image: ImageTokens, k: int | None, text: Tensor) -> Compressed:
         """Compress an image to k tokens, or to as many as the method finds, by the embedding of a text (d,)."""

@@ -9,10 +9,8 @@ from torch import Tensor
 from vlmslim.compressor import Compressor, ImageTokens, Keep, LayerInput, check_choices
 from vlmslim.methods._layers import ascending, attention_of_text, check_layers, placed_images, seen_by_layers
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
-from vlmslim.methods.tops.preservation import preserve
+from vlmslim.ops.greedy import Balanced, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
-
-NORMALISE = ("mean", "fixed", "minmax")
 
 
 @dataclass
@@ -122,18 +120,19 @@ class TOPS(TOPSEntrance):
     tower layer -2, and of the decoder layer before the drop; a text token rates if its attention reaches the mean;
     images are searched one by one, and at the entrance the frames of a video too; ties go to the lower index.
 
-    keep      : visual tokens that enter the language model per image, a count or a share; 2 T of the paper
-    alpha     : weight of diversity; 0.5 in the paper
-    coverage  : weight of coverage (lambda); in layers, the paper tunes it between 0.4 and 1 by model and budget
-    normalise : divide by the "mean" (algorithms 1 and 2), with that of relevance "fixed" at first, or "minmax"
-                (section 4.1)
-    score     : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower has CLS
-    newline   : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
-    positions : rotary positions: "auto", "original" or "renumbered" (as in the paper) at the entrance
-    layer     : decoder layers of stage 2, numbers or shares of the depth; empty leaves stage 2 out
-    parts     : for each of them, the part of the entered tokens that stays
-    raters    : text that rates: "above_mean", "all", or the "last" token
-    attention : of that text, in the layer "previous" to the drop, or what it is about to pay in the "coming" one
+    keep            : visual tokens that enter the language model per image, a count or a share; 2 T of the paper
+    alpha           : weight of diversity; 0.5 in the paper
+    coverage        : weight of coverage (lambda); in layers, the paper tunes it between 0.4 and 1 by model and budget
+    normalise       : divide by the "mean" (algorithms 1 and 2), with that of relevance "fixed" at first, or "minmax"
+                      (section 4.1)
+    score           : attention from CLS ("cls"), mean attention received ("received"), or "auto": "cls" if the tower
+                      has CLS
+    newline         : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
+    positions       : rotary positions: "auto", "original" or "renumbered" (as in the paper) at the entrance
+    layer           : decoder layers of stage 2, numbers or shares of the depth; empty leaves stage 2 out
+    parts           : for each of them, the part of the entered tokens that stays
+    raters          : text that rates: "above_mean", "all", or the "last" token
+    attention       : of that text, in the layer "previous" to the drop, or what it is about to pay in the "coming" one
     layer_positions : rotary positions from a drop between layers on: "original", or "renumbered" (as in the paper)
     """
 
@@ -157,7 +156,7 @@ class TOPS(TOPSEntrance):
 
 def check_weights(options: Any) -> None:
     """Refuse weights and normalisations that mean nothing."""
-    check_choices(options, normalise=NORMALISE)
+    check_choices(options, normalise=("mean", "fixed", "minmax"))
     for name in ("alpha", "coverage"):
         if getattr(options, name) < 0:
             raise ValueError(f"{name}={getattr(options, name)}: give a weight from 0 on; the paper uses 0.5")
@@ -177,3 +176,23 @@ def text_relevance(paid: Tensor, raters: str = "above_mean") -> Tensor:
     mean = mass.mean().clamp(max=mass.max())  # the mean of equal numbers may be rounded up
     rates = (mass >= mean) | (raters == "all")
     return (paid * rates[:, None]).sum(0) / rates.sum()
+
+
+@full_precision
+def preserve(
+    x: Tensor, relevance: Tensor, k: int, alpha: float = 0.5, coverage: float = 0.5, normalise: str = "mean"
+) -> Tensor:
+    """Select tokens greedily by relevance, diversity and coverage.
+
+    Args:
+        x: (b, n, d) tokens, compared by cosine.
+        relevance: (b, n), not negative.
+        k: number of picks, 1 <= k <= n.
+        alpha: weight of diversity.
+        coverage: weight of coverage.
+        normalise: "mean", "fixed" or "minmax".
+
+    Returns:
+        (b, k) indices in the order of selection; the first j of them are the selection for k = j.
+    """
+    return greedy(Balanced(relevance.float(), cosine_matrix(x), alpha, coverage, normalise), k)
