@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import ImageTokens, LayerInput, check_layer, resolve_layer
+from vlmslim.compressor import Compressor, ImageTokens, LayerInput, check_layer, resolve_layer
 from vlmslim.engine.families import language_model
 
 
@@ -52,6 +52,62 @@ def seen_by_layers(n: int, depth: int, layer: Sequence[int | float], counts: Seq
         at = resolve_layer(each, depth)
         seen[at:] = [min(seen[at], count)] * (depth - at)
     return seen
+
+
+class LayerDrops(Compressor):
+    """A method that drops tokens of each image before several decoder layers, and knows how many it leaves.
+
+    Subclasses have the option `layer`, and override `after` and `retain`.
+
+    Attributes:
+        layer: decoder layers, ascending: numbers from 1, or shares of the depth.
+        spread: see `ascending`.
+        first_only: drop tokens of the first image of a prompt alone.
+    """
+
+    spread: ClassVar[bool] = False
+    first_only: bool = False
+    layer: Sequence[int | float] | None
+
+    def setup(self, model: Any) -> None:
+        """Turn shares of the depth into layers."""
+        self.layers = ascending(self.layer or (), model, self.spread)
+
+    def after(self, n: int, there: int, drop: int) -> int:
+        """Return how many tokens of an image a drop leaves.
+
+        Args:
+            n: its tokens that entered the language model.
+            there: those that are there now.
+            drop: number of the drop, from 0.
+        """
+        raise NotImplementedError
+
+    def left(self, n: int) -> list[int]:
+        """Return how many of an image's n tokens are there after each drop."""
+        there = [n]
+        for drop in range(len(self.layers)):
+            there.append(self.after(n, there[-1], drop))
+        return there[1:]
+
+    def requested(self, n: int) -> int | None:
+        """Return what the last drop leaves."""
+        return self.left(n)[-1]
+
+    def visual_tokens(self, n: int, depth: int) -> list[int]:
+        """Return what the drops leave, layer by layer."""
+        return seen_by_layers(n, depth, self.layer or (), self.left(n))
+
+    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
+        """Return what this drop leaves of each image, if it is known how many tokens each one has."""
+        drop, found = self.layers.index(tokens.layer), []
+        for entered, present in zip(tokens.entered, tokens.present, strict=True):
+            if len(entered) != len(present):
+                return None
+            pruned = 1 if self.first_only else len(entered)
+            left = [self.after(n, there, drop) for n, there in zip(entered[:pruned], present, strict=False)]
+            found.append(left + present[pruned:])
+        return found
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import Compressor, LayerInput, check_choices, check_keep, resolve_keep
-from vlmslim.methods._layers import ascending, check_layers, seen_by_layers
+from vlmslim.compressor import LayerInput, check_choices, check_keep, resolve_keep
+from vlmslim.methods._layers import LayerDrops, check_layers
 
 
 @dataclass
-class Schedule(Compressor):
+class Schedule(LayerDrops):
     """Before each of several decoder layers, keep a given number of visual tokens per image.
 
     A method that decides how many tokens each layer sees has two effects: how many tokens stay, and which. Give its
@@ -45,26 +45,14 @@ class Schedule(Compressor):
                 raise ValueError(f"counts={self.counts}: a later layer cannot see more tokens than an earlier one")
         self.layers = self.layer
 
-    def setup(self, model: Any) -> None:
-        """Turn shares of the depth into layers."""
-        self.layers = ascending(self.layer, model)
-
-    def requested(self, n: int) -> int:
-        """Return the count of the last layer."""
-        return min(resolve_keep(count, n) for count in self.counts)
-
-    def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """Return the schedule."""
-        return seen_by_layers(n, depth, self.layer, [resolve_keep(count, n) for count in self.counts])
+    def after(self, n: int, there: int, drop: int) -> int:
+        """Return the count of this layer."""
+        return min(there, resolve_keep(self.counts[drop], n))
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Keep the count of this layer."""
         score = self._drawn(tokens) if self.by == "random" else tokens.attention(tokens.last[:, None]).mean(1)[:, 0]
         return tokens.top(score, self.counts[self.layers.index(tokens.layer)])
-
-    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
-        """Return the counts of this layer."""
-        return tokens.count_of_top(self.counts[self.layers.index(tokens.layer)])
 
     def _drawn(self, tokens: LayerInput) -> Tensor:
         """Draw a random number for each visual token, (B, S)."""

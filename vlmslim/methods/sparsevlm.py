@@ -7,24 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import (
-    Compressor,
-    Keep,
-    LayerInput,
-    Retained,
-    check_choices,
-    check_keep,
-    check_layer,
-    resolve_keep,
-)
-from vlmslim.methods._layers import (
-    PlacedImage,
-    ascending,
-    attention_of_text,
-    check_layers,
-    placed_images,
-    seen_by_layers,
-)
+from vlmslim.compressor import Keep, LayerInput, Retained, check_choices, check_keep, check_layer, resolve_keep
+from vlmslim.methods._layers import LayerDrops, PlacedImage, attention_of_text, check_layers, placed_images
 from vlmslim.ops.density_peaks import density_peaks
 from vlmslim.ops.ranking import full_precision
 
@@ -34,7 +18,7 @@ COUNTS = {"1.5": (0.1146, 0.0521, 0.0295), "2.0": (0.1146, 0.059, 0.0347)}
 
 
 @dataclass
-class SparseVLM(Compressor):
+class SparseVLM(LayerDrops):
     """Before several decoder layers, keep the tokens that the visual words of the question attend to.
 
     Raters are the text tokens after an image whose product with its tokens, under a softmax over the text, is above
@@ -75,6 +59,7 @@ class SparseVLM(Compressor):
     """
 
     budget_options: ClassVar = ("keep",)
+    spread: ClassVar = True
 
     keep: Keep | None = None
     mode: str = "corrected"
@@ -91,7 +76,7 @@ class SparseVLM(Compressor):
     def __post_init__(self) -> None:
         positions = ("auto", "renumbered", "original")
         check_choices(self, mode=("corrected", "released"), version=("1.0", "1.5", "2.0"), layer_positions=positions)
-        old = self.version != "2.0"
+        old, self.first_only = self.version != "2.0", self.mode == "released"
         self.layer = self.layers = tuple(LAYERS[self.version] if self.layer is None else self.layer)
         self.recycle = old if self.recycle is None else self.recycle
         if self.layer_positions == "auto":
@@ -114,7 +99,7 @@ class SparseVLM(Compressor):
 
     def setup(self, model: Any) -> None:
         """Turn shares of the depth into layers, and find the input embeddings."""
-        self.layers = ascending(self.layer or (), model, spread=True)
+        super().setup(model)
         self.embedding = model.get_input_embeddings()
 
     def kept(self, n: int) -> list[int]:
@@ -125,54 +110,32 @@ class SparseVLM(Compressor):
             counts = [min(n, max(k, round(k * count / last))) for count in counts]
         return counts
 
-    def left(self, n: int) -> list[int]:
-        """Return how many of an image's n tokens are there after each drop, recycled ones included."""
-        there = [n]
-        for k in self.kept(n):
-            there.append(self._left_of(there[-1], k))
-        return there[1:]
+    def staying(self, n: int, there: int, drop: int) -> int:
+        """Return how many tokens of an image a drop keeps, recycled ones not counted; the arguments are `after`'s."""
+        return min(self.kept(n)[drop], there - (self.mode == "released"))
 
-    def _left_of(self, there: int, k: int) -> int:
-        """Return how many of the tokens that are there a drop leaves if it keeps k, recycled ones included."""
-        k = self._staying(there, k)
+    def after(self, n: int, there: int, drop: int) -> int:
+        """Return how many tokens of an image a drop leaves, recycled ones included; all may stay in version 1.0."""
+        if self.version == "1.0":
+            return there
+        k = self.staying(n, there, drop)
         return k + clusters(there - k)[1] * bool(self.recycle)
-
-    def _staying(self, there: int, k: int) -> int:
-        """Return how many of the tokens that are there stay if a drop keeps k; in the release, one always goes."""
-        return min(k, there - (self.mode == "released"))
 
     def requested(self, n: int) -> int | None:
         """Return what the last drop leaves; None in version 1.0."""
-        return None if self.version == "1.0" else self.left(n)[-1]
-
-    def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """Return the counts, layer by layer."""
-        return [n] * depth if self.version == "1.0" else seen_by_layers(n, depth, self.layer or (), self.left(n))
+        return None if self.version == "1.0" else super().requested(n)
 
     def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
         """Return the counts of this layer, unless the rank decides."""
-        rows = list(zip(tokens.entered, tokens.present, strict=True))
-        if self.version == "1.0" or any(len(entered) != len(present) for entered, present in rows):
-            return None
-        drop = self.layers.index(tokens.layer)
-        return [
-            [
-                self._left_of(there, self.kept(n)[drop]) if self._prunes(number) else there
-                for number, (n, there) in enumerate(zip(*row, strict=True), 1)
-            ]
-            for row in rows
-        ]
-
-    def _prunes(self, number: int) -> bool:
-        """Tell whether the image of this number in a prompt is pruned."""
-        return number == 1 or self.mode == "corrected"
+        return None if self.version == "1.0" else super().known_counts(tokens)
 
     def retain(self, tokens: LayerInput) -> Tensor | Retained:
         """Keep what the raters look at, and means of what they look at next."""
         keep, hidden = tokens.mask.clone(), tokens.hidden.clone()
         into = torch.arange(keep.shape[1], device=keep.device).repeat(len(keep), 1)
         tokens.score = torch.zeros_like(keep, dtype=torch.float32)
-        drop, images = self.layers.index(tokens.layer), [x for x in placed_images(tokens) if self._prunes(x.number)]
+        drop = self.layers.index(tokens.layer)
+        images = [image for image in placed_images(tokens) if image.number == 1 or not self.first_only]
         for image, paid in zip(images, attention_of_text(tokens, images, heads=True), strict=True):
             row, place = image.row, image.place
             rates = self.raters(image).to(paid.device)
@@ -181,7 +144,7 @@ class SparseVLM(Compressor):
             if self.version == "1.0":
                 k = self.by_rank(paid[:, rates].mean(0))
             else:
-                k = self._staying(len(place), self.kept(image.entered)[drop])
+                k = self.staying(image.entered, len(place), drop)
             order = place[score.argsort(descending=True, stable=True)]
             stay, gone = order[:k].sort().values, order[k:]
             keep[row, gone] = False
@@ -193,7 +156,8 @@ class SparseVLM(Compressor):
                 at = stay.sort().values if self.mode == "released" else stay
                 keep[row, at] = True
                 hidden[row, at] = torch.cat([tokens.hidden[row, stay[:k]], means.to(hidden)])
-                into[row, stay[:k]], into[row, best] = at[:k], at[k:][group]
+                into[row, stay[:k]] = at[:k]
+                into[row, best] = at[k:][group]
         if not self.recycle:
             return keep
         tokens.into = into.cpu
