@@ -19,6 +19,7 @@ from vlmslim.engine.answers import (
     writes,
 )
 from vlmslim.engine.attention import LayerAttention
+from vlmslim.engine.coming_keys import ComingKeys
 from vlmslim.engine.families import cached_keys
 from vlmslim.engine.forward import Call, Visit
 from vlmslim.engine.later import Later
@@ -47,6 +48,7 @@ def drop(
         (B, S', d) the input without the dropped tokens.
     """
     tokens = _layer_input(stage, layer, lm, call, hidden, cache, kwargs)
+    call.coming = looked = ComingKeys(layer)
     with call.timed(hidden.device):
         weight = check_weight(stage.method, tokens, stage.method.soft_retain(tokens))
         if weight is None:
@@ -57,7 +59,7 @@ def drop(
                 keep = nn.functional.pad(keep, (0, call.guess), value=True)
     if call.recorder is not None:
         call.recorder.note(layer, tokens)
-    call.previous = None
+    call.previous = call.coming = None
     if weight is not None:
         _hide(stage, layer, call, weight)
         return hidden
@@ -71,7 +73,9 @@ def drop(
         later.check(finite.flatten(), partial(check_values, stage.method, "row", f"states {NOT_FINITE}", rows))
         made = torch.cat([states.to(hidden), hidden[:, states.shape[1] :]], dim=1)
         hidden = torch.where((_image(call.run(layer)) > 0).to(hidden.device)[..., None], made, hidden)
-    return _remove(stage, layer, call, hidden, keep, tokens, later)
+    index = _remove(stage, layer, call, keep, tokens, later)
+    call.coming = looked.keep(index, hidden) if states is None else None
+    return hidden if index is None else gather_rows(hidden, index.to(hidden.device))
 
 
 def _image(run: Run) -> Tensor:
@@ -161,16 +165,13 @@ def _hide(stage: Stage, layer: int, call: Call, weight: Tensor) -> None:
     call.visits.append(Visit(stage, run.visual, run.visual))
 
 
-def _remove(
-    stage: Stage, layer: int, call: Call, hidden: Tensor, keep: Tensor, tokens: LayerInput, later: Later
-) -> Tensor:
-    """Begin a run of layers with the tokens that stay, unless all stay: (B, S, d) -> (B, S', d).
+def _remove(stage: Stage, layer: int, call: Call, keep: Tensor, tokens: LayerInput, later: Later) -> Tensor | None:
+    """Begin a run of layers with the tokens that stay, and return their indices (B, S'); None if all stay.
 
     Args:
         stage: the stage that chose.
         layer: number of the decoder layer.
         call: the forward.
-        hidden: (B, S, d) the input of the layer.
         keep: (B, S) bool, the choice of the stage.
         tokens: the stage's view of the input.
         later: runs the checks of values.
@@ -189,7 +190,7 @@ def _remove(
     selection = layout.select(keep, renumber, counts)
     if selection is None:
         call.visits.append(Visit(stage, run.visual, run.visual))
-        return hidden
+        return None
     visual = [count - text for count, text in zip(selection.layout.counts, call.text, strict=True)]
     index = selection.index
     weight = None if run.weight is None else run.weight.gather(1, index)
@@ -200,4 +201,4 @@ def _remove(
     present = known or [[count] for count in visual]
     call.runs.append(Run(layer, Segment.of(selection.layout), visual, present, run.cached, weight, lower, size))
     call.visits.append(Visit(stage, run.visual, visual))
-    return gather_rows(hidden, index.to(hidden.device))
+    return index

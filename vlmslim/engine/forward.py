@@ -11,6 +11,7 @@ from transformers import Cache
 from vlmslim.compressor import Compressed, Compressor, ImageTokens
 from vlmslim.cost.timer import Timer
 from vlmslim.engine.attention import LayerAttention
+from vlmslim.engine.coming_keys import ComingKeys
 from vlmslim.engine.encoded import Encoded
 from vlmslim.engine.layer_run import Run, wider
 from vlmslim.engine.layout import Segment
@@ -56,6 +57,7 @@ class Call:
     tail     : tokens after the last image of any row
     shift    : (B, 1) how far the rotary positions of later tokens move down; None if they do not
     previous : the attention of the decoder layer before one that drops tokens
+    coming   : keys of a decoder layer that drops tokens, if a method looked at them; None elsewhere
     timers   : time of each call of a method
     visits   : questions to the stages, in order
     blocks   : (B, L) the block in which a token sees all others, -1 where it is causal; None if all are
@@ -88,6 +90,7 @@ class Call:
     tail: int = 0
     shift: Tensor | None = None
     previous: LayerAttention | None = None
+    coming: ComingKeys | None = None
     timers: list[Timer] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     blocks: np.ndarray | None = None

@@ -19,6 +19,7 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from vlmslim.engine.attention import LayerAttention, attention_of, stop_if_coming
+from vlmslim.engine.coming_keys import KeyProjection
 from vlmslim.engine.drop import drop
 from vlmslim.engine.encoded import Encoded, record_of
 from vlmslim.engine.encoder import RecordingEncoder
@@ -119,6 +120,7 @@ class Hooks:
             own = attention_of(layer := self.lm.layers[i])
             assert own is not None
             add(own.register_forward_pre_hook(partial(stop_if_coming, layer), with_kwargs=True, prepend=True))
+            self.handles += KeyProjection(self, i).attach(own)
         self.gate.add(self)
 
     def _hook_layers(self, first: int) -> None:
