@@ -126,9 +126,8 @@ def measure(prefill: Prefill, variants: dict[str, dict], repeats: int, say: Call
     for label in visual:
         ours, theirs = [ms for ms, _ in times[label]], [ms for ms, _ in times[visual[label]]]
         inside = visual[label][-1] < visual[label][0]
-        again = any(stage.encodes_again for stage in prefill.slims[label].methods)
         rows.append(
-            {"label": label, "stage": variants[label], "inside": inside, "encodes_again": again}
+            {"label": label, "stage": variants[label], "inside": inside}
             | {"visual_tokens_per_layer": visual[label]}
             | {"prefill_ms": statistics.median(ours), "ideal_ms": statistics.median(theirs)}
             | {"selection_ms": statistics.median(ms for _, ms in times[label])}
@@ -174,11 +173,6 @@ def markdown(record: dict) -> str:
             ),
         ),
         "",
-        *(
-            f"- `{row['label']}` encodes a picture of its own, and the ideal does not."
-            for row in record["rows"]
-            if row["encodes_again"]
-        ),
         *(f"- Not timed: `{label}`: {reason}" for label, reason in record["refused"].items()),
     ]
     return "\n".join(lines).rstrip() + "\n"

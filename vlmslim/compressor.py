@@ -62,7 +62,6 @@ class Compressor:
     substitutes  : what the method reads on this model in place of what its paper reads, by the names in
                    `vlmslim.methods._substitutes`; `setup` sets them
     reads_prompt : the method reads the question, so that it cannot compress an image for all prompts at once
-    encodes_again : the method encodes pictures itself, with the model's own tower
     reads_back   : why the method brings values from the device to the host, which waits until the device has computed
                    them; empty if it does not. The engine waits for nothing between the vision tower and the end of the
                    prefill, except for methods that say so here
@@ -78,7 +77,6 @@ class Compressor:
     needs_cls: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
     may_keep_none: ClassVar[bool] = False
-    encodes_again: ClassVar[bool] = False
     reads_back: str = field(default="", init=False, repr=False, compare=False)
     budget_options: ClassVar[tuple[str, ...]] = ("keep",)
     positions = "renumbered"
@@ -98,6 +96,11 @@ class Compressor:
         """True if this class overrides `compress` or `compress_images`."""
         cls = type(self)
         return cls.compress is not Compressor.compress or cls.compress_images is not Compressor.compress_images
+
+    @property
+    def encodes(self) -> bool:
+        """True if this class overrides `encode`."""
+        return type(self).encode is not Compressor.encode
 
     @property
     def drops_between_layers(self) -> bool:
@@ -176,6 +179,15 @@ class Compressor:
     def compress(self, image: ImageTokens) -> Compressed:
         """Return the k <= n tokens that an image sends to the language model."""
         raise NotImplementedError(f"{type(self).__name__} does not compress before the language model")
+
+    def encode(self, image: ImageTokens) -> Compressed | None:
+        """Return the tokens of a picture that the method encodes itself, or None to let the model encode it.
+
+        For methods that change the picture. The engine asks before the model encodes, so that no picture is encoded
+        twice: of `image` only pixels, grid, tiles and sizes are known, and the prompt is not. `compress` then finds the
+        answer as `image.encoded`. It is None for videos, and where patches share one encoding.
+        """
+        return None
 
     def retain(self, tokens: LayerInput) -> Tensor | Retained:
         """Return (B, S) bool, True at the tokens that stay from `tokens.layer` on, or `Retained` with new states.

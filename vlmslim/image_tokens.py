@@ -63,6 +63,7 @@ class ImageTokens:
     video    : whether the crops are the frames of a video
     prompt   : (t,) ids of the text tokens of the same prompt, on the CPU; None if the caller gave embeddings
     score    : (n,) by which a method ranked the tokens, higher is better; pictures show it. None if it did not say
+    encoded  : what the method's own `encode` made of the picture; None if the model encoded it
     projector       : the model's projector, found when it is used, because adapters replace it
     make_grid       : computes `grid` when a method asks for it
     make_views      : computes `views`, where `pixels` are no pictures
@@ -80,6 +81,7 @@ class ImageTokens:
     video: bool = False
     prompt: Tensor | None = None
     score: Tensor | None = None
+    encoded: Compressed | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     make_grid: Callable[[], Tensor] | None = None
     make_views: Callable[[], Tensor] | None = None
@@ -162,6 +164,7 @@ class ImageTokens:
             features=torch.cat([view.features for view in views]),
             tower=crops_of([view.tower for view in views]),
             pixels=crops_of([view.pixels for view in views]),
+            encoded=None,
             make_grid=make_grid,
             recorded_layers=layers,
             recorded_heads={i: (heads(i, 0), heads(i, 1)) for i in views[0].recorded_heads},

@@ -6,13 +6,15 @@ from checks import kept_of
 from compare import close
 from hypothesis import given
 from hypothesis import strategies as st
-from prompts import Clip, Picture, words
+from prompts import Clip, Picture, batch, words
 from strategies import some
 from tiny import BOS, tiny
 from torch.nn import functional as F
 
+import vlmslim
 from vlmslim.methods.downsample import DownSample, shape_of
 from vlmslim.ops.budgets import share_out
+from vlmslim.patching import shared_encoding
 
 
 @some
@@ -67,3 +69,47 @@ def test_frames_and_newlines():
         _, _, ((image, result),), _ = kept_of(model, [BOS, Clip(0, 3), *words(0, 4)], DownSample, keep=keep)
         assert len(result) == keep
     assert len(image.features) == 13
+
+
+@pytest.mark.parametrize(
+    "rows", [[[BOS, Picture(1), *words(0, 4)]], [[BOS, Picture(1)], [BOS, Picture(2), Picture(3)]]]
+)
+@torch.no_grad()
+def test_the_tower_encodes_the_small_picture_alone(rows):
+    """Where nothing shrinks, and for patches that share an encoding, the model encodes as ever."""
+    model = tiny("llava")
+    inputs, sizes = batch(model, rows), []
+    crops = len(inputs["pixel_values"])
+    layer = model.model.vision_tower.encoder.layers[0]
+    hook = layer.mlp.register_forward_hook(lambda module, args, out: sizes.append(tuple(out.shape[:2])))
+    own = model(**inputs).logits
+    assert sizes == [(crops, 17)]
+    for keep, want in ((4, [(1, 1), *[(1, 5)] * crops]), (16, [(1, 1), (crops, 17)])):
+        sizes.clear()
+        with vlmslim.patch(model, "downsample", keep=keep) as slim:
+            assert torch.equal(model(**inputs).logits, own) == (keep == 16)
+        assert sizes == want
+    sizes.clear()
+    slim = vlmslim.patch(model, "downsample", keep=4)
+    slim.remove()
+    shared = shared_encoding([slim])
+    for _ in range(2):
+        with slim.attach(shared):
+            model(**inputs)
+    hook.remove()
+    assert sizes == [(crops, 17), *[(1, 5)] * crops, *[(1, 5)] * crops]
+
+
+@torch.no_grad()
+def test_features_of_the_patched_model_are_those_of_the_small_picture():
+    """Whoever asks the patched model for features gets, at every place, the token that covers it."""
+    model = tiny("next")
+    inputs = batch(model, [[BOS, Picture(1, (64, 40)), *words(0, 4)]])
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    own = model.model.get_image_features(**pixels).pooler_output[0]
+    with vlmslim.patch(model, "downsample", keep=17):
+        (features,) = model.model.get_image_features(**pixels).pooler_output
+    _, _, ((image, result),), _ = kept_of(model, [BOS, Picture(1, (64, 40)), *words(0, 4)], DownSample, keep=17)
+    into, newline = result.into(), image.grid[:, 0] < 0
+    assert torch.equal(features[into >= 0], result.features[into[into >= 0]])
+    assert torch.equal(features[newline], own[newline]) and not features[(into < 0) & ~newline].any()

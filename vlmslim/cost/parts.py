@@ -18,8 +18,9 @@ PARTS = ("tower", "projector", "method", "language_model", "lm_head", "rest")
 def count_flops(model: Any, inputs: Mapping) -> dict[str, int]:
     """Count the FLOPs of the matrix products of one prefill by part, with `torch.utils.flop_counter`.
 
-    "method" is the work inside `compress_images` and `retain`, including modules of the model that a method calls, such
-    as the projector. The engine's work with the answers of a method (gathering tokens, masks) is the language model's.
+    "method" is the work inside `encode`, `compress_images` and `retain`, including modules of the model that a method
+    calls, such as the projector. The engine's work with the answers of a method (gathering tokens, masks) is the
+    language model's.
 
     Args:
         model: patched or not.
@@ -67,7 +68,7 @@ class _FlopsByPart:
             ]
         slim = getattr(self.model, "_vlmslim", None)
         for stage in slim.stages if slim else ():
-            for name in ("ask", "retain"):
+            for name in ("encode", "ask", "retain"):
                 setattr(stage.method, name, self._counted(getattr(stage.method, name)))
                 self.undo.append(partial(delattr, stage.method, name))
         self.mark = self.total()

@@ -1,16 +1,20 @@
 """Encoding of images by a patched model: its own output, and with it the images as methods are shown them."""
 
+import copy
 import inspect
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import ModelOutput
 
-from vlmslim.compressor import ImageTokens
+from vlmslim.compressor import Compressor, ImageTokens
+from vlmslim.engine.answers import check_compressed
 from vlmslim.engine.encoded import Record, put_record, record_of
 from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.image_records import bare_images, images_of
@@ -32,6 +36,7 @@ class RecordingEncoder:
         counts_only: the images are counted and no method sees them, so that any tower is good enough.
         on_encoded: called with the kind and the output after each encoding.
         shared: with the patches that take turns; `tower_layers` and `counts_only` are then those of all of them.
+        method: encodes pictures itself; None if the method before the language model does not.
     """
 
     def __init__(
@@ -42,10 +47,11 @@ class RecordingEncoder:
         counts_only: bool,
         on_encoded: Callable[[str, ModelOutput], None],
         shared: SharedEncoding | None = None,
+        method: Compressor | None = None,
     ):
         if shared is not None:
             tower_layers, counts_only = shared.tower_layers, shared.counts_only
-        self.shared = shared
+        self.shared, self.method = shared, method
         self.core, self.kind, self.tower_layers, self.on_encoded = core, kind, tower_layers, on_encoded
         self.family, self.counts_only = FAMILIES[core.config.model_type], counts_only
         self.name = f"get_{kind}_features"
@@ -70,6 +76,8 @@ class RecordingEncoder:
             return encode(*args, **kwargs)
         given = self._given(args, kwargs)
         output = None if self.shared is None else self.shared.find(self.kind, given)
+        if output is None and self.shared is None and self.method is not None:
+            output = self._encoded_by_method(partial(encode, *args, **kwargs), given)
         if output is None:
             output, seen = observe(self.core, self.tower_layers, partial(encode, *args, **kwargs))
             if isinstance(output, tuple):  # a caller of return_dict=False wants the bare features
@@ -78,9 +86,47 @@ class RecordingEncoder:
             put_record(output, Record(images, len(output.pooler_output), self))
             if self.shared is not None:
                 self.shared.hold(self.kind, given, output)
+        if self.method is not None:
+            self._let_encode(output)
         self.latest.output = weakref.ref(output)
         self.on_encoded(self.kind, output)
         return output
+
+    def _encoded_by_method(self, encode: Callable[[], Any], given: dict[str, Any]) -> Any:
+        """Return an output whose images the method encoded all, and the model none; None if it leaves one to the model.
+
+        Each of its features is that of the token which covers this place, and zero where none does.
+        """
+        output, seen = observe(self.core, (), encode, idle=True)
+        if isinstance(output, tuple) or not self._all_passed(output, seen):
+            return None
+        images = images_of(self.core, self.kind, output, seen, given, self.counts_only)
+        put_record(output, Record(images, len(output.pooler_output), self))
+        images = self._let_encode(output)
+        if any(image.encoded is None for image in images):
+            return None
+        covered, kept = [_covered(image) for image in images], output.pooler_output
+        output.pooler_output = torch.stack(covered) if isinstance(kept, Tensor) else type(kept)(covered)
+        for image, features in zip(images, covered, strict=True):
+            image.features = features
+        return output
+
+    def _let_encode(self, output: Any) -> list[ImageTokens]:
+        """Let the method encode the images of an output, where it has not, and return them.
+
+        Other patches may share the images, so copies of them carry what the method made.
+        """
+        record = record_of(output)
+        assert self.method is not None and record is not None
+        if all(image.encoded is not None for image in record.images):
+            return record.images
+        images = [copy.copy(image) for image in record.images]
+        for image in images:
+            image.encoded = self.method.encode(image)
+        made = [image for image in images if image.encoded is not None]
+        check_compressed(self.method, made, [image.encoded for image in made])
+        put_record(output, replace(record, images=images))
+        return images
 
     def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of an encoding by name."""
@@ -136,6 +182,19 @@ class RecordingEncoder:
         ours, theirs = latest.pooler_output, output.pooler_output
         if [x.shape for x in ours] == [x.shape for x in theirs] and torch.equal(ours[0], theirs[0].to(ours[0])):
             put_record(output, record_of(latest))
+
+
+def _covered(image: ImageTokens) -> Tensor:
+    """Return the features (n, d) of an image that a method encoded: at each place the token that covers it, or zeros.
+
+    Newlines stay the model's own.
+    """
+    assert image.encoded is not None and image.encoded.features is not None
+    own, device = image.encoded.features, image.features.device
+    into = torch.full((len(image.features),), -1) if image.encoded.into is None else image.encoded.into()
+    placed = torch.from_numpy(image.grid_on_host[:, 0] >= 0).to(device, non_blocking=True)
+    tokens = torch.cat([own, own.new_zeros(1, own.shape[1])])[into.to(device, non_blocking=True)]  # -1 is the zero
+    return torch.where(placed[:, None], tokens, image.features)
 
 
 class _Latest(threading.local):

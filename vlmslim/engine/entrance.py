@@ -34,6 +34,7 @@ class Entrance:
         self.core, self.family = core, FAMILIES[core.config.model_type]
         self.stage = next((stage for stage in stages if stage.acts_before_llm), None)
         self.asked = self.stage or stages[-1]  # the stage whose budget the receipt shows for each image
+        self.encodes = self.stage.method if self.stage is not None and self.stage.method.encodes else None
         self.any_acts = any(stage.acts_before_llm or stage.layers for stage in stages)
 
     def compress(self, call: Call, embeds: Tensor) -> Tensor:

@@ -81,12 +81,14 @@ class Hooks:
         self.later = Later()
         self.entrance = Entrance(self.core, stages, self.later)
         self.at_layer = {layer: stage for stage in stages for layer in stage.layers}
-        kinds = ["image", "video"] if self.family.video else ["image"]
+        kinds = {"image": self.entrance.encodes} | ({"video": None} if self.family.video else {})
         self.tower_layers = tower_layers(stages, self.core)
         self.counts_only = not self.entrance.any_acts and not record
         self.encoders = {
-            kind: RecordingEncoder(self.core, kind, self.tower_layers, self.counts_only, self._on_encoded, shared)
-            for kind in kinds
+            kind: RecordingEncoder(
+                self.core, kind, self.tower_layers, self.counts_only, self._on_encoded, shared, encodes
+            )
+            for kind, encodes in kinds.items()
         }
         self.handles: list[RemovableHandle] = []
         self.first_layer = self.depth  # that has a hook; those after it have one too

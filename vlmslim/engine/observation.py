@@ -17,13 +17,16 @@ from vlmslim.ops.attention import head_makers, split_heads
 _ENCODING: ContextVar["Observation | None"] = ContextVar("vlmslim_encoding", default=None)
 
 
-def observe(core: Any, tower_layers: Sequence[int], encode: Callable[[], Any]) -> "tuple[Any, Observation]":
+def observe(
+    core: Any, tower_layers: Sequence[int], encode: Callable[[], Any], idle: bool = False
+) -> "tuple[Any, Observation]":
     """Encode images, and note what passes.
 
     Args:
         core: the model without its head.
         tower_layers: the layers of the vision tower whose inputs, or queries and keys, are noted.
         encode: encodes the images with this model.
+        idle: layers of the tower and projector make zeros and compute next to nothing; a method encodes the pictures.
 
     Returns:
         The output of `encode`, and the observation.
@@ -49,6 +52,10 @@ def observe(core: Any, tower_layers: Sequence[int], encode: Callable[[], Any]) -
                 noted.append((attention, partial(seen.note_heads, i)))
         for module, note in noted:
             hooks.enter_context(module.register_forward_pre_hook(seen.unless_elsewhere(note), with_kwargs=True))
+        for module in (*encoder_layers(core), projector(core)) if idle else ():
+            shapes: list[torch.Size] = []
+            hooks.enter_context(module.register_forward_pre_hook(partial(seen.give_one, shapes), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(seen.return_zeros, shapes), prepend=True))
         return encode(), seen
 
 
@@ -100,6 +107,19 @@ class Observation:
                 note(*passed)
 
         return hook
+
+    def give_one(self, shapes: list, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Give a module the first patch of the first crop alone, and note how many (c, p) it was to take."""
+        if _ENCODING.get() is not self:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        shapes.append(x.shape[:2])
+        one = x[:1, :1]
+        return ((one, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): one})
+
+    def return_zeros(self, shapes: list, module: nn.Module, args: tuple, made: Tensor) -> Tensor | None:
+        """Return zeros for all patches (c, p, v) that a module was to take."""
+        return made.new_zeros(*shapes.pop(), made.shape[-1]) if _ENCODING.get() is self else None
 
     def note_pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what enters the vision tower."""

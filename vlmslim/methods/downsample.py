@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ class DownSample(Compressor):
 
     Each crop or frame is shrunk to a grid of patches as square as its picture, with its part of the budget; padding is
     cut off first. The position embeddings of the tower are interpolated. If the grid has more patches than the budget,
-    evenly spaced ones are left out. Newlines of tiles are gone, and tokens get renumbered rotary positions. The cost is
-    one more, smaller pass of the tower.
+    evenly spaced ones are left out. Newlines of tiles are gone, and tokens get renumbered rotary positions. The model's
+    own encoding of the picture does not run, except for videos and where methods share it.
 
     A question that this baseline answers does not need the tokens that a method chooses.
 
     keep : visual tokens to send per image, a count or a share
     """
-
-    encodes_again: ClassVar = True
 
     keep: Keep
 
@@ -54,24 +52,33 @@ class DownSample(Compressor):
         self.skip = int(has_cls(model.model) and not full)
         self.patch = config.vision_config.patch_size
 
-    def compress(self, image: ImageTokens) -> Compressed:
-        """Encode every crop at its budget."""
-        n, device = len(image.features), image.features.device
-        k, grid = resolve_keep(self.keep, n), image.grid_on_host
-        placed = (grid >= 0).all(1)
-        patches, others = np.flatnonzero(placed), np.flatnonzero(~placed)
-        if k >= len(patches):  # nothing to shrink
-            index = np.sort(np.concatenate([patches, others[: k - len(patches)]]))
-            return image.pick(torch.from_numpy(index).to(device, non_blocking=True))
-        sizes = np.bincount(grid[patches, 0], minlength=len(image.pixels)).tolist()
-        budgets = share_out(k, sizes)
+    def encode(self, image: ImageTokens) -> Compressed | None:
+        """Encode every crop at its budget; None if there is nothing to shrink, or a budget waits for the features."""
+        if isinstance(self.keep, dict):
+            return None
+        grid = image.grid_on_host
+        k, crops = resolve_keep(self.keep, len(grid)), grid[grid[:, 0] >= 0, 0]
+        if k >= len(crops):
+            return None
+        budgets = share_out(k, np.bincount(crops, minlength=len(image.pixels)).tolist())
         shrunk = [
-            self.encode(image, crop, grid[grid[:, 0] == crop], budget) for crop, budget in enumerate(budgets) if budget
+            self.shrunk(image, crop, grid[grid[:, 0] == crop], budget) for crop, budget in enumerate(budgets) if budget
         ]
         return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, torch.from_numpy(grid), budgets))
 
+    def compress(self, image: ImageTokens) -> Compressed:
+        """Send what was encoded at a smaller size; all patches if there was nothing to shrink."""
+        encoded = image.encoded or self.encode(image)
+        if encoded is not None:
+            return encoded
+        placed = image.grid_on_host[:, 0] >= 0
+        patches, others = np.flatnonzero(placed), np.flatnonzero(~placed)
+        k = resolve_keep(self.keep, len(placed))
+        index = np.sort(np.concatenate([patches, others[: k - len(patches)]]))
+        return image.pick(torch.from_numpy(index).to(image.features.device, non_blocking=True))
+
     @torch.no_grad()
-    def encode(self, image: ImageTokens, crop: int, places: np.ndarray, k: int) -> Tensor:
+    def shrunk(self, image: ImageTokens, crop: int, places: np.ndarray, k: int) -> Tensor:
         """Encode one crop as k tokens (k, d), of the part of it in which its tokens (m, 3) stand."""
         side = image.side
         if image.video:  # pooled after the tower, so that fewer tokens stand on the frame

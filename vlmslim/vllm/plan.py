@@ -189,7 +189,7 @@ def _check_possible(methods: Sequence[Compressor]) -> None:
                 f"{stage} counts merged tokens in every decoder layer, which vLLM's attention kernels cannot do; leave "
                 "out rectify"
             )
-        if stage.encodes_again:
+        if stage.encodes:
             raise ValueError(f"{stage} encodes a second picture, which the plug-in does not offer; use another method")
     if len(stages) != 1:
         raise ValueError(f"give one method that works before the language model, not {len(stages)}")
