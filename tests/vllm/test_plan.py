@@ -53,7 +53,7 @@ def test_methods_before_the_language_model_promise_what_they_keep(name, family):
         ({"method": "doubles:Both"}, "inside the decoder"),
         ({"method": "recoverable"}, "reads the question"),
         ({"method": "mmtok", "keep": 5}, "reads the question"),
-        ({"method": "downsample", "keep": 4}, "encodes a second picture"),
+        ({"method": "downsample", "keep": 4}, "encodes pictures itself"),
         ({"method": "divprune", "keep": 5, "positions": "original", "rectify": True}, "in every decoder layer"),
         ({"method": "tokencorr"}, "decides itself"),
         ({"method": "agilepruner", "keep": {"auto": 5, "average": 8.0}}, "decides itself"),

@@ -64,7 +64,7 @@ class DownSample(Compressor):
         shrunk = [
             self.shrunk(image, crop, grid[grid[:, 0] == crop], budget) for crop, budget in enumerate(budgets) if budget
         ]
-        return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, torch.from_numpy(grid), budgets))
+        return Compressed(torch.cat(shrunk).to(image.features), into=partial(covered, grid, budgets))
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Send what was encoded at a smaller size; all patches if there was nothing to shrink."""
@@ -103,26 +103,25 @@ class DownSample(Compressor):
         return image.project(features[:, kept])[0]
 
 
-def covered(grid: Tensor, budgets: list[int]) -> Tensor:
+def covered(grid: np.ndarray, budgets: list[int]) -> Tensor:
     """Return the token of the shrunk picture that covers each of the image's tokens, as `Compressed.into`.
 
     Args:
-        grid: (n, 3) `ImageTokens.grid`.
+        grid: (n, 3) `ImageTokens.grid_on_host`.
         budgets: tokens of each crop.
     """
-    into = torch.full((len(grid),), -1)
+    into = np.full(len(grid), -1)
     for crop, k in enumerate(budgets):
-        own = ((grid[:, 0] == crop) & (grid[:, 1] >= 0)).nonzero()[:, 0]
+        own = np.flatnonzero((grid[:, 0] == crop) & (grid[:, 1] >= 0))
         if not k or not len(own):
             continue
-        place = grid[own, 1:] - grid[own, 1:].amin(0)
-        size = place.amax(0) + 1
-        rows, columns = shape_of(k, *size.tolist())
-        cell = place[:, 0] * rows // size[0] * columns + place[:, 1] * columns // size[1]
-        token = torch.full((rows * columns,), -1)
-        token[torch.arange(k) * (rows * columns) // k] = torch.arange(k) + sum(budgets[:crop])
-        into[own] = token[cell]
-    return into
+        place = grid[own, 1:] - grid[own, 1:].min(0)
+        height, width = place.max(0) + 1
+        rows, columns = shape_of(k, int(height), int(width))
+        token = np.full(rows * columns, -1)
+        token[np.arange(k) * (rows * columns) // k] = np.arange(k) + sum(budgets[:crop])
+        into[own] = token[place[:, 0] * rows // height * columns + place[:, 1] * columns // width]
+    return torch.from_numpy(into)
 
 
 def shape_of(k: int, rows: int, columns: int) -> tuple[int, int]:

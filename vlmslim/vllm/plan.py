@@ -190,7 +190,7 @@ def _check_possible(methods: Sequence[Compressor]) -> None:
                 "out rectify"
             )
         if stage.encodes:
-            raise ValueError(f"{stage} encodes a second picture, which the plug-in does not offer; use another method")
+            raise ValueError(f"{stage} encodes pictures itself, which the plug-in does not offer; use another method")
     if len(stages) != 1:
         raise ValueError(f"give one method that works before the language model, not {len(stages)}")
 
