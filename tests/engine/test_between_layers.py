@@ -159,13 +159,17 @@ def test_coming_attention_after_a_cached_text():
 
 @dataclass
 class MeanOfPairs(Compressor):
-    """Before layer 2, the mean of each pair of neighbours takes the place of the second; text is to change in vain."""
+    """Before layer 2, the mean of each pair of neighbours takes the place of the second; text is to change in vain.
+
+    It looks at the attention to come, so the layer must not take the keys of the states before.
+    """
 
     layers = (2,)
     layer_positions = "renumbered"
 
     def retain(self, tokens):
         keep, hidden = tokens.mask.clone(), tokens.hidden * 2
+        tokens.coming_attention(tokens.last[:, None])
         for row in range(len(keep)):
             for number in range(1, int(tokens.image[row].max()) + 1):
                 place = (tokens.image[row] == number).nonzero()[:, 0]

@@ -119,7 +119,9 @@ class Observation:
 
     def return_zeros(self, shapes: list, module: nn.Module, args: tuple, made: Tensor) -> Tensor | None:
         """Return zeros for all patches (c, p, v) that a module was to take."""
-        return made.new_zeros(*shapes.pop(), made.shape[-1]) if _ENCODING.get() is self else None
+        if _ENCODING.get() is not self:
+            return None
+        return made.new_zeros(*shapes.pop(), made.shape[-1])
 
     def note_pixels(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note what enters the vision tower."""
