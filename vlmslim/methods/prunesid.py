@@ -14,7 +14,7 @@ from vlmslim.engine.families import has_cls
 from vlmslim.methods._selection import Pool, ScoredSelection, Selection, check_selection, one_hot, with_padding
 from vlmslim.ops.budgets import share_within_limits
 from vlmslim.ops.components import loadings
-from vlmslim.ops.ranking import full_precision
+from vlmslim.ops.ranking import full_precision, membership
 from vlmslim.ops.suppression import unsuppressed
 
 
@@ -151,8 +151,10 @@ def choose(
     similarity = unit @ unit.T
     if threshold is None:
         threshold = k / 32 * similarity.triu(1).sum().item() / max(1, n * (n - 1) // 2)
-    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score) & ((score > 0) | (not cls))
-    count, survivors = (group[kept].bincount(minlength=weight.shape[1]) for kept in (alive | True, alive))
+    alive = unsuppressed((similarity > threshold) & (group[:, None] == group), score)
+    alive = alive & (score > 0) if cls else alive
+    member = membership(group, weight.shape[1])
+    count, survivors = member.sum(1), (member & alive).sum(1)
     quota = quotas(count.tolist(), survivors.tolist(), k, k - cls)
     order = score.argsort(descending=True, stable=True)
     order = order[(2 * group + ~alive)[order].argsort(stable=True)]
