@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import VIEWS, kept_of, views
 from clip_fixtures import ASSISTANT, LINE, SYS, USER, Words
 from compare import close
 from doubles import watched
@@ -150,6 +151,19 @@ def test_a_long_text_is_read_in_segments(hf_folder):
     close(released[0], other[0])
     ids = torch.tensor([[100, *(int(word[1:]) for word in words), 101]])[:, 40:]
     close(released[2], model.text_projection(model.text_model(ids).last_hidden_state)[0, -1])
+
+
+@pytest.mark.parametrize("pool", ["view", "image"])
+@torch.no_grad()
+def test_views_are_searched_by_themselves_or_together(pool):
+    options = dict(keep=21, newline="drop", relevance="none", pool=pool)
+    _, _, ((image, result),), _ = kept_of(tiny("next"), VIEWS, CDPruner, **options)
+    patches = (image.grid[:, 0] >= 0).nonzero()[:, 0]
+    pools = [view.slots for view in views(image, result)] if pool == "view" else [patches]
+    for slots in pools:
+        own = torch.isin(slots, result.index).nonzero()[:, 0]
+        want = conditional_diversity(image.features[slots][None], torch.ones(1, len(slots)), len(own))
+        assert torch.equal(want[0].sort().values, own)
 
 
 def test_centring_is_a_mean_and_a_weight():

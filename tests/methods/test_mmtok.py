@@ -76,6 +76,11 @@ def test_words(text, want):
     assert keywords(text) == want
 
 
+def test_other_sentences_are_left_out_on_request():
+    assert keywords("Red birds. Be brief.", ["Be brief."]) == "Red birds"
+    assert MMTok(left_out=["Be brief."]).left_out == ["Be brief."]
+
+
 @torch.no_grad()
 def test_the_words_are_those_of_the_users_last_turn():
     """Every prompt of a batch has its own; without words, tokens are covered alone."""
@@ -114,11 +119,12 @@ def test_padding_is_picked_last():
     quarter = inputs["pixel_values"].shape[-1] // 4
     inputs["pixel_values"][:, :, : quarter - 1] = inputs["pixel_values"][:, :, -quarter:] = 0
     inputs["pixel_values"][:, :, quarter - 1] *= 0.1
-    method, seen = watched(MMTok, keep=10, tokenizer=Words())
-    with vlmslim.patch(model, method):
-        model(**inputs)
-    index = seen[0][1].index.tolist()
-    assert len(set(index)) == 10 and set(range(4, 12)) <= set(index)
+    for padding_last in (True, False):
+        method, seen = watched(MMTok, keep=10, tokenizer=Words(), padding_last=padding_last)
+        with vlmslim.patch(model, method):
+            model(**inputs)
+        index = seen[0][1].index.tolist()
+        assert len(set(index)) == 10 and (set(range(4, 12)) <= set(index)) == padding_last
 
 
 @pytest.mark.parametrize("size", [(640, 428), (500, 376), (336, 200), (640, 481), (334, 500), (500, 499), (90, 90)])

@@ -97,9 +97,9 @@ class PromptReader:
         return self.embedding(torch.tensor(ids, dtype=torch.long, device=device))
 
 
-def without_answer_format(text: str) -> str:
+def without_answer_format(text: str, sentences: Iterable[str] = ANSWER_FORMATS) -> str:
     """Return a question without the sentences that say how to answer it."""
-    for sentence in ANSWER_FORMATS:
+    for sentence in sentences:
         text = text.replace(sentence, "")
     return text.strip()
 

@@ -21,9 +21,9 @@ class CDPruner(Selection):
     """Keep the tokens that span the largest volume, each as long as it is relevant to the question.
 
     The volume is the determinant of a kernel: cosines of projected tokens times the relevance of both. Its greedy
-    maximum is a determinantal point process (algorithm 1 of the paper), here in each crop or frame. Relevance is
-    *minus* the cosine of a patch and the question in the space of CLIP, scaled to (0, 1] over the image: in that space
-    patches without relation to a text have the higher cosines. `sign="plus"` is what the paper's equations say.
+    maximum is a determinantal point process (algorithm 1 of the paper). Relevance is *minus* the cosine of a patch and
+    the question in the space of CLIP, scaled to (0, 1] over the image: in that space patches without relation to a text
+    have the higher cosines. `sign="plus"` is what the paper's equations say.
 
     mode="released" follows the release (commit 9541616), for LLaVA-1.5 and LLaVA-NeXT, with these faults: padded
     patches of anyres images compete; every view keeps the same count, rounded down; newlines are gone; a question of
@@ -47,11 +47,10 @@ class CDPruner(Selection):
     tokenizer  : the language model's, to read the prompt: hub id, folder, or an object with `decode`. None: that of
                  the checkpoint
     turn       : regular expression of a user's turn whose group 1 is the text, for unknown chat templates
+    pool       : search each "view" by itself (as released), or the "image" as a whole
     newline    : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
     positions  : rotary positions: "auto", "original" or "renumbered" (as released)
     """
-
-    pool = "view"
 
     keep: Keep = 0.111
     mode: str = "corrected"
@@ -61,12 +60,14 @@ class CDPruner(Selection):
     clip: str | None = None
     tokenizer: Any = field(default=None, repr=False)
     turn: str | None = None
+    pool: str = "view"
     newline: str = "rows"
 
     def __post_init__(self) -> None:
         self.reads_prompt = self.relevance != "none"
         check_selection(self)
         check_choices(self, relevance=("auto", "clip", "llm", "none"), sign=("auto", "minus", "plus"))
+        check_choices(self, pool=("view", "image"))
         check_tokenizer(self.tokenizer)
         if self.theta is not None and not 0 <= self.theta < 1:
             raise ValueError(f"theta={self.theta}: give a number in [0, 1), or None to multiply with relevance itself")

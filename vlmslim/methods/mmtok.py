@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmslim.compressor import ImageTokens, Keep
-from vlmslim.methods._question import PromptReader, check_tokenizer, without_answer_format
+from vlmslim.methods._question import ANSWER_FORMATS, PromptReader, check_tokenizer, without_answer_format
 from vlmslim.methods._selection import Pool, Selection, check_selection
 from vlmslim.ops.greedy import Coverage, cosines, greedy, similarity_matrix
 from vlmslim.ops.ranking import full_precision
@@ -36,8 +36,8 @@ class MMTok(Selection):
     an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked twice. A prompt without
     words, or given as embeddings, leaves the coverage of tokens alone.
 
-    As in the release ("MMTok++" in appendix C of the paper, whose main tables are without), patches of the padding that
-    makes a picture square are picked last, though they are to be covered. The release computes them from the size of
+    As in the release ("MMTok++" in appendix C of the paper), patches of the padding that makes a picture square are
+    picked last, though they are to be covered. The release computes them from the size of
     the picture, which the model does not know; here their pixels tell (`in_padding`).
 
     The words are those of the user's last turn, without the sentences that say how to answer, and without stop words;
@@ -51,6 +51,8 @@ class MMTok(Selection):
     tokenizer        : the language model's, to read the prompt: hub id, folder, or an object with `decode` that can be
                        called. None: that of the checkpoint
     turn             : regular expression of a user's turn whose group 1 is the text, for unknown chat templates
+    left_out         : sentences that say how to answer; the words leave them out. The default has the release's two
+    padding_last     : pick patches of padding last (as released); the paper's main tables are without
     newline          : newline tokens, within the budget: "rows" keeps that of each row that keeps a token, "drop" none
     positions        : rotary positions: "auto", "original" or "renumbered" (as released)
     """
@@ -64,6 +66,8 @@ class MMTok(Selection):
     alpha: float = 0.5
     tokenizer: Any = field(default=None, repr=False)
     turn: str | None = None
+    left_out: Sequence[str] = field(default=ANSWER_FORMATS, repr=False)
+    padding_last: bool = True
     newline: str = "rows"
 
     def __post_init__(self) -> None:
@@ -84,8 +88,9 @@ class MMTok(Selection):
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return the tower's features, the cosine of each token to each word, and which tokens are padding."""
         x = image.features
-        words = self.reader.embed("" if image.prompt is None else keywords(self.reader.text(image)), x.device)
-        return image.tower_tokens, cosines(x, words.to(x)), padding_of(image)
+        text = "" if image.prompt is None else keywords(self.reader.text(image), self.left_out)
+        to_words = cosines(x, self.reader.embed(text, x.device).to(x))
+        return image.tower_tokens, to_words, padding_of(image) & self.padding_last
 
     def search(self, k: int, pools: Sequence[Pool], *read: Tensor) -> Tensor:
         """Search for the best coverage."""
@@ -93,9 +98,9 @@ class MMTok(Selection):
         return cover(self.compared(x)[0], to_words, k, self.word_temperature, self.temperature, self.alpha, last)
 
 
-def keywords(text: str) -> str:
+def keywords(text: str, left_out: Sequence[str] = ANSWER_FORMATS) -> str:
     """Return the words of a user's text that a picture may show, joined by blanks."""
-    text = without_answer_format(re.sub(r"^(?:<image>[ \t]*)+(?:\n|$)", "", text.strip()))
+    text = without_answer_format(re.sub(r"^(?:<image>[ \t]*)+(?:\n|$)", "", text.strip()), left_out)
     kept = [word for word in re.findall(r"\w+", text) if word.lower() not in STOP_WORDS]
     return " ".join(kept) or text
 

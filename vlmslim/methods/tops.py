@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmslim.compressor import Compressor, ImageTokens, Keep, LayerInput, check_choices
-from vlmslim.methods._layers import ascending, attention_of_text, check_layers, placed_images, seen_by_layers
+from vlmslim.methods._layers import LayerDrops, attention_of_text, check_layers, placed_images
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.greedy import Balanced, cosine_matrix, greedy
 from vlmslim.ops.ranking import full_precision
@@ -44,7 +44,7 @@ class TOPSEntrance(ScoredSelection):
 
 
 @dataclass
-class TOPSLayers(Compressor):
+class TOPSLayers(LayerDrops):
     """Stage 2: before some decoder layers, keep parts of the tokens of each image, by the text that rates them.
 
     Raters are the text tokens after the image that pay it at least the mean attention of such tokens. Relevance is what
@@ -73,36 +73,23 @@ class TOPSLayers(Compressor):
         if not all(0 < part <= 1 for part in self.parts):
             raise ValueError(f"parts={self.parts}: a part of the tokens lies in (0, 1]")
 
-    def setup(self, model: Any) -> None:
-        """Turn shares of the depth into layers."""
-        self.layers = ascending(self.layer, model)
-
-    def requested(self, n: int) -> int:
-        """Return what the last layer leaves."""
-        return left_of(n, min(self.parts))
-
-    def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """Return the parts, layer by layer."""
-        return seen_by_layers(n, depth, self.layer, [left_of(n, part) for part in self.parts])
+    def after(self, n: int, there: int, drop: int) -> int:
+        """Return the part of this layer, at least one token."""
+        return min(there, max(1, round(n * self.parts[drop])))
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Search the tokens of every image."""
-        part, keep = self.parts[self.layers.index(tokens.layer)], tokens.mask.clone()
-        images = placed_images(tokens)
+        drop, keep, images = self.layers.index(tokens.layer), tokens.mask.clone(), placed_images(tokens)
         attention = attention_of_text(tokens, images, coming=self.attention == "coming")
         for image, paid in zip(images, attention, strict=True):
-            row, place, k = image.row, image.place, left_of(image.entered, part)
+            row, place = image.row, image.place
+            k = self.after(image.entered, len(place), drop)
             if k < len(place):
                 states, score = tokens.hidden[row, place], text_relevance(paid, self.raters)
                 order = preserve(states[None], score[None], k, self.alpha, self.coverage, self.normalise)[0]
                 keep[row, place] = False
                 keep[row, place[order]] = True
         return keep
-
-    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
-        """Return the part of this layer."""
-        part = self.parts[self.layers.index(tokens.layer)]
-        return tokens.count_of_top(lambda n: left_of(n, part))
 
 
 @dataclass
@@ -160,11 +147,6 @@ def check_weights(options: Any) -> None:
     for name in ("alpha", "coverage"):
         if getattr(options, name) < 0:
             raise ValueError(f"{name}={getattr(options, name)}: give a weight from 0 on; the paper uses 0.5")
-
-
-def left_of(n: int, part: float) -> int:
-    """Return how many of n tokens a part is, at least one."""
-    return max(1, round(n * part))
 
 
 @full_precision
