@@ -80,10 +80,10 @@ def on_device(family: str, rows: list, monkeypatch, make=batch) -> tuple:
     with unset_fake_temporarily():
         real = zoo.build(family) if family in zoo.ZOO else tiny(family)
         inputs = zoo.batch(family, real, zoo.ROWS) if family in zoo.ZOO else make(real, rows)
-        known = read_prompt(inputs)
+        known = read_prompt(real.model, inputs, ["image"])
         lists = {name: x.tolist() for name, x in inputs.items() if name in ("image_sizes", "batch_num_images")}
         lists |= {name: x for name, x in inputs.items() if not isinstance(x, torch.Tensor)}
-    monkeypatch.setattr("vlmslim.engine.hooks.read_prompt", lambda kwargs: known)
+    monkeypatch.setattr("vlmslim.engine.hooks.read_prompt", lambda *_: known)
     with torch.device("cuda"), no_init_weights():
         model = type(real)(real.config).eval().requires_grad_(False)
     shapes = {name: (x.shape, x.dtype) for name, x in inputs.items() if name not in lists}
@@ -128,11 +128,18 @@ def test_an_option_does_not_make_a_method_wait(spec, family, device, monkeypatch
         assert not any(stage.method.reads_back for stage in slim.stages)
 
 
+def embedded(model, rows) -> dict:
+    """Inputs with embeddings in place of ids."""
+    inputs = batch(model, rows)
+    return inputs | {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids"))}
+
+
+@pytest.mark.parametrize("make", [packed, embedded])
 @torch.no_grad()
-def test_packed_rows_wait_for_nothing(device, monkeypatch):
-    model, inputs = on_device("llava", [*ROWS, SEVERAL[0]], monkeypatch, packed)
+def test_packed_rows_and_embeddings_wait_for_nothing(make, device, monkeypatch):
+    model, inputs = on_device("llava", [*ROWS, SEVERAL[0]], monkeypatch, make)
     with vlmslim.patch(model, [{"method": "divprune", "keep": 3}, {"method": "fastv", "keep": 2, "layer": 1}]) as slim:
-        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+        assert model(**inputs).logits.device.type == "cuda"
         assert slim.receipt.last.visual[-1] == [2, 2, 4]
 
 
@@ -225,7 +232,7 @@ def test_the_prompt_is_read_before_the_tower_starts(rule, prompts, monkeypatch):
     from vlmslim.engine import hooks
 
     read = hooks.read_prompt
-    monkeypatch.setattr(hooks, "read_prompt", lambda kwargs: order.append("prompt") or read(kwargs))
+    monkeypatch.setattr(hooks, "read_prompt", lambda *given: order.append("prompt") or read(*given))
     model.model.vision_tower.register_forward_pre_hook(lambda *_: order.append("tower"))
     with vlmslim.patch(model, rule):
         model(**batch(model, PROMPTS[prompts]))

@@ -31,7 +31,7 @@ class Entrance:
 
     def __init__(self, core: Any, stages: tuple[Stage, ...], later: Later):
         self.later = later
-        self.core, self.family = core, FAMILIES[core.config.model_type]
+        self.family = FAMILIES[core.config.model_type]
         self.stage = next((stage for stage in stages if stage.acts_before_llm), None)
         self.asked = self.stage or stages[-1]  # the stage whose budget the receipt shows for each image
         self.encodes = self.stage.method if self.stage is not None and self.stage.method.encodes else None
@@ -41,7 +41,7 @@ class Entrance:
         """Compress every image and close the gaps: (B, L, d) -> (B, S, d)."""
         tokens = call.runs[0].tokens
         mask, ids = call.mask_on_host(), call.read.get("input_ids")
-        placed, is_text = locate(self.core, call, mask, ids, self.family)
+        placed, is_text = locate(call, mask, ids, self.family)
         call.text = is_text.sum(1).tolist()
         call.tail = embeds.shape[1] - 1 - max((int(image.columns[-1]) for image in placed), default=-1)
         end = embeds.shape[1] - call.guess

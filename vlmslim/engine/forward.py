@@ -36,12 +36,12 @@ class Visit:
 class Call:
     """One forward of the model, while it runs.
 
-    embeds   : (B, L, d) of the caller's; None if the caller sent ids
     encoded  : the images that were encoded, by kind
     given    : the kinds of which the caller sent pixels
     past     : the plan on the KV cache
     cache    : the KV cache; None without one
     owner    : the hooks that handle this forward
+    embedded : the caller sent embeddings in place of ids
     guess    : tokens at the end that are no part of the prompt: guesses of speculative decoding, or an answer that
                the caller scores
     packed   : samples that the caller packed into rows; None if every row is one sample
@@ -66,16 +66,16 @@ class Call:
     delta    : (B, 1) rotary position minus number of tokens, where positions have several numbers
     given_mask : (B, P + L) as the caller sent it, where the model makes masks of it itself
     recorder : keeps what pictures show; None if the patch records no tokens
-    read     : what the host knows of ids, mask and positions since before the encoder started, by the argument's name
+    read     : what the host knows of the prompt since before the encoder started, see `read_prompt`
     before   : (P,) ids of the prompt's tokens that the KV cache held already, where prompts share their beginning
     """
 
-    embeds: Tensor | None
     encoded: dict[str, Encoded]
     past: Plan | None
     cache: Cache | None = None
     owner: Any = None
     given: frozenset[str] = frozenset()
+    embedded: bool = False
     guess: int = 0
     packed: Packed | None = None
     seen: int = 0
@@ -114,13 +114,10 @@ class Call:
     def unpack(self) -> None:
         """Give each packed sample a row of its own."""
         assert self.packed is not None
+        for name, packed in self.read.items():
+            self.read[name] = np.zeros(self.packed.mask.shape, packed.dtype)
+            self.read[name][self.packed.row, self.packed.column] = packed
         self.read["attention_mask"], self.guess = self.packed.mask, 0
-        if "input_ids" in self.read:
-            ids = np.full(self.packed.mask.shape, -1)
-            ids[self.packed.row, self.packed.column] = self.read["input_ids"]
-            self.read["input_ids"] = ids
-        if self.embeds is not None:
-            self.embeds = self.packed.unpack(self.embeds)
 
     def describe(
         self, embeds: Tensor, cache: Cache | None, mask: Any, position: Tensor | None, drops: bool = True

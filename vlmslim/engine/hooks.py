@@ -178,13 +178,13 @@ class Hooks:
         encoded = self._encoded_before(kwargs)
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = frozenset(kind for kind in self.encoders if kwargs.get(pixels[kind]) is not None)
-        embeds = kwargs.get("inputs_embeds")
-        call = Call(embeds, encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
+        call = Call(encoded, past, cache, owner=self, guess=max(logits - 1, 0), given=given)
+        call.embedded = kwargs.get("inputs_embeds") is not None
         check_kinds(self.family, given | encoded.keys())
         if self.record:
             call.recorder = Recorder()
         if given or encoded:
-            call.read, call.before = read_prompt(kwargs), words_before(cache)
+            call.read, call.before = read_prompt(self.core, kwargs, given | encoded.keys()), words_before(cache)
         if self.family.masks_by_type:
             call.given_mask, call.blocks = kwargs.get("attention_mask"), blocks_of(kwargs)
         return call, kwargs
@@ -265,7 +265,7 @@ class Hooks:
         """Count prompts without images; check a KV cache that they go on with."""
         if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
             self.receipt.saw_text(len(embeds))
-            if call.embeds is not None and embeds.shape[1] > 1 and self.entrance.any_acts:
+            if call.embedded and embeds.shape[1] > 1 and self.entrance.any_acts:
                 warnings.warn(_MERGED, stacklevel=3)
         elif self.entrance.any_acts:
             check_length(cache, mask, embeds.shape[1])

@@ -38,32 +38,35 @@ def check_kinds(family: Family, kinds: Collection[str]) -> None:
         )
 
 
-def read_prompt(kwargs: dict) -> dict[str, np.ndarray]:
-    """Copy ids and mask of a forward with images to the host, where the images are found.
+def read_prompt(core: nn.Module, kwargs: dict, kinds: Collection[str]) -> dict[str, np.ndarray]:
+    """Copy to the host what tells where the images of a forward are.
 
-    Without a mask, rotary positions tell where samples end that the caller packed into a row. This comes before the
-    vision tower starts, so that the host has nothing else to wait for.
+    This comes before the vision tower starts, so that the host has nothing else to wait for.
+
+    Args:
+        core: the model without its head.
+        kwargs: the arguments of the forward.
+        kinds: "image", "video" or both.
+
+    Returns:
+        Ids and mask, by the name of the argument, as far as the caller gave them; the placeholders of each kind, by its
+        name; and without a mask the rotary positions, because they tell where samples end that were packed into a row.
     """
     mask = kwargs.get("attention_mask")
     sent = {"input_ids": kwargs.get("input_ids"), "attention_mask": mask}
     sent |= {"position_ids": kwargs.get("position_ids")} if mask is None else {}
-    return {name: x.cpu().numpy() for name, x in sent.items() if isinstance(x, Tensor) and x.ndim == 2}
+    read = {name: x.cpu().numpy() for name, x in sent.items() if isinstance(x, Tensor) and x.ndim == 2}
+    ids, embeds = read.get("input_ids"), kwargs.get("inputs_embeds")
+    return read | {kind: placeholders(core, kind, ids, embeds) for kind in kinds}
 
 
-def locate(
-    core: nn.Module,
-    call: Call,
-    mask: np.ndarray,
-    ids: np.ndarray | None,
-    family: Family,
-) -> tuple[list[Placed], np.ndarray]:
+def locate(call: Call, mask: np.ndarray, ids: np.ndarray | None, family: Family) -> tuple[list[Placed], np.ndarray]:
     """Find the images in the prompts.
 
     An image whose placeholders the caller's mask hides, all or in part, is left alone: what is visible of it stays.
     `generate` repeats a prompt's images when it expands prompts into beams; then a few rows share an image.
 
     Args:
-        core: the model without its head.
         call: the forward.
         mask: (B, L) False at padding.
         ids: (B, L) of the tokens; None if the caller gave embeddings.
@@ -79,7 +82,7 @@ def locate(
     hidden: list[tuple[int, np.ndarray]] = []
     is_text = mask
     for kind, encoded in call.encoded.items():
-        is_placeholder = placeholders(core, kind, ids, call.embeds)
+        is_placeholder = call.read[kind]
         is_text = is_text & ~is_placeholder
         first = 0  # the first image of the row
         for row, there in enumerate(is_placeholder):
