@@ -23,13 +23,23 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a server with DivPrune at 64 tokens, and the file with its log."""
+    """The address of a server with DivPrune at 200 tokens, and the file with its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ["--model", wide("tiny-llava"), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--hf-overrides", json.dumps(overrides("divprune", keep=64, positions="renumbered"))]
+    words = [
+        "--model",
+        wide("tiny-llava-next"),
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    given = overrides("divprune", "llava_next", keep=200, positions="renumbered")
+    words += ["--hf-overrides", json.dumps(given)]
     words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     words += ["--kv-cache-memory-bytes", str(1 << 28)]
     with open(log, "w") as file:
@@ -71,15 +81,24 @@ def ask(address, image, text):
 
 def test_chat_requests_are_answered_from_short_prompts(server):
     address, log = server
-    questions = Questions.of("tiny-llava")
+    questions = Questions.of("tiny-llava-next")
     answered = 0
     for i in range(0, len(questions.prompts), 6):
         text = questions.prompts[i].partition("<image>\n")[2].removesuffix(" ASSISTANT:")
         answer, tokens = ask(address, questions.images[i], text)
         answered += bool(answer)
-        assert 64 < tokens < 144
-    assert answered == 7
+        assert 200 < tokens < 300
+    assert answered == 4
     assert "visual tokens in" in log.read_text()
+
+
+def test_a_budget_above_the_tokens_of_a_picture_is_an_error_of_that_request(server):
+    address, _ = server
+    small = Questions.of("tiny-llava-next").images[0].resize((96, 9))
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        ask(address, small, "what is this ?")
+    assert "keep=200 is larger than the image" in refused.value.read().decode()
+    assert urllib.request.urlopen(f"{address}/health").status == 200
 
 
 def test_the_server_stays_up_after_a_wrong_request(server):
