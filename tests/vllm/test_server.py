@@ -28,16 +28,8 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    words = [
-        "--model",
-        wide("tiny-llava-next"),
-        "--served-model-name",
-        "tiny",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    words = ["--model", wide("tiny-llava-next"), "--served-model-name", "tiny"]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
     given = overrides("divprune", "llava_next", keep=200, positions="renumbered")
     words += ["--hf-overrides", json.dumps(given)]
     words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
