@@ -19,6 +19,8 @@ from vlmslim.options.check import check_options
 from vlmslim.options.common import (
     POSITIONS,
     Keep,
+    Part,
+    Positive,
     check_choices,
     check_keep,
     check_layer,
@@ -35,6 +37,8 @@ __all__ = [
     "ImageTokens",
     "Keep",
     "LayerInput",
+    "Part",
+    "Positive",
     "Retained",
     "ScoreAndKeep",
     "Selector",

@@ -161,18 +161,18 @@ REFUSED = {
         (dict(keep=0), "at least one"),
     ],
     "visionzip": [
-        (dict(contextual=1.0), r"in \[0, 1\)"),
+        (dict(contextual=-0.1), "from 0 to 1"),
         (dict(mode="paper"), "'released'"),
     ],
     "vispruner": [
         (dict(important=1.5), "from 0 to 1"),
-        (dict(step=0), "at least one"),
+        (dict(step=0), "from 1 on"),
         (dict(rest="random"), "'raster'"),
         (dict(features="keys"), "'projected'"),
     ],
     "vscan": [
-        (dict(local=1.5), "part of the budget"),
-        (dict(window=0), "one patch on each side"),
+        (dict(local=1.5), "from 0 to 1"),
+        (dict(window=0), "from 1 on"),
         (dict(shallow=-1), "from 0 on"),
         (dict(deep=0.0), "deep=0.0: a share"),
         (dict(layer=1.5), "share of the depth"),

@@ -12,7 +12,7 @@ from tiny import BOS, tiny
 
 import vlmslim
 from vlmslim.engine.families import encoder_layers
-from vlmslim.methods.visionzip import VisionZip, zipped
+from vlmslim.methods.visionzip import VisionZip, merged, zipped
 
 
 def plain(x, keys, attention: list[float], k: int, merged: int, how: str) -> tuple[list, list[int], list[int]]:
@@ -37,18 +37,18 @@ def plain(x, keys, attention: list[float], k: int, merged: int, how: str) -> tup
 
 @some
 @given(seeds, st.integers(1, 24), st.booleans(), st.data())
-def test_it_is_the_rule_patch_by_patch(seed, n, cls, data):
+def test_it_is_the_rule_patch_by_patch(seed, n, released, data):
     """Signed unit keys and attention in quarters: comparisons are exact, and many tie."""
     k = data.draw(st.integers(1, n))
-    merged = data.draw(st.integers(0, min(k, n - k + k)))
+    count = data.draw(st.integers(0, k))
     generator = torch.Generator().manual_seed(seed)
     keys = torch.eye(4)[torch.randint(4, (n,), generator=generator)]
     keys = keys * (torch.randint(2, (n, 1), generator=generator) * 2 - 1)
     x, attention = noise(seed, n, 3), torch.randint(1, 5, (n,), generator=generator) / 4
-    got = zipped(x, keys, attention, k + cls, merged, int(cls))
-    want, dominant, targets = plain(x, keys, attention.tolist(), k, merged, "sum" if cls else "mean")
-    assert (got[2].tolist(), got[3].tolist()) == (dominant, targets)
-    torch.testing.assert_close(torch.cat(got[:2]), torch.stack(want))
+    view = zipped(keys, attention, k, count)
+    want, dominant, targets = plain(x, keys, attention.tolist(), k, count, "sum" if released else "mean")
+    assert (view.dominant.tolist(), view.targets.tolist()) == (dominant, targets)
+    torch.testing.assert_close(merged(x, [view], released)[[*dominant, *targets]], torch.stack(want))
 
 
 @torch.no_grad()
@@ -67,6 +67,15 @@ def test_corrected_tokens_stand_at_their_places():
         order = sorted(range(k), key=lambda j: [*dominant, *targets][j])
         assert result.index[inside].tolist() == slots[sorted([*dominant, *targets])].tolist()
         close(result.features[inside], model.model.multi_modal_projector(torch.stack(made)[order]), 1e-4)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@torch.no_grad()
+def test_each_token_is_the_mean_of_those_that_went_into_it(centre):
+    model, row = tiny("siglip"), [BOS, Picture(2, (60, 44)), *words(1, 4)]
+    _, _, ((image, result),), _ = kept_of(model, row, VisionZip, keep=12, centre=centre)
+    means = [image.tower_tokens[result.into() == i].mean(0) for i in range(12)]
+    close(result.features, model.model.multi_modal_projector(torch.stack(means)), 1e-4)
 
 
 @torch.no_grad()

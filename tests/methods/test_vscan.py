@@ -12,8 +12,7 @@ from strategies import cosine, noise, seeds, some
 from tiny import BOS, DEPTH, tiny
 
 import vlmslim
-from vlmslim.methods.vscan import VScan, VScanEntrance
-from vlmslim.methods.vscan.patches import local_and_global, merged, windows
+from vlmslim.methods.vscan import VScan, VScanEntrance, local_and_global, merged, windows
 
 
 def plain(shallow: list, deep: list, place: list, side: int, k: int, half: int) -> list[int]:
@@ -60,9 +59,9 @@ def test_merging_is_a_mean_with_the_most_similar(seed, n, data):
     kept = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n)))
     generator = torch.Generator().manual_seed(seed)
     x, group = noise(seed, n, 4), torch.randint(-1, 3, (n,), generator=generator)
-    got, near = merged(x, torch.tensor(kept), group)
+    got, _, joined = merged(x, torch.tensor(kept), group)
     close(got, torch.tensor(plain_merge(x.tolist(), kept, group.tolist())), 1e-5)
-    assert (near >= 0).sum() == sum(i not in kept and group[i] in group[kept] and group[i] >= 0 for i in range(n))
+    assert (joined >= 0).sum() == sum(i not in kept and group[i] in group[kept] and group[i] >= 0 for i in range(n))
 
 
 @pytest.mark.parametrize("row", [VIEWS, [BOS, Picture(1, (60, 44)), *words(0, 4)]], ids=["full", "cut"])

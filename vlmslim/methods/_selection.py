@@ -268,7 +268,7 @@ def picked(image: ImageTokens, given: ImageTokens, index: Tensor) -> Tensor:
     return one_hot(image, given)[index.cpu()]
 
 
-def one_hot(image: ImageTokens, given: ImageTokens) -> Tensor:
+def one_hot(image: ImageTokens, given: ImageTokens, cls: int = 0) -> Tensor:
     """Tell which of an image's n tokens each of the m tokens of `given` is: (m, n), with rows of zeros for padding.
 
     A method that chooses and sums these rows instead of features gets `Compressed.made_of`.
@@ -276,9 +276,10 @@ def one_hot(image: ImageTokens, given: ImageTokens) -> Tensor:
     Args:
         image: as it came.
         given: the same object, or `with_padding(image)`.
+        cls: how many rows of zeros follow, for the CLS tokens of the views.
     """
     if given is image:
-        return torch.eye(len(image.features))
+        return functional.pad(torch.eye(len(image.features)), (0, 0, 0, cls))
     slot = {tuple(place): i for i, place in enumerate(image.grid_on_host.tolist())}
     own = torch.tensor([slot.get(tuple(place), -1) for place in given.grid_on_host.tolist()])
-    return functional.one_hot(own + 1, len(image.features) + 1)[:, 1:].float()
+    return functional.pad(functional.one_hot(own + 1, len(image.features) + 1)[:, 1:].float(), (0, 0, 0, cls))

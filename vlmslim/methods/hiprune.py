@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import ImageTokens, Keep, check_choices
+from vlmslim.compressor import ImageTokens, Keep, Part, check_choices
 from vlmslim.engine.families import encoder_layers, has_cls
 from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, Selection, check_selection
@@ -50,7 +50,7 @@ class HiPrune(Selection):
 
     keep: Keep = 0.111
     mode: str = "corrected"
-    alpha: float = 0.1
+    alpha: Part = 0.1
     middle: int | float = 0.375
     neighbours: str | None = None
     newline: str = "rows"
@@ -59,8 +59,6 @@ class HiPrune(Selection):
         check_selection(self)
         self.neighbours = self.neighbours or {"corrected": "grid", "released": "released"}[self.mode]
         check_choices(self, neighbours=("grid", "paper", "released"))
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha}: give a part of the budget from 0 to 1; the paper uses 0.1")
         if self.middle <= 0 or (isinstance(self.middle, float) and self.middle >= 1):
             raise ValueError(f"middle={self.middle}: give a tower layer from 1 on, or a share of the depth in (0, 1)")
 

@@ -2,17 +2,32 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlmslim.compressor import Compressed, ImageTokens, Keep
+from vlmslim.compressor import Compressed, ImageTokens, Keep, Part
 from vlmslim.engine.families import projects_patches
+from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, one_hot, with_padding
-from vlmslim.ops.ranking import full_precision, membership
+from vlmslim.ops.merging import ended, nearest, sum_joined
+
+
+class View(NamedTuple):
+    """The patches of one crop or frame, by their places in the image.
+
+    dominant : (d,) those that are sent as they are, ascending
+    targets  : (c,) those that take others in, ascending
+    others   : (m,) those that join a target
+    joined   : (m,) the target that each joins
+    """
+
+    dominant: Tensor
+    targets: Tensor
+    others: Tensor
+    joined: Tensor
 
 
 @dataclass
@@ -47,13 +62,11 @@ class VisionZip(ScoredSelection):
 
     keep: Keep = 0.111
     mode: str = "corrected"
-    contextual: float = 10 / 64
+    contextual: Part = 10 / 64
     score: str = "auto"
 
     def __post_init__(self) -> None:
         check_selection(self)
-        if not 0 <= self.contextual < 1:
-            raise ValueError(f"contextual={self.contextual}: give a part of the budget in [0, 1); the paper's is 10/64")
 
     def setup(self, model: Any) -> None:
         """Find out whether merging comes before the projector, and the layer whose input has CLS.
@@ -70,115 +83,86 @@ class VisionZip(ScoredSelection):
         self.tower_layers = (*self.tower_layers, -1) if self.mode == "released" else self.tower_layers
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
-        """Return what merges, keys averaged over heads, and attention."""
-        keys = image.at_tokens(image.qk(self.score_layer)[1].float().mean(1)[:, int(self.cls) :])
-        return image.tower_tokens if self.before_projector else image.features, keys, self.scores(image)
+        """Return keys averaged over heads, and attention."""
+        keys = image.qk(self.score_layer)[1].float().mean(1)[:, int(self.cls) :]
+        return image.at_tokens(keys), self.scores(image)
 
     def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images one by one."""
-        return super().select_images(images) if self.mode == "released" else [self.compress(x) for x in images]
+        return [self.compress(image) for image in images]
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Merge within every view, then project."""
-        n, k = len(image.features), self.budget(image)
+        n, k, released = len(image.features), self.budget(image), self.mode == "released"
         if k == n:
             return image.pick_all()
-        pools = self.pools(image, k)
-        parts = [self._zipped(pool, pool.read[0]) for pool in pools]
-        features = self._project(torch.cat([x for part in parts for x in part[:2]]), image)
-        index = torch.cat([pool.slots[at] for pool, part in zip(pools, parts, strict=True) for at in part[2:]])
-        sent = torch.zeros(n, dtype=torch.uint8, device=index.device).index_fill(0, index, 1)
+        given = with_padding(image) if released else image
+        views = [self.view(pool) for pool in self.pools(given, k)]
+        x = given.tower_tokens if self.before_projector else given.features
+        if released:
+            order = released_order(views, len(x))
+
+            def sequence(x: Tensor) -> Tensor:
+                return merged(x, views, released)[order]
+
+            features = image.project(sequence(torch.cat([x, image.cls]))).to(image.features)
+            return Compressed(features, made_of=lambda: sequence(one_hot(image, given, len(views)).to(x.device)))
+        whole = View(*map(torch.cat, zip(*views, strict=True)))
+        index = torch.cat([whole.dominant, whole.targets])
+        features = merged(x, views, released)[index]
+        features = image.project(features) if self.before_projector else features
+        sent = torch.zeros(n, dtype=torch.uint8, device=x.device).index_fill(0, index, 1)
         spare = sent.argsort(stable=True)[: k - len(index)]  # newlines, once all patches are sent
         index, order = torch.cat([index, spare]).sort()
-        return Compressed(
-            torch.cat([features, image.features[spare]])[order], index, partial(joined, index, pools, parts, n)
-        )
+        features = torch.cat([features.to(image.features), image.features[spare]])[order]
+        return Compressed(features, index, partial(ended, n, index, whole.others, whole.joined))
 
-    def released(self, image: ImageTokens, k: int) -> Compressed:
-        """Merge within every view, padding included, and send CLS tokens too."""
-        given = with_padding(image)
-        pools = self.pools(given, k)
-        parts = [self._zipped(pool, pool.read[0]) for pool in pools]
-
-        def made_of() -> Tensor:
-            names = one_hot(image, given).to(image.features.device)
-            own = [self._zipped(pool, names[pool.slots]) for pool in pools]
-            return released_sequence(names.new_zeros(len(pools), names.shape[1]), pools, own)  # CLS has no patch
-
-        return Compressed(self._project(released_sequence(image.cls, pools, parts), image), made_of=made_of)
-
-    def _zipped(self, pool: Pool, x: Tensor) -> tuple[Tensor, ...]:
-        """Compress one view, of whose tokens x (m, v) is merged."""
-        _, keys, attention = pool.read
-        merged, released = round(pool.k * self.contextual), int(self.mode == "released")
-        return zipped(x, self.compared(keys[None])[0][0], attention, pool.k, merged, released)
-
-    def _project(self, x: Tensor, image: ImageTokens) -> Tensor:
-        return image.project(x).to(image.features) if self.before_projector else x.to(image.features)
+    def view(self, pool: Pool) -> View:
+        """Split the patches of a view."""
+        keys, attention = pool.read
+        k, merged = pool.k - (self.mode == "released"), round(pool.k * self.contextual)
+        return View(*(pool.slots[own] for own in zipped(self.compared(keys[None])[0][0], attention, k, merged)))
 
 
-def zipped(x: Tensor, keys: Tensor, attention: Tensor, k: int, merged: int, cls: int) -> tuple[Tensor, ...]:
-    """Compress one view to k tokens, or to k - 1 if CLS is one of them.
+def zipped(keys: Tensor, attention: Tensor, k: int, merged: int) -> View:
+    """Split n patches into k tokens and those that they take in.
 
     Args:
-        x: (n, v) patches.
         keys: (n, w) what similarity is measured on.
         attention: (n,).
-        k: number of tokens, at most n (+ 1 with CLS).
-        merged: number of contextual ones, as far as patches are left.
-        cls: 1 if CLS is one of the k. Contextual tokens then are the released sums, otherwise means.
+        k: number of tokens, at most n.
+        merged: number of targets, as far as k allows.
+    """
+    merged = min(merged, k)
+    order = attention.argsort(descending=True, stable=True)
+    dominant, left = (part.sort().values for part in order.tensor_split([k - merged]))
+    if not merged:
+        return View(dominant, *[left[:0]] * 3)
+    step = len(left) // merged
+    evenly = slice(0, step * merged, step)
+    (rest,) = to_device(left.device, np.delete(np.arange(len(left)), evenly))
+    targets, others = left[evenly], left[rest]
+    return View(dominant, targets, others, nearest(keys, others, targets))
+
+
+def merged(x: Tensor, views: list[View], released: bool) -> Tensor:
+    """Put contextual tokens at the places of their targets among the tokens x (n, v) of an image: (n, v)."""
+    made = x.clone()
+    for view in views:
+        total, size = sum_joined(x, view.others, view.joined, view.targets)
+        own = x[view.targets].float()
+        mean = own + total / size.clamp(min=1) if released else (own + total) / (1 + size)
+        made[view.targets] = mean.to(x)
+    return made
+
+
+def released_order(views: list[View], n: int) -> Tensor:
+    """Put the n tokens of an image into the order in which the release sends them.
 
     Returns:
-        Dominant tokens (d, v) and contextual ones (c, v), and the patches that they stand at, (d,) and (c,), ascending.
+        (m,) places; n + i is the CLS token of view i.
     """
-    merged = min(merged, k - cls, len(x) - (k - merged - cls))
-    order = attention.argsort(descending=True, stable=True)
-    dominant = order[: k - merged - cls].sort().values
-    left = order[k - merged - cls :].sort().values
-    if not merged:
-        return x[dominant], x[:0], dominant, left[:0]
-    at = np.arange(len(left))[:: max(1, len(left) // merged)][:merged]
-    rest = np.delete(np.arange(len(left)), at)
-    target, others = (left[torch.from_numpy(x).to(left.device, non_blocking=True)] for x in (at, rest))
-    joins = membership(assigned(keys, others, target), merged).float()
-    size = joins.sum(1, keepdim=True)
-    with torch.autocast(x.device.type, enabled=False):
-        total, own = joins @ x[others].float(), x[target].float()
-    contextual = own + total / size.clamp(min=1) if cls else (own + total) / (1 + size)
-    return x[dominant], contextual.to(x), dominant, target
-
-
-def joined(index: Tensor, pools: list[Pool], parts: list[tuple[Tensor, ...]], n: int) -> Tensor:
-    """Return the token into which each of an image's n tokens went, as `Compressed.into`.
-
-    Args:
-        index: (k,) the places of the tokens that are sent, ascending.
-        pools: the views.
-        parts: what `zipped` returned for each.
-        n: number of tokens of the image.
-    """
-    place = torch.full((n,), -1, device=index.device)
-    place[index] = index
-    for pool, (*_, dominant, target) in zip(pools, parts, strict=True):
-        if len(target):
-            others = torch.ones(len(pool.slots), dtype=torch.bool, device=index.device)
-            others = others.index_fill(0, torch.cat([dominant, target]), False).nonzero()[:, 0]
-            place[pool.slots[others]] = pool.slots[target[assigned(pool.read[1], others, target)]]
-    return torch.where(place < 0, -1, torch.searchsorted(index, place))
-
-
-@full_precision
-def assigned(keys: Tensor, others: Tensor, target: Tensor) -> Tensor:
-    """Find the target (c,) of largest cosine, the first on ties, for each of the others (m,): (m,) in 0 .. c-1."""
-    unit = F.normalize(keys, dim=-1)
-    return (unit[others] @ unit[target].T).argmax(1)
-
-
-def released_sequence(cls: Tensor, pools: list[Pool], parts: list[tuple[Tensor, ...]]) -> Tensor:
-    """Put the views of an image and their CLS tokens (c, v) into the order in which the release sends them: (m, v)."""
-    dominant, contextual, at, _ = zip(*parts, strict=True)
-    sequence = [cls[:1], dominant[0], contextual[0]]
-    if len(pools) > 1:
-        slots = torch.cat([pool.slots[own] for pool, own in zip(pools[1:], at[1:], strict=True)])
-        sequence += [torch.cat(dominant[1:])[slots.argsort()], cls[1:], *contextual[1:]]
-    return torch.cat(sequence)
+    cls = torch.arange(n, n + len(views), device=views[0].targets.device)
+    mosaic = torch.cat([cls[:0], *(view.dominant for view in views[1:])]).sort().values
+    contextual = [view.targets for view in views]
+    return torch.cat([cls[:1], views[0].dominant, contextual[0], mosaic, cls[1:], *contextual[1:]])

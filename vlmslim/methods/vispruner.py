@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import ImageTokens, Keep, check_choices
+from vlmslim.compressor import ImageTokens, Keep, Part, Positive, check_choices
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection
 from vlmslim.ops.greedy import cosine_matrix
 from vlmslim.ops.ranking import full_precision
@@ -48,8 +48,8 @@ class VisPruner(ScoredSelection):
 
     keep: Keep = 0.111
     mode: str = "corrected"
-    important: float = 0.5
-    step: int = 8
+    important: Part = 0.5
+    step: Positive = 8
     rest: str = "attention"
     features: str = "tower"
     score: str = "auto"
@@ -58,10 +58,6 @@ class VisPruner(ScoredSelection):
     def __post_init__(self) -> None:
         check_selection(self)
         check_choices(self, rest=("attention", "raster"), features=("tower", "projected"))
-        if not 0 <= self.important <= 1:
-            raise ValueError(f"important={self.important}: give a part of the budget from 0 to 1; the paper uses 0.5")
-        if self.step < 1:
-            raise ValueError(f"step={self.step}: drop at least one patch per round; the paper uses 8")
 
     def read(self, image: ImageTokens) -> tuple[Tensor, ...]:
         """Return what is compared, and attention."""

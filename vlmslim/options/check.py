@@ -55,7 +55,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return _is_number(value, hint)
     if origin is Annotated:
-        return fits(value, inner[0])
+        return fits(value, inner[0]) and all(rule(value) for rule in inner[1:] if callable(rule))
     if origin in (Union, types.UnionType):
         return any(fits(value, kind) for kind in inner)
     if origin is Literal:

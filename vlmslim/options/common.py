@@ -8,6 +8,12 @@ from vlmslim.options.check import fits
 #: A count, a share of an image's visual tokens, or {"auto": count or share, "average": rank}: more to complex images.
 Keep: TypeAlias = Annotated[int | float | dict[str, int | float], "a count (64) or a share (0.11) of the visual tokens"]
 
+#: A part of a whole, such as of the budget.
+Part: TypeAlias = Annotated[float, "a part from 0 to 1", lambda part: 0 <= part <= 1]
+
+#: A number of things of which there is one at least.
+Positive: TypeAlias = Annotated[int, "an integer from 1 on", lambda number: number >= 1]
+
 
 def check_keep(keep: Keep, name: str = "keep") -> None:
     """Refuse a budget that means nothing.

@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, check_choices, check_keep
+from vlmslim.compressor import Compressed, Compressor, ImageTokens, Keep, Part, Positive, check_keep
 from vlmslim.engine.families import encoder_layers
+from vlmslim.engine.layout import to_device
 from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, interleave
 from vlmslim.methods.pyramiddrop import PyramidDrop
-from vlmslim.methods.vscan.patches import local_and_global, merged, released_mask, windows
 from vlmslim.ops.cells import dense
+from vlmslim.ops.merging import ended, nearest, sum_joined
+from vlmslim.ops.ranking import rank_within_groups
 
 
 @dataclass
@@ -28,8 +33,8 @@ class VScanEntrance(ScoredSelection):
 
     keep: Keep = 1 / 6
     mode: str = "corrected"
-    local: float = 0.5
-    window: int = 6
+    local: Part = 0.5
+    window: Positive = 6
     shallow: int | float = 0.21
     merge: bool = True
     score: str = "auto"
@@ -37,10 +42,6 @@ class VScanEntrance(ScoredSelection):
 
     def __post_init__(self) -> None:
         check_selection(self)
-        if not 0 <= self.local <= 1:
-            raise ValueError(f"local={self.local}: give a part of the budget from 0 to 1; the paper uses 0.5")
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: a window has one patch on each side at least; the paper uses 6")
         if self.shallow < 0 or (isinstance(self.shallow, float) and self.shallow >= 1):
             raise ValueError(f"shallow={self.shallow}: give a tower layer from 0 on, or a share of the depth below 1")
         if self.mode == "released":
@@ -65,9 +66,9 @@ class VScanEntrance(ScoredSelection):
         """Take local and global tokens in turns."""
         orders = []
         for pool, shallow, deep in zip(pools, *read, strict=True):
-            window = windows(dense(pool.image.grid_on_host[pool.slots_on_host])[:, 1:], self.window)
-            local, others = local_and_global(shallow, deep, window, k, int(k * self.local))
-            orders.append(interleave([local, others]))
+            place = dense(pool.image.grid_on_host[pool.slots_on_host])[:, 1:]
+            both = local_and_global(shallow, deep, windows(place, self.window), k, int(k * self.local))
+            orders.append(interleave([*both]))
         return torch.stack(orders)
 
     def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
@@ -78,18 +79,11 @@ class VScanEntrance(ScoredSelection):
         return [self._merged(image, result) for image, result in zip(images, chosen, strict=True)]
 
     def _merged(self, image: ImageTokens, chosen: Compressed) -> Compressed:
-        index, x = chosen.index, image.features
+        x, index = image.features, chosen.index
         if index is None or len(index) == len(x):
             return chosen
-        features, near = merged(x, index, image.grid[:, 0].to(x.device))
-
-        def into() -> Tensor:
-            where = torch.full((len(x),), -1, device=x.device)
-            where[index] = torch.arange(len(index), device=x.device)
-            where[where < 0] = near
-            return where
-
-        return Compressed(features.to(x), index, into)
+        features, others, joined = merged(x, index, image.grid[:, 0].to(x.device))
+        return Compressed(features, index, partial(ended, len(x), index, others, joined))
 
     def released(self, image: ImageTokens, k: int) -> Compressed:
         """Choose and merge among all patches of every view; then unpad, and keep every newline."""
@@ -99,17 +93,15 @@ class VScanEntrance(ScoredSelection):
                 f"VScan's release fails with {own} tokens for each of {views} views of {image.side} x {image.side} "
                 "patches: it needs 32 tokens and a side that 4 divides; use mode='corrected'"
             )
-        shallow, deep = self.patch_scores(image, self.local_layer), self.patch_scores(image)
-        kept = torch.stack([released_mask(s, g, own) for s, g in zip(shallow, deep, strict=True)])  # (views, patches)
+        kept = released_mask(self.patch_scores(image, self.local_layer), self.patch_scores(image), own)
         with torch.no_grad():
             patches = image.project(image.tower[:, -kept.shape[1] :])
         if self.merge:
             for view, mask in zip(patches, kept, strict=True):
-                view[mask] = merged(view, mask.nonzero()[:, 0], torch.zeros_like(mask, dtype=torch.long))[0].to(view)
-        crop, row, column = image.grid.unbind(1)
-        at = crop.clamp(min=0), row.clamp(min=0) * image.side + column.clamp(min=0)
-        index = (kept[at] | (crop < 0)).nonzero()[:, 0]
-        features = torch.where((crop < 0)[:, None], image.features, patches[at].to(image.features))
+                view[mask] = merged(view, mask.nonzero()[:, 0])[0]
+        newline = image.grid[:, 0] < 0
+        index = (image.at_tokens(kept) | newline).nonzero()[:, 0]
+        features = torch.where(newline[:, None], image.features, image.at_tokens(patches).to(image.features))
         return Compressed(features[index], index)
 
 
@@ -156,7 +148,6 @@ class VScan(VScanEntrance):
 
     def __post_init__(self) -> None:
         check_keep(self.deep, "deep")
-        check_choices(self, layer_positions=("renumbered", "original"))
         self.stages()  # each stage checks its options
 
     def stages(self) -> list[Compressor]:
@@ -165,3 +156,60 @@ class VScan(VScanEntrance):
         if self.layer is None or (isinstance(self.keep, float) and self.keep == 1):
             return [first]
         return [first, PyramidDrop(keep=self.deep, layer=(self.layer,), layer_positions=self.layer_positions)]
+
+
+def windows(place: np.ndarray, side: int) -> np.ndarray:
+    """Return the window (m,) of patches at rows and columns (m, 2); the last windows take what is left over."""
+    count = ((place.max(0) + 1) // side).clip(min=1)
+    row, column = np.minimum(place // side, count - 1).T
+    return row * count[1] + column
+
+
+def local_and_global(shallow: Tensor, deep: Tensor, window: np.ndarray, k: int, half: int) -> tuple[Tensor, Tensor]:
+    """Choose k of m patches.
+
+    Args:
+        shallow: (m,) attention that decides on local tokens.
+        deep: (m,) attention that decides on global tokens.
+        window: (m,) the window of each patch, on the host.
+        k: number of picks.
+        half: number of local ones, as far as their windows have room.
+
+    Returns:
+        Local tokens and global ones, best first.
+    """
+    sizes = np.unique(window, return_counts=True)[1]
+    room = -(-half // len(sizes))
+    (group,) = to_device(shallow.device, window)
+    full = rank_within_groups(shallow[None], group[None])[0] >= room
+    order = shallow.argsort(descending=True, stable=True)
+    local = order[full[order].byte().argsort(stable=True)][: min(half, int(sizes.clip(max=room).sum()))]
+    rest = deep.index_fill(0, local, float("-inf"))
+    return local, rest.argsort(descending=True, stable=True)[: k - len(local)]
+
+
+def released_mask(shallow: Tensor, deep: Tensor, k: int) -> Tensor:
+    """Choose patches of each crop (c, p) in 4 x 4 windows as the release does: (c, p) bool, k of them or fewer True."""
+    side = isqrt(shallow.shape[1])
+    (window,) = to_device(shallow.device, windows(np.argwhere(np.ones((side, side))), side // 4))
+    local = rank_within_groups(shallow, window.expand_as(shallow)) < k // 2 // 16
+    order = deep.masked_fill(local, 0).argsort(dim=1, descending=True, stable=True)
+    return local.scatter(1, order[:, : k - k // 2], True)
+
+
+def merged(x: Tensor, kept: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Average each token that is not kept into the kept token that it resembles most.
+
+    Args:
+        x: (n, d) tokens, compared by cosine.
+        kept: (k,) those that stay, ascending.
+        group: (n,) tokens of different groups never merge, and those of group -1 not at all; None for one group.
+
+    Returns:
+        (k, d), and as in `nearest` (m,) the others and (m,) what each joins.
+    """
+    stays = torch.zeros(len(x), dtype=torch.uint8, device=x.device).index_fill(0, kept, 1)
+    others = stays.argsort(stable=True)[: len(x) - len(kept)]
+    joined = nearest(x, others, kept, group)
+    total, size = sum_joined(x, others, joined, kept)
+    return ((x[kept].float() + total) / (1 + size)).to(x), others, joined
