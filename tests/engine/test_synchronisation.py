@@ -113,7 +113,13 @@ def test_a_method_waits_for_the_device_only_if_it_says_so(name, family, device, 
 @pytest.mark.parametrize("family", ["llava", "next"])
 @pytest.mark.parametrize(
     "spec",
-    [f"{x}:keep=5:rectify=True" for x in SELECTORS] + ["schedule:by=random", "tokencorr:keep=5:sampling=multinomial"],
+    [f"{x}:keep=5:rectify=True" for x in SELECTORS]
+    + [
+        "divprune:keep=5:centre=True",
+        "schedule:by=random",
+        "tokencorr:keep=5:sampling=multinomial",
+        "tokenflex:keep=0.25:weights=pool",
+    ],
 )
 @torch.no_grad()
 def test_an_option_does_not_make_a_method_wait(spec, family, device, monkeypatch):
