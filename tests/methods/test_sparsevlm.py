@@ -1,6 +1,7 @@
 """SparseVLM against plain loops, on attention and embeddings of an unpatched model."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from strategies import noise, seeds, some
 from tiny import BOS, DEPTH, tiny
 
 import vlmslim
-from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, visual_words
+from vlmslim.methods.sparsevlm import SparseVLM, clusters, guided_score, rotary_gravity, visual_words
 from vlmslim.ops.density_peaks import density_peaks
 
 
@@ -66,6 +67,19 @@ def test_the_score_of_raters(seed, heads, raters, n, divided, data):
     got = guided_score(paid / gravity if divided else paid, torch.ones(raters, dtype=torch.bool), best)
     want = plain_score(paid.double().numpy(), gravity.double().numpy() if divided else None, best)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4)
+
+
+def test_gravity_is_exact_also_where_it_crosses_zero():
+    """With the positions of LLaVA-1.5 it does so at a distance of 1707."""
+    frequency = 10000.0 ** -(torch.arange(64).double() / 64)
+    gaps = torch.arange(1700, 1712)
+    angle = torch.cat([torch.zeros(1), gaps])[:, None] * torch.cat([frequency, frequency])
+    keys = torch.zeros(1, 1, len(angle), 128)
+    tokens = SimpleNamespace(rotary=(angle.cos().float()[None], angle.sin().float()[None]), keys=keys)
+    got = rotary_gravity(tokens, 0, torch.tensor([0]), torch.arange(1, len(angle)))[0]
+    want = [2 / 128**0.5 * sum(math.cos(gap * f) for f in frequency.tolist()) for gap in gaps.tolist()]
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-4)
+    assert gaps[got < 0].min() == 1707
 
 
 @some

@@ -202,13 +202,16 @@ def visual_words(x: Tensor, words: Tensor) -> Tensor:
 
 
 def rotary_gravity(tokens: LayerInput, row: int, text: Tensor, place: Tensor) -> Tensor:
-    """Compute what rotary positions alone give words and visual tokens, (t, v); 1 where nothing turns."""
+    """Compute what rotary positions alone give words and visual tokens, (t, v); 1 where nothing turns.
+
+    Sums are in fp64, because attention is divided by the result, and the result may be close to 0.
+    """
     if tokens.rotary is None:
         return torch.ones(len(text), len(place), device=place.device)
     width = tokens.keys.shape[-1]
-    cos, sin = (x[row if len(x) > 1 else 0].float().to(text.device) for x in tokens.rotary)
+    cos, sin = (x[row if len(x) > 1 else 0].to(text.device).double() for x in tokens.rotary)
     turned = cos[text] @ cos[place].T + sin[text] @ sin[place].T  # a vector of ones against another
-    return (turned + width - cos.shape[-1]) / width**0.5
+    return ((turned + width - cos.shape[-1]) / width**0.5).float()
 
 
 @full_precision
