@@ -123,6 +123,16 @@ def test_half_precision_runs(name, family, dtype, subject):
     assert torch.isfinite(logits[:, :, 2:90]).all()
 
 
+@pytest.mark.parametrize("name", contract_methods("rectify", without=("merge",)))
+def test_gradients_pass_the_tokens_that_it_selects(name, subject):
+    model, method = subject(name, "llava")
+    inputs = batch(model.train(), LONG_ROWS)
+    with vlmslim.patch(model, method):
+        model(**inputs, use_cache=False).logits.sum().backward()
+    grad = model.model.multi_modal_projector.linear_1.weight.grad
+    assert torch.isfinite(grad).all() and grad.any()
+
+
 @pytest.mark.parametrize("keep", [1, 5, 0.4])
 @over(contract_methods("keep", without=("weights",)))
 @torch.no_grad()

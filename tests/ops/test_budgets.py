@@ -26,6 +26,13 @@ def test_ties_go_to_the_earlier_component():
     assert share_out(2, [3, 3, 3]) == [1, 1, 0]
 
 
+def test_each_component_gets_a_part_on_request():
+    assert share_out(4, [90, 5, 80, 5]) == [2, 0, 2, 0]
+    assert share_out(4, [90, 5, 80, 5], to_all=True) == [1, 1, 1, 1]
+    assert share_out(5, [90, 1, 80, 9], to_all=True) == [2, 1, 1, 1]
+    assert share_out(3, [90, 5, 80, 5], to_all=True) == [2, 0, 1, 0]  # not enough for all
+
+
 @some
 @given(st.integers(0, 3000))
 def test_fractions_leave_no_remainder(k):

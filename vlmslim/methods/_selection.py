@@ -51,6 +51,7 @@ class Selection(Selector):
         order: "raster" feeds the kept tokens in reading order, "selection" in the order in which they were picked.
         pool: "image" searches all tokens of an image together; "view" searches each crop or frame by itself, with a
             budget in proportion to its tokens; "frame" does so with the frames of a video alone.
+        every_view: each view keeps a token at least, if the budget suffices.
         mode: "released" sees images with tiles as most releases do: every patch of every view competes, also where
             the view is padding; each view has the same budget, rounded down; no newline is kept.
         compares: whether the search takes cosines from which `centre` may subtract the mean.
@@ -62,6 +63,7 @@ class Selection(Selector):
     newline = "pool"
     order = "raster"
     pool = "image"
+    every_view = False
     mode = "corrected"
 
     centre: bool = field(default=False, kw_only=True)
@@ -169,7 +171,7 @@ class Selection(Selector):
             kinds = np.unique(crop[crop >= 0]) if apart else [None]
             own = [np.flatnonzero(crop >= 0 if kind is None else crop == kind) for kind in kinds]
         sizes = [len(places) for places in own]
-        budgets = share_out(min(k, sum(sizes)), sizes)
+        budgets = share_out(min(k, sum(sizes)), sizes, self.every_view)
         if self.mode == "released" and len(own) > 1:
             budgets = [min(max(1, k // len(own)), size) for size in sizes]
         read = self.read(image)

@@ -31,14 +31,14 @@ class MMTok(Selection):
 
     mode="released" follows the release (commit d1522cd), for LLaVA-1.5 and LLaVA-NeXT: padded patches of anyres images
     compete, every view keeps the same count, rounded down, and newlines are gone. mode="corrected", the default,
-    chooses among the image's own tokens and shares `keep` out over the views by their sizes. In both modes each image
-    is covered by the words of its own prompt (the release's question passes through hidden state, and may be that of
-    an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked twice. A prompt without
-    words, or given as embeddings, leaves the coverage of tokens alone.
+    chooses among the image's own tokens, and shares `keep` out over the views by their sizes, at least one to each. In
+    both modes each image is covered by the words of its own prompt (the release's question passes through hidden state,
+    and may be that of an earlier prompt), cosines are in fp32, ties go to the lower index, and no token is picked
+    twice. A prompt without words, or given as embeddings, leaves the coverage of tokens alone.
 
     As in the release ("MMTok++" in appendix C of the paper), patches of the padding that makes a picture square are
-    picked last, though they are to be covered. The release computes them from the size of
-    the picture, which the model does not know; here their pixels tell (`in_padding`).
+    picked last, though they are to be covered. The release computes them from the size of the picture, which the model
+    does not know; here their pixels tell (`in_padding`).
 
     The words are those of the user's last turn, without the sentences that say how to answer, and without stop words;
     a question of stop words alone stays as it is.
@@ -58,6 +58,7 @@ class MMTok(Selection):
     """
 
     pool = "view"
+    every_view = True
 
     keep: Keep = 0.111
     mode: str = "corrected"

@@ -69,7 +69,7 @@ class VisPruner(ScoredSelection):
         order = attention.argsort(dim=1, descending=True, stable=True)
         important = int(k * self.important)
         kept, left = order[:, :important], order[:, important:]
-        similarity, diverse = cosine_matrix(self.compared(x.float())[0]), k - important
+        similarity, diverse = cosine_matrix(self.compared(x)[0]), k - important
         while diverse and left.shape[1] > diverse:
             drop = min(self.step, left.shape[1] - diverse, -(-left.shape[1] // 2))
             left = without_duplicates(similarity, left.sort(dim=1).values if self.rest == "raster" else left, drop)

@@ -5,10 +5,11 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 
-def share_out(k: int, sizes: Sequence[int]) -> list[int]:
+def share_out(k: int, sizes: Sequence[int], to_all: bool = False) -> list[int]:
     """Split a budget of k over components in proportion to their sizes, by largest remainder.
 
-    Ties go to the earlier component. The parts sum to k, and no part exceeds its component.
+    Ties go to the earlier component. The parts sum to k, and no part exceeds its component. With `to_all`, if k
+    suffices, components without a part get 1 each from the largest parts, those of smaller components on ties.
 
     Raises:
         ValueError: k exceeds the sum of the sizes.
@@ -20,6 +21,9 @@ def share_out(k: int, sizes: Sequence[int]) -> list[int]:
     remainders = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))
     for i in remainders[: k - sum(parts)]:
         parts[i] += 1
+    while to_all and 0 in parts and k >= len(parts):
+        parts[max(range(len(parts)), key=lambda i: (parts[i], -sizes[i]))] -= 1
+        parts[parts.index(0)] += 1
     return parts
 
 

@@ -146,8 +146,9 @@ def similarity_matrix(unit: Tensor) -> Tensor:
     return product
 
 
+@full_precision
 def cosine_matrix(x: Tensor) -> Tensor:
-    """Compute all pairwise cosines of each image's tokens, 0 to a zero token: (b, n, d) in fp32 -> (b, n, n)."""
+    """Compute all pairwise cosines of each image's tokens, 0 to a zero token: (b, n, d) -> (b, n, n)."""
     return similarity_matrix(F.normalize(x, dim=-1))
 
 
