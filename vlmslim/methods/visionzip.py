@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmslim.compressor import Compressed, ImageTokens, Keep, Part
 from vlmslim.engine.families import projects_patches
 from vlmslim.engine.layout import to_device
-from vlmslim.methods._selection import Pool, ScoredSelection, check_selection, one_hot, with_padding
+from vlmslim.methods._selection import ScoredSelection, check_selection, one_hot, with_padding
 from vlmslim.ops.merging import ended, nearest, sum_joined
 
 
@@ -89,70 +89,79 @@ class VisionZip(ScoredSelection):
 
     def select_images(self, images: list[ImageTokens]) -> list[Compressed]:
         """Compress the images one by one."""
-        return [self.compress(image) for image in images]
+        return super().select_images(images) if self.mode == "released" else [self.compress(x) for x in images]
 
     def compress(self, image: ImageTokens) -> Compressed:
         """Merge within every view, then project."""
-        n, k, released = len(image.features), self.budget(image), self.mode == "released"
+        n, k = len(image.features), self.budget(image)
         if k == n:
             return image.pick_all()
-        given = with_padding(image) if released else image
-        views = [self.view(pool) for pool in self.pools(given, k)]
-        x = given.tower_tokens if self.before_projector else given.features
-        if released:
-            order = released_order(views, len(x))
-
-            def sequence(x: Tensor) -> Tensor:
-                return merged(x, views, released)[order]
-
-            features = image.project(sequence(torch.cat([x, image.cls]))).to(image.features)
-            return Compressed(features, made_of=lambda: sequence(one_hot(image, given, len(views)).to(x.device)))
+        views = self.views(image, k)
         whole = View(*map(torch.cat, zip(*views, strict=True)))
         index = torch.cat([whole.dominant, whole.targets])
-        features = merged(x, views, released)[index]
+        features = merged(image.tower_tokens if self.before_projector else image.features, views, False)[index]
         features = image.project(features) if self.before_projector else features
-        sent = torch.zeros(n, dtype=torch.uint8, device=x.device).index_fill(0, index, 1)
+        sent = torch.zeros(n, dtype=torch.uint8, device=index.device).index_fill(0, index, 1)
         spare = sent.argsort(stable=True)[: k - len(index)]  # newlines, once all patches are sent
         index, order = torch.cat([index, spare]).sort()
         features = torch.cat([features.to(image.features), image.features[spare]])[order]
         return Compressed(features, index, partial(ended, n, index, whole.others, whole.joined))
 
-    def view(self, pool: Pool) -> View:
-        """Split the patches of a view."""
-        keys, attention = pool.read
-        k, merged = pool.k - (self.mode == "released"), round(pool.k * self.contextual)
-        return View(*(pool.slots[own] for own in zipped(self.compared(keys[None])[0][0], attention, k, merged)))
+    def released(self, image: ImageTokens, k: int) -> Compressed:
+        """Merge within every view, padding included, and send CLS tokens too."""
+        given = with_padding(image)
+        views = self.views(given, k)
+        order = released_order(views, len(given.features))
+
+        def sequence(x: Tensor) -> Tensor:
+            return merged(x, views, True)[order]
+
+        features = image.project(sequence(torch.cat([given.tower_tokens, image.cls]))).to(image.features)
+        return Compressed(features, made_of=lambda: sequence(one_hot(image, given, len(views)).to(features.device)))
+
+    def views(self, image: ImageTokens, k: int) -> list[View]:
+        """Split the patches of every view; in the release, CLS is one of the tokens of its view."""
+        views, cls = [], int(self.mode == "released")
+        for pool in self.pools(image, k):
+            keys, attention = pool.read
+            keys = self.compared(keys[None])[0][0]
+            parts = zipped(keys, attention, pool.k - cls, round(pool.k * self.contextual))
+            views.append(View(*(pool.slots[places] for places in parts)))
+        return views
 
 
-def zipped(keys: Tensor, attention: Tensor, k: int, merged: int) -> View:
+def zipped(keys: Tensor, attention: Tensor, k: int, contextual: int) -> View:
     """Split n patches into k tokens and those that they take in.
 
     Args:
         keys: (n, w) what similarity is measured on.
         attention: (n,).
         k: number of tokens, at most n.
-        merged: number of targets, as far as k allows.
+        contextual: number of targets, as far as k allows.
     """
-    merged = min(merged, k)
+    contextual = min(contextual, k)
     order = attention.argsort(descending=True, stable=True)
-    dominant, left = (part.sort().values for part in order.tensor_split([k - merged]))
-    if not merged:
+    dominant, left = (part.sort().values for part in order.tensor_split([k - contextual]))
+    if not contextual:
         return View(dominant, *[left[:0]] * 3)
-    step = len(left) // merged
-    evenly = slice(0, step * merged, step)
+    step = len(left) // contextual
+    evenly = slice(0, step * contextual, step)
     (rest,) = to_device(left.device, np.delete(np.arange(len(left)), evenly))
     targets, others = left[evenly], left[rest]
     return View(dominant, targets, others, nearest(keys, others, targets))
 
 
 def merged(x: Tensor, views: list[View], released: bool) -> Tensor:
-    """Put contextual tokens at the places of their targets among the tokens x (n, v) of an image: (n, v)."""
+    """Put contextual tokens at the places of their targets among the tokens x (n, v) of an image: (n, v).
+
+    They are means of targets and others, or as `released`, targets plus means of others.
+    """
     made = x.clone()
     for view in views:
         total, size = sum_joined(x, view.others, view.joined, view.targets)
         own = x[view.targets].float()
-        mean = own + total / size.clamp(min=1) if released else (own + total) / (1 + size)
-        made[view.targets] = mean.to(x)
+        contextual = own + total / size.clamp(min=1) if released else (own + total) / (1 + size)
+        made[view.targets] = contextual.to(x)
     return made
 
 

@@ -130,7 +130,7 @@ class VScan(VScanEntrance):
     keep            : visual tokens that enter the language model per image, a count or a share
     mode            : "corrected" or "released"
     local           : part of the budget for local tokens
-    window          : rows and columns of patches of a window
+    window          : rows and columns of tokens of a window; 6 in the release, and 4 for Qwen2.5-VL there
     shallow         : tower layer of the local tokens, counted from 0, or a share of the depth; 5 of 24 as released
     merge           : merge dropped tokens into kept ones
     score           : attention from CLS ("cls"), mean attention received ("received", as released for Qwen2.5-VL), or
