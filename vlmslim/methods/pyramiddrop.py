@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from vlmslim.compressor import Compressor, Keep, LayerInput, check_choices, check_keep, resolve_keep
-from vlmslim.methods._layers import ascending, check_layers, seen_by_layers
+from vlmslim.compressor import Keep, LayerInput, check_choices, check_keep, resolve_keep
+from vlmslim.methods._layers import LayerDrops, check_layers
 
 
 @dataclass
-class PyramidDrop(Compressor):
+class PyramidDrop(LayerDrops):
     """Before each of several decoder layers, keep the tokens that the last prompt token is about to attend to most.
 
     The score is the softmax attention that the layer itself is about to pay, by its own norm, queries and keys at the
@@ -46,7 +46,8 @@ class PyramidDrop(Compressor):
     budget_options: ClassVar = ("keep",)
 
     def __post_init__(self) -> None:
-        self.layer = self.layers = tuple(self.layer)
+        self.layer, self.first_only = tuple(self.layer), self.mode == "released"
+        self.layers = self.layer
         check_choices(self, mode=("corrected", "released"), layer_positions=("renumbered", "original"))
         if self.keep is not None:
             check_keep(self.keep)
@@ -58,10 +59,6 @@ class PyramidDrop(Compressor):
         if not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"ratio={self.ratio}: a share lies in (0, 1]; the paper uses 0.5")
 
-    def setup(self, model: Any) -> None:
-        """Turn shares of the depth into layers."""
-        self.layers = ascending(self.layer, model)
-
     def counts(self, n: int) -> list[int]:
         """Return how many of n tokens each drop leaves."""
         if self.keep is None:
@@ -70,24 +67,13 @@ class PyramidDrop(Compressor):
         k, drops = resolve_keep(self.keep, n), len(self.layer)
         return [max(k, int(n * (k / n) ** (j / drops) + 1e-9)) for j in range(1, drops + 1)]
 
-    def requested(self, n: int) -> int:
-        """Return what the last drop leaves."""
-        return self.counts(n)[-1]
-
-    def visual_tokens(self, n: int, depth: int) -> list[int]:
-        """Return the pyramid."""
-        return seen_by_layers(n, depth, self.layer, self.counts(n))
+    def after(self, n: int, there: int, drop: int) -> int:
+        """Return what this drop leaves."""
+        return min(there, self.counts(n)[drop])
 
     def retain(self, tokens: LayerInput) -> Tensor:
         """Rank by the attention that the last token is about to pay."""
         drop = self.layers.index(tokens.layer)
         score = tokens.coming_attention(tokens.last[:, None]).mean(1)[:, 0]  # (B, S)
         keep = tokens.top(score, lambda n: self.counts(n)[drop])
-        return keep | (tokens.image > 1) if self.mode == "released" else keep
-
-    def known_counts(self, tokens: LayerInput) -> list[list[int]] | None:
-        """Return what this drop leaves of a prompt's images."""
-        drop = self.layers.index(tokens.layer)
-        if self.mode == "released" and any(len(row) > 1 for row in tokens.entered):
-            return None
-        return tokens.count_of_top(lambda n: self.counts(n)[drop])
+        return keep | (tokens.image > 1) if self.first_only else keep
