@@ -14,8 +14,9 @@ from tiny import BOS, tiny
 from vector_checks.mmtok import padded
 
 import vlmslim
-from vlmslim.methods.mmtok import MMTok, cover, in_padding, keywords
+from vlmslim.methods.mmtok import MMTok, cover, keywords
 from vlmslim.ops.greedy import cosines
+from vlmslim.ops.padding import in_padding
 
 
 def plain(tower: list, features: list, words: list, k: int, tv: float, vv: float, alpha: float) -> list[int]:

@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vlmslim.methods.mmtok import cover, in_padding, keywords
+from vlmslim.methods.mmtok import cover, keywords
 from vlmslim.ops.greedy import cosines
+from vlmslim.ops.padding import in_padding
 
 
 def padded(width: int, height: int) -> torch.Tensor:
