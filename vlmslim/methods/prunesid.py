@@ -108,7 +108,7 @@ class PruneSID(ScoredSelection):
             chosen.append(pool.slots[choose(x, weight, score, pool.k, cls=True)])
         index = released_sequence(chosen, len(given.features))
         x = image.project(torch.cat([given.tower_tokens, image.cls])[index]).to(image.features)
-        return Compressed(x, made_of=lambda: functional.pad(one_hot(image, given), (0, 0, 0, len(chosen)))[index.cpu()])
+        return Compressed(x, made_of=lambda: one_hot(image, given, len(chosen))[index.cpu()])
 
 
 def released_sequence(chosen: list[Tensor], n: int) -> Tensor:
