@@ -123,8 +123,8 @@ def test_half_precision_runs(name, family, dtype, subject):
     assert torch.isfinite(logits[:, :, 2:90]).all()
 
 
-@pytest.mark.parametrize("name", contract_methods("rectify", without=("merge",)))
-def test_gradients_pass_the_tokens_that_it_selects(name, subject):
+@pytest.mark.parametrize("name", contract_methods("keep", without=("weights",)))
+def test_gradients_pass_the_tokens_that_it_sends(name, subject):
     model, method = subject(name, "llava")
     inputs = batch(model.train(), LONG_ROWS)
     with vlmslim.patch(model, method):

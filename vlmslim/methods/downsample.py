@@ -77,7 +77,6 @@ class DownSample(Compressor):
         index = np.sort(np.concatenate([patches, others[: k - len(patches)]]))
         return image.pick(torch.from_numpy(index).to(image.features.device, non_blocking=True))
 
-    @torch.no_grad()
     def shrunk(self, image: ImageTokens, crop: int, places: np.ndarray, k: int) -> Tensor:
         """Encode one crop as k tokens (k, d), of the part of it in which its tokens (m, 3) stand."""
         side = image.side
