@@ -76,7 +76,7 @@ def test_frames_and_newlines():
 )
 @torch.no_grad()
 def test_the_tower_encodes_the_small_picture_alone(rows):
-    """Where nothing shrinks, and for patches that share an encoding, the model encodes as ever."""
+    """The model encodes as ever if nothing shrinks, and for patches that share an encoding."""
     model = tiny("llava")
     inputs, sizes = batch(model, rows), []
     crops = len(inputs["pixel_values"])

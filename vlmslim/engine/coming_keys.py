@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ComingKeys:
-    """What the key projection of a decoder layer makes, from the look of a method until the layer has run.
+    """Output of the key projection of a decoder layer, from the look of a method until the layer has run.
 
     layer : number of the decoder layer
     made  : (B, S, v) of the tokens that enter it, before rotation; None until a method looks
