@@ -24,6 +24,19 @@ def one_by_one(answer, positions="renumbered") -> Compressor:
     return Norm()
 
 
+def encoding(answer) -> Compressor:
+    """A method whose `encode` returns `answer(image)`, and whose `compress` sends it."""
+
+    class Norm(Compressor):
+        def encode(self, image):
+            return answer(image)
+
+        def compress(self, image):
+            return image.encoded
+
+    return Norm()
+
+
 def together(answer) -> Compressor:
     """A method whose `compress_images` returns `answer(images)`."""
 
@@ -73,6 +86,19 @@ FAULTS = {
     "None": (one_by_one(lambda image: None), r"Norm.compress returned None: return image.pick\(index\)"),
     "a list": (one_by_one(lambda image: [0, 1]), r"Norm.compress returned a list: return image.pick\(index\)"),
     "nothing inside": (one_by_one(lambda image: Compressed(None)), r"Norm.compress returned Compressed\(None, None\)"),
+    # what `encode` returns
+    "features of its own": (
+        encoding(lambda image: first(4)),
+        r"Norm.encode returned a Tensor .* without features: return Compressed\(features, into=...\), or None to let",
+    ),
+    "tokens of the model": (
+        encoding(lambda image: image.pick(AT)),
+        "Norm.encode returned a Compressed without features",
+    ),
+    "an encoding of another width": (
+        encoding(lambda image: Compressed(first(4, 8))),
+        r"Norm.encode returned features of shape \(4, 8\)",
+    ),
     # what `compress_images` returns
     "one Compressed for all": (
         together(lambda images: images[0].pick(AT)),

@@ -40,6 +40,24 @@ def check_compressed(method: Compressor, images: list[ImageTokens], answer: obje
     return list(answer)
 
 
+def check_encoded(method: Compressor, images: list[ImageTokens], answers: list[object]) -> None:
+    """Check the types and shapes of what `encode` returned for each image, unless it left it to the model.
+
+    Raises:
+        ValueError: names the method, what it returned and what to return instead.
+    """
+    name = f"{type(method).__name__}.encode returned"
+    for i, (image, answer) in enumerate(zip(images, answers, strict=True)):
+        if answer is None:
+            continue
+        if not isinstance(answer, Compressed) or answer.features is None:
+            raise ValueError(
+                f"{name} {described(answer)} without features: return Compressed(features, into=...), or None to let "
+                "the model encode the picture"
+            )
+        _check_one(name, f"image {i} of this batch", method, image, answer)
+
+
 def _check_one(name: str, which: str, method: Compressor, image: ImageTokens, result: object) -> None:
     n, width = image.features.shape
     if not isinstance(result, Compressed):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from vlmslim.compressor import Compressor, ImageTokens
-from vlmslim.engine.answers import check_compressed
+from vlmslim.engine.answers import check_encoded
 from vlmslim.engine.encoded import Record, put_record, record_of
 from vlmslim.engine.families import FAMILIES
 from vlmslim.engine.image_records import bare_images, images_of
@@ -123,8 +123,7 @@ class RecordingEncoder:
         images = [copy.copy(image) for image in record.images]
         for image in images:
             image.encoded = self.method.encode(image)
-        made = [image for image in images if image.encoded is not None]
-        check_compressed(self.method, made, [image.encoded for image in made])
+        check_encoded(self.method, images, [image.encoded for image in images])
         put_record(output, replace(record, images=images))
         return images
 
