@@ -136,8 +136,7 @@ class Compressor:
     def count(self, n: int, tiles: tuple[int, int] = (0, 0), size: tuple[int, int] = (0, 0)) -> int | None:
         """Return how many tokens an image will send to the language model, as known before it is encoded.
 
-        Servers reserve places for an image by this number, receipts show it as requested, and the doctor holds the
-        method to it. By default `requested`; override where they differ.
+        Servers reserve places for an image by this number. By default `requested`; override where they differ.
 
         Args:
             n: the image's visual tokens.

@@ -21,7 +21,7 @@ class Image(NamedTuple):
     """Visual tokens of one image.
 
     tokens    : before any stage
-    requested : that were to be kept, by `Compressor.count`; None if the method decides itself
+    requested : that were to be kept; None if the method decides itself
     kept      : that entered the language model
     """
 

@@ -51,17 +51,6 @@ def test_kept_counts_are_exact(family, name, keep):
     assert receipt["positions"] == "original"
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prunesid"])
-@torch.no_grad()
-def test_receipts_show_what_the_methods_own_rule_asks_for(name):
-    """A release divides the budget among views, and rounds down."""
-    model = tiny("next")
-    with vlmslim.patch(model, name, keep=11, mode="released") as slim:
-        model(**batch(model, LONG_ROWS[:3]))
-    images = [image for row in slim.receipt.last.images for image in row]
-    assert all(image.requested == image.kept for image in images) and {image.requested for image in images} != {11}
-
-
 @torch.no_grad()
 def test_the_receipt_of_nothing(family):
     model = tiny(family)

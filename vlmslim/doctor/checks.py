@@ -109,7 +109,7 @@ def budget(subject: Subject) -> Outcome:
     images = [image for row in prefill.images for image in row]
     for stage in subject.slim.stages:
         if not stage.layers:
-            counts += [(image.kept, image.requested) for image in images]
+            counts += [(image.kept, stage.method.requested(image.tokens)) for image in images]
         elif not notes.hides:
             stayed = notes.counts(stage.layers[-1], [len(row) for row in prefill.images])
             asked_for = [stage.method.requested(image.kept) for image in images]

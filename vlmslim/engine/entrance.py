@@ -90,12 +90,10 @@ class Entrance:
             call.recorder.sent = [[] for _ in call.text]
         for i, one in enumerate(placed):
             row, n, result = one.row, len(one.columns), None if results is None else results[i]
-            tiles, size, asked = one.tokens.tiles, one.tokens.size, self.asked.method
-            requested = asked.requested(n) if self.stage is None else asked.count(n, tiles, size)
             call.images[row].append(one.tokens)
             if call.recorder is not None:
                 call.recorder.sent[row].append((one.columns, result))
-            call.counts[row].append(Image(n, requested, n if result is None else len(result)))
+            call.counts[row].append(Image(n, self.asked.method.requested(n), n if result is None else len(result)))
             image[row, one.columns] = len(call.images[row])
             if result is None or result.index is not None:
                 slot[row, one.columns] = np.arange(n)
