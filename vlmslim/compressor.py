@@ -188,8 +188,8 @@ class Compressor:
         """Return the tokens of a picture that the method encodes itself, or None to let the model encode it.
 
         For methods that change the picture. The engine asks before the model encodes, so that no picture is encoded
-        twice: of `image` only pixels, grid, tiles and sizes are known, and the prompt is not. `compress` then finds the
-        answer as `image.encoded`. It is None for videos, and where patches share one encoding.
+        twice, except where patches share the model's encoding. Of `image`, only pixels, grid, tiles and sizes are known
+        then. `compress` finds the answer as `image.encoded`, which is None for videos: for them nothing was asked.
         """
         return None
 

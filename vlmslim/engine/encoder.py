@@ -189,7 +189,7 @@ def _covered(image: ImageTokens) -> Tensor:
     Newlines stay the model's own.
     """
     assert image.encoded is not None and image.encoded.features is not None
-    own, device = image.encoded.features, image.features.device
+    own, device = image.encoded.features.to(image.features), image.features.device
     into = torch.full((len(image.features),), -1) if image.encoded.into is None else image.encoded.into()
     placed = torch.from_numpy(image.grid_on_host[:, 0] >= 0).to(device, non_blocking=True)
     tokens = torch.cat([own, own.new_zeros(1, own.shape[1])])[into.to(device, non_blocking=True)]  # -1 is the zero
